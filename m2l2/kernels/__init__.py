@@ -1,0 +1,1 @@
+"""Chunk-causal attention: a reference and its fused twins, one signature."""

@@ -1,0 +1,1 @@
+"""The network: what turns spectrogram chunks into latents and noise into spectrogram chunks."""
