@@ -1,0 +1,199 @@
+"""Where arrays live: the mesh, one table from logical axes to mesh axes, and batches. Knows jax only.
+
+Layers name the axes of their parameters ('embed', 'heads', ...). A preset maps some of those names to
+axes of the mesh; the batch is always split over 'data' and 'fsdp' together. So moving a model from one
+chip to a pod is a matter of the config (`mesh.preset`, `mesh.data`, `mesh.fsdp`, `mesh.tensor`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+
+# Logical axis -> mesh axis. Names that are not in a table are free: see `param_shardings`.
+#   dp    every device holds all parameters
+#   fsdp  parameters are spread over the 'fsdp' axis, which is the whole slice
+#   hsdp  the same table on a mesh with a small 'fsdp' axis, copied along 'data'. Right for ~100 M
+#         parameters: over a whole pod a shard is a few rows, and XLA gathers those very badly.
+#   tp    heads and the MLP's width over 'tensor' as well
+PRESETS = {
+  'dp': {},
+  'fsdp': {'embed': 'fsdp'},
+  'hsdp': {'embed': 'fsdp'},
+  'tp': {'embed': 'fsdp', 'heads': 'tensor', 'mlp': 'tensor'},
+}
+
+# Logical axes of activations, the same for every preset: an axis of size 1 does nothing.
+ACTIVATIONS = {'batch': BATCH_AXES, 'heads': 'tensor', 'mlp': 'tensor'}
+
+MIN_SIZE = 2**18  # numbers; a smaller array costs more to gather than to keep (1 MiB of float32)
+NEVER_FREE = (None, 'layers')  # 'layers' is scanned over: a split there would gather at each layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """`shardings`: tree of NamedSharding; `unplaced`: (path, shape) of large arrays left whole."""
+  shardings: Any
+  unplaced: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
+  """A mesh with the axes ('data', 'fsdp', 'tensor'), all of type Auto.
+
+  Args:
+    data, fsdp, tensor: sizes; one of them may be -1 and takes what is left.
+    devices: all devices by default.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [data, fsdp, tensor]
+  asked = ', '.join(f'mesh.{name}={size}' for name, size in zip(MESH_AXES, sizes))
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f'{asked}: sizes are 1 or more, and one may be -1 to take what is left')
+  if -1 in sizes:
+    known = math.prod(size for size in sizes if size != -1)
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    raise ValueError(f'{asked} do not multiply to the {len(devices)} devices of this run')
+  return jax.make_mesh(
+    tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def _spec(shape, names, *, sizes, table, min_size):
+  """The mesh axis (or None) of each dimension of one array, and whether fsdp found no place."""
+  axes = [table.get(name) if name is not None else None for name in names]
+  used = [axis for axis in axes if axis is not None]
+  if len(set(used)) != len(used):
+    raise ValueError(f'two logical axes of {names} land on one mesh axis: {axes}')
+  if math.prod(shape) < min_size:
+    return [None] * len(shape), False
+  axes = [a if a is not None and sizes[a] > 1 and dim % sizes[a] == 0 else None
+          for a, dim in zip(axes, shape)]
+  if 'fsdp' not in table.values() or sizes['fsdp'] == 1 or 'fsdp' in axes:
+    return axes, False
+  free = [i for i, name in enumerate(names)
+          if name not in NEVER_FREE and axes[i] is None and shape[i] % sizes['fsdp'] == 0]
+  if not free:
+    return axes, True
+  axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  return axes, False
+
+
+def param_shardings(abstract_tree, logical_axes_tree, *, mesh, preset,
+                    min_size=MIN_SIZE) -> Placement:
+  """A NamedSharding for each parameter, from the names of its axes.
+
+  An axis that the preset's table names goes to that mesh axis. A large array whose named axes left
+  'fsdp' unused takes it on its largest divisible dimension (named None or 'layers' never). Arrays
+  below `min_size` numbers stay whole.
+
+  Args:
+    abstract_tree: tree of arrays or ShapeDtypeStructs.
+    logical_axes_tree: the same tree with, for each array, a tuple of one name or None per dimension.
+    mesh: from `make_mesh`.
+    preset: a key of PRESETS.
+    min_size: numbers in the smallest array that is split.
+
+  Raises:
+    ValueError: unknown preset, names that do not fit a shape, or two names on one mesh axis.
+  """
+  if preset not in PRESETS:
+    raise ValueError(f'mesh.preset={preset!r} is not known: choose one of {", ".join(PRESETS)}')
+  sizes, table, unplaced = dict(mesh.shape), PRESETS[preset], []
+
+  def place(path, array, names):
+    where = jax.tree_util.keystr(path, simple=True, separator='/')
+    if len(names) != len(array.shape):
+      raise ValueError(f'{where}: shape {array.shape} has not one name per axis in {names}')
+    try:
+      axes, homeless = _spec(array.shape, names, sizes=sizes, table=table, min_size=min_size)
+    except ValueError as error:
+      raise ValueError(f'{where}: {error}') from None
+    if homeless:
+      unplaced.append((where, tuple(array.shape)))
+    return NamedSharding(mesh, P(*axes))
+
+  shardings = jax.tree_util.tree_map_with_path(place, abstract_tree, logical_axes_tree)
+  return Placement(shardings=shardings, unplaced=tuple(unplaced))
+
+
+def state_shardings(abstract_state, params_shardings, *, mesh):
+  """Shardings for a whole state: each subtree built like the parameters (EMA, moments) takes theirs.
+
+  Everything else (counters) is copied to all devices.
+  """
+  structure = jax.tree.structure(params_shardings)
+  like_params = lambda tree: jax.tree.structure(tree) == structure
+  whole = replicated(mesh)
+  return jax.tree.map(
+    lambda tree: params_shardings if like_params(tree) else whole,
+    abstract_state, is_leaf=like_params)
+
+
+def replicated(mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh) -> NamedSharding:
+  """Dimension 0 split over the 'data' and 'fsdp' axes together."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def batch_shards(mesh) -> int:
+  """Into how many parts a batch is split: the batch size is a multiple of it."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def put_batch(batch, mesh):
+  """Global arrays from this process's rows: tree of numpy [local_batch, ...] -> [B, ...] on the mesh.
+
+  Process h of H holds the contiguous rows h*B/H .. (h+1)*B/H of the global batch.
+  """
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def fetch(tree):
+  """The whole tree as numpy on every process, also where its arrays span several processes."""
+
+  def one(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      x = jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x)
+      x = x.addressable_data(0)
+    return np.asarray(jax.device_get(x))
+
+  return jax.tree.map(one, tree)
+
+
+def constrain(x, *names):
+  """Says how the dimensions of an activation are split, by logical names ('batch', None, 'heads').
+
+  Uses the mesh of `jax.set_mesh`; without one, and for a dimension that its mesh axes do not
+  divide, it says nothing. Unknown names are free dimensions.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  if len(names) != x.ndim:
+    raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
+
+  def axis_of(name, dim):
+    axes = ACTIVATIONS.get(name)
+    if axes is None:
+      return None
+    parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+    return axes if parts > 1 and dim % parts == 0 else None
+
+  spec = P(*(axis_of(name, dim) for name, dim in zip(names, x.shape)))
+  return jax.lax.with_sharding_constraint(x, spec)
