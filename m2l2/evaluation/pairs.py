@@ -127,7 +127,8 @@ def ratio(reference, estimate, *, sample_rate: int, seed: int = 0) -> float:
 
 def shaped_noise_mel_l1_db(reference, *, sample_rate: int, seed: int = 0) -> float:
   """`mel_l1_db` between a signal and its own `shaped_noise`: how much structure the signal has
-  (in dB; stationary noise itself scores about 2, music with structure 7 and more). Arguments and errors as there.
+  (in dB; stationary noise itself scores about 2, music with structure 7 and more). Arguments and
+  errors as in `shaped_noise`.
   """
   r = _prepared(reference, sample_rate=sample_rate, what='reference')
   noise = shaped_noise(r, sample_rate=SAMPLE_RATE, seed=seed)
