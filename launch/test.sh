@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything the tests need, then all tests; needs Python >= 3.11 and nothing else.
+#   ./launch/test.sh                 all: flake8, mypy, pytest
+#   ./launch/test.sh -k data -x      further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SECONDS=0
+source launch/environment.sh
+
+make_environment .venv-test train,dev
+bin=$PWD/.venv-test/bin
+export PYTHONUNBUFFERED=1
+
+# Programs that XLA compiled once are kept beside the environment. They are machine code: one
+# folder for each kind of processor, so that a disk moved to another machine never serves them.
+processor=$( { grep -m1 '^flags' /proc/cpuinfo || uname -a; } 2>/dev/null | cksum | tr -d ' ')
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/xla-$processor}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+
+failed=()
+run() {
+  local name=$1 start=$SECONDS
+  shift
+  "$@" </dev/null || failed+=("$name")
+  say "-- $name: $((SECONDS - start)) s"
+}
+run flake8 "$bin/python" -m flake8
+run mypy "$bin/python" -m mypy
+run pytest "$bin/python" -m pytest tests "$@"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  say "FAILED after $SECONDS s: ${failed[*]}"
+  exit 1
+fi
+say "all passed in $SECONDS s"

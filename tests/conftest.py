@@ -1,0 +1,53 @@
+"""Every test sees 8 CPU devices, no silent rank promotion, and the same seeds.
+
+Tests of pure maths also ask for strict dtypes, with this line below their imports:
+  pytestmark = pytest.mark.usefixtures('strict_dtypes')
+Tests that run optax cannot: it multiplies Python floats with integer step counts.
+"""
+
+import os
+import random
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
+
+from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import soundfile  # noqa: E402
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+  random.seed(0)
+  np.random.seed(0)
+
+
+@pytest.fixture
+def strict_dtypes():
+  with jax.numpy_dtype_promotion('strict'):
+    yield
+
+
+@pytest.fixture
+def tone(tmp_path):
+  """`tone('a.wav', seconds=, sample_rate=, channels=, frequency=, ...) -> path`: a short file.
+
+  A sine at half amplitude, each channel a fifth above the one before, in whatever format the
+  name's ending says; further keywords go to `soundfile.write`.
+  """
+
+  def make(name='tone.wav', *, seconds=1., sample_rate=44100, channels=1, frequency=440., **options):
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    pitches = frequency * 1.5 ** np.arange(channels)
+    audio = .5 * np.sin(2 * np.pi * np.outer(time, pitches))
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio, sample_rate, **options)
+    return path
+
+  return make
