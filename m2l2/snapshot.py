@@ -1,0 +1,250 @@
+"""Snapshots: a model as its users take it, one directory with weights and config.
+
+  model.safetensors   float32 arrays by flat name, 'encoder/transformer/...'
+  config.json         {"format": 1, "config": {...}, "step": n, "fingerprint": hex, "extra": {...}}
+
+A snapshot is complete by itself and holds no code and no pickle. Replacing one is atomic: after a
+crash at any moment the place holds either the old snapshot or the new one.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from m2l2.errors import UserError
+
+FORMAT = 1
+CONFIG = 'config.json'
+WEIGHTS = 'model.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """What a snapshot holds; `params` is a nested dict of numpy arrays."""
+
+  params: dict
+  config: dict
+  step: int
+  fingerprint: str
+  extra: dict
+
+
+def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | None = None) -> str:
+  """Writes a snapshot, in place of an older one if there is one.
+
+  Args:
+    path: the directory to make. An existing directory is replaced only if it is empty or a
+      snapshot; files of others in an old snapshot are carried over.
+    params: nested dict of arrays (numpy, or anything `np.asarray` takes).
+    config: the resolved config that rebuilds the model; JSON types only.
+    step: the training step of these weights.
+    extra: anything else worth keeping (statistics, data names); JSON types only.
+
+  Returns:
+    The fingerprint of the weights.
+
+  Raises:
+    UserError: the place cannot be written, or holds something that is not a snapshot.
+  """
+  arrays = dict(_flatten(params))
+  mark = _fingerprint(arrays)
+  record = {'format': FORMAT, 'config': config, 'step': int(step), 'fingerprint': mark,
+            'extra': extra or {}}
+  text = json.dumps(record, indent=2) + '\n'
+  path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
+  try:
+    _refuse_to_replace(path)
+    _write(path, arrays, text)
+  except OSError as error:
+    raise UserError(f'cannot write the snapshot {path}: {error.strerror or error}') from error
+  return mark
+
+
+def load_snapshot(path) -> Snapshot:
+  """Reads a snapshot, or the snapshot inside a workdir, and checks it against its fingerprint.
+
+  Raises:
+    UserError: nothing there, files missing, broken, of an unknown format, or not of one save.
+  """
+  try:
+    place = _find(Path(path))
+  except PermissionError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from error
+  record = _read_config(place / CONFIG)
+  arrays = _read_weights(place / WEIGHTS)
+  if _fingerprint(arrays) != record['fingerprint']:
+    raise UserError(f'{WEIGHTS} and {CONFIG} in {place} are not of one save (the fingerprints '
+                    'differ); copy the whole snapshot again')
+  return Snapshot(params=_nest(arrays), config=record['config'], step=record['step'],
+                  fingerprint=record['fingerprint'], extra=record['extra'])
+
+
+def fingerprint(params) -> str:
+  """The first 16 hex digits of the sha256 over sorted names, shapes, dtypes and bytes."""
+  return _fingerprint(dict(_flatten(params)))
+
+
+def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+  digest = hashlib.sha256()
+  for name in sorted(arrays):
+    array = arrays[name]
+    digest.update(f'{name} {array.shape} {array.dtype.name}\n'.encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()[:16]
+
+
+# ---- nested dicts and flat names ----------------------------------------------------------------
+
+
+def _flatten(tree: Mapping, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
+  """Flat names; the int keys of module lists become digits, and ints again in `_nest`."""
+  for key, value in tree.items():
+    if not isinstance(key, int) and (not key or '/' in key or key.isdecimal()):
+      raise ValueError(f'a parameter cannot be named {key!r} (under {prefix!r})')
+    name = f'{prefix}{key}'
+    if isinstance(value, Mapping):
+      yield from _flatten(value, f'{name}/')
+    else:
+      # safetensors writes memory as it lies, so it must lie in C order.
+      yield name, np.asarray(value, order='C')
+
+
+def _nest(arrays: Mapping[str, np.ndarray]) -> dict:
+  tree: dict = {}
+  for name, array in arrays.items():
+    *parents, leaf = [int(key) if key.isdecimal() else key for key in name.split('/')]
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[leaf] = array
+  return tree
+
+
+# ---- writing: whole or not at all ---------------------------------------------------------------
+
+
+def _aside(path: Path) -> Path:
+  path = Path(os.path.realpath(path))
+  return path.with_name(f'.{path.name}.old')
+
+
+def _refuse_to_replace(path: Path) -> None:
+  if not path.exists() or _is_snapshot(path):
+    return
+  if not path.is_dir():
+    raise UserError(f'cannot write the snapshot {path}: a file of that name is there')
+  if any(path.iterdir()):
+    raise UserError(f'cannot write the snapshot {path}: the directory holds other things; '
+                    'name a new one')
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], config: str) -> None:
+  new, old = path.with_name(f'.{path.name}.new'), _aside(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _remove(new)
+  new.mkdir()
+  safetensors.numpy.save_file(arrays, new / WEIGHTS)
+  (new / CONFIG).write_text(config, encoding='utf-8')
+  _sync(new / WEIGHTS)
+  _sync(new / CONFIG)
+  if path.exists():
+    _copy_foreign_files(path, new)
+  _sync(new)
+  # A directory cannot be renamed onto a full one. Between the two renames the old snapshot stands
+  # aside, complete, where `_find` looks for it; at every other moment `path` itself is complete.
+  if path.exists():
+    _remove(old)
+    os.rename(path, old)
+  os.rename(new, path)
+  _sync(path.parent)
+  _remove(old)
+
+
+def _copy_foreign_files(source: Path, target: Path) -> None:
+  for entry in source.iterdir():
+    if entry.name in (CONFIG, WEIGHTS):
+      continue
+    if entry.is_dir():
+      shutil.copytree(entry, target / entry.name, symlinks=True)
+    else:
+      shutil.copy2(entry, target / entry.name, follow_symlinks=False)
+
+
+def _sync(path: Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _remove(directory: Path) -> None:
+  if directory.exists():
+    shutil.rmtree(directory)
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def _is_snapshot(path: Path) -> bool:
+  return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def _find(path: Path) -> Path:
+  """The snapshot's directory: `path`, `path/snapshot`, or what a crash left aside of either."""
+  for place in (path, path / 'snapshot'):
+    if _is_snapshot(place):
+      return place
+    if not place.exists() and _is_snapshot(_aside(place)):
+      return _aside(place)
+  if not path.exists():
+    raise UserError(f'no such snapshot or workdir: {path}')
+  if not path.is_dir():
+    raise UserError(f'{path} is a file; name the directory that holds {WEIGHTS} and {CONFIG}')
+  for place in (path / 'snapshot', path):
+    has_weights, has_config = (place / WEIGHTS).exists(), (place / CONFIG).exists()
+    # A workdir has a config.json of its own, so that alone says nothing about `path` itself.
+    if has_weights or has_config and place.name == 'snapshot':
+      raise UserError(f'the snapshot {place} lacks {CONFIG if has_weights else WEIGHTS}; '
+                      'copy it again')
+  raise UserError(f'no snapshot in {path}: neither {WEIGHTS} nor a directory snapshot/ is there '
+                  '(training writes one when it saves)')
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+  try:
+    record = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror or error}') from error
+  except ValueError as error:  # bad JSON, bad UTF-8
+    raise UserError(f'{path} is not JSON ({error}); copy the snapshot again') from error
+  version = record.get('format') if isinstance(record, dict) else None
+  if version is None:
+    raise UserError(f'{path} is not the {CONFIG} of a snapshot (it has no "format")')
+  if version != FORMAT:
+    raise UserError(f'{path} is of format {version}, and this m2l2 reads format {FORMAT}; '
+                    'update m2l2 or export the snapshot again')
+  record.setdefault('extra', {})
+  wanted = {'config': dict, 'step': int, 'fingerprint': str, 'extra': dict}
+  for key, kind in wanted.items():
+    if not isinstance(record.get(key), kind):
+      raise UserError(f'{path} is damaged: "{key}" is missing or not of type {kind.__name__}')
+  return record
+
+
+def _read_weights(path: Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors.numpy.load_file(path)
+  except PermissionError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from error
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{path} is damaged or cut short ({error}); copy the snapshot again') from error
