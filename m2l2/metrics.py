@@ -1,0 +1,240 @@
+"""What a run says about itself: JSON lines, console, TensorBoard; speed; the guard against NaN.
+
+Scalars are flat: {'loss': .., 'loss/sigma_0.1_1': .., 'time/steps_per_second': ..}. Names without a
+slash are the headline and go to the console too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from typing import Mapping, Protocol
+
+from absl import logging
+import numpy as np
+
+from m2l2.errors import UserError
+
+
+class Writer(Protocol):
+  """Where scalars go: `write(step, {name: number})` once per logged step, `close()` at the end."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    ...
+
+  def close(self) -> None:
+    ...
+
+
+def as_number(value):
+  """A float32 as the shortest decimal that reads back as itself; integers whole; NaN, inf as None."""
+  value = np.asarray(value)
+  if np.issubdtype(value.dtype, np.integer) or value.dtype == bool:
+    return int(value)
+  return float(str(np.float32(value))) if np.isfinite(value) else None
+
+
+def cut_back(path, *, step):
+  """Drops the lines of a metrics file after `step`, and any half-written one, in one atomic move.
+
+  A run that goes on from `step` writes those lines again. A missing file is left missing.
+  """
+  if not os.path.exists(path):
+    return
+  kept = []
+  with open(path, encoding='utf-8', errors='replace') as f:
+    for line in f:
+      try:
+        if json.loads(line)['step'] <= step and line.endswith('\n'):
+          kept.append(line)
+      except (ValueError, KeyError, TypeError):
+        continue  # the line during which the run was killed
+  partial = f'{path}.partial'
+  with open(partial, 'w', encoding='utf-8') as f:
+    f.writelines(kept)
+  os.replace(partial, path)
+
+
+class JsonlWriter:
+  """One JSON object a line, {"step": 3, "loss": 41.25, ...}, flushed; a non-finite number is null.
+
+  Args:
+    path: the file; made if missing.
+    resume_step: lines after this step are cut away first.
+  """
+
+  def __init__(self, path, *, resume_step):
+    cut_back(path, step=resume_step)
+    self._file = open(path, 'a', encoding='utf-8')
+
+  def write(self, step, scalars):
+    line = {'step': int(step), **{name: as_number(value) for name, value in scalars.items()}}
+    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
+
+
+class ConsoleWriter:
+  """One log line a step: the headline numbers, the speed and the time that is left."""
+
+  def __init__(self, *, total_steps):
+    self._total = total_steps
+
+  def write(self, step, scalars):
+    parts = [f'step {step}/{self._total}']
+    parts += [f'{name} {float(value):.4g}' for name, value in scalars.items() if '/' not in name]
+    rate = scalars.get('time/steps_per_second')
+    if rate:
+      parts += [f'{float(rate):.3g} steps/s', f'{_duration((self._total - step) / rate)} left']
+    logging.info('  '.join(parts))
+
+  def close(self):
+    pass
+
+
+def _duration(seconds) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}h{minutes:02d}m' if hours else f'{minutes}m{seconds:02d}s'
+
+
+class TensorBoardWriter:
+  """Scalars, sounds and pictures as TensorBoard events; needs the `tensorboard` extra."""
+
+  def __init__(self, metric_writers, logdir):
+    self._writer = metric_writers.SummaryWriter(os.fspath(logdir))
+
+  def write(self, step, scalars):
+    self._writer.write_scalars(step, {name: float(value) for name, value in scalars.items()})
+    self._writer.flush()
+
+  def write_audio(self, step, sounds, *, sample_rate):
+    """sounds: {name: float32 [C, N] in [-1, 1]}."""
+    self._writer.write_audios(
+      step, {name: np.clip(x, -1, 1).T[None] for name, x in sounds.items()},
+      sample_rate=sample_rate)
+
+  def write_images(self, step, images):
+    """images: {name: float32 [height, width] in [0, 1]}."""
+    self._writer.write_images(step, {name: x[None, :, :, None] for name, x in images.items()})
+
+  def close(self):
+    self._writer.close()
+
+
+def tensorboard_writer(logdir) -> TensorBoardWriter | None:
+  """A TensorBoard writer, or None without the extra (clu's writers need TensorFlow)."""
+  try:
+    from clu import metric_writers  # pylint: disable=g-import-not-at-top
+  except ImportError:
+    return None
+  return TensorBoardWriter(metric_writers, logdir)
+
+
+class Writers:
+  """All writers of a run as one; without any (other processes than the first) it does nothing."""
+
+  def __init__(self, writers=()):
+    self._writers = tuple(writers)
+
+  @property
+  def shows_media(self) -> bool:
+    """Whether sounds and pictures go anywhere, so that nobody makes them in vain."""
+    return any(hasattr(w, 'write_audio') for w in self._writers)
+
+  def write(self, step, scalars):
+    for writer in self._writers:
+      writer.write(step, scalars)
+
+  def write_audio(self, step, sounds, *, sample_rate):
+    """Sounds {name: float32 [C, N]} and, under the same names, their spectrograms."""
+    for writer in self._writers:
+      if hasattr(writer, 'write_audio'):
+        writer.write_audio(step, sounds, sample_rate=sample_rate)
+        writer.write_images(step, {name: spectrogram(x) for name, x in sounds.items()})
+
+  def close(self):
+    for writer in self._writers:
+      writer.close()
+
+
+def make_writers(workdir, *, resume_step, total_steps) -> Writers:
+  """The writers of the run's first process: workdir/metrics.jsonl, console, TensorBoard if it is there."""
+  writers = [
+    JsonlWriter(os.path.join(workdir, 'metrics.jsonl'), resume_step=resume_step),
+    ConsoleWriter(total_steps=total_steps),
+    tensorboard_writer(os.path.join(workdir, 'tensorboard')),
+  ]
+  return Writers(w for w in writers if w is not None)
+
+
+def spectrogram(audio, *, window=1024, hop=256, floor_db=-80.0):
+  """A picture of a sound: [C, N] -> [window // 2 + 1, frames] in [0, 1], low frequencies below.
+
+  Channels are averaged; 1 is the loudest point, 0 is `floor_db` below it.
+  """
+  x = np.asarray(audio, np.float32).mean(axis=0)
+  x = np.pad(x, (0, max(0, window - x.size)))
+  frames = np.lib.stride_tricks.sliding_window_view(x, window)[::hop] * np.hanning(window)
+  power = np.abs(np.fft.rfft(frames, axis=-1)).T[::-1] ** 2
+  db = 10 * np.log10(np.maximum(power, 1e-12) / max(power.max(), 1e-12))
+  return np.clip(1 - db / floor_db, 0, 1).astype(np.float32)
+
+
+class Throughput:
+  """Speed between two logged steps.
+
+  Args:
+    samples_per_step: crops in a global batch.
+    seconds_per_sample: seconds of sound in a crop.
+    clock: seconds, rising.
+  """
+
+  def __init__(self, *, samples_per_step, seconds_per_sample, clock=time.perf_counter):
+    self._samples, self._seconds, self._clock = samples_per_step, seconds_per_sample, clock
+    self._since, self._step, self._waited = clock(), None, 0.0
+
+  def start(self, step):
+    """Begins counting, after `step` updates."""
+    self._since, self._step, self._waited = self._clock(), step, 0.0
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Wraps the call that fetches the next batch."""
+    begin = self._clock()
+    yield
+    self._waited += self._clock() - begin
+
+  def rates(self, step) -> dict:
+    """Rates since the last call; `time/input_wait` is the share of time spent waiting for data."""
+    elapsed = max(self._clock() - self._since, 1e-9)
+    rate = (step - self._step) / elapsed
+    out = {
+      'time/steps_per_second': rate,
+      'time/samples_per_second': rate * self._samples,
+      'time/audio_seconds_per_second': rate * self._samples * self._seconds,
+      'time/input_wait': min(self._waited / elapsed, 1.0),
+    }
+    self.start(step)
+    return out
+
+
+def check_skipped(step, scalars, *, limit):
+  """Stops the run when the last `limit` or more updates were skipped for non-finite gradients.
+
+  Raises:
+    UserError: naming the range of steps.
+  """
+  skipped = int(scalars['skipped_in_a_row'])
+  if skipped >= limit:
+    loss = float(scalars['loss'])
+    raise UserError(
+      f'stopped: gradients were not finite at steps {step - skipped + 1} to {step} '
+      f'(loss {loss if math.isfinite(loss) else "not finite"}); those updates were skipped. Lower '
+      'train.learning_rate or set train.clip_norm, and run the same command to go on from the '
+      'last checkpoint')
