@@ -1,0 +1,137 @@
+"""The paper's recipe, and every field there is: `base`, mono, 147.5 M parameters.
+
+    m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
+
+800,000 steps of batch 16 took the ancestor's authors about a week on one GPU of its day; expect two to three
+times its cost here (a pair of chunks through 147 M parameters, student and teacher). Other configs are deltas on this one.
+Append `:debug` to any of them to shrink it so that it runs in seconds and logs every step.
+"""
+
+import ml_collections
+
+
+def get_config(arg=''):
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+
+  model = config.model = ml_collections.ConfigDict()
+  # Representation. A chunk is `frames` frames: 64 x 512 = 32768 samples.
+  model.native_rates = (44100, 48000)  # processed as they are; other rates are resampled to the first
+  model.channels = 1                   # 1: mono; 2: stereo
+  model.window = 2048                  # samples of the Hann window
+  model.hop = 512                      # samples between frames
+  model.bins = 1024                    # frequency bins kept (1024 of 1025: the Nyquist bin is dropped)
+  model.frames = 64                    # frames a chunk
+  model.transform = 'polar'            # polar: |c| is compressed, the phase stays; component: re and im apart
+  model.alpha = 0.65                   # exponent of the compression
+  model.beta = 0.34                    # gain of the compression
+  model.edges = 'pad'                  # pad: no sample of a file fades at its edges; none: frames as they fall
+  # Patchifiers: from 1024 x 64 down to 64 x 8 = 512 tokens.
+  model.stem = (1, 1)                  # (F, T) patch folded into channels first; (1, 1) is none
+  model.widths = (64, 128, 256, 512)   # channels of each level; the last is the transformers' width
+  model.blocks = (3, 3, 3, 1)          # residual conv blocks of each level
+  model.strides = ((2, 2), (4, 2), (2, 2))  # (F, T) between the levels
+  # Transformers: encoder, decoder and denoiser alike.
+  model.layers = 12
+  model.head_dim = 128
+  model.mlp_mult = 4                   # SwiGLU's inner projection is width -> mlp_mult * width (two halves)
+  model.registers = 8                  # extra tokens of encoder and decoder
+  model.denoiser_registers = 0         # 512 tokens fill 128-wide tiles; registers would spill over
+  model.cond_dim = 512                 # width of the noise embedding
+  model.chunks = 2                     # chunks the denoiser sees at once
+  # Summary embeddings.
+  model.num_latents = 8                # K
+  model.latent_dim = 64                # d: K d = 512 numbers for 32768 samples
+  model.bottleneck = 'tanh'            # tanh or fsq
+  model.fsq_levels = 11                # levels a dimension, for fsq
+  model.fsq_dropout = 0.75             # chance that an item's latents stay unrounded in training, for fsq
+  # Departures from the paper, off here. See README, "What helps short runs".
+  model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser (as CoDiCodec does)
+  model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
+  model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
+  model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
+  model.feature_norm = False           # cross-connection features are scaled to unit mean square
+  # How it runs.
+  model.remat = 'blocks'               # none, blocks, full: what the backward pass computes again
+  model.attention = 'xla'              # implementation of chunk-causal attention
+  model.dtype = 'float32'              # of activations; parameters, norms and noise levels are float32
+
+  consistency = config.consistency = ml_collections.ConfigDict()
+  consistency.sigma_min = 0.002
+  consistency.sigma_max = 80.0
+  consistency.rho = 7.0                # warp of sigma(index)
+  consistency.sigma_data = 0.5         # assumed deviation of the compressed spectrogram
+  consistency.p_mean = -1.1            # of ln sigma in training
+  consistency.p_std = 2.0
+  consistency.sampling = 'index'       # index: the official code's grid weights; lognormal: a true log-normal
+  consistency.decode_matched = 0.0     # fraction of pairs at decoding's own levels (sigma_cond, sigma_max)
+  consistency.sigma_cond = 0.965       # noise put back on the previous chunk in decoding
+  consistency.step_start = 0.1         # index step at the start ...
+  consistency.step_exponent = 3.0      # ... and step_start ** this at the end
+  consistency.huber = 0.00054          # c = huber sqrt(D)
+  consistency.gap_floor = 0.0          # the loss weight is 1 / max(gap, gap_floor)
+  consistency.skip = 'edm'             # edm: the paper's c_skip; flow: exact for Gaussian data
+  consistency.local = False            # sigma_data per bin from the predicted envelope (needs model.envelope)
+  consistency.local_floor = 0.02       # least sigma_data then
+  consistency.renoise = 'add'          # add: x + sigma eps (paper); variance: as CoDiCodec
+
+  train = config.train = ml_collections.ConfigDict()
+  train.steps = 800_000
+  train.batch_size = 16                # crops of two chunks, over all devices
+  train.accumulate = 1                 # microbatches an update
+  train.optimizer = 'radam'            # radam or adam
+  train.learning_rate = 1e-4
+  train.final_learning_rate = 1e-6     # end of the cosine
+  train.warmup_steps = 10_000
+  train.b1 = 0.9
+  train.b2 = 0.999
+  train.clip_norm = ml_collections.config_dict.placeholder(float)  # largest gradient norm; none in the paper
+  train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
+  train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
+  train.log_every = 100
+  train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
+  train.checkpoint_every = 1000
+  train.keep_last = 3                  # checkpoints kept
+  train.keep_every = 50_000            # and one each so many steps for good; 0: none
+  train.max_skipped_in_a_row = 20      # non-finite gradients in a row that end the run
+  train.init_from = ''                 # snapshot or workdir whose weights a new run starts from
+
+  data = config.data = ml_collections.ConfigDict()
+  data.source = 'folder'               # where crops come from: a folder of audio files
+  data.root = ''                       # that folder (or a glob, or one file)
+  data.rms_floor = 1e-3                # crops below this RMS are drawn again
+  data.num_workers = 0                 # processes that read ahead; 0 reads in threads of this one
+  data.num_threads = 4
+  data.prefetch = 8                    # batches read ahead
+
+  mesh = config.mesh = ml_collections.ConfigDict()
+  mesh.preset = 'hsdp'                 # table of logical axes: dp, fsdp, hsdp or tp
+  mesh.data = -1                       # devices along each axis; -1: what is left
+  mesh.fsdp = 1
+  mesh.tensor = 1
+  return finish(config, arg)
+
+
+def finish(config, arg=''):
+  """Applies the words after the colon: `debug`, `mono`, `stereo` (comma-separated)."""
+  for word in filter(None, arg.split(',')):
+    if word == 'debug':
+      debug(config)
+    elif word in ('mono', 'stereo'):
+      config.model.channels = 1 if word == 'mono' else 2
+    else:
+      raise ValueError(f'config argument {word!r} is not known: use debug, mono or stereo')
+  return config
+
+
+def debug(config):
+  """Shrinks every size and keeps every choice."""
+  model, train = config.model, config.train
+  shifts = model.window // model.hop
+  model.window, model.hop, model.bins, model.frames = 256, 256 // shifts, 128, 16
+  model.widths = tuple(8 * width // model.widths[0] for width in model.widths)
+  model.blocks = tuple(1 for _ in model.blocks)
+  model.layers, model.head_dim, model.registers, model.cond_dim = 2, model.widths[-1] // 2, 2, 16
+  model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
+  train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
+  train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0

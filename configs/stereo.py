@@ -1,0 +1,17 @@
+"""Music2Latent2, stereo: 128x fewer numbers, 147.5 M parameters.
+
+    m2l2 train --config=configs/stereo.py --config.data.root=MUSIC --workdir=runs/stereo
+
+Stereo runs are known to collapse near the end of warm-up (every latent at +-1): watch latent/saturated and
+latent/pre_rms. A longer warm-up and a lower rate than the mono recipe's are the known remedies.
+"""
+
+from m2l2.configs import base
+
+
+def get_config(arg=''):
+  config = base.get_config()
+  config.model.channels = 2
+  config.train.learning_rate = 5e-5
+  config.train.warmup_steps = 20_000
+  return base.finish(config, arg)

@@ -1,0 +1,89 @@
+"""The only file that turns a config into objects.
+
+A config is a nested mapping: an ml_collections ConfigDict in training, the plain dict of a snapshot's
+config.json in inference. Below this file there are only keyword arguments and frozen dataclasses.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+from m2l2.consistency import Consistency
+from m2l2.errors import UserError
+from m2l2.model.autoencoder import Architecture, Network, make_network
+from m2l2.representation import Representation
+
+# Fields of config.model that belong to neither dataclass.
+_MODEL_EXTRA = ('native_rates',)
+
+
+def representation(model: Mapping) -> Representation:
+  """config.model -> Representation. Raises UserError for a bad value."""
+  return _make(Representation, _select(model, Representation), where='model')
+
+
+def network(model: Mapping) -> Network:
+  """config.model -> Network. Raises UserError for unknown or missing fields and for bad values."""
+  known = _names(Representation) | _names(Architecture) | set(_MODEL_EXTRA)
+  unknown = set(model) - known
+  if unknown:
+    raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
+  arch = _make(Architecture, _select(model, Architecture), where='model')
+  try:
+    return make_network(arch)
+  except ValueError as error:
+    raise UserError(f'config.model: {error}') from error
+
+
+def consistency(fields: Mapping) -> Consistency:
+  """config.consistency -> Consistency."""
+  unknown = set(fields) - _names(Consistency)
+  if unknown:
+    raise UserError(f'consistency.{sorted(unknown)[0]} is not a field; there are {", ".join(sorted(_names(Consistency)))}')
+  return _make(Consistency, dict(fields), where='consistency')
+
+
+def native_rates(model: Mapping) -> tuple:
+  """Sample rates processed as they are; others are resampled to the first."""
+  return tuple(int(rate) for rate in model['native_rates'])
+
+
+def step_functions(config):
+  """The whole config -> `train_step.StepFunctions` (needs the `train` extra)."""
+  from m2l2 import optim, train_step  # here, so that inference never imports optax
+
+  train = config['train']
+  net, process = network(config['model']), consistency(config['consistency'])
+  if process.local and not net.arch.envelope:
+    raise UserError('consistency.local needs the envelope that model.envelope=True predicts')
+  optimizer, schedule = optim.make_optimizer(
+      name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
+      total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
+      clip_norm=train['clip_norm'])
+  return train_step.make_step_functions(
+      network=net, representation=representation(config['model']), consistency=process, optimizer=optimizer,
+      schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
+      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
+      native_rates=native_rates(config['model']))
+
+
+def _names(cls) -> set:
+  return {field.name for field in dataclasses.fields(cls)}
+
+
+def _select(fields: Mapping, cls) -> dict:
+  missing = _names(cls) - set(fields)
+  if missing:
+    raise UserError(f'model.{sorted(missing)[0]} is missing from the config')
+  return {name: fields[name] for name in _names(cls)}
+
+
+def _make(cls, fields: dict, *, where: str):
+  try:
+    return cls(**{name: _tuples(value) for name, value in fields.items()})
+  except (TypeError, ValueError) as error:
+    raise UserError(f'config.{where}: {error}') from error
+
+
+def _tuples(value):
+  """JSON turns tuples into lists; dataclasses that serve as static arguments need them hashable."""
+  return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,196 @@
+"""Consistency model: noise levels, step schedule, preconditioning, loss and samplers.
+
+Follows Music2Latent (sections 3 and 4) with the noise level of each chunk of a pair drawn independently, as
+Music2Latent2's decoding needs. All of it takes the network as a callable and knows no audio: data are arrays
+[B, S, ...] with one sigma per chunk, [B, S]. Everything is float32.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SAMPLINGS = ('index', 'lognormal')
+SKIPS = ('edm', 'flow')
+RENOISES = ('add', 'variance')
+_GRID = 9999  # points of the official index grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Consistency:
+  """Hyperparameters; the defaults are the paper's recipe.
+
+  Attributes:
+    sigma_min, sigma_max, rho: noise range and the warp of sigma(i).
+    sigma_data: assumed deviation of the data.
+    p_mean, p_std: of ln sigma in training.
+    sampling: 'index' weighs a uniform index grid by the normal density, without the Jacobian of ln sigma
+      (the official code; ln sigma then has mean -0.55, std 1.93); 'lognormal' is a true clipped log-normal.
+    decode_matched: fraction of pairs trained at decoding's own levels (left sigma_cond, right sigma_max).
+    sigma_cond: noise put back on a finished chunk in decoding, and the left level of those pairs.
+    step_start, step_exponent: dt = step_start ** (1 + progress (step_exponent - 1)).
+    huber: c = huber * sqrt(D) of the pseudo-Huber loss.
+    gap_floor: the loss weight is 1 / max(gap, gap_floor).
+    skip: 'edm' is the paper's; 'flow' lets a zero-output network be the exact consistency function of
+      Gaussian data of deviation sigma_data: the probability flow scales x by
+      sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
+    local: sigma_data is given per element by the decoder's predicted envelope instead.
+    renoise: 'add' is x + sigma eps (paper, figure 2), 'variance' x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec).
+  """
+  sigma_min: float = 0.002
+  sigma_max: float = 80.0
+  rho: float = 7.0
+  sigma_data: float = 0.5
+  p_mean: float = -1.1
+  p_std: float = 2.0
+  sampling: str = 'index'
+  decode_matched: float = 0.0
+  sigma_cond: float = 0.965
+  step_start: float = 0.1
+  step_exponent: float = 3.0
+  huber: float = 0.00054
+  gap_floor: float = 0.0
+  skip: str = 'edm'
+  local: bool = False
+  local_floor: float = 0.02
+  renoise: str = 'add'
+
+  def __post_init__(self):
+    for field, choices in (('sampling', SAMPLINGS), ('skip', SKIPS), ('renoise', RENOISES)):
+      if getattr(self, field) not in choices:
+        raise ValueError(f'consistency.{field} is {getattr(self, field)!r}; choose from {choices}')
+    if not 0 < self.sigma_min < self.sigma_max:
+      raise ValueError('consistency needs 0 < sigma_min < sigma_max')
+
+  # Noise levels.
+
+  def sigma(self, index):
+    """Noise level at index in [0, 1]: exactly sigma_min at 0, sigma_max at 1."""
+    low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+    index = jnp.asarray(index, jnp.float32)
+    sigma = (low + index * (high - low)) ** self.rho
+    # Powers round: unless the ends are set, sigma(0) misses sigma_min and the boundary condition is not exact.
+    sigma = jnp.clip(sigma, self.sigma_min, self.sigma_max)
+    return jnp.where(index <= 0, self.sigma_min, jnp.where(index >= 1, self.sigma_max, sigma))
+
+  def index(self, sigma):
+    """The inverse of `sigma`."""
+    low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+    return (jnp.float32(sigma) ** (1 / self.rho) - low) / (high - low)
+
+  def sample_index(self, key, shape=()):
+    """Indices of training's upper noise levels, [*shape] in [0, 1]."""
+    if self.sampling == 'lognormal':
+      log_sigma = self.p_mean + self.p_std * jax.random.normal(key, shape)
+      return jnp.clip(self.index(jnp.clip(jnp.exp(log_sigma), self.sigma_min, self.sigma_max)), 0.0, 1.0)
+    cell_key, jitter_key = jax.random.split(key)
+    cell = jnp.searchsorted(self._cumulative(), jax.random.uniform(cell_key, shape), side='right')
+    cell = jnp.minimum(cell, _GRID - 1)  # float32 uniforms can reach the last edge
+    return (cell + jax.random.uniform(jitter_key, shape)) / _GRID
+
+  def _cumulative(self):
+    return _index_cumulative(self.sigma_min, self.sigma_max, self.rho, self.p_mean, self.p_std)
+
+  def step(self, progress):
+    """Index step dt at a fraction of training in [0, 1]: 0.1 at the start, 0.001 at the end by default."""
+    exponent = 1 + jnp.clip(progress, 0.0, 1.0) * (self.step_exponent - 1)
+    return jnp.float32(self.step_start) ** exponent
+
+  def sample_levels(self, key, *, chunks: int, progress):
+    """One item's upper and lower noise levels (high [S], low [S])."""
+    draw_key, matched_key = jax.random.split(key)
+    index = self.sample_index(draw_key, (chunks,))
+    if self.decode_matched:
+      decoding = self.index(jnp.asarray([self.sigma_cond] * (chunks - 1) + [self.sigma_max]))
+      index = jnp.where(jax.random.bernoulli(matched_key, self.decode_matched), decoding, index)
+    return self.sigma(index), self.sigma(jnp.maximum(index - self.step(progress), 0.0))
+
+  # Preconditioning.
+
+  def scalings(self, sigma, sigma_data=None):
+    """(c_skip, c_out, c_in) at `sigma`; at sigma_min exactly (1, 0, ...)."""
+    data = self.sigma_data if sigma_data is None else sigma_data
+    total = jnp.square(sigma) + jnp.square(data)
+    if self.skip == 'edm':
+      c_skip = jnp.square(data) / (jnp.square(sigma - self.sigma_min) + jnp.square(data))
+    else:
+      c_skip = jnp.sqrt((jnp.square(data) + self.sigma_min ** 2) / total)
+    c_skip = jnp.where(sigma <= self.sigma_min, 1.0, c_skip)
+    return c_skip, data * (sigma - self.sigma_min) * jax.lax.rsqrt(total), jax.lax.rsqrt(total)
+
+  def denoise(self, network, x, sigma, *, sigma_data=None):
+    """c_skip x + c_out network(c_in x, sigma): the consistency function, x exactly at sigma_min.
+
+    Args:
+      network: (x [B, S, ...], sigma [B, S]) -> [B, S, ...] float32.
+      x: [B, S, ...] float32; sigma: [B, S] float32.
+      sigma_data: deviation of the data per element, [B, S, ...], where `local`.
+    """
+    level = sigma.reshape(*sigma.shape, *[1] * (x.ndim - sigma.ndim))
+    c_skip, c_out, c_in = self.scalings(level, sigma_data)
+    return c_skip * x + c_out * network(c_in * x, sigma)
+
+  # Loss.
+
+  def loss(self, student, teacher, *, high, low):
+    """Pseudo-Huber distance of whole chunks over the noise gap: [B, S, ...] -> [B, S].
+
+    sqrt(||a - b||^2 + c^2) - c with c = huber sqrt(D), D the size of one chunk; weight 1 / (high - low),
+    0 where the gap is 0 (both levels at sigma_min: both sides equal the data).
+    """
+    axes = tuple(range(2, student.ndim))
+    square = jnp.sum(jnp.square(student - jax.lax.stop_gradient(teacher)), axis=axes)
+    c = self.huber * float(np.prod(student.shape[2:])) ** 0.5
+    gap = high - low
+    weight = jnp.where(gap > 0, 1 / jnp.maximum(gap, max(self.gap_floor, 1e-12)), 0.0)
+    return weight * (jnp.sqrt(square + c * c) - c)
+
+  # Samplers: `denoise(x, sigma)` is bound to the network and the features by the caller.
+
+  def add_noise(self, x, noise, sigma):
+    """Puts a finished x back to level `sigma` by the config's rule."""
+    if self.renoise == 'add':
+      return x + sigma * noise
+    return x + (sigma ** 2 - self.sigma_min ** 2) ** 0.5 * noise
+
+  def sample(self, denoise, noises, sigmas):
+    """Multi-step sampling of [B, S, ...]: from pure noise at sigmas[0], re-noised to each next level.
+
+    noises: one array per level; one step is sigmas = (sigma_max,).
+    """
+    x = None
+    for noise, sigma in zip(noises, sigmas, strict=True):
+      noisy = sigma * noise if x is None else self.add_noise(x, noise, sigma)
+      x = denoise(noisy, jnp.full(noisy.shape[:2], sigma, jnp.float32))
+    return x
+
+  def sample_pair(self, denoise, previous, *, left_noise, right_noise, sigma_cond):
+    """One step of two-step decoding (paper, figure 2).
+
+    The previous chunk's first estimate, re-noised to sigma_cond, stands left of pure noise at sigma_max.
+    One call refines the left and makes a first estimate of the right.
+
+    Args:
+      denoise: bound consistency function over [B, 2, ...].
+      previous, left_noise, right_noise: [B, ...].
+
+    Returns:
+      (refined [B, ...], current [B, ...]).
+    """
+    left = self.add_noise(previous, left_noise, sigma_cond)
+    x = jnp.stack([left, self.sigma_max * right_noise], axis=1)
+    sigma = jnp.stack([jnp.asarray(sigma_cond, jnp.float32), jnp.float32(self.sigma_max)])
+    out = denoise(x, jnp.broadcast_to(sigma, x.shape[:2]))
+    return out[:, 0], out[:, 1]
+
+
+@functools.cache
+def _index_cumulative(sigma_min, sigma_max, rho, p_mean, p_std):
+  """Cumulative weights [9999] of the official index grid, summed in float64."""
+  index = np.linspace(0, 1, _GRID)
+  low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+  log_sigma = rho * np.log(low + index * (high - low))
+  weights = np.exp(-0.5 * np.square((log_sigma - p_mean) / p_std))
+  return (np.cumsum(weights) / np.sum(weights)).astype(np.float32)

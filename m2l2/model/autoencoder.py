@@ -1,0 +1,161 @@
+"""Encoder, bottleneck, decoder and denoiser as one module: what a checkpoint holds.
+
+The functions at the end run it on a plain nested dict of parameters, which is all that training, Codec and
+checkpoints ever see.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from m2l2.model.bottleneck import FSQ, Tanh
+from m2l2.model.decoder import Decoder
+from m2l2.model.denoiser import Denoiser, token_grid
+from m2l2.model.encoder import Encoder
+from m2l2.model.transformer import REMATS
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """Every choice of the network (config.model without the representation).
+
+  Attributes:
+    channels, bins, frames: audio channels, frequency bins and frames of a chunk.
+    stem: (F, T) patch folded into channels before the first conv; (1, 1) is the paper's.
+    widths, blocks: channels and conv blocks of each level; the last width is the transformers' D.
+    strides: (F, T) of each resampler, one fewer than levels.
+    layers, head_dim, mlp_mult: of all three transformers.
+    num_latents, latent_dim: K summary embeddings of d numbers a chunk.
+    registers: extra tokens of encoder and decoder; denoiser_registers: of the denoiser.
+    chunks: chunks that the denoiser sees at once.
+    cond_dim: width of the noise embedding.
+    bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout).
+    latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
+    magnitude_input: log-magnitudes as further input channels of the encoder.
+    shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
+    envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
+    feature_norm: cross-connection features are scaled to unit mean square.
+    remat: 'none', 'blocks' (each layer and conv block) or 'full' (nothing else is kept either).
+    attention: implementation of chunk-causal attention.
+    dtype: of activations; parameters are float32.
+  """
+  channels: int
+  bins: int
+  frames: int
+  stem: tuple
+  widths: tuple
+  blocks: tuple
+  strides: tuple
+  layers: int
+  head_dim: int
+  mlp_mult: int
+  num_latents: int
+  latent_dim: int
+  registers: int
+  denoiser_registers: int
+  chunks: int
+  cond_dim: int
+  bottleneck: str
+  fsq_levels: int
+  fsq_dropout: float
+  latents_in_denoiser: bool
+  magnitude_input: bool
+  shortcut: bool
+  envelope: bool
+  feature_norm: bool
+  remat: str
+  attention: str
+  dtype: str
+
+  def __post_init__(self):
+    if not len(self.widths) == len(self.blocks) == len(self.strides) + 1:
+      raise ValueError('model.widths and model.blocks need one entry a level, model.strides one fewer')
+    if self.widths[-1] % self.head_dim:
+      raise ValueError(f'model.head_dim {self.head_dim} must divide the last of model.widths {self.widths[-1]}')
+    if any(b % a for a, b in zip(self.widths, self.widths[1:])):
+      raise ValueError(f'each of model.widths {self.widths} must be a multiple of the one before')
+    if self.remat not in REMATS:
+      raise ValueError(f'model.remat is {self.remat!r}; choose from {REMATS}')
+    if self.bottleneck not in ('tanh', 'fsq'):
+      raise ValueError(f"model.bottleneck is {self.bottleneck!r}; choose 'tanh' or 'fsq'")
+    self.grid  # raises where strides do not divide
+
+  @property
+  def grid(self):
+    return token_grid(self.bins, self.frames, self.stem, self.strides)
+
+  def make_bottleneck(self):
+    return Tanh() if self.bottleneck == 'tanh' else FSQ(levels=self.fsq_levels, dropout=self.fsq_dropout)
+
+
+class Autoencoder(nnx.Module):
+  """The three networks that share a config; see the functions of `Network` for what they compute."""
+
+  def __init__(self, arch: Architecture, *, rngs):
+    grid = arch.grid
+    transformer = dict(layers=arch.layers, heads=arch.widths[-1] // arch.head_dim, mlp_mult=arch.mlp_mult,
+                       impl=arch.attention)
+    shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, widths=arch.widths, blocks=arch.blocks,
+                  strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
+                  latent_dim=arch.latent_dim, remat=arch.remat, dtype=jnp.dtype(arch.dtype), rngs=rngs)
+    self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
+                           magnitude_input=arch.magnitude_input, **shared)
+    self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut, envelope=arch.envelope,
+                           feature_norm=arch.feature_norm, **shared)
+    self.denoiser = Denoiser(grid=grid, registers=arch.denoiser_registers, chunks=arch.chunks,
+                             latents=arch.latents_in_denoiser, envelope_input=arch.envelope, cond_dim=arch.cond_dim,
+                             **shared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """The autoencoder as pure functions of `params`, a nested dict of float32 arrays.
+
+  init(key) -> params
+  encode(params, spec [B, S, F, T, 2C]) -> [B, S, L, Z] float32, before the bottleneck
+  decode(params, z [B, S, L, Z]) -> features: {'maps': (...), 'z', 'log_magnitude'?}, every leaf [B, S, ...]
+  denoise(params, x [B, S, F, T, 2C], sigma [B, S], features) -> raw output [B, S, F, T, 2C] float32
+  """
+  arch: Architecture
+  init: Callable
+  encode: Callable
+  decode: Callable
+  denoise: Callable
+  logical_axes: dict
+  init_names: dict
+
+
+def make_network(arch: Architecture) -> Network:
+  """Shapes are traced once; nothing is allocated."""
+  def build(key):
+    return Autoencoder(arch, rngs=nnx.Rngs(params=key))
+
+  graphdef, abstract = nnx.split(jax.eval_shape(build, jax.random.key(0)))
+
+  def part(name):
+    def run(params, *args):
+      # Each call merges just its own part; the others' parameters are not even looked at.
+      module = nnx.merge(graphdef, params)
+      return getattr(module, name)(*args)
+    return run
+
+  decoder = part('decoder')
+
+  def decode(params, z):
+    features = decoder(params, z)
+    return {**features, 'z': z} if arch.latents_in_denoiser else features
+
+  def stacked_axes(variable):
+    axes = variable.get_metadata('axes')
+    return ('layers',) * (len(variable.shape) - len(axes)) + axes
+
+  leaves = dict(is_leaf=lambda x: isinstance(x, nnx.Variable))
+  return Network(
+      arch=arch,
+      init=lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]),
+      encode=part('encoder'), decode=decode, denoise=part('denoiser'),
+      logical_axes=nnx.to_pure_dict(jax.tree.map(stacked_axes, abstract, **leaves)),
+      init_names=nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata('init'), abstract, **leaves)))

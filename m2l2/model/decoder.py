@@ -1,0 +1,68 @@
+"""Summary embeddings -> a pyramid of features for the consistency model (figure 1, "Decoder")."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from m2l2.model.envelope import EnvelopeHead
+from m2l2.model.layers import Linear, normal, param
+from m2l2.model.patchify import DePatchifier
+from m2l2.model.transformer import Transformer
+
+
+class Shortcut(nnx.Module):
+  """Latents [N, L, Z] -> tokens [N, P, D]: a projection per latent, spread over positions."""
+
+  def __init__(self, latents, tokens, *, rngs):
+    (l, z), (p, d) = latents, tokens
+    self.spread = param(rngs, (l, p), ('latents', 'tokens'), normal(1.0))
+    self.project = param(rngs, (l, z, d), ('latents', 'latent_dim', 'embed'), normal((l * z) ** -0.5))
+
+  def __call__(self, z):
+    return jnp.einsum('nlz,lp,lzd->npd', z, self.spread[...], self.project[...])
+
+
+class Decoder(nnx.Module):
+  """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept."""
+
+  def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, num_latents, latent_dim,
+               registers, shortcut, envelope, feature_norm, remat, dtype, rngs):
+    dim = widths[-1]
+    num_tokens = grid[0] * grid[1]
+    # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
+    self.mask = param(rngs, (grid[0], 1, dim), ('freq', None, 'embed'), normal(dim ** -0.5))
+    self.latents_in = Linear(latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs)
+    self.registers = param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5))
+    self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, output_norm=False, remat=remat,
+                                   rngs=rngs, **transformer)
+    self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, rngs=rngs)
+    self.shortcut = Shortcut((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
+    self.envelope = EnvelopeHead(widths[0], channels, bins=bins, stem=stem, rngs=rngs) if envelope else None
+    self.grid = grid
+    self.feature_norm = feature_norm
+    self.dtype = dtype
+
+  def __call__(self, z):
+    """z [B, S, L, Z] float32 -> {'maps': tuple of [B, S, F_l, T_l, C_l], finest first, and, with the
+    envelope head, 'log_magnitude': [B, S, F, T, C] float32}."""
+    b, s = z.shape[:2]
+    z = z.reshape(b * s, *z.shape[2:])
+    mask = jnp.broadcast_to(self.mask[...], (*self.grid, self.mask.shape[-1])).reshape(-1, self.mask.shape[-1])
+    mask = jnp.broadcast_to(mask.astype(self.dtype), (b * s, *mask.shape))
+    registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (b * s, *self.registers.shape))
+    if self.shortcut is not None:
+      mask = mask + self.shortcut(z).astype(self.dtype)
+    x = jnp.concatenate([mask, self.latents_in(z.astype(self.dtype)), registers], axis=1)
+    x = self.transformer(x[:, None])[:, 0, :mask.shape[1]]
+    finest, maps = self.depatchifier(x)
+    features = {}
+    if self.envelope is not None:
+      features['log_magnitude'] = self.envelope(finest)
+    features['maps'] = tuple(rms_normalise(m) for m in maps) if self.feature_norm else tuple(maps)
+    return jax.tree.map(lambda x: x.reshape(b, s, *x.shape[1:]), features)
+
+
+def rms_normalise(x, eps=1e-4):
+  """[N, F, T, C] scaled to unit mean square per item, so that no feature can grow without bound."""
+  square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2, 3), keepdims=True)
+  return (x * jax.lax.rsqrt(square + eps)).astype(x.dtype)

@@ -1,0 +1,62 @@
+"""Clean chunk -> K summary embeddings (figure 1, "Encoder")."""
+
+from flax import nnx
+import jax.numpy as jnp
+
+from m2l2.model.envelope import log_magnitude
+from m2l2.model.layers import Linear, ONES, ZEROS, normal, param
+from m2l2.model.patchify import Patchifier
+from m2l2.model.transformer import Transformer
+
+
+class Shortcut(nnx.Module):
+  """Tokens [N, P, D] -> latents [N, L, Z]: a learned pooling over positions and a projection per latent."""
+
+  def __init__(self, tokens, latents, *, rngs):
+    (p, d), (l, z) = tokens, latents
+    self.pool = param(rngs, (l, p), ('latents', 'tokens'), normal(p ** -0.5))
+    self.project = param(rngs, (l, d, z), ('latents', 'embed', 'latent_dim'), normal(d ** -0.5))
+
+  def __call__(self, tokens):
+    return jnp.einsum('npd,lp,ldz->nlz', tokens, self.pool[...], self.project[...])
+
+
+class Encoder(nnx.Module):
+  """Patchify, append K learned queries and the registers, attend, keep the queries' outputs.
+
+  Chunk-local: S is folded into the batch. The output projection starts at 0, so all latents are exactly 0
+  at init; `shortcut` adds a linear path (pooled tokens -> latents) that does not.
+  """
+
+  def __init__(self, *, channels, bins, stem, widths, blocks, strides, transformer, num_tokens, num_latents, latent_dim,
+               registers, magnitude_input, shortcut, remat, dtype, rngs):
+    dim = widths[-1]
+    in_channels = channels * (3 if magnitude_input else 2)
+    self.gain = param(rngs, (bins // stem[0],), ('freq',), ONES)
+    self.patchifier = Patchifier(in_channels, stem=stem, widths=widths, blocks=blocks, strides=strides,
+                                 remat=remat, rngs=rngs)
+    self.queries = param(rngs, (num_latents, dim), ('latents', 'embed'), normal(dim ** -0.5))
+    self.registers = param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5))
+    self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,
+                                   **transformer)
+    self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
+    self.shortcut = Shortcut((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
+    self.magnitude_input = magnitude_input
+    self.dtype = dtype
+
+  def __call__(self, spec):
+    """spec [B, S, F, T, 2C] float32 -> the bottleneck's input [B, S, L, Z] float32."""
+    b, s = spec.shape[:2]
+    x = spec.reshape(b * s, *spec.shape[2:])
+    if self.magnitude_input:
+      x = jnp.concatenate([x, log_magnitude(x)], axis=-1)
+    tokens, _ = self.patchifier(x.astype(self.dtype), gain=self.gain[...])
+    learned = jnp.concatenate([self.queries[...], self.registers[...]]).astype(self.dtype)
+    learned = jnp.broadcast_to(learned, (b * s, *learned.shape))
+    x = jnp.concatenate([tokens, learned], axis=1)
+    x = self.transformer(x[:, None])
+    latents = x[:, :, tokens.shape[1]:tokens.shape[1] + self.queries.shape[0]]
+    latents = self.head(self.transformer.norm_output(latents).astype(jnp.float32))[:, 0]
+    if self.shortcut is not None:
+      latents = latents + self.shortcut(tokens.astype(jnp.float32))
+    return latents.reshape(b, s, *latents.shape[1:])

@@ -1,0 +1,143 @@
+"""Parameters that know their axes, and the few layers that everything else is made of.
+
+Letters: B batch, S chunk, N = B*S chunks side by side, F frequency, T frame, P token, L latent, Z latent
+width, D width, C channel, H head, K head width, M hidden width of an MLP.
+
+Parameters are float32; a layer computes in the dtype of its input. Norms compute in float32.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+  """An initialiser with the name that parameter tables show."""
+  name: str
+  draw: Callable
+
+
+ZEROS = Init('zeros', lambda key, shape: jnp.zeros(shape, jnp.float32))
+ONES = Init('ones', lambda key, shape: jnp.ones(shape, jnp.float32))
+
+
+def normal(std: float) -> Init:
+  return Init(f'normal({std:.4g})', lambda key, shape: std * jax.random.normal(key, shape, jnp.float32))
+
+
+def xavier(fan_in: int, fan_out: int) -> Init:
+  """Xavier uniform; the fans are given because named dimensions hide them."""
+  limit = (6 / (fan_in + fan_out)) ** 0.5
+  return Init(f'xavier({fan_in}, {fan_out})',
+              lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit))
+
+
+def param(rngs: nnx.Rngs, shape, axes, init: Init) -> nnx.Param:
+  """A float32 parameter that carries its logical axes and its initialiser's name."""
+  if len(shape) != len(axes):
+    raise ValueError(f'shape {shape} and axes {axes} differ in length')
+  return nnx.Param(init.draw(rngs.params(), tuple(shape)), axes=tuple(axes), init=init.name)
+
+
+class Linear(nnx.Module):
+  """[..., in] -> [..., *out]; `out` may be several named dimensions."""
+
+  def __init__(self, in_dim, out_dims, *, axes, init=None, bias=True, rngs):
+    out_dims = (out_dims,) if isinstance(out_dims, int) else tuple(out_dims)
+    size = 1
+    for dim in out_dims:
+      size *= dim
+    self.kernel = param(rngs, (in_dim, *out_dims), axes, init or xavier(in_dim, size))
+    self.bias = param(rngs, out_dims, axes[1:], ZEROS) if bias else None
+
+  def __call__(self, x):
+    kernel = self.kernel[...].astype(x.dtype)
+    out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+
+
+class Conv3x3(nnx.Module):
+  """Same-padded 3x3 convolution on [N, F, T, C]."""
+
+  def __init__(self, in_dim, out_dim, *, init=None, bias=False, rngs):
+    self.kernel = param(rngs, (3, 3, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'),
+                        init or xavier(9 * in_dim, 9 * out_dim))
+    self.bias = param(rngs, (out_dim,), ('conv_out',), ZEROS) if bias else None
+
+  def __call__(self, x):
+    out = jax.lax.conv_general_dilated(
+        x, self.kernel[...].astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+
+
+class Scale(nnx.Module):
+  """The gain after a norm: a free vector, or 1 + a zero-initialised projection of the noise embedding."""
+
+  def __init__(self, dim, *, cond_dim=None, axis='embed', rngs):
+    self.gain = param(rngs, (dim,), (axis,), ONES) if cond_dim is None else None
+    self.cond = None if cond_dim is None else Linear(cond_dim, dim, axes=('cond', axis), init=ZEROS, rngs=rngs)
+
+  def __call__(self, cond=None):
+    """-> [D], or [..., D] for cond [..., cond]; float32."""
+    if self.cond is None:
+      return self.gain[...]
+    return 1 + self.cond(cond.astype(jnp.float32))
+
+
+class LayerNorm(nnx.Module):
+  """LayerNorm without bias over the last axis of [B, S, P, D]; noise-conditioned if `cond_dim` is given."""
+
+  def __init__(self, dim, *, cond_dim=None, eps=1e-4, rngs):
+    self.scale = Scale(dim, cond_dim=cond_dim, rngs=rngs)
+    self.eps = eps
+
+  def __call__(self, x, cond=None):
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    scale = self.scale(cond)
+    # [B, S, D] meets the tokens here, inside the layer: it is never stored per token.
+    return (y * (scale if scale.ndim == 1 else scale[:, :, None])).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm over the last axis with a learned gain."""
+
+  def __init__(self, dim, *, axis='head_dim', eps=1e-4, rngs):
+    self.gain = param(rngs, (dim,), (axis,), ONES)
+    self.eps = eps
+
+  def __call__(self, x):
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+    return (y * self.gain[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+  """GroupNorm over [N, F, T, C] with min(C/4, 32) groups; only a gain, free or noise-conditioned."""
+
+  def __init__(self, dim, *, cond_dim=None, eps=1e-5, rngs):
+    self.scale = Scale(dim, cond_dim=cond_dim, axis='conv_in', rngs=rngs)
+    self.groups = max(1, min(dim // 4, 32))
+    self.eps = eps
+
+  def __call__(self, x, cond=None):
+    n, f, t, c = x.shape
+    y = x.astype(jnp.float32).reshape(n, f * t, self.groups, c // self.groups)
+    mean = jnp.mean(y, axis=(1, 3), keepdims=True)
+    variance = jnp.mean(jnp.square(y - mean), axis=(1, 3), keepdims=True)
+    y = ((y - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(n, f, t, c)
+    scale = self.scale(cond)
+    return (y * (scale if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
+
+
+def remat(module: nnx.Module, *args, enabled: bool = True):
+  """module(*args); its activations are recomputed in the backward pass where `enabled`."""
+  if not enabled:
+    return module(*args)
+  graphdef, state = nnx.split(module)
+  return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)

@@ -1,0 +1,89 @@
+"""Pre-norm transformer with QK-norm and SwiGLU; its layers are stacked, scanned and rematerialised."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from m2l2.kernels.chunk_causal import chunk_causal_attention
+from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, normal, param
+
+REMATS = ('none', 'blocks', 'full')
+
+
+class Attention(nnx.Module):
+  """x -> to_out(SDPA(q, k, v)); q and k are RMS-normalised per head; the output projection starts at 0."""
+
+  def __init__(self, dim, *, heads, impl, rngs):
+    head_dim = dim // heads
+    self.qkv = Linear(dim, (3, heads, head_dim), axes=('embed', 'qkv', 'heads', 'head_dim'), bias=False, rngs=rngs)
+    self.q_norm = RMSNorm(head_dim, rngs=rngs)
+    self.k_norm = RMSNorm(head_dim, rngs=rngs)
+    self.out = param(rngs, (heads, head_dim, dim), ('heads', 'head_dim', 'embed'), ZEROS)
+    self.impl = impl
+
+  def __call__(self, x):
+    b, s, p, d = x.shape
+    qkv = self.qkv(x.reshape(b, s * p, d))
+    q, k, v = self.q_norm(qkv[:, :, 0]), self.k_norm(qkv[:, :, 1]), qkv[:, :, 2]
+    out = chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl)
+    return jnp.einsum('bphk,hkd->bpd', out, self.out[...].astype(x.dtype)).reshape(b, s, p, d)
+
+
+class SwiGLU(nnx.Module):
+  """Linear to two halves a and b of dim * mult / 2, SiLU(a) * b, zero-initialised Linear back."""
+
+  def __init__(self, dim, *, mult, rngs):
+    hidden = dim * mult // 2
+    self.inner = Linear(dim, (2, hidden), axes=('embed', 'gate', 'mlp'), bias=False, rngs=rngs)
+    self.out = Linear(hidden, dim, axes=('mlp', 'embed'), init=ZEROS, bias=False, rngs=rngs)
+
+  def __call__(self, x):
+    h = self.inner(x)
+    return self.out(jax.nn.silu(h[..., 0, :]) * h[..., 1, :])
+
+
+class Block(nnx.Module):
+  def __init__(self, dim, *, heads, mlp_mult, cond_dim, impl, rngs):
+    self.attention_norm = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs)
+    self.attention = Attention(dim, heads=heads, impl=impl, rngs=rngs)
+    self.mlp_norm = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs)
+    self.mlp = SwiGLU(dim, mult=mlp_mult, rngs=rngs)
+
+  def __call__(self, x, cond=None):
+    with jax.named_scope('attention'):
+      x = x + self.attention(self.attention_norm(x, cond))
+    with jax.named_scope('mlp'):
+      return x + self.mlp(self.mlp_norm(x, cond))
+
+
+class Transformer(nnx.Module):
+  """Tokens [B, S, P, D] -> the residual stream [B, S, P, D], chunk-causal over S.
+
+  Learned positions over [chunks, tokens]; one norm after adding them; `norm_output` (an attribute) is for
+  the caller that wants it (present where `output_norm`).
+  """
+
+  def __init__(self, dim, *, layers, heads, mlp_mult, tokens, chunks=1, cond_dim=None, output_norm=True,
+               remat='blocks', impl='xla', rngs):
+    self.positions = param(rngs, (chunks, tokens, dim), ('chunks', 'tokens', 'embed'), normal(dim ** -0.5))
+    self.norm_input = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs)
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+      return Block(dim, heads=heads, mlp_mult=mlp_mult, cond_dim=cond_dim, impl=impl, rngs=rngs)
+
+    self.layers = stack(rngs)
+    self.norm_output = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs) if output_norm else None
+    self.remat = remat
+
+  def __call__(self, x, cond=None):
+    x = x + self.positions[...][:x.shape[1]].astype(x.dtype)
+    x = self.norm_input(x, cond)
+    graphdef, stacked = nnx.split(self.layers)
+
+    def layer(x, state):
+      return nnx.merge(graphdef, state)(x, cond), None
+
+    body = layer if self.remat == 'none' else jax.checkpoint(layer)
+    return jax.lax.scan(body, x, stacked)[0]

@@ -1,0 +1,187 @@
+"""Waveform <-> compressed complex spectrogram, in chunks.
+
+A chunk is `frames` STFT frames. Spectrograms are `[B, S, F, T, C]`: batch, chunk, frequency bin, frame,
+and the real and imaginary parts of each audio channel in the order L_re, L_im, R_re, R_im. Magnitudes are
+compressed by beta * |c|^alpha (Music2Latent, section 3), either of the complex number (`polar`: the phase
+stays) or of its two parts apart (`component`: as CoDiCodec does).
+
+Everything here is pure jnp and runs inside jit; nothing here knows a model.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TRANSFORMS = ('polar', 'component')
+EDGES = ('pad', 'none')
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a signal of `num_samples` lies in frames and chunks."""
+  num_samples: int
+  lead: int    # zeros put before the first sample
+  frames: int  # frames that hold signal
+  chunks: int  # ceil(frames / frames per chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class Representation:
+  """STFT settings; one instance is shared by training and inference.
+
+  Attributes:
+    channels: audio channels (1 or 2).
+    window: samples of the periodic Hann window (= FFT size).
+    hop: samples between frames; divides `window`, at most half of it.
+    bins: frequency bins kept, from DC up (window // 2 drops just the Nyquist bin).
+    frames: frames per chunk.
+    transform: 'polar' or 'component'.
+    alpha, beta: exponent and gain of the compression.
+    edges: 'pad' puts window - hop zeros before the signal and frames over its end, so that no sample is
+      faded by a half-covered frame; 'none' frames just what is there (the ancestors' way).
+  """
+  channels: int = 1
+  window: int = 2048
+  hop: int = 512
+  bins: int = 1024
+  frames: int = 64
+  transform: str = 'polar'
+  alpha: float = 0.65
+  beta: float = 0.34
+  edges: str = 'pad'
+
+  def __post_init__(self):
+    if self.transform not in TRANSFORMS:
+      raise ValueError(f'representation.transform is {self.transform!r}; choose from {TRANSFORMS}')
+    if self.edges not in EDGES:
+      raise ValueError(f'representation.edges is {self.edges!r}; choose from {EDGES}')
+    if self.window % self.hop or self.window < 2 * self.hop:
+      raise ValueError(f'representation.hop {self.hop} must divide window {self.window} at least twice')
+    if not 0 < self.bins <= self.window // 2:
+      raise ValueError(f'representation.bins {self.bins} must be in 1..{self.window // 2}')
+
+  @property
+  def overlap(self) -> int:
+    """Samples of a frame that the next frame covers too."""
+    return self.window - self.hop
+
+  @property
+  def chunk_samples(self) -> int:
+    """Samples from the start of one chunk to the start of the next."""
+    return self.frames * self.hop
+
+  @property
+  def spec_channels(self) -> int:
+    return 2 * self.channels
+
+  def crop_samples(self, chunks: int) -> int:
+    """Samples that make exactly `chunks` chunks without padding: 2 chunks of 64 x 512 take 67072."""
+    return chunks * self.chunk_samples + self.overlap
+
+  def layout(self, num_samples: int) -> Layout:
+    """Frames and chunks of a signal of `num_samples` >= 1 samples."""
+    if num_samples < 1:
+      raise ValueError('a signal needs at least one sample')
+    if self.edges == 'pad':
+      lead = self.overlap
+      frames = -(-(num_samples + lead) // self.hop)
+    else:
+      lead = 0
+      frames = max(1, (num_samples - self.window) // self.hop + 1)
+    return Layout(num_samples, lead, frames, -(-frames // self.frames))
+
+  def analyse(self, audio):
+    """[..., C, N] float32 with N = crop_samples(S) -> spectrogram [..., S, F, T, 2C] float32."""
+    chunks, rest = divmod(audio.shape[-1] - self.overlap, self.chunk_samples)
+    if rest or chunks < 1:
+      raise ValueError(f'analyse takes crop_samples(S) samples; {audio.shape[-1]} is not a whole number of chunks')
+    spec = stft(audio, window=self.window, hop=self.hop)[..., :self.bins]   # [..., C, S*T, F]
+    spec = self.compress(jnp.stack([spec.real, spec.imag], axis=-1))        # [..., C, S*T, F, 2]
+    spec = spec.reshape(*spec.shape[:-3], chunks, self.frames, self.bins, 2)
+    # [..., C, S, T, F, 2] -> [..., S, F, T, C, 2]
+    spec = jnp.moveaxis(spec, (-5, -3), (-2, -3))
+    return spec.reshape(*spec.shape[:-2], self.spec_channels)
+
+  def synthesise(self, spec, tail=None):
+    """Spectrogram [..., S, F, T, 2C] -> audio [..., C, S*T*hop] and the tail [..., C, overlap].
+
+    The tail is what the last frames add beyond the block: give it to the next block's call, or append it
+    to the last block. Samples that all window/hop frames cover are exact but for the Nyquist bin.
+    """
+    *lead, chunks, bins, frames, _ = spec.shape
+    spec = spec.reshape(*lead, chunks, bins, frames, self.channels, 2)
+    spec = jnp.moveaxis(spec, (-2, -4), (-5, -2))      # [..., C, S, T, F, 2]
+    spec = spec.reshape(*lead, self.channels, chunks * frames, bins, 2)
+    spec = self.expand(spec)
+    audio = istft(jax.lax.complex(spec[..., 0], spec[..., 1]), window=self.window, hop=self.hop)
+    if tail is not None:
+      audio = audio.at[..., :self.overlap].add(tail)
+    return audio[..., :-self.overlap], audio[..., -self.overlap:]
+
+  def compress(self, parts):
+    """Real and imaginary parts [..., 2] -> compressed parts: |c| -> beta |c|^alpha."""
+    if self.transform == 'polar':
+      return parts * _safe_power(_square_sum(parts), (self.alpha - 1) / 2) * self.beta
+    return jnp.sign(parts) * _safe_power(jnp.square(parts), self.alpha / 2) * self.beta
+
+  def expand(self, parts):
+    """The inverse of `compress`."""
+    gain = self.beta ** (-1 / self.alpha)
+    if self.transform == 'polar':
+      return parts * _safe_power(_square_sum(parts), (1 / self.alpha - 1) / 2) * gain
+    return jnp.sign(parts) * _safe_power(jnp.square(parts), 0.5 / self.alpha) * gain
+
+  def magnitude(self, spec):
+    """Compressed magnitudes of each audio channel: [..., 2C] -> [..., C]; its gradient at 0 is 0."""
+    parts = spec.reshape(*spec.shape[:-1], self.channels, 2)
+    return _safe_power(_square_sum(parts), 0.5)[..., 0]
+
+
+def stft(audio, *, window: int, hop: int):
+  """[..., N] float32 -> complex64 [..., frames, window // 2 + 1]; frames by plain unfolding, no padding.
+
+  Periodic Hann window, no normalisation: a unit sine on a bin's centre has magnitude window / 4.
+  """
+  blocks = (audio.shape[-1] - window) // hop + window // hop
+  hops = audio[..., :blocks * hop].reshape(*audio.shape[:-1], blocks, hop)
+  shifts = window // hop
+  frames = jnp.concatenate([hops[..., i:blocks - shifts + 1 + i, :] for i in range(shifts)], axis=-1)
+  return jnp.fft.rfft(frames * _hann(window))
+
+
+def istft(spec, *, window: int, hop: int):
+  """complex64 [..., frames, bins] -> [..., frames * hop + window - hop] float32; missing bins are zero.
+
+  Each frame is weighted by the Hann window over the sum of squared windows at its hop phase, so what all
+  window / hop frames cover is exact; the outer window - hop samples come out faded.
+  """
+  shifts = window // hop
+  hann = _hann(window)
+  # Per hop phase, not per sample of the signal: the fade at the edges stays, as in every overlap-add.
+  norm = np.tile(np.square(hann).reshape(shifts, hop).sum(0), shifts)
+  missing = window // 2 + 1 - spec.shape[-1]
+  spec = jnp.pad(spec, [(0, 0)] * (spec.ndim - 1) + [(0, missing)])
+  frames = jnp.fft.irfft(spec, n=window) * (hann / norm).astype(np.float32)
+  frames = frames.reshape(*frames.shape[:-1], shifts, hop)
+  count = frames.shape[-3]
+  lead = [(0, 0)] * (frames.ndim - 3)
+  hops = sum(jnp.pad(frames[..., i, :], lead + [(i, shifts - 1 - i), (0, 0)]) for i in range(shifts))
+  return hops.reshape(*hops.shape[:-2], (count + shifts - 1) * hop)
+
+
+@functools.cache
+def _hann(window: int):
+  return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)).astype(np.float32)
+
+
+def _square_sum(parts):
+  return jnp.sum(jnp.square(parts), axis=-1, keepdims=True)
+
+
+def _safe_power(square, exponent: float):
+  """square ** exponent where square > 0, else 0, with a zero gradient there instead of nan."""
+  positive = square > 1e-30  # below, float32 squares of the parts have lost their digits
+  return jnp.where(positive, jnp.where(positive, square, 1.0) ** exponent, 0.0)

@@ -1,0 +1,225 @@
+"""One update, as pure functions of (state, batch): loss, gradients, optimizer, moving average, measurements.
+
+The functions are built for one config by `make_step_functions` and jitted by the caller. Randomness is
+fold_in(seed, step, item): it depends neither on the number of devices nor on gradient accumulation.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m2l2.consistency import Consistency
+from m2l2.model import envelope
+from m2l2.model.autoencoder import Network
+from m2l2.optim import ema_decay, ema_update
+from m2l2.representation import Representation
+
+SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
+SATURATED = 0.99                # |z| above this counts as saturated (music2latent2.md 3.4)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a run carries from step to step.
+
+  Attributes:
+    step: int32[], updates tried (also the skipped ones).
+    params, ema: nested dicts of float32 arrays.
+    opt_state: optax's.
+    skipped, skipped_in_a_row: int32[], updates left out because the gradient was not finite.
+  """
+  step: jax.Array
+  params: dict
+  ema: dict
+  opt_state: tuple
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+  """What the loop calls.
+
+  init(key) -> TrainState
+  train_step(state, batch) -> (TrainState, metrics); batch['audio'] is float32 [B, C, N], N = crop_samples
+  probe_step(params, batch, key) -> metrics of one-step decoding from sigma_max
+  """
+  init: Callable
+  train_step: Callable
+  probe_step: Callable
+  logical_axes: dict
+  network: Network
+  crop_samples: int
+  channels: int
+  sample_rate: int
+  native_rates: tuple
+
+
+def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
+                        optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
+                        total_steps: int, accumulate: int, envelope_weight: float, native_rates) -> StepFunctions:
+  """Binds the parts to the three functions; `accumulate` microbatches make one update."""
+  bottleneck = network.arch.make_bottleneck()
+  chunks = network.arch.chunks
+
+  def loss_fn(params, audio, keys, progress):
+    """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
+    spec = representation.analyse(audio)
+    level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
+    high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
+    noise = jax.vmap(lambda k: jax.random.normal(k, spec.shape[1:]))(noise_keys)
+
+    # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
+    pre = network.encode(params, spec)
+    z = bottleneck(pre, keys=drop_keys)
+    features = network.decode(params, z)
+    data_std = local_deviation(consistency, features)
+    student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
+    teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+    per_chunk = consistency.loss(student, teacher, high=high, low=low)
+    loss = jnp.mean(per_chunk)
+    metrics = {'loss/consistency': loss, **_loss_bands(per_chunk, high), **latent_metrics(pre, z),
+               **feature_metrics(features)}
+    if 'log_magnitude' in features:
+      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec))
+      metrics['loss/envelope'] = error
+      loss = loss + envelope_weight * error
+    return loss, metrics
+
+  def gradients(params, audio, keys, progress):
+    grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+      (loss, metrics), grads = grad(params, audio, keys, progress)
+      return grads, {'loss': loss, **metrics}
+
+    def add(total, micro):
+      (loss, metrics), grads = grad(params, *micro, progress)
+      return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
+
+    # Strided, so that with a sharded batch every device works on every microbatch.
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
+    grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+    return jax.tree.map(lambda g: g / accumulate, grads), jax.tree.map(lambda m: jnp.nanmean(m, axis=0), metrics)
+
+  def init(key):
+    params = network.init(key)
+    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
+                      opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+
+  def train_step(state, batch):
+    audio = batch['audio']
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
+    grads, metrics = gradients(state.params, audio, keys, state.step / total_steps)
+    grad_norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step, decay=ema_max)
+    ema = ema_update(state.ema, params, decay)
+
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+    state = TrainState(
+        step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
+    metrics |= {
+        'norm/gradients': grad_norm, 'norm/parameters': optax.global_norm(params),
+        'norm/updates': optax.global_norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+        'step_size': consistency.step((state.step - 1) / total_steps),
+        'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+    return state, jax.tree.map(jnp.float32, metrics)
+
+  def probe_step(params, batch, key):
+    return probe(params, batch['audio'], key, network=network, representation=representation, consistency=consistency)
+
+  return StepFunctions(
+      init=init, train_step=train_step, probe_step=probe_step, logical_axes=network.logical_axes, network=network,
+      crop_samples=representation.crop_samples(chunks), channels=representation.channels,
+      sample_rate=native_rates[0], native_rates=tuple(native_rates))
+
+
+def probe(params, audio, key, *, network, representation, consistency):
+  """Does decoding use the latents? One step from sigma_max on audio [B, C, N], B >= 2 (learning.md).
+
+  swap: relative change of the output when another item's latents meet the same noise.
+  energy: RMS of the output over RMS of the source.
+  log_magnitude_l1: mean |log(1 + 10|c|)| error of the output; log_magnitude_l1_swapped with the wrong latents.
+  snr_{sigma}: SNR in dB of denoising at that level, with the right latents and with the wrong ones.
+  """
+  spec = representation.analyse(audio)
+  pre = network.encode(params, spec)
+  z = network.arch.make_bottleneck()(pre)
+  noise = jax.random.normal(key, spec.shape)
+  own = network.decode(params, z)
+  wrong = network.decode(params, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1))
+
+  def estimate(features, sigma, base):
+    level = jnp.full(spec.shape[:2], sigma, jnp.float32)
+    return _denoise(network, consistency, params, base, noise, level, features, local_deviation(consistency, features))
+
+  decoded = estimate(own, consistency.sigma_max, jnp.zeros_like(spec))
+  swapped = estimate(wrong, consistency.sigma_max, jnp.zeros_like(spec))
+  target = envelope.log_magnitude(spec)
+  metrics = {
+      'swap': _norm(decoded - swapped) / jnp.maximum(_norm(decoded), 1e-9),
+      'energy': _norm(decoded) / _norm(spec),
+      'log_magnitude_l1': jnp.mean(jnp.abs(envelope.log_magnitude(decoded) - target)),
+      'log_magnitude_l1_swapped': jnp.mean(jnp.abs(envelope.log_magnitude(swapped) - target)),
+      **latent_metrics(pre, z)}
+  for sigma in (0.2, 1.0):
+    for name, features in (('', own), ('_swapped', wrong)):
+      error = _norm(estimate(features, sigma, spec) - spec)
+      metrics[f'snr_{sigma}{name}'] = 20 * jnp.log10(_norm(spec) / jnp.maximum(error, 1e-9))
+  return jax.tree.map(jnp.float32, metrics)
+
+
+def local_deviation(consistency: Consistency, features):
+  """sigma_data per element from the predicted envelope where consistency.local, else None."""
+  if not consistency.local:
+    return None
+  return jax.lax.stop_gradient(envelope.deviation(features['log_magnitude'], floor=consistency.local_floor))
+
+
+def latent_metrics(pre, z):
+  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh."""
+  flat = z.reshape(-1, z.shape[-2] * z.shape[-1])
+  spread = jnp.std(flat, axis=0)
+  return {'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
+          'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
+          'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
+
+
+def feature_metrics(features):
+  """RMS of the cross-connection features, and how much of it differs from chunk to chunk."""
+  rms, varying = [], []
+  for m in features['maps']:
+    m = m.astype(jnp.float32)
+    rms.append(jnp.sqrt(jnp.mean(jnp.square(m))))
+    varying.append(jnp.sqrt(jnp.mean(jnp.var(m, axis=(0, 1)))))
+  rms, varying = jnp.stack(rms), jnp.stack(varying)
+  return {'feature/rms': jnp.max(rms), 'feature/varying': jnp.mean(varying / jnp.maximum(rms, 1e-9))}
+
+
+def _denoise(network, consistency, params, spec, noise, sigma, features, data_std):
+  noisy = spec + sigma[:, :, None, None, None] * noise
+  return consistency.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma, sigma_data=data_std)
+
+
+def _loss_bands(per_chunk, sigma):
+  """Mean loss by band of the upper noise level; nan where the batch holds none."""
+  metrics = {}
+  for low, high in zip((0.0, *SIGMA_BANDS), (*SIGMA_BANDS, float('inf'))):
+    inside = (sigma >= low) & (sigma < high)
+    metrics[f'loss/sigma_{low:g}_{high:g}'] = jnp.sum(jnp.where(inside, per_chunk, 0.0)) / jnp.sum(inside)
+  return metrics
+
+
+def _norm(x):
+  return jnp.sqrt(jnp.sum(jnp.square(x)))
