@@ -48,7 +48,7 @@ make_environment() {
   say "making $directory with $("$python" --version 2>&1): about a minute, 1 GB"
   rm -rf "$directory"
   "$python" -m venv "$directory" || give_up "could not make $directory"
-  "$directory/bin/python" -m pip install --quiet --editable ".[$extras]" </dev/null ||
+  "$directory/bin/python" -m pip install -qq --editable ".[$extras]" </dev/null ||
     give_up "pip could not install m2l2[$extras]; its message is above"
   printf '%s\n' "$stamp" > "$directory/stamp"  # last: a broken install is made anew
 }

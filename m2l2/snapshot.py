@@ -98,7 +98,7 @@ def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
   for name in sorted(arrays):
     array = arrays[name]
     digest.update(f'{name} {array.shape} {array.dtype.name}\n'.encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()[:16]
 
 

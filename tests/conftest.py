@@ -41,7 +41,8 @@ def tone(tmp_path):
   name's ending says; further keywords go to `soundfile.write`.
   """
 
-  def make(name='tone.wav', *, seconds=1., sample_rate=44100, channels=1, frequency=440., **options):
+  def make(name='tone.wav', *, seconds=1., sample_rate=44100, channels=1, frequency=440.,
+           **options):
     time = np.arange(round(seconds * sample_rate)) / sample_rate
     pitches = frequency * 1.5 ** np.arange(channels)
     audio = .5 * np.sin(2 * np.pi * np.outer(time, pitches))

@@ -1,0 +1,283 @@
+"""The floors of the house: who may import whom.
+
+Imports are read from the source (at every level, also inside functions), never executed, so a
+floor broken in a rarely run branch is found too. The last test executes.
+"""
+
+import ast
+import dataclasses
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Beside the standard library and one's own package, these may import only what is named.
+FLOORS = {
+    'm2l2.kernels': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.representation': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.consistency': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
+                   'm2l2.consistency', 'm2l2.sharding'),
+    'm2l2.errors': (),
+    'm2l2.snapshot': ('numpy', 'safetensors', 'm2l2.errors'),
+}
+
+# These may not import what is named.
+BANS = {
+    'm2l2.train_step': ('m2l2.codec',),
+    'm2l2.codec': ('m2l2.train_step', 'm2l2.train'),
+    'm2l2.data': ('m2l2.model', 'm2l2.kernels', 'm2l2.representation', 'm2l2.consistency',
+                  'm2l2.build', 'm2l2.codec', 'm2l2.train_step', 'm2l2.train', 'flax'),
+}
+
+# These may be imported only by what is named.
+KEEPERS = {
+    'soundfile': ('m2l2.data.audio_io',),
+    # The one class that build constructs from a config; the model's own files see each other.
+    'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
+}
+
+# What encoding and decoding execute, and what that must never pull in. flax imports optax
+# by itself, so optax is forbidden to our files but may be in memory.
+INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec', 'm2l2.consistency',
+             'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
+             'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
+TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
+            'tensorflow_datasets', 'torch')
+# These two also serve training, from inside functions that inference never calls.
+LAZY = ('m2l2.build', 'm2l2.cli')
+
+VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
+LONGEST_LOOP = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+  name: str  # dotted, e.g. 'jax.numpy' or 'm2l2.errors.UserError'
+  at_import: bool  # executed when the module is imported, not inside a function
+
+
+def read_imports(source, *, module, is_package=False):
+  """Every import of a source text, but for those under `if TYPE_CHECKING:`."""
+  package = module if is_package else module.rpartition('.')[0]
+  found = []
+
+  def visit(node, at_import):
+    if isinstance(node, ast.Import):
+      found.extend(Import(alias.name, at_import) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        above = package.split('.')[:len(package.split('.')) - node.level + 1]
+        base = '.'.join([*above, *([base] if base else [])])
+      found.extend(Import(base if alias.name == '*' else f'{base}.{alias.name}', at_import)
+                   for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+      called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(
+          node.func, 'id', '')
+      if called in ('import_module', '__import__'):
+        found.append(Import(node.args[0].value, at_import))
+    if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
+      children = node.orelse
+    else:
+      children = ast.iter_child_nodes(node)
+    inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    for child in children:
+      visit(child, at_import and not inside)
+
+  visit(ast.parse(source), True)
+  return found
+
+
+def read_house():
+  """{module: its imports} of everything under m2l2/ and configs/ (which is m2l2.configs)."""
+  house = {}
+  for folder, package in ((ROOT / 'm2l2', 'm2l2'), (ROOT / 'configs', 'm2l2.configs')):
+    for path in sorted(folder.rglob('*.py')):
+      parts = path.relative_to(folder).with_suffix('').parts
+      is_package = parts[-1] == '__init__'
+      module = '.'.join([package, *(parts[:-1] if is_package else parts)])
+      house[module] = read_imports(path.read_text(), module=module, is_package=is_package)
+  return house
+
+
+def within(name, packages):
+  return any(name == package or name.startswith(f'{package}.') for package in packages)
+
+
+def reached(house, module, *, lazy):
+  """The modules of the house that `module` pulls in, itself included.
+
+  Imports inside functions are followed too, except in the modules `lazy`.
+  """
+  seen, queue = set(), [module]
+  while queue:
+    current = queue.pop()
+    while current and current not in house:  # a name in a module: the module
+      current = current.rpartition('.')[0]
+    if not current or current in seen:
+      continue
+    seen.add(current)
+    queue.append(current.rpartition('.')[0])  # importing a.b runs a/__init__.py
+    queue.extend(item.name for item in house[current] if item.at_import or current not in lazy)
+  return seen
+
+
+def broken_floors(house):
+  """One line for each import that breaks a floor."""
+  lines = []
+  for module, imports in house.items():
+    names = {item.name for item in imports}
+    for floor, allowed in FLOORS.items():
+      if within(module, [floor]):
+        lines += [f'{module} imports {name}: not on its floor' for name in names
+                  if name.partition('.')[0] not in sys.stdlib_module_names
+                  and not within(name, [floor, *allowed])]
+    for floor, banned in BANS.items():
+      if within(module, [floor]):
+        lines += [f'{module} imports {name}: banned' for name in names if within(name, banned)]
+    for kept, keepers in KEEPERS.items():
+      if not within(module, keepers):
+        lines += [f'{module} imports {name}: only {" and ".join(keepers)} may' for name in names
+                  if within(name, [kept])]
+  for root in set(INFERENCE) & set(house):
+    for module in reached(house, root, lazy=LAZY):
+      lines += [f'{module} imports {item.name}: {root} must do without it'
+                for item in house[module] if within(item.name, TRAINING)
+                and (item.at_import or module not in LAZY)]
+  return sorted(set(lines))
+
+
+def vague_names(paths):
+  return [str(path) for path in paths if Path(path).stem in VAGUE]
+
+
+def test_no_floor_is_broken():
+  assert broken_floors(read_house()) == []
+
+
+def test_the_files_the_rules_speak_of_exist():
+  house = read_house()
+  keepers = {name for names in KEEPERS.values() for name in names}
+  named = {*FLOORS, *BANS, *INFERENCE, *LAZY, *keepers}
+  assert sorted(named - set(house)) == []
+
+
+def test_names_say_something():
+  paths = [path.relative_to(ROOT) for folder in ('m2l2', 'configs', 'tests', 'launch')
+           for path in (ROOT / folder).rglob('*') if '__pycache__' not in path.parts]
+  assert vague_names(paths) == []
+
+
+def test_the_loop_is_one_short_file():
+  assert len((ROOT / 'm2l2' / 'train.py').read_text().splitlines()) <= LONGEST_LOOP
+
+
+# ---- the checker itself -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('source,expected', [
+    ('import jax.numpy as jnp, os', ['jax.numpy', 'os']),
+    ('from m2l2 import errors', ['m2l2.errors']),
+    ('from m2l2.errors import UserError as E', ['m2l2.errors.UserError']),
+    ('from .layers import Linear', ['m2l2.model.layers.Linear']),
+    ('from . import layers', ['m2l2.model.layers']),
+    ('from ..errors import UserError', ['m2l2.errors.UserError']),
+    ('from grain import *', ['grain']),
+    ('def f():\n  if 1:\n    import grain', ['grain']),
+    ('class A:\n  def f(self):\n    from clu import metrics', ['clu.metrics']),
+    ('try:\n  import torch\nexcept ImportError:\n  import numpy', ['torch', 'numpy']),
+    ('import importlib\nimportlib.import_module("grain")', ['importlib', 'grain']),
+    ('f = lambda: __import__("torch")', ['torch']),
+    ('if TYPE_CHECKING:\n  import grain\nelse:\n  import numpy', ['numpy']),
+])
+def test_imports_are_found(source, expected):
+  found = read_imports(source, module='m2l2.model.encoder')
+  assert [item.name for item in found] == expected
+  deep = 'def ' in source or 'lambda' in source
+  assert all(item.at_import != deep for item in found)
+
+
+def test_relative_imports_of_a_package_start_at_itself():
+  found = read_imports('from .encoder import Encoder', module='m2l2.model', is_package=True)
+  assert [item.name for item in found] == ['m2l2.model.encoder.Encoder']
+
+
+def small_house(files):
+  return {'m2l2': [], **{name: read_imports(text, module=name) for name, text in files.items()}}
+
+
+@pytest.mark.parametrize('files,line', [
+    ({'m2l2.kernels.flash': 'import flax'}, 'm2l2.kernels.flash imports flax: not on its floor'),
+    ({'m2l2.representation': 'import scipy.fft'}, 'imports scipy.fft: not on its floor'),
+    ({'m2l2.consistency': 'def f():\n  from m2l2.model import layers'}, 'not on its floor'),
+    ({'m2l2.consistency': 'from m2l2 import representation'}, 'not on its floor'),
+    ({'m2l2.sharding': 'import jaxtyping'}, 'm2l2.sharding imports jaxtyping: not on its floor'),
+    ({'m2l2.model.encoder': 'import optax'}, 'm2l2.model.encoder imports optax: not on its floor'),
+    ({'m2l2.model.encoder': 'from m2l2.build import make'}, 'not on its floor'),
+    ({'m2l2.train_step': 'import m2l2.codec'}, 'm2l2.train_step imports m2l2.codec: banned'),
+    ({'m2l2.codec': 'def f():\n  from m2l2 import train_step'}, 'm2l2.train_step: banned'),
+    ({'m2l2.data.sources': 'from m2l2.model.layers import Linear'}, 'Linear: banned'),
+    ({'m2l2.codec': 'import soundfile'}, 'soundfile: only m2l2.data.audio_io may'),
+    ({'m2l2.configs.base': 'from soundfile import read'}, 'only m2l2.data.audio_io may'),
+    ({'m2l2.codec': 'from m2l2.model.autoencoder import Autoencoder'}, 'only m2l2.build and'),
+    ({'m2l2.codec': 'from m2l2.model import autoencoder'}, 'only m2l2.build and m2l2.model may'),
+    ({'m2l2.codec': 'def f():\n  import clu'}, 'imports clu: m2l2.codec must do without it'),
+    ({'m2l2.codec': 'import m2l2.optim', 'm2l2.optim': 'import optax'},
+     'm2l2.optim imports optax: m2l2.codec must do without it'),
+    ({'m2l2.codec': 'from m2l2.build import make', 'm2l2.build': 'from m2l2 import optim',
+      'm2l2.optim': 'import optax'}, 'm2l2.optim imports optax: m2l2.codec must do without it'),
+    ({'m2l2.build': 'import ml_collections'}, 'm2l2.build must do without it'),
+    ({'m2l2.data.audio_io': '', 'm2l2.data': 'from grain import MapDataset'},
+     'm2l2.data imports grain.MapDataset: m2l2.data.audio_io must do without it'),
+])
+def test_a_broken_floor_is_told(files, line):
+  house = small_house(files)
+  assert any(line in told for told in broken_floors(house)), broken_floors(house)
+
+
+@pytest.mark.parametrize('files', [
+    {'m2l2.kernels.flash': 'import functools, jax\nfrom jax.experimental import pallas\n'
+                           'from m2l2.kernels.plain import f\nfrom m2l2.errors import UserError'},
+    {'m2l2.model.decoder': 'from flax import nnx\nfrom m2l2.kernels.flash import f'},
+    {'m2l2.codec': 'if typing.TYPE_CHECKING:\n  from m2l2.model.autoencoder import Autoencoder'},
+    {'m2l2.build': 'from m2l2.model.autoencoder import Autoencoder\n'
+                   'def f():\n  from m2l2 import optim, train_step',
+     'm2l2.codec': 'from m2l2 import build', 'm2l2.optim': 'import optax', 'm2l2.train_step': ''},
+    {'m2l2.data.audio_io': 'import soundfile', 'm2l2.data.pipeline': 'import grain'},
+])
+def test_a_sound_house_passes(files):
+  house = small_house(files)
+  assert broken_floors(house) == []
+
+
+def test_vague_names_are_told():
+  assert vague_names(['m2l2/data/utils.py', 'm2l2/misc', 'launch/common.sh']) == [
+      'm2l2/data/utils.py', 'm2l2/misc', 'launch/common.sh']
+  assert vague_names(['m2l2/optim.py', 'm2l2/data/audio_io.py']) == []
+
+
+# ---- executed -----------------------------------------------------------------------------------
+
+
+def run(code):
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout.split()
+
+
+def test_importing_m2l2_imports_nothing_else():
+  loaded = run('import sys; before = set(sys.modules); import m2l2; '
+               'print(*{name.partition(".")[0] for name in set(sys.modules) - before})')
+  assert set(loaded) - sys.stdlib_module_names == {'m2l2'}
+
+
+def test_inference_runs_without_the_training_libraries():
+  loaded = run(f'import sys; import {", ".join(INFERENCE)}; '
+               'print(*{name.partition(".")[0] for name in sys.modules})')
+  assert 'jax' in loaded
+  assert not set(loaded) & set(TRAINING) - {'optax'}

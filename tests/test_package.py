@@ -1,0 +1,138 @@
+"""The package: light by default, everything imported is declared, nothing stray at the root."""
+
+import configparser
+import importlib.metadata
+from pathlib import Path
+import re
+import stat
+import sys
+import tomllib
+
+import m2l2
+import pytest
+from test_layering import INFERENCE, LAZY, ROOT, reached, read_house
+
+# What `pip install m2l2` must never pull in by our own wish.
+HEAVY = {'apache-beam', 'av', 'clu', 'grain', 'ml-collections', 'onnxruntime', 'optax',
+         'orbax-checkpoint', 'tensorboard', 'tensorflow', 'tensorflow-cpu', 'tensorflow-datasets',
+         'torch'}
+EXTRAS = {'av', 'beam', 'codicodec', 'cuda', 'dev', 'eval', 'tensorboard', 'tpu', 'train'}
+# Distributions by what is imported from them, where the two differ.
+DISTRIBUTIONS = {'absl': 'absl-py', 'apache_beam': 'apache-beam', 'orbax': 'orbax-checkpoint',
+                 'ml_collections': 'ml-collections', 'tensorflow_datasets': 'tensorflow-datasets',
+                 'visqol': 'visqol-python'}
+AT_ROOT = {'CITATION.cff', 'LICENSE', 'README.md', 'colabs', 'configs', 'launch', 'm2l2',
+           'pyproject.toml', 'setup.cfg', 'tests'}
+MADE = {'build', 'data', 'dist', 'm2l2.egg-info', 'runs'}  # by tools and by use; git ignores them
+
+SETUP = configparser.ConfigParser(interpolation=None, comment_prefixes='#')
+SETUP.read(ROOT / 'setup.cfg')
+
+
+def listed(section, option):
+  return [line for line in SETUP[section][option].split('\n') if line]
+
+
+def names(requirements):
+  return {re.match(r'[\w.-]+', line)[0] for line in requirements}
+
+
+def extras():
+  return {name: listed('options.extras_require', name) for name in SETUP['options.extras_require']}
+
+
+def third_parties(house):
+  tops = {item.name.partition('.')[0] for imports in house.values() for item in imports}
+  tops -= {*sys.stdlib_module_names, 'm2l2'}
+  return {DISTRIBUTIONS.get(top, top) for top in tops}
+
+
+def test_the_light_install_is_light():
+  light = names(listed('options', 'install_requires'))
+  assert {'jax', 'flax', 'numpy', 'safetensors', 'soundfile', 'soxr'} <= light
+  assert not light & HEAVY
+
+
+def test_extras():
+  assert EXTRAS <= set(extras())
+  assert {'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'ml-collections',
+          'clu'} <= names(extras()['train'])
+  assert not names(extras()['train']) & {'tensorflow', 'tensorflow-cpu', 'torch'}
+
+
+def test_jax_is_bounded():
+  assert 'jax>=0.10.2,<0.13' in listed('options', 'install_requires')
+  assert SETUP['options']['python_requires'] == '>=3.11'
+
+
+def test_inference_imports_only_what_the_light_install_declares():
+  house = read_house()
+  files = {module for root in INFERENCE for module in reached(house, root, lazy=LAZY)} - {*LAZY}
+  missing = third_parties({module: house[module] for module in files}) - names(listed('options', 'install_requires'))
+  assert not missing
+
+
+def test_every_import_is_declared_somewhere():
+  declared = names(listed('options', 'install_requires')).union(*map(names, extras().values()))
+  assert not third_parties(read_house()) - declared
+
+
+def test_every_package_is_listed():
+  """setuptools installs what setup.cfg lists; a package not listed works only in a checkout."""
+  found = {'.'.join(path.parent.relative_to(ROOT).parts)
+           for path in (ROOT / 'm2l2').rglob('__init__.py')}
+  assert set(listed('options', 'packages')) == found | {'m2l2.configs'}
+
+
+def test_assets_are_package_data():
+  assert listed('options.package_data', 'm2l2') == ['assets/**/*']
+  assert (ROOT / 'm2l2' / 'assets').is_dir()
+
+
+def test_pyproject_only_points_at_setuptools():
+  assert set(tomllib.loads((ROOT / 'pyproject.toml').read_text())) == {'build-system'}
+  assert len((ROOT / 'pyproject.toml').read_text().splitlines()) == 3
+
+
+def test_nothing_stray_at_the_root():
+  found = {path.name for path in ROOT.iterdir() if not path.name.startswith('.')}
+  assert found - AT_ROOT - MADE == set()
+
+
+def test_git_ignores_data_at_the_root_only():
+  lines = (ROOT / '.gitignore').read_text().splitlines()
+  assert '/data/' in lines and 'data/' not in lines and 'data' not in lines
+
+
+def test_license_is_apache():
+  text = (ROOT / 'LICENSE').read_text()
+  assert 'Apache License' in text and 'END OF TERMS AND CONDITIONS' in text
+  assert SETUP['metadata']['license'] == 'Apache-2.0'
+
+
+def test_scripts_are_executable():
+  scripts = [ROOT / '.ci' / 'run', *(path for path in (ROOT / 'launch').glob('*.sh')
+                                     if path.read_text().startswith('#!'))]
+  assert len(scripts) >= 2
+  for path in scripts:
+    assert path.stat().st_mode & stat.S_IXUSR, path
+
+
+def test_version_has_one_source():
+  assert SETUP['metadata']['version'] == 'attr: m2l2.__version__'
+  assert re.fullmatch(r'\d+\.\d+\.\d+', m2l2.__version__)
+
+
+def test_the_public_names():
+  assert dir(m2l2) == sorted(m2l2.__all__) == ['Codec', 'Latents', '__version__', 'load']
+  for name in m2l2.__all__:
+    assert getattr(m2l2, name) is not None
+  with pytest.raises(AttributeError, match="'m2l2' has no attribute 'lode'"):
+    m2l2.lode
+
+
+def test_the_presets_are_installed():
+  import m2l2.configs
+  assert Path(m2l2.configs.__file__).parent == ROOT / 'configs'
+  (script,) = importlib.metadata.entry_points(group='console_scripts', name='m2l2')
+  assert script.value == 'm2l2.cli:main'
