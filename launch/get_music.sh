@@ -173,6 +173,7 @@ while read -r name split expected; do
     echo "get_music: warning: $name has $hours hours where $expected were expected" >&2
   sum[$split]=$(awk -v a="${sum[$split]}" -v b="$hours" 'BEGIN { print a + b }')
 done <<< "$packages"
-printf '%s: %.2f hours to train on, %.2f hours held out\n' "$output" "${sum[train]}" "${sum[heldout]}"
+printf '%s: %.2f hours to train on, %.2f hours held out\n' \
+  "$output" "${sum[train]}" "${sum[heldout]}"
 ((${#failed[@]} == 0)) ||
   fail "${#failed[@]} not fetched: ${failed[*]}; run the same command again, or go on without"

@@ -5,8 +5,9 @@ Waveforms lie in [-1, 1]; spectra are plain sums over a Hann window, without nor
 what the floors below refer to. Frames are centred: `n_fft // 2` zeros before and after the signal.
 
 `ratio` is the one to watch in short trainings: the log-mel distance of the estimate over that of
-stationary noise which has the reference's own mean spectrum and level. About 1 = "a hiss of the
-right colour", .72 = the exact magnitudes with random phase, recognisable from about .85 downwards.
+stationary noise with the reference's own mean spectrum and level. 1 = "a hiss of the right colour";
+recognisable from about .85 downwards. Even the exact magnitudes keep .4 to .8, by clip, when their
+phases are random, and silence scores 3 to 7.
 """
 
 import functools
@@ -47,10 +48,10 @@ def si_sdr(reference, estimate) -> float:
     UserError: nothing in common, not finite, or one side is constant (silence).
   """
   r, x = _common(_mono(reference, what='reference'), _mono(estimate, what='estimate'))
-  r, x = r - r.mean(), x - x.mean()
   for signal, what in ((r, 'reference'), (x, 'estimate')):
-    if not signal.any():
+    if np.ptp(signal) == 0:
       raise UserError(f'si_sdr is undefined: the {what} is silent; leave this pair out')
+  r, x = r - r.mean(), x - x.mean()
   target = np.dot(x, r) / np.dot(r, r) * r
   signal, distortion = np.sum(target ** 2), np.sum((x - target) ** 2)
   floor = 10 ** (-SI_SDR_LIMIT_DB / 10) * (signal + distortion)
