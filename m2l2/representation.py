@@ -149,7 +149,7 @@ def stft(audio, *, window: int, hop: int):
   hops = audio[..., :blocks * hop].reshape(*audio.shape[:-1], blocks, hop)
   shifts = window // hop
   frames = jnp.concatenate([hops[..., i:blocks - shifts + 1 + i, :] for i in range(shifts)], axis=-1)
-  return jnp.fft.rfft(frames * _hann(window))
+  return jnp.fft.rfft(frames * _as_last(_hann(window), frames))
 
 
 def istft(spec, *, window: int, hop: int):
@@ -164,7 +164,8 @@ def istft(spec, *, window: int, hop: int):
   norm = np.tile(np.square(hann).reshape(shifts, hop).sum(0), shifts)
   missing = window // 2 + 1 - spec.shape[-1]
   spec = jnp.pad(spec, [(0, 0)] * (spec.ndim - 1) + [(0, missing)])
-  frames = jnp.fft.irfft(spec, n=window) * (hann / norm).astype(np.float32)
+  frames = jnp.fft.irfft(spec, n=window)
+  frames = frames * _as_last((hann / norm).astype(np.float32), frames)
   frames = frames.reshape(*frames.shape[:-1], shifts, hop)
   count = frames.shape[-3]
   lead = [(0, 0)] * (frames.ndim - 3)
@@ -175,6 +176,11 @@ def istft(spec, *, window: int, hop: int):
 @functools.cache
 def _hann(window: int):
   return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)).astype(np.float32)
+
+
+def _as_last(vector, x):
+  """[W] -> [1, ..., 1, W] of x's rank: the tests refuse silent rank promotion."""
+  return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _square_sum(parts):

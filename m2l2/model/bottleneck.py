@@ -58,11 +58,12 @@ class FSQ:
   def tokens(self, z):
     """[..., Z] -> int32 [...]: the index of the code, first dimension least significant."""
     digits = jnp.round(z * self.half).astype(jnp.int32) + self.half
-    return jnp.sum(digits * self._basis(z.shape[-1]), axis=-1)
+    return jnp.einsum('...z,z->...', digits, self._basis(z.shape[-1]))
 
   def codes(self, tokens, *, width: int):
     """int32 [...] -> float32 [..., width]: the inverse of `tokens`."""
-    digits = tokens[..., None] // self._basis(width) % self.levels
+    basis = self._basis(width).reshape((1,) * tokens.ndim + (width,))
+    digits = tokens[..., None] // basis % self.levels
     return (digits - self.half).astype(jnp.float32) / self.half
 
   def _basis(self, width):

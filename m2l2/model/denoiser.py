@@ -9,7 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from m2l2.model.layers import Linear, ZEROS, normal, param
+from m2l2.model.layers import Linear, ZEROS, as_last, normal, param
 from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
 from m2l2.model.transformer import Transformer
 
@@ -17,7 +17,8 @@ from m2l2.model.transformer import Transformer
 def noise_features(sigma, *, width: int):
   """sigma [...] -> [..., width]: sines, then cosines, of ln(sigma)/4 at frequencies 1 ... 1e-4."""
   frequencies = 1e-4 ** (jnp.arange(width // 2, dtype=jnp.float32) / (width // 2 - 1))
-  angles = jnp.log(sigma.astype(jnp.float32))[..., None] / 4 * frequencies
+  logs = jnp.log(sigma.astype(jnp.float32))[..., None] / 4
+  angles = logs * as_last(frequencies, logs)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -39,7 +39,7 @@ class EnvelopeHead(nnx.Module):
     self.bias = param(rngs, (bins, 1, channels), ('freq', None, None), ZEROS)
 
   def __call__(self, x):
-    return self.head(x).astype(jnp.float32) + self.bias[...]
+    return self.head(x).astype(jnp.float32) + self.bias[...][None]
 
 
 def envelope_loss(predicted, spec):

@@ -43,6 +43,11 @@ def param(rngs: nnx.Rngs, shape, axes, init: Init) -> nnx.Param:
   return nnx.Param(init.draw(rngs.params(), tuple(shape)), axes=tuple(axes), init=init.name)
 
 
+def as_last(x, like):
+  """[..., D] -> [1, ..., 1, ..., D] of `like`'s rank: broadcasting over leading axes, said aloud."""
+  return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
 class Linear(nnx.Module):
   """[..., in] -> [..., *out]; `out` may be several named dimensions."""
 
@@ -57,7 +62,7 @@ class Linear(nnx.Module):
   def __call__(self, x):
     kernel = self.kernel[...].astype(x.dtype)
     out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+    return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
 
 
 class Conv3x3(nnx.Module):
@@ -71,7 +76,7 @@ class Conv3x3(nnx.Module):
   def __call__(self, x):
     out = jax.lax.conv_general_dilated(
         x, self.kernel[...].astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return out if self.bias is None else out + self.bias[...].astype(x.dtype)
+    return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
 
 
 class Scale(nnx.Module):
@@ -101,7 +106,7 @@ class LayerNorm(nnx.Module):
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
     scale = self.scale(cond)
     # [B, S, D] meets the tokens here, inside the layer: it is never stored per token.
-    return (y * (scale if scale.ndim == 1 else scale[:, :, None])).astype(x.dtype)
+    return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, :, None])).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -114,7 +119,7 @@ class RMSNorm(nnx.Module):
   def __call__(self, x):
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * self.gain[...]).astype(x.dtype)
+    return (y * as_last(self.gain[...], y)).astype(x.dtype)
 
 
 class GroupNorm(nnx.Module):
@@ -132,7 +137,7 @@ class GroupNorm(nnx.Module):
     variance = jnp.mean(jnp.square(y - mean), axis=(1, 3), keepdims=True)
     y = ((y - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(n, f, t, c)
     scale = self.scale(cond)
-    return (y * (scale if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
+    return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
 
 
 def remat(module: nnx.Module, *args, enabled: bool = True):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from m2l2.kernels.chunk_causal import chunk_causal_attention
-from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, normal, param
+from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param
 
 REMATS = ('none', 'blocks', 'full')
 
@@ -78,7 +78,7 @@ class Transformer(nnx.Module):
     self.remat = remat
 
   def __call__(self, x, cond=None):
-    x = x + self.positions[...][:x.shape[1]].astype(x.dtype)
+    x = x + as_last(self.positions[...][:x.shape[1]].astype(x.dtype), x)
     x = self.norm_input(x, cond)
     graphdef, stacked = nnx.split(self.layers)
 
