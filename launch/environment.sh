@@ -46,8 +46,12 @@ make_environment() {
   if [ "$(cat "$directory/stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
   ensure_venv_module "$python"
   say "making $directory with $("$python" --version 2>&1): about a minute, 1 GB"
+  if [ -e "$directory/pyvenv.cfg" ] && [ ! -e "$directory/made-by-m2l2" ]; then
+    give_up "$directory is an environment of somebody else's making; move it away and run this again"
+  fi
   rm -rf "$directory"
   "$python" -m venv "$directory" || give_up "could not make $directory"
+  touch "$directory/made-by-m2l2"
   "$directory/bin/python" -m pip install -qq --editable ".[$extras]" </dev/null ||
     give_up "pip could not install m2l2[$extras]; its message is above"
   printf '%s\n' "$stamp" > "$directory/stamp"  # last: a broken install is made anew
