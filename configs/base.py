@@ -121,7 +121,7 @@ def finish(config, arg=''):
       config.model.channels = 1 if word == 'mono' else 2
     else:
       raise ValueError(f'config argument {word!r} is not known: use debug, mono or stereo')
-  return config
+  return config.lock()  # a misspelt field in a config file is an error, not a new field
 
 
 def debug(config):

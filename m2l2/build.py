@@ -44,7 +44,10 @@ def consistency(fields: Mapping) -> Consistency:
 
 def native_rates(model: Mapping) -> tuple:
   """Sample rates processed as they are; others are resampled to the first."""
-  return tuple(int(rate) for rate in model['native_rates'])
+  rates = tuple(int(rate) for rate in model.get('native_rates', ()))
+  if not rates or min(rates) < 1:
+    raise UserError(f'model.native_rates is {rates}; it needs at least one sample rate')
+  return rates
 
 
 def step_functions(config):

@@ -63,6 +63,13 @@ class Consistency:
         raise ValueError(f'consistency.{field} is {getattr(self, field)!r}; choose from {choices}')
     if not 0 < self.sigma_min < self.sigma_max:
       raise ValueError('consistency needs 0 < sigma_min < sigma_max')
+    for field in ('rho', 'sigma_data', 'p_std', 'step_start', 'huber', 'local_floor'):
+      if not getattr(self, field) > 0:
+        raise ValueError(f'consistency.{field} is {getattr(self, field)}; it must be above 0')
+    if not 0 <= self.decode_matched <= 1:
+      raise ValueError(f'consistency.decode_matched is {self.decode_matched}; it is a fraction, 0 to 1')
+    if not self.sigma_min <= self.sigma_cond <= self.sigma_max:
+      raise ValueError(f'consistency.sigma_cond is {self.sigma_cond}; it lies in sigma_min..sigma_max')
 
   # Noise levels.
 
@@ -88,7 +95,7 @@ class Consistency:
     cell_key, jitter_key = jax.random.split(key)
     cell = jnp.searchsorted(self._cumulative(), jax.random.uniform(cell_key, shape), side='right')
     cell = jnp.minimum(cell, _GRID - 1)  # float32 uniforms can reach the last edge
-    return (cell + jax.random.uniform(jitter_key, shape)) / _GRID
+    return (cell.astype(jnp.float32) + jax.random.uniform(jitter_key, shape)) / _GRID
 
   def _cumulative(self):
     return _index_cumulative(self.sigma_min, self.sigma_max, self.rho, self.p_mean, self.p_std)

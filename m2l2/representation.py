@@ -55,13 +55,17 @@ class Representation:
 
   def __post_init__(self):
     if self.transform not in TRANSFORMS:
-      raise ValueError(f'representation.transform is {self.transform!r}; choose from {TRANSFORMS}')
+      raise ValueError(f'transform is {self.transform!r}; choose from {TRANSFORMS}')
     if self.edges not in EDGES:
-      raise ValueError(f'representation.edges is {self.edges!r}; choose from {EDGES}')
-    if self.window % self.hop or self.window < 2 * self.hop:
-      raise ValueError(f'representation.hop {self.hop} must divide window {self.window} at least twice')
+      raise ValueError(f'edges is {self.edges!r}; choose from {EDGES}')
+    if self.channels not in (1, 2):
+      raise ValueError(f'channels is {self.channels}; it is 1 (mono) or 2 (stereo)')
+    if self.frames < 1:
+      raise ValueError(f'frames is {self.frames}; a chunk needs at least one frame')
+    if self.hop < 1 or self.window % self.hop or self.window < 2 * self.hop:
+      raise ValueError(f'hop {self.hop} must divide window {self.window} at least twice')
     if not 0 < self.bins <= self.window // 2:
-      raise ValueError(f'representation.bins {self.bins} must be in 1..{self.window // 2}')
+      raise ValueError(f'bins {self.bins} must be in 1..{self.window // 2}')
 
   @property
   def overlap(self) -> int:

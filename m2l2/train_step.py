@@ -103,7 +103,10 @@ def make_step_functions(*, network: Network, representation: Representation, con
     # Strided, so that with a sharded batch every device works on every microbatch.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
     grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-    return jax.tree.map(lambda g: g / accumulate, grads), jax.tree.map(lambda m: jnp.nanmean(m, axis=0), metrics)
+    grads = jax.tree.map(lambda g: g / accumulate, grads)
+    # A microbatch may hold no draw of a sigma band; any other nan must stay one.
+    return grads, {name: (jnp.nanmean if name.startswith('loss/sigma') else jnp.mean)(values, axis=0)
+                   for name, values in metrics.items()}
 
   def init(key):
     params = network.init(key)
@@ -217,7 +220,8 @@ def _loss_bands(per_chunk, sigma):
   metrics = {}
   for low, high in zip((0.0, *SIGMA_BANDS), (*SIGMA_BANDS, float('inf'))):
     inside = (sigma >= low) & (sigma < high)
-    metrics[f'loss/sigma_{low:g}_{high:g}'] = jnp.sum(jnp.where(inside, per_chunk, 0.0)) / jnp.sum(inside)
+    metrics[f'loss/sigma_{low:g}_{high:g}'] = (
+        jnp.sum(jnp.where(inside, per_chunk, 0.0)) / jnp.sum(inside.astype(jnp.float32)))
   return metrics
 
 

@@ -11,11 +11,15 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from m2l2.kernels.chunk_causal import IMPLEMENTATIONS
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.decoder import Decoder
 from m2l2.model.denoiser import Denoiser, token_grid
 from m2l2.model.encoder import Encoder
+from m2l2.model.layers import groups
 from m2l2.model.transformer import REMATS
+
+DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Architecture:
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
-    remat: 'none', 'blocks' (each layer and conv block) or 'full' (nothing else is kept either).
+    remat: 'none', 'blocks' (each layer and conv block) or 'full' (of encoder, decoder and denoiser nothing
+      but their inputs is kept).
     attention: implementation of chunk-causal attention.
     dtype: of activations; parameters are float32.
   """
@@ -71,17 +76,32 @@ class Architecture:
   dtype: str
 
   def __post_init__(self):
+    for field in ('channels', 'bins', 'frames', 'stem', 'widths', 'blocks', 'strides', 'layers', 'head_dim',
+                  'mlp_mult', 'num_latents', 'latent_dim', 'chunks'):
+      if any(size < 1 for size in jax.tree.leaves(getattr(self, field))):
+        raise ValueError(f'model.{field} is {getattr(self, field)}; every size must be at least 1')
+    if min(self.registers, self.denoiser_registers) < 0:
+      raise ValueError('model.registers and model.denoiser_registers cannot be negative')
+    if self.cond_dim < 4 or self.cond_dim % 2:
+      raise ValueError(f'model.cond_dim is {self.cond_dim}; sines and cosines take an even number, at least 4')
     if not len(self.widths) == len(self.blocks) == len(self.strides) + 1:
       raise ValueError('model.widths and model.blocks need one entry a level, model.strides one fewer')
     if self.widths[-1] % self.head_dim:
       raise ValueError(f'model.head_dim {self.head_dim} must divide the last of model.widths {self.widths[-1]}')
     if any(b % a for a, b in zip(self.widths, self.widths[1:])):
       raise ValueError(f'each of model.widths {self.widths} must be a multiple of the one before')
+    if any(width % groups(width) for width in self.widths):
+      raise ValueError(f'each of model.widths {self.widths} must be a multiple of its groups, width / 4 and at most 32')
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(f'model.attention is {self.attention!r}; choose from {IMPLEMENTATIONS}')
+    if self.dtype not in DTYPES:
+      raise ValueError(f'model.dtype is {self.dtype!r}; choose from {DTYPES}')
     if self.remat not in REMATS:
       raise ValueError(f'model.remat is {self.remat!r}; choose from {REMATS}')
     if self.bottleneck not in ('tanh', 'fsq'):
       raise ValueError(f"model.bottleneck is {self.bottleneck!r}; choose 'tanh' or 'fsq'")
-    self.grid  # raises where strides do not divide
+    self.make_bottleneck()  # raises for bad fsq_levels or fsq_dropout
+    self.grid               # raises where strides do not divide
 
   @property
   def grid(self):
@@ -137,10 +157,9 @@ def make_network(arch: Architecture) -> Network:
 
   def part(name):
     def run(params, *args):
-      # Each call merges just its own part; the others' parameters are not even looked at.
       module = nnx.merge(graphdef, params)
       return getattr(module, name)(*args)
-    return run
+    return jax.checkpoint(run) if arch.remat == 'full' else run
 
   decoder = part('decoder')
 

@@ -32,7 +32,9 @@ class FSQ:
 
   def __post_init__(self):
     if self.levels % 2 == 0 or self.levels < 3:
-      raise ValueError(f'bottleneck.levels is {self.levels}; it must be odd and at least 3')
+      raise ValueError(f'fsq_levels is {self.levels}; it must be odd and at least 3')
+    if not 0 <= self.dropout <= 1:
+      raise ValueError(f'fsq_dropout is {self.dropout}; it is a chance, 0 to 1')
 
   def __call__(self, pre, *, keys=None):
     """Continuous latents (levels - 1)(1 - 1e-3)/2 tanh(pre) / half; rounded for some items with `keys` [B]."""

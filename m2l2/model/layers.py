@@ -122,12 +122,17 @@ class RMSNorm(nnx.Module):
     return (y * as_last(self.gain[...], y)).astype(x.dtype)
 
 
+def groups(dim: int) -> int:
+  """Groups of a GroupNorm over `dim` channels."""
+  return max(1, min(dim // 4, 32))
+
+
 class GroupNorm(nnx.Module):
   """GroupNorm over [N, F, T, C] with min(C/4, 32) groups; only a gain, free or noise-conditioned."""
 
   def __init__(self, dim, *, cond_dim=None, eps=1e-5, rngs):
     self.scale = Scale(dim, cond_dim=cond_dim, axis='conv_in', rngs=rngs)
-    self.groups = max(1, min(dim // 4, 32))
+    self.groups = groups(dim)
     self.eps = eps
 
   def __call__(self, x, cond=None):
