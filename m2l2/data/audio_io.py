@@ -1,0 +1,448 @@
+"""Audio files in and out, and resampling: the only file that knows soundfile and soxr.
+
+Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it).
+Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...). Every failure that a
+user can mend is a `UserError` of one line that begins with the path.
+
+Seeking is exact: a read at `start` gives the very samples of the whole file's read, bit for bit
+(Opus: within 1e-7), for every format above. Two limits of libsndfile: the length of an MP3 without
+a Xing header is its estimate, which may be too long or too short (what lies beyond cannot be read);
+a FLAC that does not state its length cannot be read.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import os
+import secrets
+import stat
+
+from absl import logging
+import numpy as np
+import soundfile
+import soxr
+
+from m2l2.errors import UserError
+
+READABLE = 'WAV, FLAC, OGG, Opus, MP3 and AIFF'
+
+# 24 bits where there is a choice: every player reads them, and the quantisation noise (-146 dB)
+# stays far below anything that is measured on a reconstruction. Vorbis is the one lossy target.
+WRITE_FORMATS = {
+    '.wav': ('WAV', 'PCM_24'),
+    '.flac': ('FLAC', 'PCM_24'),
+    '.ogg': ('OGG', 'VORBIS'),
+}
+
+_READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
+_WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack: never hand it a whole song
+_WAV_LIMIT = 2**32 - 2**16  # bytes; a WAV's sizes are 32-bit
+_UNKNOWN_LENGTH = 2**62  # libsndfile says 2**63 - 1 where the header states no length
+_MAX_RATE = 2**31 - 1
+
+# What soundfile raises on a bad file; TypeError is its answer to a name that ends in .raw.
+_FILE_ERRORS = (soundfile.SoundFileError, RuntimeError, OSError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioInfo:
+  """What a file's header says.
+
+  Attributes:
+    path: as given.
+    sample_rate: Hz.
+    channels: count.
+    frames: samples per channel, as declared. A damaged file or an MP3 may hold fewer.
+    format: libsndfile's name of the container, as 'WAV'.
+    subtype: libsndfile's name of the encoding, as 'PCM_16'.
+  """
+
+  path: str
+  sample_rate: int
+  channels: int
+  frames: int
+  format: str
+  subtype: str
+
+  @property
+  def seconds(self) -> float:
+    return self.frames / self.sample_rate
+
+
+def shown(path) -> str:
+  """The path as one printable line (names of files may hold any byte)."""
+  text = os.fsdecode(path).encode('utf-8', 'backslashreplace').decode('utf-8')
+  return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _reason(error: Exception) -> str:
+  """libsndfile's own words without the path, on one line."""
+  text = getattr(error, 'error_string', None) or str(error) or type(error).__name__
+  return ' '.join(text.split()).rstrip('.')
+
+
+class AudioReader:
+  """An open audio file: `info`, and `read` anywhere in it. A context manager.
+
+  Raises UserError: missing, a directory, not a regular file, no permission, empty, not audio, no
+  samples, or no stated length.
+  """
+
+  def __init__(self, path):
+    name = shown(path)
+    try:
+      mode = os.stat(path).st_mode
+    except (OSError, ValueError) as e:
+      raise UserError(f'{name}: there is no such file') from e
+    if stat.S_ISDIR(mode):
+      raise UserError(f'{name}: is a directory, not an audio file')
+    if not stat.S_ISREG(mode):
+      raise UserError(f'{name}: is not a regular file')
+    if os.path.getsize(path) == 0:
+      raise UserError(f'{name}: is empty (0 bytes)')
+    if not os.access(path, os.R_OK):
+      raise UserError(f'{name}: may not be read (permission denied)')
+    try:
+      self._file = soundfile.SoundFile(os.fsencode(path))
+    except _FILE_ERRORS as e:
+      raise UserError(
+          f'{name}: is not audio that can be read here ({_reason(e)}); give {READABLE}, or convert '
+          'it to WAV first') from e
+    self._name = name
+    self.info = AudioInfo(
+        path=os.fsdecode(path), sample_rate=self._file.samplerate, channels=self._file.channels,
+        frames=self._file.frames, format=self._file.format, subtype=self._file.subtype)
+    problem = None
+    if self.info.frames <= 0:
+      problem = 'holds no samples'
+    elif self.info.frames >= _UNKNOWN_LENGTH:
+      problem = 'does not state its length (was it written to a pipe?); convert it to WAV first'
+    elif self.info.sample_rate <= 0:
+      problem = f'states a sample rate of {self.info.sample_rate} Hz'
+    if problem:
+      self.close()
+      raise UserError(f'{name}: {problem}')
+
+  def read(self, *, start: int, frames: int, check_finite: bool = False) -> np.ndarray:
+    """Exactly `frames` samples from `start` on, float32 [channels, frames].
+
+    Memory grows with what the file really gives, not with what its header claims. The array may be
+    a strided view (samples of a file are interleaved).
+
+    Raises UserError: the file ends earlier, cannot be decoded there, or (with check_finite) holds
+    NaN or infinity.
+    """
+    try:
+      self._file.seek(start)
+    except _FILE_ERRORS as e:
+      raise self._truncated(start, e) from e
+    blocks, done = [], 0
+    while done < frames:
+      block = self._read_on(start + done, min(frames - done, self._most()))
+      if block.shape[1] == 0:
+        raise self._truncated(start + done)
+      blocks.append(block)
+      done += block.shape[1]
+    audio = blocks[0] if len(blocks) == 1 else np.concatenate(
+        blocks or [np.zeros((self.info.channels, 0), np.float32)], axis=1)
+    if check_finite:
+      self._check_finite(audio, start)
+    return audio
+
+  def blocks(self, *, block_samples: int, check_finite: bool = False) -> Iterator[np.ndarray]:
+    """The whole file, float32 [channels, block_samples] a time (the last may be shorter).
+
+    Raises UserError as `read` does. An MP3 that ends before its stated length is taken as it is
+    (the length may be an estimate), with a warning in the log.
+    """
+    start = 0
+    self._file.seek(0)
+    while start < self.info.frames:
+      parts, wanted, ended = [], min(block_samples, self.info.frames - start), False
+      while wanted and not ended:
+        part = self._read_on(start, min(wanted, self._most()))
+        ended = part.shape[1] == 0
+        parts.append(part)
+        start += part.shape[1]
+        wanted -= part.shape[1]
+      block = np.ascontiguousarray(np.concatenate(parts, axis=1))
+      if check_finite:
+        self._check_finite(block, start - block.shape[1])
+      if ended:
+        if self.info.format != 'MP3' or start == 0:
+          raise self._truncated(start)
+        logging.warning('%s: ends after %d of %d stated samples; taken as it is', self._name, start,
+                        self.info.frames)
+      if block.shape[1]:
+        yield block
+      if ended:
+        return
+
+  def close(self):
+    self._file.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    self.close()
+
+  def _most(self) -> int:
+    return max(1, _READ_VALUES // self.info.channels)
+
+  def _read_on(self, position: int, frames: int) -> np.ndarray:
+    """At most `frames` samples [channels, n] from where the file stands."""
+    try:
+      audio = self._file.read(frames, dtype='float32', always_2d=True)
+    except _FILE_ERRORS as e:
+      raise self._truncated(position, e) from e
+    return audio.T
+
+  def _truncated(self, position: int, error: Exception | None = None) -> UserError:
+    why = f' ({_reason(error)})' if error and _reason(error) else ''
+    return UserError(
+        f'{self._name}: is truncated or damaged: cannot be read at sample {position} of '
+        f'{self.info.frames}{why}')
+
+  def _check_finite(self, audio: np.ndarray, start: int):
+    finite = np.isfinite(audio)
+    if not finite.all():
+      first = start + int(np.argmin(finite.all(axis=0)))
+      raise UserError(f'{self._name}: holds NaN or infinite samples, the first at sample {first}')
+
+
+def probe(path) -> AudioInfo:
+  """What the header of an audio file says. Raises UserError as `AudioReader` does."""
+  with AudioReader(path) as reader:
+    return reader.info
+
+
+def read(path, *, start: int = 0, frames: int | None = None,
+         check_finite: bool = False) -> tuple[np.ndarray, int]:
+  """Reads an audio file, or `frames` samples from `start` on by seeking.
+
+  Returns (audio float32 [channels, samples], sample rate in Hz). Raises UserError as `AudioReader`
+  and `AudioReader.read` do; when the file is shorter than start + frames; and for NaN or infinite
+  samples with `check_finite`.
+  """
+  with AudioReader(path) as reader:
+    info = reader.info
+    if start < 0 or (frames is not None and frames < 0):
+      raise UserError(f'{shown(path)}: cannot read {frames} samples from sample {start} on')
+    if start + (frames or 0) > info.frames:
+      raise UserError(
+          f'{shown(path)}: holds {info.frames} samples: too few for {frames} from sample {start} on')
+    if start == 0 and frames is None:
+      blocks = list(reader.blocks(block_samples=_READ_VALUES, check_finite=check_finite))
+      return np.ascontiguousarray(np.concatenate(blocks, axis=1)), info.sample_rate
+    frames = info.frames - start if frames is None else frames
+    audio = reader.read(start=start, frames=frames, check_finite=check_finite)
+    return np.ascontiguousarray(audio), info.sample_rate
+
+
+def read_blocks(path, *, block_samples: int, check_finite: bool = False) -> Iterator[np.ndarray]:
+  """The whole file as float32 [channels, block_samples] blocks in bounded memory.
+
+  Every block has `block_samples` samples but the last, which may have fewer. Failures (UserError,
+  as `AudioReader` and `AudioReader.blocks`) come at the first `next`: call `probe` to meet those of
+  the header before work starts. Count the samples: an MP3 may hold fewer than `probe` says.
+  """
+  if block_samples < 1:
+    raise UserError(f'{shown(path)}: cannot be read in blocks of {block_samples} samples')
+  with AudioReader(path) as reader:
+    yield from reader.blocks(block_samples=block_samples, check_finite=check_finite)
+
+
+def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FORMATS)):
+  """Raises UserError when `path` could not be written later: call it before the work starts.
+
+  By default the path must name audio that can be written (.wav, .flac, .ogg); give the allowed
+  `extensions` for another kind of file, or None for any. A file or directory without any write
+  bit counts as read-only for root too. The test itself leaves nothing behind.
+  """
+  name = shown(path)
+  if extensions is not None and _extension(path) not in extensions:
+    raise UserError(f'{name}: cannot write this kind of file; name it *{" or *".join(extensions)}')
+  target = os.path.realpath(path)
+  folder = os.path.dirname(target)
+  if os.path.isdir(target):
+    raise UserError(f'{name}: is a directory; name a file')
+  if not os.path.isdir(folder):
+    raise UserError(f'{name}: cannot be written: there is no directory {shown(folder)}')
+  if os.path.exists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+    raise UserError(f'{name}: cannot be written: it is not a regular file')
+  for place in (folder, target):
+    if os.path.exists(place) and not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
+      raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
+  trial = _temporary(target)
+  try:
+    os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    os.unlink(trial)
+  except OSError as e:
+    raise UserError(f'{name}: cannot be written: {e.strerror or e}') from e
+
+
+def _extension(path) -> str:
+  return os.path.splitext(os.fsdecode(path))[1].lower()
+
+
+def _temporary(target: str) -> str:
+  """A free name beside the target; hidden, so that no scan takes it for music."""
+  folder, base = os.path.split(target)
+  return os.path.join(folder, f'.{base[:64]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+
+
+class AudioWriter:
+  """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
+
+  24-bit PCM for .wav and .flac, Vorbis for .ogg. Samples outside [-1, 1] are clipped, counted in
+  `clipped`, and named once in the log. After an exception nothing is left behind.
+
+  Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
+  pieces that are not float [channels, samples] or not finite; a WAV of more than 4 GiB; a full disk.
+  """
+
+  def __init__(self, path, sample_rate: int, channels: int):
+    check_writable(path)
+    self.clipped = 0
+    self._name = shown(path)
+    self._channels = channels
+    self._target = os.path.realpath(path)
+    self._temporary = _temporary(self._target)
+    self._format, subtype = WRITE_FORMATS[_extension(path)]
+    self._bytes = 0
+    try:
+      self._file = soundfile.SoundFile(
+          os.fsencode(self._temporary), 'w', samplerate=sample_rate, channels=channels,
+          format=self._format, subtype=subtype)
+    except (*_FILE_ERRORS, OverflowError) as e:
+      self._remove()
+      raise UserError(
+          f'{self._name}: {self._format} cannot be written with {channels} channels at '
+          f'{sample_rate} Hz ({_reason(e)})') from e
+
+  def write(self, audio: np.ndarray):
+    """Appends float audio [channels, samples]."""
+    audio = np.asarray(audio, np.float32)
+    if audio.ndim != 2 or audio.shape[0] != self._channels:
+      raise UserError(
+          f'{self._name}: audio must be [{self._channels} channels, samples], not of shape '
+          f'{list(audio.shape)}')
+    if not np.isfinite(audio).all():
+      raise UserError(f'{self._name}: the audio to write holds NaN or infinite samples')
+    self._bytes += 3 * audio.size
+    if self._format == 'WAV' and self._bytes > _WAV_LIMIT:
+      raise UserError(f'{self._name}: a WAV file ends at 4 GiB; name it *.flac')
+    self.clipped += int(np.count_nonzero(np.abs(audio) > 1))
+    samples = np.clip(audio, -1, 1).T
+    try:
+      for start in range(0, len(samples), _WRITE_SAMPLES):
+        self._file.write(np.ascontiguousarray(samples[start:start + _WRITE_SAMPLES]))
+    except _FILE_ERRORS as e:
+      raise UserError(f'{self._name}: could not be written ({_reason(e)})') from e
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, error, *unused):
+    try:
+      try:
+        self._file.close()
+        if error is None:
+          os.replace(self._temporary, self._target)
+      except _FILE_ERRORS as e:
+        raise UserError(f'{self._name}: could not be written ({_reason(e)})') from e
+    finally:
+      self._remove()
+    if error is None and self.clipped:
+      logging.warning('%s: %d samples beyond [-1, 1] were clipped', self._name, self.clipped)
+
+  def _remove(self):
+    try:
+      os.unlink(self._temporary)
+    except FileNotFoundError:
+      pass
+
+
+def write(path, audio: np.ndarray, sample_rate: int) -> int:
+  """Writes float audio [channels, samples] at once; returns how many samples were clipped.
+
+  Raises UserError as `AudioWriter` does.
+  """
+  audio = np.asarray(audio)
+  if audio.ndim != 2 or not audio.shape[0]:
+    raise UserError(
+        f'{shown(path)}: audio must be [channels, samples], not of shape {list(audio.shape)}')
+  with AudioWriter(path, sample_rate, audio.shape[0]) as writer:
+    writer.write(audio)
+  return writer.clipped
+
+
+def resampled_length(samples: int, *, from_rate: int, to_rate: int) -> int:
+  """How many samples `resample` and `StreamResampler` give: ceil(samples * to_rate / from_rate).
+
+  Rounding up, there and back never loses a sample: cut the way back at the source's own length.
+  """
+  return -(-samples * to_rate // from_rate)
+
+
+class StreamResampler:
+  """Resamples a signal that comes in pieces, soxr HQ, without delay: sample 0 stays at time 0.
+
+  The pieces of `process` and the one of `finish`, put together, are exactly what `resample` gives
+  for the whole signal: `resampled_length` samples. Beyond its ends the signal counts as zero. The
+  memory held does not grow with the signal. Equal rates pass through untouched.
+  """
+
+  def __init__(self, *, from_rate: int, to_rate: int, channels: int):
+    for rate in (from_rate, to_rate):
+      if not 0 < rate <= _MAX_RATE:
+        raise UserError(f'cannot resample from {from_rate} Hz to {to_rate} Hz')
+    self._from_rate = from_rate
+    self._to_rate = to_rate
+    self._channels = channels
+    self._taken = 0
+    self._given = 0
+    self._soxr = None
+    if from_rate != to_rate:
+      try:
+        self._soxr = soxr.ResampleStream(from_rate, to_rate, channels, dtype='float32',
+                                         quality='HQ')
+      except (RuntimeError, ValueError) as e:
+        raise UserError(f'cannot resample from {from_rate} Hz to {to_rate} Hz: {e}') from e
+
+  def process(self, audio: np.ndarray) -> np.ndarray:
+    """Takes [channels, samples]; returns what is ready, float32 [channels, any number]."""
+    audio = np.asarray(audio, np.float32)
+    if audio.ndim != 2 or audio.shape[0] != self._channels:
+      raise UserError(
+          f'audio must be [{self._channels} channels, samples], not of shape {list(audio.shape)}')
+    self._taken += audio.shape[1]
+    return self._run(audio, last=False)
+
+  def finish(self) -> np.ndarray:
+    """The rest, float32 [channels, samples]. To be called once, at the end."""
+    total = resampled_length(self._taken, from_rate=self._from_rate, to_rate=self._to_rate)
+    # soxr by itself ends at the nearest sample; zeros worth one output sample carry it to the next.
+    zeros = np.zeros((self._channels, math.ceil(self._from_rate / self._to_rate)), np.float32)
+    given = self._given
+    return self._run(zeros, last=True)[:, :total - given]
+
+  def _run(self, audio: np.ndarray, *, last: bool) -> np.ndarray:
+    if self._soxr is not None:
+      out = self._soxr.resample_chunk(np.ascontiguousarray(audio.T), last=last)
+      audio = np.ascontiguousarray(out.T)
+    self._given += audio.shape[1]
+    return audio
+
+
+def resample(audio: np.ndarray, *, from_rate: int, to_rate: int) -> np.ndarray:
+  """Resamples [channels, samples] with soxr HQ; float32 [channels, resampled_length(samples)].
+
+  Raises UserError for rates that are not positive, or too far apart for soxr.
+  """
+  audio = np.asarray(audio, np.float32)
+  if audio.ndim != 2 or not audio.shape[0]:
+    raise UserError(f'audio must be [channels, samples], not of shape {list(audio.shape)}')
+  stream = StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=audio.shape[0])
+  return np.concatenate([stream.process(audio), stream.finish()], axis=1)

@@ -1,0 +1,130 @@
+"""The training data path: a folder of audio files -> batches of random crops, through Grain.
+
+The sample at global index g is a pure function of (seed, g, sorted files): `transforms.RandomCrop`.
+Threads, workers, processes and a restart change who reads a sample, never which sample it is.
+"""
+
+from absl import flags
+import grain
+import numpy as np
+
+from m2l2.data.sources import AudioFiles, find_audio_files
+from m2l2.data.transforms import CropSpec, RandomCrop
+from m2l2.errors import UserError
+
+_ENDLESS = 2**62
+
+
+class Loader:
+  """An endless iterator over batches; `close()` it, or use it in a `with` block.
+
+  Attributes:
+    files: the `AudioFiles` it draws from (`files.fingerprint` tells whether a resumed run sees the
+      same list).
+  """
+
+  def __init__(self, dataset: grain.IterDataset, crop: RandomCrop):
+    self.files: AudioFiles = crop.files
+    self._crop = crop
+    self._iterator = iter(dataset)
+    self._closed = False
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._closed:
+      raise StopIteration
+    return next(self._iterator)
+
+  def close(self):
+    """Stops threads and workers; quiet, and harmless when repeated."""
+    if not self._closed:
+      self._closed = True
+      self._crop.faults.close()
+      self._iterator.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    self.close()
+
+
+def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channels: int,
+                crop_samples: int, batch_size: int, seed: int, start_index: int = 0,
+                process_index: int = 0, process_count: int = 1, num_workers: int = 0,
+                num_threads: int = 4, prefetch: int = 4, rms_floor: float = 1e-3) -> Loader:
+  """Batches of random crops from the audio files under `root`, from sample `start_index` on.
+
+  Batch t holds the samples start_index + t * batch_size ..., and process h of H yields the
+  contiguous rows h * B/H .. (h + 1) * B/H of it. To resume after n batches: start_index + n * B.
+
+  Args:
+    root: a directory, a glob or one file (`sources.find_audio_files`).
+    sample_rate: Hz, the model's; the first of native_rates.
+    native_rates: Hz; files at these rates are fed as they are, others are resampled to the first.
+    channels: 1 (one random channel of the file) or 2 (mono doubled; of more, the first two).
+    crop_samples: samples of a crop.
+    batch_size: B, over all processes.
+    seed: of the order and of the crops, in [0, 2**64).
+    start_index: the first global index.
+    process_index: h of this process.
+    process_count: H.
+    num_workers: reader processes, 0 for none. They pay only where one process cannot keep up; they
+      are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
+    num_threads: batches read at once, in each worker (or here, without workers); 0 reads in `next`.
+    prefetch: batches read ahead, in each worker (or here); their memory is held.
+    rms_floor: a crop below this RMS is silent and drawn again.
+
+  Returns:
+    A `Loader` of dicts: 'audio' float32 [B/H, channels, crop_samples]; 'rejected' int32 [B/H], how
+    many draws (unreadable, short, silent) were passed over for that row.
+
+  Raises:
+    UserError: bad arguments or no files, here; 64 rejected draws in a row, while iterating.
+  """
+  _check(sample_rate=sample_rate, native_rates=native_rates, channels=channels,
+         crop_samples=crop_samples, batch_size=batch_size, seed=seed, start_index=start_index,
+         process_index=process_index, process_count=process_count, num_workers=num_workers,
+         num_threads=num_threads, prefetch=prefetch)
+  crop = RandomCrop(
+      files=find_audio_files(root), seed=seed,
+      spec=CropSpec(crop_samples=crop_samples, channels=channels,
+                    native_rates=tuple(native_rates), rms_floor=rms_floor))
+
+  samples = grain.MapDataset.range(start_index, _ENDLESS).map(crop)
+  # The k-th piece of B/H samples is piece k % H of batch k // H, that is process k % H's.
+  pieces = samples.batch(batch_size // process_count)[process_index::process_count]
+  read_options = grain.ReadOptions(
+      num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch if num_threads else 0)
+  batches = pieces.to_iter_dataset(read_options)
+  if num_workers:
+    # Grain reads absl flags when it starts workers, and these are unparsed wherever m2l2 is used
+    # as a library (a notebook, a test): their defaults are what is wanted there.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+  return Loader(batches, crop)
+
+
+def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, seed, start_index,
+           process_index, process_count, num_workers, num_threads, prefetch):
+  """Raises UserError on an argument that cannot work."""
+  if not native_rates or native_rates[0] != sample_rate:
+    raise UserError(
+        f'native_rates must begin with the sample rate {sample_rate}, not {tuple(native_rates)}')
+  if channels not in (1, 2):
+    raise UserError(f'channels must be 1 or 2, not {channels}')
+  if crop_samples < 1:
+    raise UserError(f'crop_samples must be positive, not {crop_samples}')
+  if not 0 <= process_index < process_count:
+    raise UserError(f'process_index {process_index} is not in [0, {process_count})')
+  if batch_size < 1 or batch_size % process_count:
+    raise UserError(
+        f'batch_size {batch_size} cannot be shared equally by {process_count} processes; make it a '
+        f'multiple of {process_count}')
+  if not 0 <= seed < 2**64:
+    raise UserError(f'seed must be in [0, 2**64), not {seed}')
+  if min(start_index, num_workers, num_threads, prefetch) < 0:
+    raise UserError('start_index, num_workers, num_threads and prefetch must not be negative')
