@@ -155,10 +155,24 @@ def batch_shards(mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def put_batch(batch, mesh):
-  """Global arrays from this process's rows: tree of numpy [local_batch, ...] -> [B, ...] on the mesh.
+def batch_block(mesh) -> tuple[int, int]:
+  """(h, H): this process feeds rows h*B/H .. (h+1)*B/H of the global batch.
 
-  Process h of H holds the contiguous rows h*B/H .. (h+1)*B/H of the global batch.
+  Usually h is the process's number; a mesh laid out for its network may order processes otherwise,
+  and processes along 'tensor' feed the same rows.
+  """
+  shards = batch_shards(mesh)
+  indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  rows = sorted({index[0].start or 0 for index in indices})
+  if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows) or shards % len(rows):
+    raise ValueError(f'this mesh gives one process the scattered batch rows {rows} of {shards}')
+  return rows[0] // len(rows), shards // len(rows)
+
+
+def put_batch(batch, mesh):
+  """Global arrays from this process's rows: tree of numpy [B/H, ...] -> [B, ...] on the mesh.
+
+  Which rows those are, `batch_block` says.
   """
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

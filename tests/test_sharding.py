@@ -139,6 +139,10 @@ def test_put_batch_splits_rows_over_data_and_fsdp_and_fetch_returns_them():
   np.testing.assert_array_equal(got['n'], rows['n'])
 
 
+def test_one_process_feeds_all_rows():
+  assert sharding.batch_block(sharding.make_mesh(data=2, fsdp=2, tensor=2)) == (0, 1)
+
+
 def test_put_batch_passes_the_transfer_guard():
   mesh = sharding.make_mesh()
   with jax.transfer_guard('disallow'):

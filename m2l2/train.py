@@ -1,0 +1,285 @@
+"""The training loop: one function, read downward. What an update is stands in train_step.py."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+
+from absl import logging
+from clu import parameter_overview
+import jax
+import jax.numpy as jnp
+
+from m2l2 import build, checkpoint, metrics, sharding
+from m2l2.data.pipeline import make_loader
+from m2l2.errors import UserError
+from m2l2.snapshot import load_snapshot, save_snapshot
+
+
+def train(config, workdir) -> int:
+  """Trains until `config.train.steps`, or until SIGTERM or Ctrl-C; the same call goes on with a run.
+
+  Args:
+    config: as `configs/base.py` makes it.
+    workdir: gets config.json, metrics.jsonl, checkpoints/ and snapshot/. With several processes it
+      lies on a file system that all of them share.
+
+  Returns:
+    The number of updates done.
+
+  Raises:
+    UserError: a config that cannot work, unusable data, a workdir of another model, or gradients
+      that stay non-finite; one line each.
+  """
+  fields, plain = config.train, _plain(config)
+  workdir = os.path.abspath(_local(workdir))
+  main = jax.process_index() == 0
+  functions = build.step_functions(config)
+  key = jax.random.key(config.seed)
+
+  # ================================================================================================
+  # Mesh, and a batch that divides
+  # ================================================================================================
+  mesh = _mesh(config.mesh)
+  _check(config, shards=sharding.batch_shards(mesh))
+  logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
+               jax.default_backend(), jax.process_count(), dict(mesh.shape), config.mesh.preset)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+
+    # ==============================================================================================
+    # Shapes first: nothing is allocated before it is known where it goes
+    # ==============================================================================================
+    abstract = jax.eval_shape(functions.init, key)
+    placement = _placement(abstract.params, functions.logical_axes, mesh=mesh, config=config)
+    shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    if main:
+      logging.info('parameters:\n%s', parameter_overview.get_parameter_overview(
+        abstract.params, include_stats=False))
+    for name, shape in placement.unplaced:
+      logging.warning('%s %s fits no axis of the mesh: every device holds all of it', name, shape)
+
+    # ==============================================================================================
+    # Where the run goes on from, and data from the first sample that it has not seen
+    # ==============================================================================================
+    _make_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(
+      os.path.join(workdir, 'checkpoints'),
+      keep_last=fields.keep_last, keep_every=fields.keep_every)
+    stack.callback(checkpoints.close)
+    restored = checkpoints.restore(abstract, config=plain)
+    first = restored.step if restored else 0
+    position = restored.position if restored else {'next_index': 0, 'files': None}
+
+    block, blocks = sharding.batch_block(mesh)
+    loader = make_loader(
+      root=config.data.root, sample_rate=functions.sample_rate,
+      native_rates=functions.native_rates, channels=functions.channels,
+      crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
+      start_index=position['next_index'], process_index=block, process_count=blocks,
+      num_workers=config.data.num_workers, num_threads=config.data.num_threads,
+      prefetch=config.data.prefetch, rms_floor=config.data.rms_floor)
+    stack.callback(loader.close)
+    offset = position['next_index'] - first * fields.batch_size  # not 0 once batch_size has changed
+
+    # ==============================================================================================
+    # The state. In this order:
+    #   1. the newest readable checkpoint of this workdir: the run goes on;
+    #   2. train.init_from, a snapshot: a new run from its weights;
+    #   3. from scratch.
+    # ==============================================================================================
+    if restored:
+      state = restored.state
+      logging.info('going on from step %d in %s', first, workdir)
+      for difference in checkpoint.config_differences(restored.config, plain):
+        logging.warning('this run differs from the one it continues in %s', difference)
+      if position['files'] != loader.files.fingerprint:
+        logging.warning('the files under data.root are not those of the run so far: '
+                        'the order of samples changes from here on')
+    else:
+      state = jax.jit(functions.init, out_shardings=shardings)(key)
+      if fields.init_from:
+        state = _with_weights_of(fields.init_from, state, shardings)
+    del restored  # it would hold the first state for the whole run
+
+    # ==============================================================================================
+    # Compile ahead, so that what does not fit says so before the first step
+    # ==============================================================================================
+    whole = sharding.replicated(mesh)
+    audio = jax.ShapeDtypeStruct(
+      (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
+      sharding=sharding.batch_sharding(mesh))
+    began = time.perf_counter()
+    train_step = jax.jit(
+      functions.train_step, donate_argnums=0, out_shardings=(shardings, whole)
+    ).lower(abstract, {'audio': audio}).compile()
+    _log_memory(train_step, seconds=time.perf_counter() - began)
+    probe_step = jax.jit(functions.probe_step, out_shardings=whole)
+
+    # ==============================================================================================
+    # Logs: written by the first process, cut back to the step the run goes on from
+    # ==============================================================================================
+    if main:
+      _write_json(os.path.join(workdir, 'config.json'), plain)
+    writers = metrics.make_writers(
+      workdir, resume_step=first, total_steps=fields.steps) if main else metrics.Writers()
+    stack.callback(writers.close)
+    speed = metrics.Throughput(
+      samples_per_step=fields.batch_size,
+      seconds_per_sample=functions.crop_samples / functions.sample_rate)
+    speed.start(first)
+
+    def write(line):
+      """Fetches a step's metrics and writes them; called when the next ones are under way."""
+      if line:
+        done, values, rejected = line
+        values = jax.device_get(values)
+        if main:
+          writers.write(done, {**values, 'data/rejected': rejected, **speed.rates(done)})
+        metrics.check_skipped(done, values, limit=fields.max_skipped_in_a_row)
+
+    # ==============================================================================================
+    # The loop. The order is law: save, then the next batch, then the step, then the log. So the
+    # position saved with a state is the position that this state has reached.
+    # ==============================================================================================
+    step, line, rejected = first, None, 0
+    stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
+    while True:
+      stopping = step < fields.steps and stop.reached(step)
+      due = step % fields.checkpoint_every == 0 or step == fields.steps or stopping
+      if due and step:
+        write(line)  # a checkpoint never stands before the lines that lead to it
+        line = None
+        checkpoints.save(step, state, config=plain, position={
+          'next_index': offset + step * fields.batch_size, 'files': loader.files.fingerprint})
+        _save_snapshot(os.path.join(workdir, 'snapshot'), state, step, plain)
+      if stopping or step >= fields.steps:
+        break
+
+      with speed.waiting():
+        rows = next(loader)
+      rejected += int(rows['rejected'].sum())
+      with jax.transfer_guard('disallow'):
+        batch = sharding.put_batch({'audio': rows['audio']}, mesh)
+        state, values = train_step(state, batch)
+      step += 1
+
+      probing = fields.probe_every and step % fields.probe_every == 0
+      if probing:
+        probe_key = jax.random.fold_in(key, step)
+        for name, weights in (('probe', state.params), ('probe_ema', state.ema)):
+          results = probe_step(weights, batch, probe_key)
+          values |= {f'{name}/{part}': value for part, value in results.items()}
+      if probing or step in (1, fields.steps) or step % fields.log_every == 0:
+        write(line)
+        line, rejected = (step, values, rejected), 0
+
+    # ==============================================================================================
+    # The end: all is on disk before the last line is printed
+    # ==============================================================================================
+    checkpoints.wait()
+    if stopping:
+      logging.info('stopped after step %d of %d, all saved: run the same command to go on',
+                   step, fields.steps)
+    else:
+      logging.info('done: %d steps; the model is %s', step, os.path.join(workdir, 'snapshot'))
+    return step
+
+
+# ==================================================================================================
+# The stages' small change
+# ==================================================================================================
+
+
+def _plain(config) -> dict:
+  """The config as JSON types."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def _local(workdir) -> str:
+  if '://' in str(workdir):
+    raise UserError(f'--workdir={workdir}: mount the bucket and give its path in the file system')
+  return str(workdir)
+
+
+def _mesh(fields):
+  try:
+    return sharding.make_mesh(data=fields.data, fsdp=fields.fsdp, tensor=fields.tensor)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def _check(config, *, shards):
+  """Raises UserError on fields that cannot work together, before anything is built."""
+  fields = config.train
+  if config.data.source != 'folder':
+    raise UserError(f'data.source={config.data.source!r} is not known: it is folder')
+  if not config.data.root:
+    raise UserError('data.root is empty: name a folder of audio files, --config.data.root=DIR')
+  for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every',
+               'max_skipped_in_a_row'):
+    if fields[name] < 1:
+      raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
+  if fields.probe_every < 0:
+    raise UserError(f'train.probe_every={fields.probe_every}: it must be 0 (never) or more')
+  if fields.batch_size % (fields.accumulate * shards):
+    raise UserError(
+      f'train.batch_size={fields.batch_size} must be a multiple of {fields.accumulate * shards}: '
+      f'train.accumulate={fields.accumulate} microbatches, each split over the {shards} devices '
+      'of mesh.data x mesh.fsdp')
+
+
+def _placement(params, logical_axes, *, mesh, config):
+  try:
+    return sharding.param_shardings(params, logical_axes, mesh=mesh, preset=config.mesh.preset)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+
+
+def _make_workdir(workdir):
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot make --workdir={workdir}: {error.strerror}') from error
+
+
+def _with_weights_of(path, state, shardings):
+  """The state with parameters and average from a snapshot; optimizer and step stay new."""
+  snapshot = load_snapshot(path)
+  shape = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+  if shape(snapshot.params) != shape(state.params):
+    raise UserError(f'train.init_from={path} holds another model: its arrays do not fit this config')
+  logging.info('weights from step %d of %s', snapshot.step, path)
+  replace = lambda state, new: dataclasses.replace(  # a copy for the average: the step donates both
+    state, params=new, ema=jax.tree.map(jnp.copy, new))
+  return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
+
+
+def _save_snapshot(path, state, step, plain):
+  """The averaged weights for users; fetching them takes part of every process, writing of one."""
+  averaged = sharding.fetch(state.ema)
+  if jax.process_index() == 0:
+    save_snapshot(path, params=averaged, config=plain, step=step)
+
+
+def _log_memory(compiled, *, seconds):
+  memory = compiled.memory_analysis()
+  if memory is None:  # not every backend tells
+    logging.info('the step compiled in %.1f s', seconds)
+    return
+  mib = 2**20
+  logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and %.0f MiB '
+               'of temporaries', seconds, memory.argument_size_in_bytes / mib,
+               memory.temp_size_in_bytes / mib)
+
+
+def _write_json(path, content):
+  partial = f'{path}.partial'
+  with open(partial, 'w', encoding='utf-8') as f:
+    json.dump(content, f, indent=2)
+    f.write('\n')
+  os.replace(partial, path)

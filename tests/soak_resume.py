@@ -1,0 +1,169 @@
+"""Kills a small run at random moments, resumes it each time, and compares it with an unharmed run.
+
+  python tests/soak_resume.py --kills=20
+
+Prints both traces' comparison and PASS or FAIL; exits with 1 on FAIL. test_train.py does the same with
+fewer kills. Not collected by pytest.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import soundfile
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+# The shipped config, small. All programs are the same, so they are compiled once and then found in
+# the cache; optimising a program that runs for a second does not pay.
+CONFIG = 'configs/tiny.py:debug'
+SMALL = {
+  'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
+  'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
+}
+
+
+def write_music(directory, *, files=3, seconds=2, sample_rate=44100):
+  """Decaying chords in noise: files that differ, from a fixed seed."""
+  directory.mkdir(parents=True, exist_ok=True)
+  rng = np.random.default_rng(0)
+  t = np.arange(seconds * sample_rate) / sample_rate
+  for i in range(files):
+    tones = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 2000, 4))
+    audio = 0.1 * tones * np.exp(-2 * (t % 0.5)) + 0.02 * rng.normal(size=t.size)
+    soundfile.write(directory / f'{i}.wav', audio, sample_rate)
+  return directory
+
+
+def command(workdir, *, music, fields=None, flags=()):
+  """The command line of a run."""
+  fields = {**SMALL, 'data.root': music, **(fields or {})}
+  return [sys.executable, '-m', 'm2l2.main', f'--config={CONFIG}', f'--workdir={workdir}', *flags,
+          *(f'--config.{name}={value}' for name, value in fields.items())]
+
+
+def environment(cache, *, devices=1):
+  """The environment of a run: CPU devices, a shared cache of compiled programs, quick compiling."""
+  return {
+    **os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY),
+    'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+
+
+def run(workdir, *, music, cache, fields=None, devices=1):
+  """A run from start to end (or on from where it was): its exit code and what it printed."""
+  done = subprocess.run(
+    command(workdir, music=music, fields=fields), env=environment(cache, devices=devices),
+    cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+  return done.returncode, done.stdout
+
+
+def stopped_run(workdir, number, *, music, cache, fields=None, after_lines=0, delay=0.0):
+  """Starts the run and sends it a signal `delay` seconds after it has logged `after_lines` steps.
+
+  Returns its exit code (negative: killed by that signal; 0 also if it was done before) and what it
+  printed.
+  """
+  log = pathlib.Path(f'{workdir}.log')
+  with open(log, 'w', encoding='utf-8') as f:
+    process = subprocess.Popen(
+      command(workdir, music=music, fields=fields), env=environment(cache), cwd=REPOSITORY,
+      stdout=f, stderr=subprocess.STDOUT)
+    while process.poll() is None and log.read_text(encoding='utf-8').count(' step ') < after_lines:
+      time.sleep(0.005)
+    time.sleep(delay)
+    if process.poll() is None:
+      process.send_signal(number)
+    code = process.wait()
+  return code, log.read_text(encoding='utf-8')
+
+
+def run_with_kills(workdir, *, kills, rng, steps, music, cache, say=print):
+  """The same run, killed by SIGKILL `kills` times and then left to finish: (exit code, printed).
+
+  Every fifth kill or so falls at any moment of starting up, the others among the steps, where saves
+  in the background are under way.
+  """
+  fields = {'train.steps': steps}
+  for i in range(kills):
+    starting = rng.random() < 0.2
+    code, text = stopped_run(
+      workdir, signal.SIGKILL, music=music, cache=cache, fields=fields,
+      after_lines=0 if starting else rng.randint(1, max(1, steps // 2)),
+      delay=rng.uniform(0, 8) if starting else rng.uniform(0, 0.3))
+    if code not in (0, -signal.SIGKILL):
+      return code, text
+    lines = len(trace(workdir))
+    say(f'kill {i + 1}/{kills}: ' + (f'exit code {code}, {lines} lines in metrics.jsonl' if code
+                                     else 'the run was done before'))
+  return run(workdir, music=music, cache=cache, fields=fields)
+
+
+def trace(workdir):
+  """The lines of metrics.jsonl, without what is timing."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+           if line.endswith('\n')]
+  return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in lines]
+
+
+def fingerprint(workdir):
+  """The fingerprint of the run's averaged weights."""
+  return json.loads((pathlib.Path(workdir) / 'snapshot' / 'config.json').read_text())['fingerprint']
+
+
+def differences(straight, other):
+  """What differs between two workdirs, as lines; none if the runs are the same digit for digit."""
+  a, b = trace(straight), trace(other)
+  found = []
+  if [line['step'] for line in a] != [line['step'] for line in b]:
+    found.append(f'steps {[line["step"] for line in a]} against {[line["step"] for line in b]}')
+  for x, y in zip(a, b):
+    found += [f'step {x["step"]} {name}: {x.get(name)!r} against {y.get(name)!r}'
+              for name in x.keys() | y.keys() if x.get(name) != y.get(name)]
+  if fingerprint(straight) != fingerprint(other):
+    found.append('the weights differ')
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--seed', type=int, default=0, help='of the moments of the kills')
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as directory:
+    directory = pathlib.Path(directory)
+    shared = {'music': write_music(directory / 'music'), 'cache': directory / 'cache'}
+    straight, killed = directory / 'straight', directory / 'killed'
+    print(f'{args.steps} steps without a stop')
+    outcomes = [run(straight, fields={'train.steps': args.steps}, **shared)]
+    print(f'{args.steps} steps with {args.kills} kills at random moments (seed {args.seed})')
+    outcomes.append(run_with_kills(
+      killed, kills=args.kills, rng=random.Random(args.seed), steps=args.steps, **shared))
+    for code, text in outcomes:
+      if code:
+        print(text, f'FAIL: a run ended with exit code {code}', sep='\n')
+        return 1
+    for x, y in zip(trace(straight), trace(killed)):
+      print(f'step {x["step"]:3d}  loss {x["loss"]!r:>20} {y["loss"]!r:>20}  '
+            f'{"equal" if x == y else "DIFFERENT"}')
+    found = differences(straight, killed)
+    print(*found, sep='\n')
+    print(f'{"FAIL" if found else "PASS"}: {len(trace(killed))} steps, {args.kills} kills, '
+          f'weights {fingerprint(straight)} against {fingerprint(killed)}')
+    return 1 if found else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
