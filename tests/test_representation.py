@@ -1,0 +1,193 @@
+"""The spectrogram against the vectors of the method's fact sheet, and its exact inverse."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l2.model.envelope import log_magnitude
+from m2l2.representation import Representation, istft, stft
+
+pytestmark = pytest.mark.usefixtures('strict_dtypes')
+
+SMALL = dict(window=256, hop=64, bins=128, frames=4)
+
+
+def _music(rng, *shape):
+  """Noise without its top fifth: the Nyquist bin, which is dropped, holds nothing of it."""
+  spectrum = np.fft.rfft(rng.normal(size=shape) * .1)
+  spectrum[..., int(spectrum.shape[-1] * .8):] = 0
+  return np.fft.irfft(spectrum, n=shape[-1]).astype(np.float32)
+
+
+def _parts(*values):
+  return jnp.asarray([[v.real, v.imag] for v in values], jnp.float32)
+
+
+@pytest.mark.parametrize('magnitude, expected', [
+  (0.01, 0.017040), (1, 0.34), (10, 1.518724), (100, 6.783892), (512, 0.34 * 512**.65)])
+@pytest.mark.parametrize('transform', ['polar', 'component'])
+def test_amplitudes_of_the_transform(transform, magnitude, expected):
+  rep = Representation(transform=transform)
+  got = rep.compress(_parts(complex(magnitude), -1j * magnitude))
+  np.testing.assert_allclose(got, [[expected, 0], [0, -expected]], rtol=3e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('transform, degrees', [('polar', -53.1301), ('component', -50.3266)])
+def test_only_the_polar_transform_keeps_the_phase_of_3_minus_4i(transform, degrees):
+  re, im = Representation(transform=transform).compress(_parts(3 - 4j))[0]
+  np.testing.assert_allclose(np.degrees(np.arctan2(im, re)), degrees, atol=1e-3)
+  if transform == 'polar':
+    np.testing.assert_allclose(np.hypot(re, im), .34 * 5**.65, rtol=1e-6)
+
+
+@pytest.mark.parametrize('transform', ['polar', 'component'])
+def test_expand_inverts_compress(transform):
+  rep = Representation(transform=transform)
+  parts = jnp.asarray(np.random.normal(size=(1000, 2)) * 10.**np.random.uniform(-5, 3, (1000, 1)),
+                      jnp.float32)
+  np.testing.assert_allclose(rep.expand(rep.compress(parts)), parts, rtol=2e-5, atol=1e-9)
+
+
+def test_unit_sine_on_bin_64():
+  sine = np.sin(2 * np.pi * 64 * np.arange(8192) / 2048).astype(np.float32)
+  magnitude = np.abs(stft(jnp.asarray(sine), window=2048, hop=512))
+  assert magnitude.shape == (13, 1025)
+  np.testing.assert_allclose(magnitude[:, 63:66], np.tile([256, 512, 256], (13, 1)), rtol=1e-4)
+  assert magnitude[:, 67:].max() < .05
+
+
+def test_power_of_white_noise():
+  noise = (.1 * np.random.normal(size=2048 * 300)).astype(np.float32)
+  power = np.abs(stft(jnp.asarray(noise), window=2048, hop=1024))**2
+  np.testing.assert_allclose(power[:, 1:-1].mean(), 768 * .1**2, rtol=.01)
+
+
+@pytest.mark.parametrize('hop, edge', [(512, 1536), (1024, 1024)])
+@pytest.mark.parametrize('transform', ['polar', 'component'])
+def test_round_trip_is_exact_inside(hop, edge, transform):
+  rep = Representation(hop=hop, frames=4, transform=transform)
+  audio = _music(np.random, 1, rep.crop_samples(2))
+  got, tail = rep.synthesise(rep.analyse(jnp.asarray(audio)))
+  assert rep.overlap == edge and got.shape == (1, 8 * hop) and tail.shape == (1, edge)
+  got = np.concatenate([got, tail], axis=-1)
+  inside = np.s_[:, edge:-edge]
+  np.testing.assert_allclose(got[inside], audio[inside], atol=2e-6)
+  # Outside, the samples carry the fade of the frames that are there: first one, then two ...
+  square = np.sin(np.pi * np.arange(2048) / 2048)**4
+  norm = square.reshape(-1, hop).sum(0)
+  np.testing.assert_allclose(got[0, :hop], audio[0, :hop] * (square[:hop] / norm), atol=2e-6)
+  np.testing.assert_allclose(got[0, -hop:], audio[0, -hop:] * (square[-hop:] / norm), atol=2e-6)
+
+
+def test_synthesis_in_blocks_with_tails_equals_the_whole():
+  rep = Representation(channels=2, **SMALL)
+  spec = jnp.asarray(np.random.normal(size=(3, 6, 128, 4, 4)), jnp.float32)
+  whole, last = rep.synthesise(spec)
+  blocks, tail = [], None
+  for start, stop in ((0, 2), (2, 4), (4, 6)):
+    block, tail = rep.synthesise(spec[:, start:stop], tail)
+    blocks.append(block)
+  scale = np.abs(whole).max()
+  np.testing.assert_allclose(np.concatenate(blocks, axis=-1) / scale, whole / scale, atol=1e-6)
+  np.testing.assert_allclose(tail / scale, last / scale, atol=1e-6)
+
+
+@pytest.mark.parametrize('samples', [1, 64, 65, 1024, 3333])
+def test_padded_edges_return_every_sample(samples):
+  rep = Representation(channels=2, **SMALL)
+  layout = rep.layout(samples)
+  assert layout.num_samples == samples and layout.lead == rep.overlap
+  assert layout.chunks == -(-layout.frames // rep.frames)
+  audio = _music(np.random, 2, max(samples, 256))[:, :samples]
+  audio = audio * np.hanning(samples + 2)[1:-1].astype(np.float32)  # a hard edge has a Nyquist part
+  total = rep.crop_samples(layout.chunks)
+  padded = np.pad(audio, [(0, 0), (layout.lead, total - layout.lead - samples)])
+  got, _ = rep.synthesise(rep.analyse(jnp.asarray(padded)))
+  np.testing.assert_allclose(got[:, layout.lead:layout.lead + samples], audio,
+                             atol=1e-5 if samples > 1000 else .02)  # short: wide spectrum
+  # Not a frame too many: the last one that is kept begins before the signal's end.
+  assert (layout.frames - 1) * rep.hop < layout.lead + samples <= layout.frames * rep.hop
+
+
+def test_frames_without_padding_as_the_ancestors_count_them():
+  rep = Representation(edges='none')
+  for samples, frames in ((2048, 1), (2559, 1), (2560, 2), (67072, 128), (100, 1)):
+    layout = rep.layout(samples)
+    assert (layout.lead, layout.frames, layout.chunks) == (0, frames, -(-frames // 64))
+
+
+def test_crops_and_chunks_of_the_family():
+  ours, theirs = Representation(), Representation(channels=2, hop=1024, frames=32)
+  assert ours.chunk_samples == theirs.chunk_samples == 32768
+  assert ours.crop_samples(2) == 67072 and theirs.crop_samples(2) == 66560
+  assert ours.crop_samples(1) == 34304  # the ancestor's training crop
+  assert (ours.spec_channels, theirs.spec_channels) == (2, 4)
+
+
+def test_channels_are_left_re_im_then_right_re_im():
+  rep = Representation(channels=2, **SMALL)
+  time = np.arange(rep.crop_samples(3))
+  left = np.cos(2 * np.pi * 16 * time / 256)   # frames start at whole periods: purely real
+  right = np.sin(2 * np.pi * 32 * time / 256)  # purely imaginary, negative
+  spec = rep.analyse(jnp.asarray(np.stack([left, right])[None], jnp.float32))
+  assert spec.shape == (1, 3, 128, 4, 4)
+  peak = .34 * 64**.65
+  np.testing.assert_allclose(spec[0, :, 16], np.broadcast_to([peak, 0, 0, 0], (3, 4, 4)), atol=1e-2)
+  np.testing.assert_allclose(spec[0, :, 32], np.broadcast_to([0, 0, 0, -peak], (3, 4, 4)),
+                             atol=1e-2)
+  magnitude = rep.magnitude(spec)
+  assert magnitude.shape == (1, 3, 128, 4, 2)
+  np.testing.assert_allclose(magnitude[0, :, 16, :, 0], peak, rtol=1e-3)
+
+
+def test_chunks_are_consecutive_frames():
+  rep = Representation(**SMALL)
+  audio = jnp.asarray(_music(np.random, 1, rep.crop_samples(3)))
+  whole = rep.analyse(audio)
+  second = rep.analyse(audio[:, rep.chunk_samples:][:, :rep.crop_samples(1)])
+  np.testing.assert_allclose(second[0], whole[1], atol=1e-5)
+
+
+@pytest.mark.parametrize('transform', ['polar', 'component'])
+@pytest.mark.parametrize('name', ['compress', 'expand', 'magnitude', 'log_magnitude'])
+def test_gradients_are_finite_at_zero(transform, name):
+  rep = Representation(transform=transform)
+  function = log_magnitude if name == 'log_magnitude' else getattr(rep, name)
+  points = jnp.asarray([[0, 0], [0, 1], [1e-25, 0], [1e-12, -1e-12], [3, -4]], jnp.float32)
+  grad = jax.grad(lambda x: jnp.sum(function(x)))(points)
+  assert np.all(np.isfinite(grad))
+  np.testing.assert_array_equal(grad[0], 0)
+  assert np.all(grad[4] != 0)
+
+
+def test_gradient_reaches_the_audio_through_silence():
+  rep = Representation(**SMALL)
+  audio = jnp.zeros((1, rep.crop_samples(1))).at[0, 300].set(.1)
+  grad = jax.grad(lambda x: jnp.sum(jnp.square(rep.analyse(x))))(audio)
+  assert np.all(np.isfinite(grad)) and np.any(grad != 0)
+
+
+def test_istft_fills_missing_bins_with_zeros():
+  spec = stft(jnp.asarray(_music(np.random, 1024)), window=256, hop=128)
+  np.testing.assert_allclose(
+    istft(spec[:, :128], window=256, hop=128),
+    istft(spec.at[:, 128:].set(0), window=256, hop=128), atol=1e-6)
+
+
+@pytest.mark.parametrize('fields', [
+  dict(transform='none'), dict(edges='both'), dict(hop=0), dict(hop=500), dict(hop=2048),
+  dict(bins=0), dict(bins=1025), dict(channels=3), dict(frames=0)])
+def test_bad_values_are_one_line(fields):
+  with pytest.raises(ValueError) as error:
+    Representation(**fields)
+  assert '\n' not in str(error.value) and next(iter(fields)) in str(error.value)
+
+
+def test_wrong_lengths_are_refused():
+  rep = Representation(**SMALL)
+  for samples in (rep.crop_samples(1) - 1, rep.crop_samples(1) + 1, rep.overlap):
+    with pytest.raises(ValueError, match='whole number of chunks'):
+      rep.analyse(jnp.zeros((1, samples)))
+  with pytest.raises(ValueError, match='at least one sample'):
+    rep.layout(0)
