@@ -231,7 +231,7 @@ def read(path, *, start: int = 0, frames: int | None = None,
       raise UserError(f'{shown(path)}: cannot read {frames} samples from sample {start} on')
     if start + (frames or 0) > info.frames:
       raise UserError(
-          f'{shown(path)}: holds {info.frames} samples: too few for {frames} from sample {start} on')
+          f'{shown(path)}: holds {info.frames} samples, too few for {frames} from {start} on')
     if start == 0 and frames is None:
       blocks = list(reader.blocks(block_samples=_READ_VALUES, check_finite=check_finite))
       return np.ascontiguousarray(np.concatenate(blocks, axis=1)), info.sample_rate
@@ -299,7 +299,7 @@ class AudioWriter:
   `clipped`, and named once in the log. After an exception nothing is left behind.
 
   Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
-  pieces that are not float [channels, samples] or not finite; a WAV of more than 4 GiB; a full disk.
+  pieces that are not [channels, samples] or not finite; a WAV of more than 4 GiB; a full disk.
   """
 
   def __init__(self, path, sample_rate: int, channels: int):

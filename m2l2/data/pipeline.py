@@ -4,12 +4,15 @@ The sample at global index g is a pure function of (seed, g, sorted files): `tra
 Threads, workers, processes and a restart change who reads a sample, never which sample it is.
 """
 
+import gc
+import weakref
+
 from absl import flags
 import grain
 import numpy as np
 
 from m2l2.data.sources import AudioFiles, find_audio_files
-from m2l2.data.transforms import CropSpec, RandomCrop
+from m2l2.data.transforms import CropSpec, FaultLog, RandomCrop
 from m2l2.errors import UserError
 
 _ENDLESS = 2**62
@@ -25,30 +28,35 @@ class Loader:
 
   def __init__(self, dataset: grain.IterDataset, crop: RandomCrop):
     self.files: AudioFiles = crop.files
-    self._crop = crop
-    self._iterator = iter(dataset)
-    self._closed = False
+    self._iterators = [iter(dataset)]
+    # Also runs at the interpreter's end, before Grain's modules are torn down under its feet.
+    self._close = weakref.finalize(self, _close, self._iterators, crop.faults)
 
   def __iter__(self):
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    if self._closed:
+    if not self._iterators:
       raise StopIteration
-    return next(self._iterator)
+    return next(self._iterators[0])
 
   def close(self):
     """Stops threads and workers; quiet, and harmless when repeated."""
-    if not self._closed:
-      self._closed = True
-      self._crop.faults.close()
-      self._iterator.close()
+    self._close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused):
     self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator], faults: FaultLog):
+  faults.close()
+  iterators.pop().close()
+  # Grain's iterators hang in cycles; left to the interpreter's end, their __del__ print errors and
+  # leak shared memory.
+  gc.collect()
 
 
 def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channels: int,
@@ -104,8 +112,13 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     # as a library (a notebook, a test): their defaults are what is wanted there.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers)).map(_own)
   return Loader(batches, crop)
+
+
+def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A copy out of the shared memory of Grain's workers, which must be gone before the exit."""
+  return {name: np.array(value) for name, value in batch.items()}
 
 
 def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, seed, start_index,

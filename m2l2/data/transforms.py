@@ -79,15 +79,19 @@ def epoch_order(*, seed: int, epoch: int, count: int) -> np.ndarray:
   2-6 ms a sample (12 or 4 files) with the interpreter locked, more than reading the crop takes.
   """
   # The third counter word keeps these words apart from those of `draw_bits`.
-  words = np.random.Philox(key=[seed, epoch], counter=[0, 0, 1, 0]).random_raw(count)
-  return np.argsort(words, kind='stable')
+  return np.argsort(_philox([seed, epoch], [0, 0, 1, 0]).random_raw(count), kind='stable')
 
 
 def draw_bits(*, seed: int, index: int, attempt: int) -> DrawBits:
   """The random words of one draw; a pure function of its arguments (each < 2**64)."""
-  generator = np.random.Philox(key=[seed, index], counter=[0, 0, 0, attempt])
-  file, offset, channel = generator.random_raw(3).tolist()
+  words = _philox([seed, index], [0, 0, 0, attempt]).random_raw(3)
+  file, offset, channel = words.tolist()
   return DrawBits(file=file, offset=offset, channel=channel)
+
+
+def _philox(key: list[int], counter: list[int]) -> np.random.Philox:
+  # Arrays, for NumPy would take a list with a word above 2**63 through float64.
+  return np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64))
 
 
 def below(bits: int, limit: int) -> int:
