@@ -115,7 +115,7 @@ class Checkpoints:
       state=ocp.args.StandardSave(flat), about=ocp.args.JsonSave(about)))
 
   def restore(self, abstract_state, *, config) -> Restored | None:
-    """The newest checkpoint that can be read, laid out as `abstract_state` says; None if there is none.
+    """The newest checkpoint that can be read, laid out like `abstract_state`; None without any.
 
     One that cannot be read is passed over with a warning and, once an older one has been read,
     renamed to broken-STEP, so that the run can write that step again.
@@ -134,7 +134,7 @@ class Checkpoints:
         restored = self._read(step, abstract_state, config)
       except UserError:
         raise
-      except Exception as e:  # a damaged file shows as almost any error of Orbax, TensorStore or JSON
+      except Exception as e:  # damage shows as almost any error of Orbax, TensorStore or JSON
         error = e
       if not _on_every_process(error is None):
         logging.warning('checkpoint %d in %s cannot be read (%s): trying the one before',
@@ -144,8 +144,8 @@ class Checkpoints:
       self._set_aside(broken)
       return restored
     if broken:
-      raise UserError(f'none of the checkpoints in {self.directory} can be read ({_first_line(error)}): '
-                      'move that directory away to start from scratch')
+      raise UserError(f'none of the checkpoints in {self.directory} can be read '
+                      f'({_first_line(error)}): move that directory away to start from scratch')
     return None
 
   def _read(self, step, abstract_state, config) -> Restored:

@@ -1,7 +1,6 @@
 """What a run says about itself: JSON lines, console, TensorBoard; speed; the guard against NaN.
 
-Scalars are flat: {'loss': .., 'loss/sigma_0.1_1': .., 'time/steps_per_second': ..}. Names without a
-slash are the headline and go to the console too.
+Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second': ..}.
 """
 
 from __future__ import annotations
@@ -19,6 +18,12 @@ import numpy as np
 from m2l2.errors import UserError
 
 
+# What the console shows of them, where it is there and not 0: does it learn, does it blow up, do
+# the latents differ and reach the output.
+HEADLINE = (
+  'loss', 'norm/gradients', 'latent/spread', 'latent/saturated', 'probe_ema/swap', 'skipped')
+
+
 class Writer(Protocol):
   """Where scalars go: `write(step, {name: number})` once per logged step, `close()` at the end."""
 
@@ -30,7 +35,7 @@ class Writer(Protocol):
 
 
 def as_number(value):
-  """A float32 as the shortest decimal that reads back as itself; integers whole; NaN, inf as None."""
+  """A float32 as the shortest decimal that reads back as itself; NaN and infinity as None."""
   value = np.asarray(value)
   if np.issubdtype(value.dtype, np.integer) or value.dtype == bool:
     return int(value)
@@ -87,7 +92,7 @@ class ConsoleWriter:
 
   def write(self, step, scalars):
     parts = [f'step {step}/{self._total}']
-    parts += [f'{name} {float(value):.4g}' for name, value in scalars.items() if '/' not in name]
+    parts += [f'{name} {float(scalars[name]):.4g}' for name in HEADLINE if scalars.get(name)]
     rate = scalars.get('time/steps_per_second')
     if rate:
       parts += [f'{float(rate):.3g} steps/s', f'{_duration((self._total - step) / rate)} left']
@@ -164,7 +169,7 @@ class Writers:
 
 
 def make_writers(workdir, *, resume_step, total_steps) -> Writers:
-  """The writers of the run's first process: workdir/metrics.jsonl, console, TensorBoard if it is there."""
+  """What a run's first process writes to: metrics.jsonl, console, TensorBoard if it is there."""
   writers = [
     JsonlWriter(os.path.join(workdir, 'metrics.jsonl'), resume_step=resume_step),
     ConsoleWriter(total_steps=total_steps),

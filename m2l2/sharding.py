@@ -1,8 +1,9 @@
-"""Where arrays live: the mesh, one table from logical axes to mesh axes, and batches. Knows jax only.
+"""Where arrays live: the mesh, one table from logical axes to mesh axes, and batches.
 
-Layers name the axes of their parameters ('embed', 'heads', ...). A preset maps some of those names to
-axes of the mesh; the batch is always split over 'data' and 'fsdp' together. So moving a model from one
-chip to a pod is a matter of the config (`mesh.preset`, `mesh.data`, `mesh.fsdp`, `mesh.tensor`).
+Layers name the axes of their parameters ('embed', 'heads', ...). A preset maps some of those names
+to axes of the mesh; the batch is always split over 'data' and 'fsdp' together. So moving a model
+from one chip to a pod is a matter of the config (`mesh.preset`, `mesh.data`, `mesh.fsdp`,
+`mesh.tensor`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+from m2l2.errors import UserError
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
@@ -53,18 +56,18 @@ def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     devices: all devices by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = [data, fsdp, tensor]
   asked = ', '.join(f'mesh.{name}={size}' for name, size in zip(MESH_AXES, sizes))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f'{asked}: sizes are 1 or more, and one may be -1 to take what is left')
+    raise UserError(f'{asked}: sizes are 1 or more, and one may be -1 to take what is left')
   if -1 in sizes:
     known = math.prod(size for size in sizes if size != -1)
     sizes[sizes.index(-1)] = len(devices) // known
   if math.prod(sizes) != len(devices):
-    raise ValueError(f'{asked} do not multiply to the {len(devices)} devices of this run')
+    raise UserError(f'{asked} do not multiply to the {len(devices)} devices of this run')
   return jax.make_mesh(
     tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
@@ -99,16 +102,17 @@ def param_shardings(abstract_tree, logical_axes_tree, *, mesh, preset,
 
   Args:
     abstract_tree: tree of arrays or ShapeDtypeStructs.
-    logical_axes_tree: the same tree with, for each array, a tuple of one name or None per dimension.
+    logical_axes_tree: the same tree with a tuple for each array, one name or None per dimension.
     mesh: from `make_mesh`.
     preset: a key of PRESETS.
     min_size: numbers in the smallest array that is split.
 
   Raises:
-    ValueError: unknown preset, names that do not fit a shape, or two names on one mesh axis.
+    UserError: unknown preset.
+    ValueError: names that do not fit a shape, or two names on one mesh axis.
   """
   if preset not in PRESETS:
-    raise ValueError(f'mesh.preset={preset!r} is not known: choose one of {", ".join(PRESETS)}')
+    raise UserError(f'mesh.preset={preset!r} is not known: choose one of {", ".join(PRESETS)}')
   sizes, table, unplaced = dict(mesh.shape), PRESETS[preset], []
 
   def place(path, array, names):
@@ -128,7 +132,7 @@ def param_shardings(abstract_tree, logical_axes_tree, *, mesh, preset,
 
 
 def state_shardings(abstract_state, params_shardings, *, mesh):
-  """Shardings for a whole state: each subtree built like the parameters (EMA, moments) takes theirs.
+  """Shardings for a whole state: subtrees built like the parameters (EMA, moments) take theirs.
 
   Everything else (counters) is copied to all devices.
   """
@@ -165,7 +169,7 @@ def batch_block(mesh) -> tuple[int, int]:
   indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
   rows = sorted({index[0].start or 0 for index in indices})
   if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows) or shards % len(rows):
-    raise ValueError(f'this mesh gives one process the scattered batch rows {rows} of {shards}')
+    raise UserError(f'this mesh gives one process the scattered batch rows {rows} of {shards}')
   return rows[0] // len(rows), shards // len(rows)
 
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import build, checkpoint, metrics, sharding
+from m2l2.codec import Codec
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 
 
 def train(config, workdir) -> int:
-  """Trains until `config.train.steps`, or until SIGTERM or Ctrl-C; the same call goes on with a run.
+  """Trains until `config.train.steps`, SIGTERM or Ctrl-C; the same call goes on with a run.
 
   Args:
     config: as `configs/base.py` makes it.
@@ -41,7 +42,8 @@ def train(config, workdir) -> int:
   # ================================================================================================
   # Mesh, and a batch that divides
   # ================================================================================================
-  mesh = _mesh(config.mesh)
+  mesh = sharding.make_mesh(
+    data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
   _check(config, shards=sharding.batch_shards(mesh))
   logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
                jax.default_backend(), jax.process_count(), dict(mesh.shape), config.mesh.preset)
@@ -53,7 +55,8 @@ def train(config, workdir) -> int:
     # Shapes first: nothing is allocated before it is known where it goes
     # ==============================================================================================
     abstract = jax.eval_shape(functions.init, key)
-    placement = _placement(abstract.params, functions.logical_axes, mesh=mesh, config=config)
+    placement = sharding.param_shardings(
+      abstract.params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
     shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
@@ -136,17 +139,15 @@ def train(config, workdir) -> int:
     def write(line):
       """Fetches a step's metrics and writes them; called when the next ones are under way."""
       if line:
-        done, values, rejected = line
-        values = jax.device_get(values)
-        if main:
-          writers.write(done, {**values, 'data/rejected': rejected, **speed.rates(done)})
-        metrics.check_skipped(done, values, limit=fields.max_skipped_in_a_row)
+        done, scalars = line[0], jax.device_get(line[1])
+        writers.write(done, {**scalars, **speed.rates(done)})
+        metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
     # The loop. The order is law: save, then the next batch, then the step, then the log. So the
     # position saved with a state is the position that this state has reached.
     # ==============================================================================================
-    step, line, rejected = first, None, 0
+    step, line, rows, rejected, codec = first, None, None, 0, None
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     while True:
       stopping = step < fields.steps and stop.reached(step)
@@ -156,7 +157,14 @@ def train(config, workdir) -> int:
         line = None
         checkpoints.save(step, state, config=plain, position={
           'next_index': offset + step * fields.batch_size, 'files': loader.files.fingerprint})
-        _save_snapshot(os.path.join(workdir, 'snapshot'), state, step, plain)
+        averaged = sharding.fetch(state.ema)
+        if main:
+          save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
+        if writers.shows_media and rows:
+          codec = codec or Codec(config=plain, params=averaged, fingerprint='')
+          codec.params = averaged
+          writers.write_audio(step, sample_rate=functions.sample_rate, sounds=_reconstruct(
+            codec, rows['audio'][0], sample_rate=functions.sample_rate))
       if stopping or step >= fields.steps:
         break
 
@@ -176,7 +184,7 @@ def train(config, workdir) -> int:
           values |= {f'{name}/{part}': value for part, value in results.items()}
       if probing or step in (1, fields.steps) or step % fields.log_every == 0:
         write(line)
-        line, rejected = (step, values, rejected), 0
+        line, rejected = (step, {**values, 'data/rejected': rejected}), 0
 
     # ==============================================================================================
     # The end: all is on disk before the last line is printed
@@ -206,13 +214,6 @@ def _local(workdir) -> str:
   return str(workdir)
 
 
-def _mesh(fields):
-  try:
-    return sharding.make_mesh(data=fields.data, fsdp=fields.fsdp, tensor=fields.tensor)
-  except ValueError as error:
-    raise UserError(str(error)) from error
-
-
 def _check(config, *, shards):
   """Raises UserError on fields that cannot work together, before anything is built."""
   fields = config.train
@@ -233,13 +234,6 @@ def _check(config, *, shards):
       'of mesh.data x mesh.fsdp')
 
 
-def _placement(params, logical_axes, *, mesh, config):
-  try:
-    return sharding.param_shardings(params, logical_axes, mesh=mesh, preset=config.mesh.preset)
-  except ValueError as error:
-    raise UserError(str(error)) from error
-
-
 def _make_workdir(workdir):
   try:
     os.makedirs(workdir, exist_ok=True)
@@ -252,18 +246,18 @@ def _with_weights_of(path, state, shardings):
   snapshot = load_snapshot(path)
   shape = lambda tree: jax.tree.map(lambda x: x.shape, tree)
   if shape(snapshot.params) != shape(state.params):
-    raise UserError(f'train.init_from={path} holds another model: its arrays do not fit this config')
+    raise UserError(
+      f'train.init_from={path} is of another model: its arrays do not fit this config')
   logging.info('weights from step %d of %s', snapshot.step, path)
   replace = lambda state, new: dataclasses.replace(  # a copy for the average: the step donates both
     state, params=new, ema=jax.tree.map(jnp.copy, new))
   return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
 
 
-def _save_snapshot(path, state, step, plain):
-  """The averaged weights for users; fetching them takes part of every process, writing of one."""
-  averaged = sharding.fetch(state.ema)
-  if jax.process_index() == 0:
-    save_snapshot(path, params=averaged, config=plain, step=step)
+def _reconstruct(codec, audio, *, sample_rate):
+  """A crop [C, N] and what is left of it after encoding and decoding."""
+  latents = codec.encode(audio, sample_rate)
+  return {'original': audio, 'reconstruction': codec.decode(latents)}
 
 
 def _log_memory(compiled, *, seconds):
@@ -272,8 +266,8 @@ def _log_memory(compiled, *, seconds):
     logging.info('the step compiled in %.1f s', seconds)
     return
   mib = 2**20
-  logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and %.0f MiB '
-               'of temporaries', seconds, memory.argument_size_in_bytes / mib,
+  logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and '
+               '%.0f MiB of temporaries', seconds, memory.argument_size_in_bytes / mib,
                memory.temp_size_in_bytes / mib)
 
 

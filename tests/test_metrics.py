@@ -61,7 +61,7 @@ def test_console_shows_the_headline_only():
   original, metrics.logging.info = metrics.logging.info, lines.append
   try:
     metrics.ConsoleWriter(total_steps=1000).write(
-      100, {'loss': 12.3456, 'latent/rms': 1.0, 'time/steps_per_second': 0.25})
+      100, {'step_size': 0.1, 'loss': 12.3456, 'skipped': 0.0, 'time/steps_per_second': 0.25})
   finally:
     metrics.logging.info = original
   assert lines == ['step 100/1000  loss 12.35  0.25 steps/s  1h00m left']

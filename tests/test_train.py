@@ -1,0 +1,309 @@
+"""The loop, twice: with a model of one matrix, which compiles at once, every promise of the loop; with the
+shipped config, small, in processes of its own, that kills change nothing and devices next to nothing.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l2 import build, checkpoint, metrics, train, train_step
+from m2l2.configs import tiny
+from m2l2.errors import UserError
+from m2l2.snapshot import load_snapshot, save_snapshot
+import soak_resume
+
+CROP, RATE = 64, 8000
+
+
+def small_functions(config):
+  """A step as the loop wants it: 'audio' is fitted by one matrix; as quick to compile as can be."""
+  width = config.model.latent_dim
+
+  def init(key):
+    params = {'layer': {'w': 0.1 * jax.random.normal(key, (CROP, width))}}
+    zero = jnp.int32(0)
+    return train_step.TrainState(
+      step=zero, params=params, ema=jax.tree.map(jnp.copy, params), opt_state=({'m': params},),
+      skipped=zero, skipped_in_a_row=zero)
+
+  def step(state, batch):
+    def loss_fn(params):
+      x, w = batch['audio'][:, 0], params['layer']['w']
+      return jnp.mean(jnp.square(x @ w @ w.T - x))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    bad = state.step + 1 >= int(config.model.alpha)  # the first bad step, for the guard
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
+    ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
+    in_a_row = jnp.where(bad, state.skipped_in_a_row + 1, 0)
+    state = train_step.TrainState(
+      step=state.step + 1, params=params, ema=ema, opt_state=state.opt_state,
+      skipped=state.skipped + bad, skipped_in_a_row=in_a_row)
+    return state, {'loss': jnp.where(bad, jnp.nan, loss), 'audio/sum': jnp.sum(batch['audio']),
+                   'skipped_in_a_row': jnp.float32(in_a_row)}
+
+  def probe(params, batch, key):
+    return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
+
+  return types.SimpleNamespace(
+    init=init, train_step=step, probe_step=probe, crop_samples=CROP, channels=1, sample_rate=RATE,
+    native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
+
+
+def small_config(music, **changes):
+  config = tiny.get_config('debug')
+  config.data.root = str(music)
+  config.model.alpha = 1e6
+  config.train.update(steps=6, batch_size=8, log_every=1, probe_every=0, checkpoint_every=2)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def music(tmp_path_factory):
+  return soak_resume.write_music(tmp_path_factory.mktemp('music'), sample_rate=RATE)
+
+
+@pytest.fixture
+def small(monkeypatch, music):
+  """`small(workdir, **changes)` runs the loop with the small model; returns the updates done."""
+  monkeypatch.setattr(build, 'step_functions', small_functions)
+  return lambda workdir, **changes: train.train(small_config(music, **changes), str(workdir))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+  """What the loop warns of."""
+  said = []
+  for module in (train, checkpoint):
+    monkeypatch.setattr(module.logging, 'warning', lambda text, *args: said.append(text % args))
+  return said
+
+
+def steps_of(workdir):
+  return [line['step'] for line in soak_resume.trace(workdir)]
+
+
+def stop_at(monkeypatch, step):
+  """Makes SIGTERM arrive while update `step` is under way."""
+  write = metrics.JsonlWriter.write
+
+  def write_and_stop(self, done, scalars):
+    write(self, done, scalars)
+    if done == step - 1:  # lines come one step late
+      signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(metrics.JsonlWriter, 'write', write_and_stop)
+
+
+# The loop's promises, with the small model.
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(small, tmp_path, music):
+  assert small(tmp_path) == 6
+  assert sorted(os.listdir(tmp_path)) == ['checkpoints', 'config.json', 'metrics.jsonl', 'snapshot']
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert config == train._plain(small_config(music))
+  snapshot = load_snapshot(tmp_path)
+  assert snapshot.step == 6 and snapshot.config == config
+  assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+  assert all(line['loss'] > 0 for line in soak_resume.trace(tmp_path))
+
+
+def test_the_first_and_last_step_are_logged_whatever_the_period(small, tmp_path):
+  small(tmp_path, **{'train.steps': 8, 'train.log_every': 5, 'train.probe_every': 3})
+  assert steps_of(tmp_path) == [1, 3, 5, 6, 8]
+
+
+def test_probes_look_at_raw_and_averaged_weights(small, tmp_path):
+  small(tmp_path, **{'train.probe_every': 3, 'train.log_every': 6})
+  probed = {line['step']: line for line in soak_resume.trace(tmp_path) if 'probe/norm' in line}
+  assert list(probed) == [3, 6]
+  assert probed[3]['probe/norm'] != probed[3]['probe_ema/norm']
+  assert probed[3]['probe/draw'] == probed[3]['probe_ema/draw'] != probed[6]['probe/draw']
+
+
+def test_speed_and_waiting_are_logged(small, tmp_path):
+  small(tmp_path)
+  line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert line['time/samples_per_second'] == pytest.approx(8 * line['time/steps_per_second'], rel=1e-5)
+  assert line['time/audio_seconds_per_second'] == pytest.approx(
+    line['time/samples_per_second'] * CROP / RATE, rel=1e-5)
+  assert 0 <= line['time/input_wait'] <= 1
+
+
+def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(
+    small, tmp_path, monkeypatch):
+  small(tmp_path / 'straight')
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    done = small(tmp_path / 'stopped')
+  assert 3 <= done < 6 and steps_of(tmp_path / 'stopped') == list(range(1, done + 1))
+  assert load_snapshot(tmp_path / 'stopped').step == done
+  assert small(tmp_path / 'stopped') == 6
+  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'stopped') == []
+
+
+def test_a_lost_checkpoint_costs_its_steps_only(small, tmp_path, warnings):
+  small(tmp_path / 'straight')
+  small(tmp_path / 'other')
+  for name in ('state', 'about'):
+    os.rename(tmp_path / 'other/checkpoints/6' / name, tmp_path / name)
+  assert small(tmp_path / 'other') == 6
+  assert any('checkpoint 6' in text for text in warnings)
+  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'other') == []
+
+
+def test_a_run_that_is_done_stays_as_it_is(small, tmp_path):
+  small(tmp_path)
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  fingerprint = soak_resume.fingerprint(tmp_path)
+  assert small(tmp_path) == 6
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+  assert soak_resume.fingerprint(tmp_path) == fingerprint
+
+
+def test_a_resumed_run_may_differ_and_says_in_what(small, tmp_path, warnings):
+  small(tmp_path / 'straight', **{'train.steps': 8})
+  small(tmp_path / 'longer')
+  assert small(tmp_path / 'longer', **{'train.steps': 8}) == 8
+  assert warnings == ['this run differs from the one it continues in train.steps: 6 -> 8']
+  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'longer') == []
+  assert json.loads((tmp_path / 'longer/config.json').read_text())['train']['steps'] == 8
+
+
+def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, tmp_path, monkeypatch):
+  small(tmp_path)
+  starts = []
+  make_loader = train.make_loader
+
+  def spy(**fields):
+    starts.append((fields['start_index'], fields['batch_size']))
+    return make_loader(**fields)
+
+  monkeypatch.setattr(train, 'make_loader', spy)
+  small(tmp_path, **{'train.steps': 8, 'train.batch_size': 16})
+  small(tmp_path, **{'train.steps': 9, 'train.batch_size': 16})
+  assert starts == [(6 * 8, 16), (6 * 8 + 2 * 16, 16)]
+
+
+def test_other_files_on_resume_are_warned_of(small, tmp_path, warnings):
+  small(tmp_path / 'run')
+  more = soak_resume.write_music(tmp_path / 'more', files=4, sample_rate=RATE)
+  small(tmp_path / 'run', **{'data.root': str(more), 'train.steps': 7})
+  assert any('not those of the run so far' in text for text in warnings)
+
+
+def test_a_model_that_no_longer_fits_is_one_clear_line(small, tmp_path):
+  small(tmp_path)
+  with pytest.raises(UserError, match=r'layer/w .*model.latent_dim: 8 -> 4') as error:
+    small(tmp_path, **{'model.latent_dim': 4})
+  assert '\n' not in str(error.value)
+
+
+def test_a_new_run_may_start_from_a_snapshot(small, tmp_path):
+  weights = {'layer': {'w': np.full((CROP, 8), 0.01, np.float32)}}
+  save_snapshot(tmp_path / 'old', params=weights, config={}, step=5)
+  small(tmp_path / 'new', **{'train.init_from': str(tmp_path / 'old'), 'train.steps': 1})
+  w = load_snapshot(tmp_path / 'new').params['layer']['w']
+  np.testing.assert_allclose(w, 0.01, atol=2e-3)
+  assert steps_of(tmp_path / 'new') == [1]
+
+
+def test_a_snapshot_of_another_model_is_refused(small, tmp_path):
+  save_snapshot(tmp_path / 'old', params={'w': np.zeros(3, np.float32)}, config={}, step=5)
+  with pytest.raises(UserError, match='train.init_from=.* another model'):
+    small(tmp_path / 'new', **{'train.init_from': str(tmp_path / 'old')})
+
+
+def test_gradients_that_stay_bad_end_the_run_with_their_range(small, tmp_path):
+  with pytest.raises(UserError, match='steps 4 to 6'):
+    small(tmp_path, **{'train.steps': 20, 'train.max_skipped_in_a_row': 3, 'model.alpha': 4.0})
+  lines = soak_resume.trace(tmp_path)
+  assert lines[-1]['step'] == 6 and lines[-1]['loss'] is None and lines[2]['loss'] is not None
+
+
+def test_sounds_go_to_tensorboard_where_it_is(small, tmp_path, monkeypatch):
+  heard = []
+
+  class Media:
+    write = lambda self, step, scalars: None
+    close = lambda self: None
+    write_images = lambda self, step, images: None
+
+    def write_audio(self, step, sounds, *, sample_rate):
+      heard.append((step, {name: x.shape for name, x in sounds.items()}, sample_rate))
+
+  class FakeCodec:
+
+    def __init__(self, *, config, params, fingerprint):
+      del config, fingerprint
+      self.params = params
+
+    encode = lambda self, audio, sample_rate: audio
+    decode = lambda self, latents: latents
+
+  monkeypatch.setattr(metrics, 'tensorboard_writer', lambda logdir: Media())
+  monkeypatch.setattr(train, 'Codec', FakeCodec)
+  small(tmp_path)
+  shapes = {'original': (1, CROP), 'reconstruction': (1, CROP)}
+  assert heard == [(step, shapes, RATE) for step in (2, 4, 6)]
+
+
+# The shipped config, small, in processes of its own.
+
+
+@pytest.fixture(scope='module')
+def shared(tmp_path_factory):
+  """The music and the cache of compiled programs of all runs below."""
+  base = tmp_path_factory.mktemp('runs')
+  return {'music': soak_resume.write_music(base / 'music'), 'cache': base / 'cache'}
+
+
+STEPS = {'train.steps': 12}
+
+
+@pytest.fixture(scope='module')
+def straight(shared, tmp_path_factory):
+  """A run without a stop."""
+  workdir = tmp_path_factory.mktemp('straight')
+  code, text = soak_resume.run(workdir, fields=STEPS, **shared)
+  assert code == 0, text
+  return workdir
+
+
+def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
+    straight, shared, tmp_path):
+  run = tmp_path / 'run'
+  rng = random.Random(os.getpid())
+  for _ in range(2):
+    code, text = soak_resume.stopped_run(
+      run, signal.SIGKILL, fields=STEPS, after_lines=rng.randint(1, 4), delay=rng.uniform(0, 0.3),
+      **shared)
+    assert code == -signal.SIGKILL, text
+  code, text = soak_resume.stopped_run(run, signal.SIGTERM, fields=STEPS, after_lines=1, **shared)
+  assert code == 0 and 'run the same command to go on' in text.splitlines()[-1], text
+  assert steps_of(run) == list(range(1, len(steps_of(run)) + 1))
+  code, text = soak_resume.run(run, fields={**STEPS, 'train.keep_last': 2}, **shared)
+  assert code == 0 and 'differs from the one it continues in train.keep_last: 3 -> 2' in text, text
+  assert soak_resume.differences(straight, run) == []
+
+
+@pytest.mark.parametrize('fields, devices', [({'mesh.fsdp': 2, 'mesh.tensor': 2, 'mesh.preset': 'tp'}, 8),
+                                             ({'train.accumulate': 2}, 1)])
+def test_devices_and_microbatches_change_the_loss_by_rounding_only(
+    straight, shared, tmp_path, fields, devices):
+  code, text = soak_resume.run(tmp_path, fields={**STEPS, **fields}, devices=devices, **shared)
+  assert code == 0, text
+  losses = [[line['loss'] for line in soak_resume.trace(run)] for run in (straight, tmp_path)]
+  print(np.array(losses[1]) / losses[0] - 1)
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
