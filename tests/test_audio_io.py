@@ -1,7 +1,6 @@
 """Audio files in and out: exact seeks, exact lengths, one clear line for every bad file."""
 
 import os
-import struct
 
 import numpy as np
 import pytest
