@@ -1,0 +1,457 @@
+"""The network: what it is at init, what sees what, and that its parts are the family's."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m2l2 import build
+from m2l2.configs import base, tiny
+from m2l2.consistency import Consistency
+from m2l2.model import patchify
+from m2l2.model.bottleneck import FSQ, Tanh
+from m2l2.model.denoiser import noise_features, token_grid
+from m2l2.model.envelope import deviation, envelope_loss, log_magnitude
+from m2l2.model.layers import GroupNorm
+
+pytestmark = pytest.mark.usefixtures('strict_dtypes')
+
+# The paper's options, and every departure from them, on `tiny:debug` less a level.
+SHAPE = dict(bins=64, frames=8, widths=(8, 16), head_dim=8, blocks=(1, 1), strides=((4, 2),))
+PAPER = dict(magnitude_input=False, shortcut=False, envelope=False, feature_norm=False)
+ALL = dict(magnitude_input=True, shortcut=True, envelope=True, feature_norm=True,
+           latents_in_denoiser=True, denoiser_registers=2, channels=2, remat='blocks')
+
+# Compiling is what these tests cost, and this halves it.
+_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def _network(**fields):
+  model = tiny.get_config('debug').model
+  model.update({**SHAPE, **fields})
+  return build.network(model)
+
+
+def _random(tree, *, scale=.3):
+  """Seeded noise added to every leaf: breaks the zero-initialised projections."""
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * scale, x.dtype), tree)
+
+
+def _initial(network):
+  """Parameters drawn by `init`; another generator than in training, as it compiles in no time."""
+  return _jit(network.init)(jax.random.key(0, impl='unsafe_rbg'))
+
+
+def _spec(network, *lead):
+  arch = network.arch
+  shape = (*lead, arch.bins, arch.frames, 2 * arch.channels)
+  return jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+
+
+def _at(x, chunk, value):
+  """x [B, S, ...] with one chunk replaced by that of `value`."""
+  return x.at[:, chunk].set(value[:, chunk])
+
+
+class _Model:
+  """A network with parameters that are nowhere zero, its functions compiled once for all tests."""
+
+  def __init__(self):
+    self.network = _network(**ALL)
+    self.params = _random(_initial(self.network))
+    self.encode = _jit(self.network.encode)
+    self.decode = _jit(self.network.decode)
+    self.denoise = _jit(self.network.denoise)
+    self.spec = _spec(self.network, 1, 2)
+    self.sigma = jnp.asarray([[.5, 3.]])
+    self.pre = self.encode(self.params, self.spec)
+    self.z = jnp.tanh(self.pre)
+    self.features = self.decode(self.params, self.z)
+    self.out = self.denoise(self.params, self.spec, self.sigma, self.features)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return _Model()
+
+
+def _differ(a, b):
+  """Relative size of a difference."""
+  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+
+# --- who sees whom ---
+
+
+@pytest.mark.parametrize('what', ['x', 'sigma', 'maps', 'z', 'log_magnitude'])
+def test_left_never_sees_right_and_right_sees_left(model, what):
+  def perturbed(chunk):
+    features = dict(model.features)
+    x, sigma = model.spec, model.sigma
+    if what == 'x':
+      x = _at(x, chunk, x * -2)
+    elif what == 'sigma':
+      sigma = _at(sigma, chunk, sigma * 10)
+    else:
+      features[what] = jax.tree.map(lambda f: _at(f, chunk, _random(f)), features[what])
+    return model.denoise(model.params, x, sigma, features)
+
+  later, earlier = perturbed(1), perturbed(0)
+  np.testing.assert_array_equal(later[:, 0], model.out[:, 0])
+  assert _differ(later[:, 1], model.out[:, 1]) > 1e-3
+  assert _differ(earlier[:, 0], model.out[:, 0]) > 1e-3
+  assert _differ(earlier[:, 1], model.out[:, 1]) > 1e-5
+
+
+def test_one_chunk_call_equals_the_left_half_of_a_pair(model):
+  left = jax.tree.map(lambda x: x[:, :1], (model.spec, model.sigma, model.features))
+  alone = model.denoise(model.params, *left)
+  assert alone.shape == (1, 1, *model.spec.shape[2:])
+  scale = jnp.abs(alone).max()
+  np.testing.assert_allclose(alone / scale, model.out[:, :1] / scale, atol=1e-5)
+
+
+def test_positions_tell_left_from_right(model):
+  twice = jax.tree.map(lambda x: jnp.concatenate([x[:, :1]] * 2, axis=1),
+                       (model.spec, model.sigma, model.features))
+  out = model.denoise(model.params, *twice)
+  assert _differ(out[:, 1], out[:, 0]) > 1e-3
+
+
+@pytest.mark.parametrize('chunk', [0, 1])
+def test_encoder_and_decoder_see_one_chunk_only(model, chunk):
+  other = 1 - chunk
+  pre = model.encode(model.params, _at(model.spec, other, -model.spec))
+  np.testing.assert_array_equal(pre[:, chunk], model.pre[:, chunk])
+  assert _differ(pre[:, other], model.pre[:, other]) > 1e-3
+  features = model.decode(model.params, _at(model.z, other, -model.z))
+  for new, old in zip(jax.tree.leaves(features), jax.tree.leaves(model.features), strict=True):
+    np.testing.assert_array_equal(new[:, chunk], old[:, chunk])
+    assert _differ(new[:, other], old[:, other]) > 1e-3
+
+
+# --- shapes ---
+
+
+def test_features_line_up_with_the_denoisers_blocks(model):
+  arch = model.network.arch
+  assert model.pre.shape == (1, 2, arch.num_latents, arch.latent_dim)
+  assert set(model.features) == {'maps', 'z', 'log_magnitude'}
+  rows, columns = arch.bins // arch.stem[0], arch.frames // arch.stem[1]
+  expected = []
+  for level, (width, blocks) in enumerate(zip(arch.widths, arch.blocks)):
+    if level:
+      rows, columns = rows // arch.strides[level - 1][0], columns // arch.strides[level - 1][1]
+    expected += [(1, 2, rows, columns, width)] * blocks
+  assert [m.shape for m in model.features['maps']] == expected
+  assert (rows, columns) == arch.grid
+  assert model.features['log_magnitude'].shape == (1, 2, arch.bins, arch.frames, 2)
+  np.testing.assert_allclose([jnp.mean(jnp.square(m[0, 0])) for m in model.features['maps']], 1,
+                             rtol=1e-2)
+  assert model.out.shape == model.spec.shape and model.out.dtype == jnp.float32
+
+
+def test_bfloat16_runs_close_to_float32(model):
+  network = _network(**{**ALL, 'dtype': 'bfloat16'})
+
+  @_jit
+  def run(params, spec, sigma):
+    pre = network.encode(params, spec)
+    features = network.decode(params, jnp.tanh(pre))
+    return pre, features, network.denoise(params, spec, sigma, features)
+
+  pre, features, out = run(model.params, model.spec, model.sigma)
+  assert pre.dtype == out.dtype == features['log_magnitude'].dtype == jnp.float32
+  assert {m.dtype for m in features['maps']} == {jnp.dtype('bfloat16')}
+  for low, full in ((pre, model.pre), (out, model.out),
+                    *zip(features['maps'], model.features['maps'])):
+    assert 1e-5 < _differ(low.astype(jnp.float32), full) < .05
+
+
+# --- at init, and the first updates (music2latent2.md, section 9) ---
+
+
+class _Opening:
+  """The paper's network at init and its gradients over the first updates of plain descent."""
+
+  def __init__(self):
+    self.network = network = _network(**PAPER)
+    consistency = Consistency()
+    spec = _spec(network, 2, 2)
+    noise = jnp.roll(spec, 1, axis=2)
+    self.sigma = jnp.asarray([[.3, 80.], [2., .9]])
+    self.noisy = spec + self.sigma[:, :, None, None, None] * noise
+
+    def loss(params):
+      pre = network.encode(params, spec)
+      features = network.decode(params, jnp.tanh(pre))
+      out = consistency.denoise(lambda x, s: network.denoise(params, x, s, features),
+                                self.noisy, self.sigma)
+      return jnp.mean(jnp.square(out - spec)), (pre, out)
+
+    @_jit
+    def update(params):
+      (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+      # The sign of the gradient: every parameter that may move moves by the same amount.
+      return jax.tree.map(lambda p, g: p - .02 * jnp.sign(g), params, grads), grads, aux
+
+    params = _initial(network)
+    self.params, self.opened = params, []
+    for step in range(6):
+      params, grads, aux = update(params)
+      flat = jax.tree_util.tree_leaves_with_path(grads)
+      self.opened.append({jax.tree_util.keystr(path, simple=True, separator='/')
+                          for path, g in flat if jnp.any(g != 0)})
+      if not step:
+        self.pre, self.out = aux
+    self.names = {jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in flat}
+
+
+@pytest.fixture(scope='module')
+def opening():
+  return _Opening()
+
+
+def test_latents_are_exactly_zero_at_init(opening):
+  np.testing.assert_array_equal(opening.pre, 0)
+
+
+def test_output_is_the_skip_path_at_init_for_every_sigma(opening):
+  c_skip = Consistency().scalings(opening.sigma[:, :, None, None, None])[0]
+  np.testing.assert_allclose(opening.out, c_skip * opening.noisy, rtol=1e-6)
+
+
+def test_initial_values_are_what_their_names_say(opening):
+  def check(name, value):
+    if name == 'zeros':
+      assert not np.any(value)
+    elif name == 'ones':
+      assert np.all(value == 1)
+    elif name.startswith('normal'):
+      np.testing.assert_allclose(np.std(value), float(name[7:-1]), rtol=5 / math.sqrt(value.size))
+    else:
+      assert name.startswith('xavier')
+      limit = math.sqrt(6 / sum(json.loads(f'[{name[7:-1]}]')))
+      assert .9 * limit < np.abs(value).max() <= limit
+
+  jax.tree.map(check, opening.network.init_names, opening.params)
+  # Stacked layers are drawn apart.
+  kernel = opening.params['decoder']['transformer']['layers']['attention']['qkv']['kernel']
+  assert np.all(kernel[0] != kernel[1])
+
+
+def _in(names, *parts):
+  return {name for name in names if all(part in name for part in parts)}
+
+
+def test_first_update_opens_the_output_conv_alone(opening):
+  assert opening.opened[0] == {'denoiser/output/conv_out/kernel', 'denoiser/output/conv_out/bias'}
+
+
+def test_second_update_opens_the_zero_projections_that_the_output_reaches(opening):
+  opened = opening.opened[1]
+  names = opening.names
+  for part in ('denoiser', 'decoder'):
+    zeros = (_in(names, part, 'conv2/kernel') | _in(names, part, 'attention/out')
+             | _in(names, part, 'mlp/out/kernel') | _in(names, part, 'depatchifier', '_up/kernel'))
+    assert len(zeros) >= 5 and zeros <= opened
+    # What lies behind a projection that is still zero waits.
+    assert not _in(opened, part, 'conv1') and not _in(opened, part, 'qkv')
+    assert not _in(opened, part, 'mlp/inner')
+  assert _in(opened, 'denoiser/gains/head') and not _in(opened, 'encoder')
+  assert not _in(opened, 'denoiser/embedding') and not _in(opened, 'denoiser/gains/linear')
+
+
+def test_third_update_opens_the_way_to_the_latents(opening):
+  opened = opening.opened[2]
+  assert {'decoder/latents_in/kernel', 'encoder/head/kernel'} & opened == {'encoder/head/kernel'}
+  assert _in(opened, 'encoder') == {'encoder/head/kernel', 'encoder/head/bias'}
+  assert _in(opened, 'decoder', 'qkv') and _in(opened, 'denoiser', 'conv1')
+
+
+def test_soon_every_parameter_learns(opening):
+  assert len(_in(opening.opened[3], 'encoder/')) > 2
+  assert opening.opened[5] == opening.names
+
+
+# --- parts ---
+
+
+def test_noise_embedding_vectors():
+  got = np.asarray(noise_features(jnp.asarray([[.002, .5, 80.]]), width=512))[0]
+  assert got.shape == (3, 512) and got.dtype == np.float32
+  angles = [-1.553652, -.173287, 1.095507]
+  np.testing.assert_allclose(got[:, 0], [-.999853, -.172421, .889160], atol=1e-5)
+  np.testing.assert_allclose(got[:, 255], np.multiply(angles, 1e-4), rtol=1e-3)
+  np.testing.assert_allclose(got[:, 256], np.cos(angles), atol=1e-5)
+  np.testing.assert_allclose(got[:, 511], 1, atol=1e-6)
+
+
+def test_tanh_bottleneck():
+  np.testing.assert_allclose(Tanh()(jnp.asarray([0., 1., -20.])), [0, .761594, -1], atol=1e-6)
+
+
+def test_fsq_vectors():
+  fsq = FSQ(levels=11)
+  pre = jnp.asarray([[0., .54, .56, 3., -3.]])
+  continuous = fsq(pre)
+  np.testing.assert_allclose(continuous, .999 * np.tanh(pre), rtol=1e-6)
+  np.testing.assert_allclose(continuous[0, 3], .99406, atol=1e-5)
+  np.testing.assert_allclose(fsq.quantise(continuous), [[0, .4, .6, 1, -1]], atol=1e-6)
+
+
+def test_fsq_tokens_round_trip_over_the_whole_codebook():
+  fsq = FSQ(levels=11)
+  tokens = jnp.arange(14641).reshape(121, 121)
+  codes = fsq.codes(tokens, width=4)
+  assert codes.shape == (121, 121, 4) and codes.min() == -1 and codes.max() == 1
+  np.testing.assert_array_equal(fsq.tokens(codes), tokens)
+  np.testing.assert_array_equal(fsq.quantise(codes), codes)
+  digits = np.round(np.asarray(codes[-1, -2]) * 5 + 5)  # token 14639
+  np.testing.assert_array_equal(digits, [9, 10, 10, 10])
+  assert 14639 == digits @ [1, 11, 121, 1331]
+
+
+def test_fsq_dropout_leaves_items_unrounded_at_random_and_passes_gradients():
+  fsq = FSQ(levels=11, dropout=.75)
+  pre = jnp.asarray(np.random.normal(size=(400, 2, 3)), jnp.float32)
+  keys = jax.random.split(jax.random.key(0), 400)
+  z = fsq(pre, keys=keys)
+  loose = np.all(np.isclose(z, fsq.continuous(pre), atol=1e-6), axis=(1, 2))
+  tight = np.all(np.isclose(z, fsq.quantise(fsq.continuous(pre)), atol=1e-6), axis=(1, 2))
+  assert np.all(loose ^ tight)  # an item is one or the other, whole
+  np.testing.assert_allclose(loose.mean(), .75, atol=.06)
+  grad = jax.grad(lambda x: jnp.sum(fsq(x, keys=keys)))(pre)
+  np.testing.assert_allclose(grad, .999 * (1 - np.tanh(pre)**2), rtol=1e-4, atol=1e-6)
+
+
+def test_group_norm_groups_and_condition():
+  x = jnp.asarray(np.random.normal(size=(2, 4, 3, 16)) * 3 + 1, jnp.float32)
+  rngs = nnx.Rngs(0)
+  y = np.asarray(GroupNorm(16, rngs=rngs)(x)).reshape(2, 12, 4, 4)
+  np.testing.assert_allclose(y.mean(axis=(1, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(y.std(axis=(1, 3)), 1, atol=1e-4)
+  assert [GroupNorm(dim, rngs=rngs).groups for dim in (2, 8, 64, 128, 512)] == [1, 2, 16, 32, 32]
+  conditioned = GroupNorm(16, cond_dim=4, rngs=rngs)
+  np.testing.assert_allclose(conditioned(x, jnp.ones((2, 4))), y.reshape(x.shape), atol=1e-6)
+  conditioned.scale.cond.kernel[...] = jnp.ones((4, 16))
+  doubled = conditioned(x, jnp.asarray([[.25] * 4, [0.] * 4]))
+  np.testing.assert_allclose(doubled, y.reshape(x.shape) * np.array([2, 1]).reshape(2, 1, 1, 1),
+                             atol=1e-5)
+
+
+def test_downsample_is_a_patch_mean_plus_a_strided_conv():
+  down = patchify.Downsample(4, 8, stride=(4, 2), rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.normal(size=(2, 8, 6, 4)), jnp.float32)
+  mean = np.asarray(x).reshape(2, 2, 4, 3, 2, 4).mean((2, 4))
+  np.testing.assert_allclose(down(x), np.repeat(mean, 2, axis=-1), atol=1e-6)
+  kernel = jnp.asarray(np.random.normal(size=(4, 2, 4, 8)), jnp.float32)
+  down.kernel[...] = kernel
+  conv = jax.lax.conv_general_dilated(down.norm(x), kernel, (4, 2), 'VALID',
+                                      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  np.testing.assert_allclose(down(x) - np.repeat(mean, 2, axis=-1), conv, atol=1e-4)
+
+
+def test_upsample_is_replication_plus_a_transposed_conv():
+  up = patchify.Upsample(8, 4, stride=(4, 2), rngs=nnx.Rngs(0))
+  x = jnp.asarray(np.random.normal(size=(2, 3, 2, 8)), jnp.float32)
+  fixed = np.asarray(x).reshape(2, 3, 2, 4, 2).mean(-1).repeat(4, 1).repeat(2, 2)
+  np.testing.assert_allclose(up(x), fixed, atol=1e-6)
+  kernel = jnp.asarray(np.random.normal(size=(4, 2, 8, 4)), jnp.float32)
+  up.kernel[...] = kernel
+  conv = jax.lax.conv_transpose(up.norm(x), kernel[::-1, ::-1], (4, 2), 'VALID',
+                                dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  # lax.conv_transpose correlates; without overlap that is the kernel mirrored in each patch.
+  np.testing.assert_allclose(up(x) - fixed, conv[:, :12, :4], atol=1e-4)
+
+
+@pytest.mark.parametrize('stem', [(1, 1), (4, 2)])
+def test_stem_folds_patches_and_unfolds_them(stem):
+  x = jnp.arange(2 * 8 * 4 * 3, dtype=jnp.float32).reshape(2, 8, 4, 3)
+  folded = patchify.space_to_depth(x, stem)
+  assert folded.shape == (2, 8 // stem[0], 4 // stem[1], 3 * math.prod(stem))
+  np.testing.assert_array_equal(patchify.depth_to_space(folded, stem), x)
+  patch = x[0, :stem[0], :stem[1]].reshape(-1)
+  np.testing.assert_array_equal(folded[0, 0, 0], patch)
+
+
+def test_token_grids():
+  strides = ((2, 2), (4, 2), (2, 2))
+  assert token_grid(1024, 64, (1, 1), strides) == (64, 8)
+  assert token_grid(1024, 32, (1, 1), ((2, 2), (4, 1), (2, 2))) == (64, 8)
+  with pytest.raises(ValueError, match='does not divide 1000 x 64'):
+    token_grid(1000, 64, (1, 1), strides)
+
+
+def test_envelope_vectors():
+  spec = jnp.asarray([3., 4., 0., 0.]).reshape(1, 1, 1, 1, 4)
+  levels = log_magnitude(spec)
+  assert levels.shape == (1, 1, 1, 1, 2) and levels[..., 0] > levels[..., 1]
+  np.testing.assert_allclose(envelope_loss(levels, spec), 0)
+  np.testing.assert_allclose(envelope_loss(levels - .5, spec), [[.5]], rtol=1e-6)
+  # Median magnitude of a complex Gaussian of unit parts: sqrt(2 ln 2).
+  got = deviation(levels, floor=.02)[0, 0, 0, 0]
+  np.testing.assert_allclose(got, np.array([5, 5, 0, 0]) / math.sqrt(2 * math.log(2)) + [0, 0, .02, .02],
+                             rtol=1e-4)
+
+
+def _count(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def test_codicodec_has_the_parameter_counts_of_the_original():
+  model = base.get_config('stereo').model
+  model.update(hop=1024, frames=32, transform='component', edges='none', num_latents=128,
+               latent_dim=4, strides=((2, 2), (4, 1), (2, 2)), bottleneck='fsq',
+               denoiser_registers=8, latents_in_denoiser=True)
+  network = build.network(model)
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  encoder, decoder, denoiser = (params[name] for name in ('encoder', 'decoder', 'denoiser'))
+  # Theirs, less what they store and never use (the transformers' linear_input and so on).
+  expected = {
+    'emb_proj': (787_968, denoiser['embedding']), 'latents': (65_536, encoder['queries']),
+    'mask_embedding': (32_768, decoder['mask']), 'gain_encoder': (1_024, encoder['gain']),
+    'gain_decoder': (1_575_936, denoiser['gains']),
+    'frontend_encoder_down': (10_056_256, encoder['patchifier']),
+    'more_latents': (3 * 4_096, [part['registers'] for part in (encoder, decoder, denoiser)]),
+    'encoder': (32_070_148 - 262_656, [encoder['transformer'], encoder['head']]),
+    'encoder without linears': (31_805_440, encoder['transformer']),
+    'lat2patch_pre_decoder': (2_560, decoder['latents_in']),
+    'pre_decoder': (32_330_752 - 2 * 262_656 - 512, decoder['transformer']),
+    'frontend_pre_decoder_up': (10_056_708 - 64 - 2_308, decoder['depatchifier']),
+    'lat2patch': (2_560, denoiser['latents_in']),
+    'frontend_decoder_down': (11_006_528, denoiser['patchifier']),
+    'decoder': (39_478_272 - 2 * 262_656, denoiser['transformer']),
+    'frontend_decoder_up': (11_039_748, [denoiser['depatchifier'], denoiser['output']])}
+  assert {name: _count(tree) for name, (_, tree) in expected.items()} == {
+    name: count for name, (count, _) in expected.items()}
+  assert decoder['transformer']['positions'].shape == (1, 648, 512)
+  assert denoiser['transformer']['positions'].shape == (2, 648, 512)
+  assert _count(params) == 148_519_052 - 5 * 262_656 - 512 - 64 - 2_308
+
+
+@pytest.mark.parametrize('remat, kinds', [('none', set()), ('blocks', {1}), ('full', {1, 2})])
+def test_remat_wraps_what_it_says(remat, kinds):
+  network = _network(remat=remat)
+  params = jax.eval_shape(network.init, jax.random.key(0))
+  jaxpr = jax.make_jaxpr(network.encode)(params, _spec(network, 1, 1)).jaxpr
+  depths = set()
+
+  def walk(jaxpr, depth):
+    for eqn in jaxpr.eqns:
+      inner = depth + (eqn.primitive.name in ('remat', 'remat2', 'checkpoint'))
+      if inner > depth:
+        depths.add(inner)
+      for value in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
+        value = getattr(value, 'jaxpr', value)
+        if hasattr(value, 'eqns'):
+          walk(value, inner)
+
+  walk(jaxpr, 0)
+  assert depths == kinds
