@@ -64,5 +64,6 @@ class Decoder(nnx.Module):
 
 def rms_normalise(x, eps=1e-4):
   """[N, F, T, C] scaled to unit mean square per item, so that no feature can grow without bound."""
-  square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 2, 3), keepdims=True)
-  return (x * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+  y = x.astype(jnp.float32)
+  square = jnp.mean(jnp.square(y), axis=(1, 2, 3), keepdims=True)
+  return (y * jax.lax.rsqrt(square + eps)).astype(x.dtype)
