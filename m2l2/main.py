@@ -51,8 +51,8 @@ def parse(argv) -> flags.FlagValues:
   try:
     rest = values(argv)[1:]
   except (AttributeError, KeyError) as error:
-    text = f'the config has no field {error.args[0]} (configs/base.py lists them)'
-    raise UserError(text) from error
+    name = str(error.args[0]).strip('\'"')
+    raise UserError(f'the config has no field {name!r} (configs/base.py lists them)') from error
   except Exception as error:  # of absl, of ml_collections or of the config file: any at all
     text = str(error).strip() or repr(error)  # one inside get_config() comes as a whole traceback
     line = text.splitlines()[-1] if 'Traceback' in text else ' '.join(text.split())

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ SMALL = {
   'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
   'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
 }
+
+LOGGED = re.compile(r' step \d+/\d+ ')  # as the console says it
 
 
 def write_music(directory, *, files=3, seconds=2, sample_rate=44100):
@@ -73,17 +76,17 @@ def stopped_run(workdir, number, *, music, cache, fields=None, after_lines=0, de
   printed.
   """
   log = pathlib.Path(f'{workdir}.log')
-  with open(log, 'w', encoding='utf-8') as f:
+  with open(log, 'w') as f:
     process = subprocess.Popen(
       command(workdir, music=music, fields=fields), env=environment(cache), cwd=REPOSITORY,
       stdout=f, stderr=subprocess.STDOUT)
-    while process.poll() is None and log.read_text(encoding='utf-8').count(' step ') < after_lines:
+    while process.poll() is None and len(LOGGED.findall(log.read_text())) < after_lines:
       time.sleep(0.005)
     time.sleep(delay)
     if process.poll() is None:
       process.send_signal(number)
     code = process.wait()
-  return code, log.read_text(encoding='utf-8')
+  return code, log.read_text()
 
 
 def run_with_kills(workdir, *, kills, rng, steps, music, cache, say=print):

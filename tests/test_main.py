@@ -40,8 +40,8 @@ def test_help_shows_an_example(capsys):
 
 
 @pytest.mark.parametrize('arguments, says', [
-  ([], '--config is missing'),
-  ([TINY], '--workdir is missing'),
+  ([], '--config=... is missing'),
+  ([TINY], '--workdir=... is missing'),
   (['--config=configs/nothing.py', '--workdir=w'], 'presets are base.py'),
   ([TINY + ',nope', '--workdir=w'], "'nope'"),
   ([TINY, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),

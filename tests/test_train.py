@@ -1,13 +1,16 @@
-"""The loop, twice: with a model of one matrix, which compiles at once, every promise of the loop; with the
-shipped config, small, in processes of its own, that kills change nothing and devices next to nothing.
+"""The loop, twice: with a model of one matrix, which compiles at once, each promise that it makes;
+with the shipped config, small, that kills change nothing and devices next to nothing.
 """
 
+import concurrent.futures
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -135,9 +138,9 @@ def test_probes_look_at_raw_and_averaged_weights(small, tmp_path):
 def test_speed_and_waiting_are_logged(small, tmp_path):
   small(tmp_path)
   line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert line['time/samples_per_second'] == pytest.approx(8 * line['time/steps_per_second'], rel=1e-5)
-  assert line['time/audio_seconds_per_second'] == pytest.approx(
-    line['time/samples_per_second'] * CROP / RATE, rel=1e-5)
+  steps, samples = line['time/steps_per_second'], line['time/samples_per_second']
+  assert steps > 0 and samples == pytest.approx(8 * steps, rel=1e-5)
+  assert line['time/audio_seconds_per_second'] == pytest.approx(samples * CROP / RATE, rel=1e-5)
   assert 0 <= line['time/input_wait'] <= 1
 
 
@@ -259,7 +262,67 @@ def test_sounds_go_to_tensorboard_where_it_is(small, tmp_path, monkeypatch):
   assert heard == [(step, shapes, RATE) for step in (2, 4, 6)]
 
 
+# Several processes.
+
+TWO_PROCESSES = """
+import functools, sys
+import jax
+process, port, workdir, music, steps = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 2)
+jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+import test_train
+from absl import logging
+from m2l2 import build, sharding, train
+logging.set_verbosity(logging.INFO)
+build.step_functions = test_train.small_functions
+sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
+config = test_train.small_config(music, **{
+  'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
+  'train.checkpoint_every': 1000})
+print('updates', train.train(config, workdir))
+"""
+
+
+def start_two(workdir, music, *, steps):
+  """Starts both processes of a run; their output goes to files beside the workdir."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  tests = os.path.dirname(__file__)
+  environment = {**os.environ, 'PYTHONPATH': f'{tests}:{os.path.dirname(tests)}'}
+  processes = []
+  for process in range(2):
+    with open(f'{workdir}.{process}.log', 'w') as log:
+      processes.append(subprocess.Popen(
+        [sys.executable, '-c', TWO_PROCESSES, str(process), str(port), workdir, music, str(steps)],
+        env=environment, stdout=log, stderr=subprocess.STDOUT))
+  return processes
+
+
+def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music):
+  steps = 2000
+  run = tmp_path / 'two'
+  processes = start_two(run, music, steps=steps)
+  while all(p.poll() is None for p in processes) and len(soak_resume.trace(run)) < 5:
+    time.sleep(0.05)
+  processes[1].send_signal(signal.SIGTERM)
+  codes = [p.wait() for p in processes]
+  said = [(tmp_path / f'two.{i}.log').read_text() for i in range(2)]
+  assert codes == [0, 0], '\n'.join(said)
+  done = [int(text.split('updates ')[1].split()[0]) for text in said]
+  assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  # One process with all its devices goes on from there, as if it had been alone from the start.
+  more = {'train.steps': done[0] + 2, 'train.checkpoint_every': 1000}
+  assert small(run, **more) == done[0] + 2
+  small(tmp_path / 'one', **more)
+  losses = [[line['loss'] for line in soak_resume.trace(w)] for w in (run, tmp_path / 'one')]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 # The shipped config, small, in processes of its own.
+
+STEPS = {'train.steps': 12}
+SPREAD = {'mesh.preset': 'tp', 'mesh.fsdp': 2, 'mesh.tensor': 2, 'train.accumulate': 2}
 
 
 @pytest.fixture(scope='module')
@@ -269,20 +332,31 @@ def shared(tmp_path_factory):
   return {'music': soak_resume.write_music(base / 'music'), 'cache': base / 'cache'}
 
 
-STEPS = {'train.steps': 12}
-
-
 @pytest.fixture(scope='module')
-def straight(shared, tmp_path_factory):
-  """A run without a stop."""
-  workdir = tmp_path_factory.mktemp('straight')
-  code, text = soak_resume.run(workdir, fields=STEPS, **shared)
-  assert code == 0, text
-  return workdir
+def runs(shared, tmp_path_factory):
+  """{name: workdir} of two whole runs, made side by side: they mostly compile."""
+  base = tmp_path_factory.mktemp('whole')
+
+  def run(name, fields, devices):
+    code, text = soak_resume.run(
+      base / name, fields={**STEPS, **fields}, devices=devices, **shared)
+    assert code == 0, text
+    return base / name
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    straight = pool.submit(run, 'straight', {}, 1)
+    spread = pool.submit(run, 'spread', SPREAD, 8)
+    return {'straight': straight.result(), 'spread': spread.result()}
+
+
+def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
+  losses = [[line['loss'] for line in soak_resume.trace(workdir)] for workdir in runs.values()]
+  assert len(losses[0]) == 12
+  np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
-    straight, shared, tmp_path):
+    runs, shared, tmp_path):
   run = tmp_path / 'run'
   rng = random.Random(os.getpid())
   for _ in range(2):
@@ -295,15 +369,4 @@ def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
   assert steps_of(run) == list(range(1, len(steps_of(run)) + 1))
   code, text = soak_resume.run(run, fields={**STEPS, 'train.keep_last': 2}, **shared)
   assert code == 0 and 'differs from the one it continues in train.keep_last: 3 -> 2' in text, text
-  assert soak_resume.differences(straight, run) == []
-
-
-@pytest.mark.parametrize('fields, devices', [({'mesh.fsdp': 2, 'mesh.tensor': 2, 'mesh.preset': 'tp'}, 8),
-                                             ({'train.accumulate': 2}, 1)])
-def test_devices_and_microbatches_change_the_loss_by_rounding_only(
-    straight, shared, tmp_path, fields, devices):
-  code, text = soak_resume.run(tmp_path, fields={**STEPS, **fields}, devices=devices, **shared)
-  assert code == 0, text
-  losses = [[line['loss'] for line in soak_resume.trace(run)] for run in (straight, tmp_path)]
-  print(np.array(losses[1]) / losses[0] - 1)
-  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  assert soak_resume.differences(runs['straight'], run) == []
