@@ -1,0 +1,282 @@
+"""Every config: its parameters as text, its whole step traced at full size, and its mistakes.
+
+`UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py` rewrites tests/goldens/.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import m2l2.configs
+from m2l2 import build
+from m2l2.configs import base, tiny
+from m2l2.errors import UserError
+
+CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
+GOLDENS = pathlib.Path(__file__).parent / 'goldens'
+LOGICAL_AXES = {
+  'layers', 'embed', 'heads', 'head_dim', 'mlp', 'cond', 'conv_in', 'conv_out', 'kernel_f',
+  'kernel_t', 'freq', 'tokens', 'latents', 'latent_dim', 'qkv', 'gate', 'chunks', 'registers', None}
+
+
+def _config(name, arg=''):
+  return importlib.import_module(f'm2l2.configs.{name}').get_config(arg)
+
+
+@functools.cache
+def _traced(model):
+  network = build.network(json.loads(model))
+  return network, jax.eval_shape(network.init, jax.random.key(0))
+
+
+def _network(name):
+  return _traced(json.dumps(_config(name).model.to_dict()))[0]
+
+
+def _parameters(name):
+  return _traced(json.dumps(_config(name).model.to_dict()))[1]
+
+
+def _plain(config):
+  """As it is written to config.json and read back."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def _table(name):
+  """The lines of a golden: how many parameters, then each of them."""
+  network, parameters = _network(name), _parameters(name)
+  leaves = jax.tree_util.tree_leaves_with_path(parameters)
+  inits = jax.tree.leaves(network.init_names)
+  axes = jax.tree.leaves(network.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+  lines = [f'{sum(x.size for _, x in leaves):,} parameters']
+  for (path, x), init, names in zip(leaves, inits, axes, strict=True):
+    path = jax.tree_util.keystr(path, simple=True, separator='/')
+    shape = 'x'.join(map(str, x.shape))
+    lines.append(f'{path}  {shape}  {x.dtype}  {init}  ({", ".join(map(str, names))})')
+  return lines
+
+
+# --- what every config is ---
+
+
+def test_all_configs_are_here():
+  assert {'base', 'mono', 'stereo', 'tiny'} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_parameters_are_those_of_the_golden(name):
+  golden = GOLDENS / f'{name}.txt'
+  lines = _table(name)
+  if os.environ.get('UPDATE_GOLDEN') == '1':
+    golden.parent.mkdir(exist_ok=True)
+    golden.write_text('\n'.join(lines) + '\n')
+  assert lines == golden.read_text().splitlines(), f'{golden} differs: UPDATE_GOLDEN=1 rewrites it'
+
+
+def test_no_golden_is_left_over():
+  assert {path.stem for path in GOLDENS.glob('*.txt')} == set(CONFIGS)
+
+
+def test_base_has_as_many_parameters_as_it_says():
+  assert _table('base')[0] == '147,454,978 parameters'
+
+
+def test_mono_is_base_by_another_name():
+  assert _config('mono').to_dict() == _config('base').to_dict()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_parameters_are_float32_and_name_their_axes(name):
+  def check(x, axes):
+    assert x.dtype == jnp.float32 and len(axes) == x.ndim and set(axes) <= LOGICAL_AXES
+
+  jax.tree.map(check, _parameters(name), _network(name).logical_axes)
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'mono'])
+def test_the_whole_step_at_full_size_by_shapes(name):
+  config = _config(name)
+  functions = build.step_functions(config)
+  state = jax.eval_shape(functions.init, jax.random.key(0))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state.params) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state.ema)
+  batch = {'audio': jax.ShapeDtypeStruct(
+    (config.train.accumulate * 2, functions.channels, functions.crop_samples), jnp.float32)}
+  after, metrics = jax.eval_shape(functions.train_step, state, batch)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(after) == shapes(state)  # no update compiles twice
+  probes = jax.eval_shape(functions.probe_step, state.params, batch, jax.random.key(0))
+  for value in (*metrics.values(), *probes.values()):
+    assert value.shape == () and value.dtype == jnp.float32
+  assert 'loss' in metrics and 'swap' in probes
+  assert functions.sample_rate == config.model.native_rates[0]
+  assert functions.crop_samples == (
+    2 * config.model.frames * config.model.hop + config.model.window - config.model.hop)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_config_survives_json(name):
+  config = _config(name)
+  plain = _plain(config)
+  assert build.representation(plain['model']) == build.representation(config.model)
+  assert build.consistency(plain['consistency']) == build.consistency(config.consistency)
+  assert build.native_rates(plain['model']) == build.native_rates(config.model)
+  arch = build.network(plain['model']).arch
+  assert arch == _network(name).arch and hash(arch) is not None  # static arguments are hashed
+  assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_is_a_delta_of_base_and_says_how_to_run_it(name):
+  config, root = _config(name).to_dict(), base.get_config().to_dict()
+  assert {key: set(value) if isinstance(value, dict) else None for key, value in config.items()} == {
+    key: set(value) if isinstance(value, dict) else None for key, value in root.items()}
+  text = importlib.import_module(f'm2l2.configs.{name}').__doc__
+  assert f'm2l2 train --config=configs/{name}.py' in text and '--workdir=' in text
+
+
+def test_every_field_of_the_classes_is_in_base():
+  config = base.get_config()
+  fields = lambda cls: {field.name for field in dataclasses.fields(cls)}
+  assert set(config.model) == (
+    fields(type(_network('base').arch)) | fields(build.Representation) | {'native_rates'})
+  assert dict(config.consistency) == dataclasses.asdict(build.Consistency())
+
+
+# --- words after the colon ---
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_debug_shrinks_sizes_and_keeps_choices(name):
+  small, full = _config(name, 'debug'), _config(name)
+  network = build.network(small.model)
+  count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
+  assert count < 1_000_000
+  assert build.representation(small.model).crop_samples(2) < 3000
+  assert small.train.log_every == 1 and small.train.steps <= 10
+  for field in ('channels', 'transform', 'edges', 'stem', 'strides', 'bottleneck', 'shortcut',
+                'envelope', 'magnitude_input', 'feature_norm', 'remat', 'dtype'):
+    assert small.model[field] == full.model[field]
+  assert len(small.model.widths) == len(full.model.widths)
+  assert small.consistency.to_dict() == full.consistency.to_dict()
+
+
+@pytest.mark.parametrize('arg, channels', [
+  ('stereo', 2), ('mono', 1), ('debug,stereo', 2), ('stereo,debug', 2)])
+def test_channels_by_a_word(arg, channels):
+  config = _config('tiny', arg)
+  assert config.model.channels == channels
+  assert (config.train.log_every == 1) == ('debug' in arg)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_an_unknown_word_is_one_clear_line(name):
+  with pytest.raises(ValueError, match="^config argument 'hd' is not known: use debug.*") as error:
+    _config(name, 'debug,hd')
+  assert '\n' not in str(error.value)
+
+
+# --- mistakes ---
+
+
+def test_a_misspelt_field_in_a_config_file_is_an_error():
+  config = base.get_config()
+  with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
+    config.train.learing_rate = 1.
+  with pytest.raises(TypeError, match='steps'):
+    config.train.steps = 'many'
+
+
+def _model(**fields):
+  return {**_plain(tiny.get_config('debug'))['model'], **fields}
+
+
+def _one_line(error, word):
+  assert '\n' not in str(error.value) and word in str(error.value)
+
+
+def test_unknown_and_missing_fields_are_one_clear_line():
+  with pytest.raises(UserError, match='^model.widht is not a field') as error:
+    build.network(_model(widht=3))
+  _one_line(error, 'widths')
+  with pytest.raises(UserError, match='^consistency.sigma is not a field') as error:
+    build.consistency({'sigma': 3})
+  _one_line(error, 'sigma_max')
+  for make, field in ((build.network, 'widths'), (build.representation, 'hop'),
+                      (build.native_rates, 'native_rates')):
+    model = _model()
+    del model[field]
+    with pytest.raises(UserError) as error:
+      make(model)
+    _one_line(error, f'model.{field}')
+
+
+@pytest.mark.parametrize('field, value', [
+  ('channels', 3), ('hop', 0), ('hop', 100), ('window', 100), ('bins', 129), ('bins', 'all'),
+  ('frames', 0), ('transform', 'log'), ('edges', 'mirror')])
+def test_bad_representation(field, value):
+  with pytest.raises(UserError) as error:
+    build.representation(_model(**{field: value}))
+  _one_line(error, 'config.model: ')
+
+
+@pytest.mark.parametrize('field, value', [
+  ('frames', 17), ('strides', [[4, 2]]), ('strides', [[4, 0], [4, 2]]), ('widths', [8, 12, 24]),
+  ('widths', [8, 16]), ('widths', [11, 22, 44]), ('head_dim', 3), ('layers', 0), ('num_latents', 0),
+  ('cond_dim', 15), ('registers', -1), ('remat', 'some'), ('bottleneck', 'vae'),
+  ('attention', 'magic'), ('dtype', 'float8'), ('dtype', 'int'), ('widths', 'wide')])
+def test_bad_architecture(field, value):
+  with pytest.raises(UserError) as error:
+    build.network(_model(**{field: value}))
+  _one_line(error, 'config.model: ')
+
+
+@pytest.mark.parametrize('field, value', [('fsq_levels', 10), ('fsq_dropout', 1.5)])
+def test_bad_quantiser(field, value):
+  with pytest.raises(UserError) as error:
+    build.network(_model(bottleneck='fsq', **{field: value}))
+  _one_line(error, field)
+
+
+@pytest.mark.parametrize('field, value', [
+  ('sampling', 'sobol'), ('skip', 'none'), ('renoise', 'no'), ('sigma_min', 0.), ('sigma_max', 1e-4),
+  ('p_std', 0.), ('decode_matched', 2.), ('sigma_cond', 1000.), ('rho', 'seven')])
+def test_bad_consistency(field, value):
+  fields = {**_plain(base.get_config())['consistency'], field: value}
+  with pytest.raises(UserError) as error:
+    build.consistency(fields)
+  _one_line(error, 'config.consistency: ')
+
+
+def test_local_preconditioning_needs_the_envelope():
+  config = tiny.get_config('debug')
+  config.model.envelope = False
+  with pytest.raises(UserError, match='consistency.local needs the envelope') as error:
+    build.step_functions(config)
+  _one_line(error, 'model.envelope')
+
+
+def test_bad_training_fields_are_one_clear_line():
+  for field, value in (('optimizer', 'sgd'), ('b2', 1.), ('clip_norm', -1.)):
+    config = tiny.get_config('debug')
+    config.train[field] = value
+    with pytest.raises(UserError) as error:
+      build.step_functions(config)
+    _one_line(error, f'train.{field}')
+
+
+def test_sizes_of_a_chunk_at_the_papers_rates():
+  rep = build.representation(base.get_config().model)
+  latents = np.prod([base.get_config().model[name] for name in ('num_latents', 'latent_dim')])
+  assert rep.chunk_samples == 32768 and rep.chunk_samples / latents == 64
+  assert rep.chunk_samples / 8 == 4096  # in time, for K = 8
+  assert _network('base').arch.grid == (64, 8)

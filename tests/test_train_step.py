@@ -1,0 +1,303 @@
+"""One update: its rules on a toy network that compiles at once, then the real one.
+
+The toy is linear in a handful of numbers; everything around it is the real step.
+"""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from m2l2 import build, train_step
+from m2l2.configs import tiny
+from m2l2.consistency import Consistency
+from m2l2.model.autoencoder import Network
+from m2l2.model.bottleneck import Tanh
+from m2l2.representation import Representation
+
+# Compiling is what these tests cost, and this halves it.
+_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+REPRESENTATION = Representation(window=64, hop=16, bins=32, frames=4)
+SHAPE = (32, 4, 2)
+
+
+def _toy_init(key):
+  keys = jax.random.split(key, 4)
+  draw = lambda k, *shape: .3 * jax.random.normal(k, shape)
+  return {'encoder': {'w': draw(keys[0], 2, 3)}, 'decoder': {'w': draw(keys[1], 3, 2)},
+          'denoiser': {'w': draw(keys[2], 2, 2), 'cond': draw(keys[3], 2)}}
+
+
+def _toy_encode(params, spec):
+  return jnp.einsum('bsftc,cz->bsz', jnp.abs(spec), params['encoder']['w'])[:, :, None] / 32
+
+
+def _toy_decode(params, z):
+  maps = jnp.einsum('bslz,zc->bsc', z, params['decoder']['w'])[:, :, None, None]
+  level = jnp.broadcast_to(maps[..., :1], (*z.shape[:2], *SHAPE[:2], 1))
+  return {'maps': (maps,), 'log_magnitude': level}
+
+
+def _toy_denoise(params, x, sigma, features):
+  cond = jnp.log(sigma)[:, :, None, None, None] * params['denoiser']['cond'].reshape(1, 1, 1, 1, 2)
+  return x @ params['denoiser']['w'] + cond + features['maps'][0]
+
+
+TOY = Network(arch=types.SimpleNamespace(chunks=2, make_bottleneck=Tanh), init=_toy_init,
+              encode=_toy_encode, decode=_toy_decode, denoise=_toy_denoise, logical_axes={},
+              init_names={})
+
+
+def _functions(*, network=TOY, **fields):
+  return train_step.make_step_functions(**{
+    'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(),
+    'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
+    'total_steps': 10, 'accumulate': 1, 'envelope_weight': 1., 'head_start': 0,
+    'native_rates': (44100,), **fields})
+
+
+def _batch(size=16, functions=None, seed=0):
+  samples = functions.crop_samples if functions else REPRESENTATION.crop_samples(2)
+  rng = np.random.default_rng(seed)
+  # Loud and quiet items, so that it shows which item met which noise.
+  audio = rng.normal(size=(size, 1, samples)) * np.geomspace(.01, .5, size)[:, None, None]
+  return {'audio': jnp.asarray(audio, jnp.float32)}
+
+
+@pytest.fixture(scope='module')
+def toy():
+  functions = _functions()
+  step = _jit(functions.train_step)
+  state = functions.init(jax.random.key(0))
+  return types.SimpleNamespace(step=step, state=state, batch=_batch(),
+                               after=step(state, _batch()))
+
+
+def _close(got, want, *, tolerance=1e-5):
+  """Trees that agree, each leaf relative to its own size."""
+  def check(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    np.testing.assert_allclose(a, b, atol=tolerance * max(np.abs(b).max(), 1e-6), rtol=tolerance)
+  jax.tree.map(check, got, want)
+
+
+def _same(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def _gradients(before, after):
+  """What plain descent at rate 1 has subtracted."""
+  return jax.tree.map(jnp.subtract, before.params, after.params)
+
+
+# --- randomness, devices, microbatches ---
+
+
+def test_same_state_and_batch_give_the_same_bits(toy):
+  _same(toy.step(toy.state, toy.batch), toy.after)
+
+
+def test_the_step_and_the_seed_change_the_noise(toy):
+  later = dataclasses.replace(toy.state, step=jnp.int32(1))
+  assert toy.step(later, toy.batch)[1]['loss/consistency'] != toy.after[1]['loss/consistency']
+  other = _functions(seed=1).train_step
+  assert _jit(other)(toy.state, toy.batch)[1]['loss/consistency'] != toy.after[1]['loss/consistency']
+
+
+def test_microbatches_make_the_same_update(toy):
+  state, metrics = _jit(_functions(accumulate=4).train_step)(toy.state, toy.batch)
+  _close(_gradients(toy.state, state), _gradients(toy.state, toy.after[0]))
+  for name in ('loss', 'loss/consistency', 'loss/envelope', 'norm/gradients'):
+    _close(metrics[name], toy.after[1][name])
+
+
+def test_eight_devices_and_microbatches_make_the_same_update(toy):
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  step = _jit(_functions(accumulate=2).train_step, in_shardings=(whole, rows),
+              out_shardings=whole)
+  state, metrics = step(jax.device_put(toy.state, whole), jax.device_put(toy.batch, rows))
+  assert len(metrics['loss'].devices()) == 8
+  _close(_gradients(toy.state, state), _gradients(toy.state, toy.after[0]))
+  _close(metrics['loss'], toy.after[1]['loss'])
+
+
+def test_an_items_noise_does_not_depend_on_the_rest_of_the_batch(toy):
+  def loss(audio):
+    return toy.step(toy.state, {'audio': audio})[1]['loss/consistency']
+
+  # What the first half adds to the loss is the same with and without a second half.
+  half = toy.batch['audio'][:8]
+  silence = jnp.zeros_like(half)
+  with_rest = loss(jnp.concatenate([half, silence])) - loss(jnp.concatenate([silence, silence]))
+  _close(2 * with_rest, loss(half) - loss(silence), tolerance=1e-3)
+
+
+# --- the rules of an update ---
+
+
+def test_counters_average_and_metrics(toy):
+  state, metrics = toy.after
+  assert int(state.step) == 1 and state.step.dtype == jnp.int32
+  # The average's first decay is (1 + 0) / (10 + 0).
+  expected = jax.tree.map(lambda e, p: .1 * e + .9 * p, toy.state.ema, state.params)
+  _close(state.ema, expected)
+  _close(metrics['ema_decay'], .1)
+  gradients = _gradients(toy.state, state)
+  _close(metrics['norm/gradients'], optax.global_norm(gradients), tolerance=1e-4)
+  _close(metrics['norm/updates'], optax.global_norm(gradients), tolerance=1e-4)
+  _close(metrics['norm/parameters'], optax.global_norm(state.params))
+  _close(metrics['loss'], metrics['loss/consistency'] + metrics['loss/envelope'])
+  assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
+
+
+def test_bands_of_the_loss_hold_all_of_it():
+  per_chunk = jnp.asarray([[1., 2.], [3., 4.]])
+  sigma = jnp.asarray([[.01, .05], [4.9, 80.]])
+  bands = train_step._loss_bands(per_chunk, sigma)
+  assert list(bands.values()) == [1, 2, 3, 4]
+  assert list(bands) == ['loss/sigma_0_0.05', 'loss/sigma_0.05_0.5', 'loss/sigma_0.5_5',
+                         'loss/sigma_5_inf']
+  bands = train_step._loss_bands(per_chunk, jnp.full((2, 2), 1.))
+  assert bands['loss/sigma_0.5_5'] == 2.5 and np.isnan(bands['loss/sigma_5_inf'])
+
+
+def test_latent_metrics_tell_a_common_mode_from_spread():
+  signs = jnp.asarray(np.random.default_rng(0).choice([-1., 1.], (64, 2, 1, 8)), jnp.float32)
+  spread = train_step.latent_metrics(signs * 3, jnp.tanh(signs * .5))
+  common = train_step.latent_metrics(signs[:1] * jnp.full((64, 1, 1, 1), 3.),
+                                     jnp.broadcast_to(jnp.tanh(signs[:1, :1] * 3), signs.shape))
+  assert spread['latent/spread'] > .4 and common['latent/spread'] < 1e-5
+  assert spread['latent/common'] < .1 and common['latent/common'] > .99
+  assert spread['latent/saturated'] == 0 and common['latent/saturated'] == 1
+  np.testing.assert_allclose(spread['latent/pre_rms'], 3, rtol=1e-5)
+
+
+def test_bad_audio_skips_the_update_and_the_next_good_one_goes_on(toy):
+  for value in (np.nan, np.inf):
+    bad = {'audio': toy.batch['audio'].at[3, 0, 5].set(value)}
+    state, metrics = toy.step(toy.state, bad)
+    _same((state.params, state.ema, state.opt_state),
+          (toy.state.params, toy.state.ema, toy.state.opt_state))
+    assert int(state.step) == int(state.skipped) == int(state.skipped_in_a_row) == 1
+    assert not np.isfinite(metrics['norm/gradients']) and metrics['skipped_in_a_row'] == 1
+  state, metrics = toy.step(state, bad)
+  assert int(state.skipped) == int(state.skipped_in_a_row) == metrics['skipped'] == 2
+  state, metrics = toy.step(state, toy.batch)
+  assert (int(state.step), int(state.skipped), int(state.skipped_in_a_row)) == (3, 2, 0)
+  assert np.isfinite(metrics['loss']) and metrics['skipped_in_a_row'] == 0
+  assert np.any(state.params['denoiser']['w'] != toy.state.params['denoiser']['w'])
+
+
+def test_one_bad_microbatch_shows_in_the_loss(toy):
+  bad = {'audio': toy.batch['audio'].at[3, 0, 5].set(np.nan)}
+  state, metrics = _jit(_functions(accumulate=2).train_step)(toy.state, bad)
+  assert np.isnan(metrics['loss']) and int(state.skipped) == 1
+  _same(state.params, toy.state.params)
+
+
+def test_teacher_and_levels_pass_no_gradient():
+  # With both levels at sigma_min there is nothing to learn but the envelope.
+  state = _functions().init(jax.random.key(0))
+  still = Consistency(p_mean=-60., p_std=.1, sampling='lognormal')
+  after, metrics = _jit(_functions(consistency=still).train_step)(state, _batch())
+  assert metrics['loss/consistency'] == 0 and metrics['loss/envelope'] > 0
+  _same(after.params['denoiser'], state.params['denoiser'])
+  assert np.all(after.params['encoder']['w'] != state.params['encoder']['w'])
+
+
+def test_head_start_trains_the_envelope_alone(toy):
+  step = _jit(_functions(head_start=2).train_step)
+  state, losses = toy.state, []
+  for n in range(3):
+    before, (state, metrics) = state, step(state, toy.batch)
+    losses.append(float(metrics['loss/consistency']))
+    moved = np.any(before.params['denoiser']['w'] != state.params['denoiser']['w'])
+    assert moved == (n == 2)
+    assert np.any(before.params['encoder']['w'] != state.params['encoder']['w'])
+  assert losses[:2] == [0, 0] and losses[2] > 0
+
+
+def test_probe_tells_used_latents_from_ignored_ones(toy):
+  deaf = dataclasses.replace(
+    TOY, decode=lambda params, z: _toy_decode(params, jnp.zeros_like(z)))
+  key = jax.random.key(3)
+  heard = _jit(_functions().probe_step)(toy.state.params, toy.batch, key)
+  ignored = _jit(_functions(network=deaf).probe_step)(toy.state.params, toy.batch, key)
+  assert heard['swap'] > .01 and ignored['swap'] == 0
+  for sigma in (.2, 1.):
+    assert ignored[f'snr_{sigma}'] == ignored[f'snr_{sigma}_swapped']
+    assert heard[f'snr_{sigma}'] != heard[f'snr_{sigma}_swapped']
+  one = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
+  assert one['swap'] > 0  # a single item: the chunks are swapped
+
+
+# --- the real network ---
+
+METRICS = {
+  'loss', 'loss/consistency', 'loss/envelope', 'norm/gradients', 'norm/parameters', 'norm/updates',
+  'latent/pre_rms', 'latent/spread', 'latent/saturated', 'latent/common', 'feature/rms',
+  'feature/varying', 'learning_rate', 'ema_decay', 'skipped', 'skipped_in_a_row'}
+BANDS = {'loss/sigma_0_0.05', 'loss/sigma_0.05_0.5', 'loss/sigma_0.5_5', 'loss/sigma_5_inf'}
+PROBES = {'swap', 'energy', 'log_magnitude_l1', 'log_magnitude_l1_swapped', 'snr_0.2',
+          'snr_0.2_swapped', 'snr_1.0', 'snr_1.0_swapped', 'latent/pre_rms', 'latent/spread',
+          'latent/saturated', 'latent/common'}
+
+
+@pytest.fixture(scope='module')
+def real():
+  config = tiny.get_config('debug')
+  # One level: what the tests cost is compiling. test_configs.py traces every config whole.
+  config.model.update(bins=16, frames=4, widths=(16,), head_dim=8, blocks=(1,), strides=())
+  functions = build.step_functions(config)
+  rng = np.random.default_rng(0)
+  blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                       jax.eval_shape(functions.init, jax.random.key(0)))
+  params = jax.tree.map(
+    lambda x, name: jnp.asarray(.1 * rng.normal(size=x.shape) + (name == 'ones'), x.dtype),
+    blank.params, functions.network.init_names)
+  return types.SimpleNamespace(
+    functions=functions, batch=_batch(8, functions), step=_jit(functions.train_step),
+    state=dataclasses.replace(blank, params=params, ema=params))
+
+
+def test_a_few_steps_of_the_real_network(real):
+  state, batch = real.state, real.batch
+  first, metrics = real.step(state, batch)
+  _same(real.step(state, batch), (first, metrics))  # bit for bit
+  for n in range(3):
+    state, metrics = real.step(state, batch)
+    assert METRICS | BANDS <= set(metrics)
+    unlucky = {name for name, value in metrics.items() if not np.isfinite(value)}
+    assert unlucky <= BANDS and len(unlucky) < len(BANDS)
+  assert int(state.step) == 3 and int(state.skipped) == 0
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), real.state.params, state.params)
+  assert all(jax.tree.leaves(moved['decoder'])) and any(jax.tree.leaves(moved['encoder']))
+
+  bad = {'audio': batch['audio'].at[0, 0, 0].set(np.nan)}
+  skipped, metrics = real.step(state, bad)
+  _same((skipped.params, skipped.ema, skipped.opt_state), (state.params, state.ema, state.opt_state))
+  assert int(skipped.skipped_in_a_row) == 1
+  again, metrics = real.step(skipped, batch)
+  assert int(again.skipped_in_a_row) == 0 and np.isfinite(metrics['loss'])
+
+
+def test_probe_of_the_real_network_on_one_and_on_eight_devices(real):
+  key = jax.random.key(0)
+  metrics = _jit(real.functions.probe_step)(real.state.params, real.batch, key)
+  assert set(metrics) == PROBES
+  assert all(np.isfinite(value) and value.dtype == jnp.float32 for value in metrics.values())
+
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  step = _jit(real.functions.probe_step, in_shardings=(whole, rows, whole), out_shardings=whole)
+  got = step(*(jax.device_put(x, s) for x, s in (
+    (real.state.params, whole), (real.batch, rows), (key, whole))))
+  _close(got, metrics)
