@@ -283,19 +283,24 @@ class Codec:
                                 noise=noise)
     return np.concatenate(list(blocks), axis=1)
 
-  def decode_blocks(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
-                    sigma_cond: float | None = None, refine: bool = True,
-                    noise=None) -> Iterator[np.ndarray]:
-    """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
+  def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive',
+                     sigma_cond: float | None = None):
+    """Raises UserError for options that `decode` would refuse: an early look, before long work."""
     process = self.consistency
     if mode not in MODES:
       raise UserError(f'decoding mode {mode!r} is not known: choose from {", ".join(MODES)}')
     if not 0 <= seed < 2 ** 32:
       raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
-    sigma_cond = process.sigma_cond if sigma_cond is None else float(sigma_cond)
-    if not process.sigma_min <= sigma_cond <= process.sigma_max:
+    if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:
       raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
                       f'{process.sigma_min}..{process.sigma_max}')
+
+  def decode_blocks(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
+                    sigma_cond: float | None = None, refine: bool = True,
+                    noise=None) -> Iterator[np.ndarray]:
+    """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
+    self.check_decoding(seed, mode=mode, sigma_cond=sigma_cond)
+    sigma_cond = self.consistency.sigma_cond if sigma_cond is None else float(sigma_cond)
     z = self._continuous(latents)
     shape = (z.shape[1], 2, *self._chunk_shape)
     if noise is not None and np.shape(noise) != shape:

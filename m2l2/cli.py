@@ -1,0 +1,371 @@
+"""The `m2l2` command: train, encode, decode, reconstruct, info.
+
+Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
+"""
+
+import argparse
+from collections.abc import Iterator
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+
+from m2l2.errors import UserError
+
+_SECONDS = 10  # of audio read at once
+_DESCRIPTION = """\
+Music to a few summary embeddings, and back.
+
+  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny
+  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny
+"""
+
+
+def main(argv=None) -> int:
+  """Runs one command; returns its exit status.
+
+  0: the job is done. 1: a mistake of the user's, told in one line. 2: a command line that is none.
+  130, 143: stopped by Ctrl-C or SIGTERM; nothing half-written is left.
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    if argv[:1] == ['train']:  # its flags are absl's, made from the config
+      return _train(argv[1:])
+    args = _parser().parse_args(argv)
+    _quiet_libraries()
+    with _stopped_by_sigterm():
+      args.run(args)
+    return 0
+  except UserError as error:
+    print('m2l2:', ' '.join(str(error).split()), file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print('m2l2: stopped', file=sys.stderr)
+    return 130
+  except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong command line
+    return stop.code
+
+
+class _Parser(argparse.ArgumentParser):
+  """Tells a mistake in one line."""
+
+  def error(self, message):
+    self.exit(2, f'{self.prog}: {message} ({self.prog} --help shows an example)\n')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog='m2l2', description=_DESCRIPTION,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True,
+                                   parser_class=_Parser)
+
+  def command(name, run, *, summary, example):
+    made = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.set_defaults(run=run)
+    return made
+
+  def files(made, source, target):
+    made.add_argument('source', metavar='IN', help=source)
+    made.add_argument('target', metavar='OUT', help=target)
+    made.add_argument('--checkpoint', metavar='DIR', required=True,
+                      help='snapshot, workdir of a training run, or name of a model in the box')
+    made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
+
+  def decoding(made):
+    made.add_argument('--seed', type=int, default=0, metavar='N',
+                      help='of the noise that decoding starts from (default 0)')
+    made.add_argument('--sigma-cond', type=float, metavar='X',
+                      help="noise put back on each chunk before the next is decoded (default: the "
+                      "model's own)")
+    made.add_argument('--no-refine', dest='refine', action='store_false',
+                      help='one denoising a chunk instead of two')
+
+  audio_in, audio_out = 'WAV, FLAC, OGG, Opus, MP3 or AIFF file', '*.wav, *.flac or *.ogg'
+  latents = '*.safetensors'
+  command('train', None, summary='Trains a model, or goes on with a run that was stopped.',
+          example='  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC '
+                  '--workdir=runs/tiny')
+  made = command('encode', _encode, summary='Audio file -> file of latents.',
+                 example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny')
+  files(made, audio_in, latents)
+  made.add_argument('--discrete', action='store_true',
+                    help='store int32 tokens (models with an FSQ bottleneck)')
+  made = command('decode', _decode, summary='File of latents -> audio file as long as the source.',
+                 example='  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny --seed=1')
+  files(made, latents, audio_out)
+  decoding(made)
+  made = command('reconstruct', _reconstruct, summary='Audio file -> latents -> audio file.',
+                 example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny')
+  files(made, audio_in, audio_out)
+  decoding(made)
+  made = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
+                 example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
+  made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
+  made.add_argument('--json', action='store_true', help='one JSON object')
+  return parser
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def _train(argv) -> int:
+  try:
+    from m2l2 import main as training
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f'training needs {error.name}, which is not installed: '
+                    "pip install 'm2l2[train]'") from error
+  return training.main(['m2l2 train', *argv])
+
+
+def _encode(args):
+  from m2l2.data import audio_io
+  info = audio_io.probe(args.source)
+  audio_io.check_writable(args.target, extensions=('.safetensors',))
+  codec = _load(args.checkpoint)
+  latents = _encode_file(codec, info, discrete=args.discrete, quiet=args.quiet)
+  latents.save(args.target)
+  _say(args, f'{args.target}: {_latents_line(latents)}')
+
+
+def _decode(args):
+  from m2l2.codec import Latents
+  from m2l2.data import audio_io
+  latents = Latents.load(args.source)
+  audio_io.check_writable(args.target)
+  codec = _load(args.checkpoint)
+  with audio_io.AudioWriter(args.target, latents.sample_rate, latents.channels) as writer:
+    _decode_file(codec, latents, writer, args)
+  _say(args, _decoded_line(args.target, latents))
+
+
+def _reconstruct(args):
+  from m2l2.data import audio_io
+  info = audio_io.probe(args.source)
+  audio_io.check_writable(args.target)
+  if os.path.exists(args.target) and os.path.samefile(args.source, args.target):
+    raise UserError(f'{audio_io.shown(args.target)}: is the input too; name another output')
+  codec = _load(args.checkpoint)
+  codec.check_decoding(args.seed, sigma_cond=args.sigma_cond)
+  # Opened first: that the format does not take these channels is told before the work.
+  with audio_io.AudioWriter(args.target, info.sample_rate, info.channels) as writer:
+    latents = _encode_file(codec, info, discrete=False, quiet=args.quiet)
+    _decode_file(codec, latents, writer, args)
+  _say(args, _decoded_line(args.target, latents))
+
+
+def _load(checkpoint):
+  """The Codec; that there is no device to run on is the user's to mend, too."""
+  import jax
+  from m2l2 import codec
+  path = codec.locate(checkpoint)
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise UserError(f'JAX finds no device: {" ".join(str(error).split())}') from error
+  return codec.load(path)
+
+
+def _encode_file(codec, info, *, discrete, quiet):
+  """The latents of an audio file, read block by block."""
+  from m2l2.data import audio_io
+  codec.check_source(channels=info.channels, discrete=discrete)
+  blocks = audio_io.read_blocks(
+      info.path, block_samples=_SECONDS * info.sample_rate, check_finite=True)
+  with _progress('encode', info, quiet=quiet) as done:
+    return codec.encode_blocks(
+        _counted(blocks, done), sample_rate=info.sample_rate, channels=info.channels,
+        discrete=discrete)
+
+
+def _decode_file(codec, latents, writer, args):
+  """Writes the audio of latents block by block."""
+  blocks = codec.decode_blocks(
+      latents, args.seed, sigma_cond=args.sigma_cond, refine=args.refine)
+  with _progress('decode', latents, quiet=args.quiet) as done:
+    for block in _counted(blocks, done):
+      writer.write(block)
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+def _info(args):
+  facts = _facts(args.path)
+  if args.json:
+    print(json.dumps(facts, indent=2))
+    return
+  width = max(map(len, facts))
+  for name, value in facts.items():
+    print(f'{name.replace("_", " "):{width}}  {_readable(value)}')
+
+
+def _facts(path) -> dict:
+  """What is known of a file or a directory, as a flat dict of JSON types."""
+  from m2l2.data import audio_io
+  if not os.path.exists(path):
+    from m2l2 import codec
+    try:
+      return _checkpoint_facts(codec.locate(path))
+    except UserError as error:
+      raise UserError(f'{audio_io.shown(path)}: there is no such file, snapshot, workdir or model '
+                      'in the box') from error
+  if os.path.isdir(path):
+    return _checkpoint_facts(path)
+  if _is_safetensors(path):
+    return _latents_facts(path)
+  info = audio_io.probe(path)
+  return {'path': info.path, 'kind': 'audio', 'format': info.format, 'encoding': info.subtype,
+          'sample_rate': info.sample_rate, 'channels': info.channels, 'samples': info.frames,
+          'seconds': info.seconds}
+
+
+def _is_safetensors(path) -> bool:
+  """By name, or by how such a file begins: a length of 8 bytes, then JSON."""
+  if path.lower().endswith('.safetensors'):
+    return True
+  try:
+    with open(path, 'rb') as file:
+      return file.read(10)[8:] == b'{"'
+  except OSError:
+    return False
+
+
+def _latents_facts(path) -> dict:
+  from m2l2.codec import Latents
+  latents = Latents.load(path)
+  seconds = latents.num_samples / latents.sample_rate
+  facts = {'path': path, 'kind': 'latents',
+           'form': 'tokens' if latents.z.ndim == 3 else 'continuous', 'version': latents.version,
+           'model': latents.model, 'streams': latents.z.shape[0], 'chunks': latents.z.shape[1],
+           'embeddings_per_chunk': latents.z.shape[2]}
+  if latents.z.ndim == 4:
+    facts['numbers_per_embedding'] = latents.z.shape[3]
+  return {**facts, 'sample_rate': latents.sample_rate, 'channels': latents.channels,
+          'samples': latents.num_samples, 'seconds': seconds,
+          'numbers_per_second': latents.z.size / seconds,
+          'samples_per_number': latents.num_samples * latents.channels / latents.z.size,
+          'bytes': os.path.getsize(path)}
+
+
+def _checkpoint_facts(path) -> dict:
+  """A snapshot; or a workdir, with how far its run has come."""
+  from m2l2.snapshot import load_snapshot
+  facts = {'path': os.fspath(path), 'kind': 'snapshot'}
+  if os.path.isfile(os.path.join(path, 'metrics.jsonl')):
+    facts |= {'kind': 'workdir', **_run_facts(path)}
+    if not os.path.isdir(os.path.join(path, 'snapshot')):
+      return {**facts, 'snapshot': 'none yet (training writes one when it saves)'}
+  snapshot = load_snapshot(path)
+  model = snapshot.config.get('model', {})
+  facts |= {'fingerprint': snapshot.fingerprint, 'snapshot_step': snapshot.step}
+  facts |= {'parameters': _count(snapshot.params),
+            **{f'parameters_{name}': _count(part) for name, part in snapshot.params.items()}}
+  try:
+    rate, chunk = model['native_rates'][0], model['hop'] * model['frames']
+    numbers = model['num_latents'] * model['latent_dim']
+    facts |= {'channels': model['channels'], 'native_rates': model['native_rates'],
+              'chunk_seconds': chunk / rate, 'embeddings_per_chunk': model['num_latents'],
+              'numbers_per_embedding': model['latent_dim'], 'bottleneck': model['bottleneck'],
+              'numbers_per_second': numbers * rate / chunk,
+              'samples_per_number': chunk * model['channels'] / numbers}
+  except (KeyError, IndexError, TypeError) as error:
+    raise UserError(f'{path}: its config is not of an m2l2 model ({error!r})') from error
+  return facts
+
+
+def _run_facts(workdir) -> dict:
+  """The last line of metrics.jsonl that holds a loss, and the checkpoints there are."""
+  last = {}
+  with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
+    for line in file:
+      with contextlib.suppress(ValueError):  # a line that a crash cut short
+        row = json.loads(line)
+        last = row if isinstance(row, dict) and 'loss' in row else last
+  folder = os.path.join(workdir, 'checkpoints')
+  steps = sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(
+      folder) else []
+  return {'step': last.get('step'), 'loss': last.get('loss'), 'checkpoints': steps}
+
+
+def _count(tree) -> int:
+  return sum(map(_count, tree.values())) if isinstance(tree, dict) else int(tree.size)
+
+
+# ---- what the user sees --------------------------------------------------------------------------
+
+
+def _readable(value) -> str:
+  if isinstance(value, list):
+    return ', '.join(map(_readable, value)) or 'none'
+  if isinstance(value, float):
+    return f'{value:,.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
+  if value is None:
+    return 'none'
+  return f'{value:,}' if isinstance(value, int) and value >= 10 ** 5 else str(value)
+
+
+def _latents_line(latents) -> str:
+  z = latents.z
+  streams = f'{z.shape[0]} streams of ' if z.shape[0] > 1 else ''
+  return (f'{streams}{z.shape[1]} chunks of {z.shape[2]} '
+          f'{"tokens" if z.ndim == 3 else f"x {z.shape[3]} numbers"}')
+
+
+def _decoded_line(path, latents) -> str:
+  minutes, seconds = divmod(round(latents.num_samples / latents.sample_rate, 1), 60)
+  return f'{path}: {minutes:.0f}:{seconds:04.1f} min of audio from {_latents_line(latents)}'
+
+
+def _say(args, line):
+  if not args.quiet:
+    print(line)
+
+
+@contextlib.contextmanager
+def _progress(name, signal_info, *, quiet):
+  """A bar in seconds of audio on stderr, on a terminal only; gives a function to advance it."""
+  import tqdm
+  samples = getattr(signal_info, 'num_samples', None) or signal_info.frames
+  with tqdm.tqdm(
+      total=round(samples / signal_info.sample_rate, 1), desc=name, unit='s', leave=False,
+      disable=True if quiet else None,  # None: unless stderr is a terminal
+      bar_format='{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s, {remaining} left',
+  ) as bar:
+    yield lambda block: bar.update(block.shape[1] / signal_info.sample_rate)
+
+
+def _counted(blocks, done) -> Iterator:
+  for block in blocks:
+    yield block
+    done(block)
+
+
+def _quiet_libraries():
+  """What jax and XLA say to developers is not for users; warnings of our own are."""
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA's log, read when jax is imported
+  logging.getLogger('jax').setLevel(logging.ERROR)
+  from absl import logging as absl_logging
+  absl_logging.use_absl_handler()
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  absl_logging.get_absl_handler().setFormatter(logging.Formatter('m2l2: %(message)s'))
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm():
+  """SIGTERM unwinds like Ctrl-C does, so that temporary files are removed."""
+  def stop(number, frame):
+    raise SystemExit(128 + number)
+  try:
+    before = signal.signal(signal.SIGTERM, stop)
+  except ValueError:  # not the main thread: signals are somebody else's
+    yield
+    return
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,459 @@
+"""The command line: what it makes, what it says, and that a mistake is one line and leaves nothing.
+
+Commands run in this process; two tests start the real program.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+from m2l2 import cli, codec as codec_lib
+from m2l2.codec import Latents
+from m2l2.data import audio_io
+import numpy as np
+import pytest
+import safetensors.numpy
+import soundfile
+from test_codec import load_once, make_snapshot, music
+from test_layering import ROOT
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once():
+  """A model is compiled for once in a session."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(codec_lib, 'load', load_once)
+  yield
+  patch.undo()
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  """Snapshots by name: mono, another mono, stereo, fsq; and a workdir."""
+  root = tmp_path_factory.mktemp('models')
+  make_snapshot(root / 'mono')
+  make_snapshot(root / 'other', seed=1)
+  make_snapshot(root / 'stereo', 'debug,stereo')
+  make_snapshot(root / 'fsq', bottleneck='fsq', latent_dim=4)
+  workdir = root / 'workdir'
+  make_snapshot(workdir / 'snapshot')
+  (workdir / 'config.json').write_text('{}')
+  (workdir / 'metrics.jsonl').write_text(
+      '{"step": 6, "loss": 3.5}\n{"step": 7, "loss": 2.5}\n{"step": 7, "probe/swap": 1}\n{"ste')
+  for name in ('4', '7', 'tmp'):
+    (workdir / 'checkpoints' / name).mkdir(parents=True)
+  return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Where commands write: must hold just what they promise."""
+  path = tmp_path / 'out'
+  path.mkdir()
+  return path
+
+
+@pytest.fixture
+def m2l2(capsys):
+  """Runs one command -> (status, stdout, stderr)."""
+  def run(*argv):
+    status = cli.main([str(arg) for arg in argv])
+    return status, *capsys.readouterr()
+  return run
+
+
+@pytest.fixture
+def song(tmp_path):
+  def write(name='song.wav', *, samples=5000, channels=1, sample_rate=44100):
+    audio = music(samples, channels=channels, sample_rate=sample_rate)
+    soundfile.write(tmp_path / name, audio.T, sample_rate, subtype='FLOAT')
+    return tmp_path / name
+  return write
+
+
+# ---- what is made --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('model,channels', [('mono', 1), ('mono', 2), ('stereo', 1), ('stereo', 2)])
+def test_round_trip(m2l2, models, song, folder, model, channels):
+  source, mid, out = song(channels=channels), folder / 'a.safetensors', folder / 'a.wav'
+  checkpoint = f'--checkpoint={models / model}'
+  status, said, errors = m2l2('encode', source, mid, checkpoint)
+  assert (status, errors) == (0, '') and 'a.safetensors: ' in said and '6 chunks of 8 x 8' in said
+  assert m2l2('decode', mid, out, checkpoint, '--seed=5')[0] == 0
+  assert sorted(os.listdir(folder)) == ['a.safetensors', 'a.wav']
+  decoded, rate = audio_io.read(out)
+  assert (decoded.shape, rate) == ((channels, 5000), 44100)
+  codec = codec_lib.load(models / model)
+  audio, _ = audio_io.read(source)
+  latents = codec.encode(audio, 44100)
+  np.testing.assert_allclose(Latents.load(mid).z, latents.z, atol=1e-6)
+  np.testing.assert_allclose(decoded, codec.decode(latents, seed=5), atol=1e-5)
+  again = folder / 'again.flac'
+  assert m2l2('reconstruct', source, again, checkpoint, '--seed', 5)[0] == 0
+  np.testing.assert_allclose(audio_io.read(again)[0], decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize('flags,options', [
+    (['--sigma-cond=0.3'], dict(sigma_cond=0.3)), (['--no-refine'], dict(refine=False)), ([], {})])
+def test_decoding_options_reach_the_codec(m2l2, models, song, folder, flags, options):
+  out = folder / 'a.wav'
+  assert m2l2('reconstruct', song(), out, f'--checkpoint={models / "mono"}', *flags)[0] == 0
+  codec = codec_lib.load(models / 'mono')
+  expected = codec.decode(codec.encode(audio_io.read(song())[0], 44100), **options)
+  np.testing.assert_allclose(audio_io.read(out)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('sample_rate', [8000, 48000])
+@pytest.mark.parametrize('samples', [1, 4001])
+def test_other_rates_and_lengths(m2l2, models, song, folder, sample_rate, samples):
+  source = song(samples=samples, sample_rate=sample_rate)
+  out = folder / 'a.wav'
+  assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
+  info = audio_io.probe(out)
+  assert (info.frames, info.sample_rate, info.channels) == (samples, sample_rate, 1)
+
+
+def test_eight_channels_through_a_mono_model(m2l2, models, song, folder):
+  source, out = song(channels=8, samples=900), folder / 'a.wav'
+  assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
+  assert audio_io.probe(out).channels == 8
+
+
+def test_a_workdir_is_a_checkpoint(m2l2, models, song, folder):
+  out = folder / 'a.wav'
+  assert m2l2('reconstruct', song(), out, '--checkpoint', models / 'workdir', '--quiet') == (
+      0, '', '')
+  assert os.listdir(folder) == ['a.wav']
+
+
+def test_tokens(m2l2, models, song, folder):
+  mid, checkpoint = folder / 'a.safetensors', f'--checkpoint={models / "fsq"}'
+  assert m2l2('encode', song(), mid, checkpoint, '--discrete')[0] == 0
+  assert Latents.load(mid).z.dtype == np.int32
+  assert '6 chunks of 8 tokens' in m2l2('decode', mid, folder / 'a.wav', checkpoint)[1]
+  facts = json.loads(m2l2('info', mid, '--json')[1])
+  assert facts['form'] == 'tokens' and 'numbers_per_embedding' not in facts
+
+
+def test_an_old_output_is_replaced_only_by_a_whole_one(m2l2, models, song, folder):
+  out = folder / 'a.wav'
+  out.write_bytes(b'old')
+  checkpoint = f'--checkpoint={models / "mono"}'
+  assert m2l2('reconstruct', song(), out, checkpoint, '--sigma-cond=100')[0] == 1
+  assert out.read_bytes() == b'old' and os.listdir(folder) == ['a.wav']
+  assert m2l2('reconstruct', song(), out, checkpoint)[0] == 0
+  assert audio_io.probe(out).frames == 5000
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+def test_info_of_audio(m2l2, song):
+  status, said, _ = m2l2('info', song(channels=2))
+  assert status == 0 and '44100' in said and 'WAV' in said
+  facts = json.loads(m2l2('info', song(channels=2), '--json')[1])
+  assert facts['kind'] == 'audio' and facts['channels'] == 2 and facts['samples'] == 5000
+  assert facts['seconds'] == pytest.approx(5000 / 44100)
+
+
+def test_info_of_latents(m2l2, models, song, folder):
+  mid = folder / 'latents.of.a.song'  # known by what is in it
+  m2l2('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}')
+  os.rename(folder / 'a.safetensors', mid)
+  facts = json.loads(m2l2('info', mid, '--json')[1])
+  assert facts['kind'] == 'latents' and facts['chunks'] == 6 and facts['samples'] == 5000
+  assert facts['model'] == codec_lib.load(models / 'mono').fingerprint
+  assert facts['samples_per_number'] == pytest.approx(5000 / (6 * 64))
+  assert facts['model'] in m2l2('info', mid)[1]
+
+
+def test_info_of_checkpoints(m2l2, models):
+  facts = json.loads(m2l2('info', models / 'stereo', '--json')[1])
+  codec = codec_lib.load(models / 'stereo')
+  assert facts['kind'] == 'snapshot' and facts['fingerprint'] == codec.fingerprint
+  assert facts['snapshot_step'] == 7 and facts['channels'] == 2
+  assert facts['parameters'] == sum(p.size for p in jax.tree.leaves(codec.params))
+  assert facts['parameters'] == sum(
+      facts[f'parameters_{part}'] for part in ('encoder', 'decoder', 'denoiser'))
+  assert facts['samples_per_number'] == pytest.approx(1024 * 2 / 64)
+  facts = json.loads(m2l2('info', models / 'workdir', '--json')[1])
+  assert (facts['kind'], facts['step'], facts['loss']) == ('workdir', 7, 2.5)
+  assert facts['checkpoints'] == [4, 7] and facts['snapshot_step'] == 7
+  assert '4, 7' in m2l2('info', models / 'workdir')[1]
+
+
+def test_info_of_a_run_that_has_just_begun(m2l2, tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('')
+  facts = json.loads(m2l2('info', tmp_path, '--json')[1])
+  assert facts['kind'] == 'workdir' and facts['step'] is None and 'none yet' in facts['snapshot']
+  assert m2l2('info', tmp_path)[0] == 0
+
+
+# ---- mistakes: one line, nothing left ------------------------------------------------------------
+
+
+def one_line(errors):
+  assert errors.count('\n') == 1 and errors.startswith('m2l2') and 'Traceback' not in errors
+  return errors
+
+
+def bad_sources(folder):
+  """Files that no command can read, by kind."""
+  whole = folder / 'whole.wav'
+  soundfile.write(whole, music(50000).T, 44100)
+  data = whole.read_bytes()
+  nan = music(50000)
+  nan[0, 49_000] = np.nan
+  sources = {kind: folder / f'{kind}.wav' for kind in (
+      'missing', 'empty', 'nan', 'text', 'no_samples')}
+  sources |= {'truncated': folder / 'truncated.flac', 'directory': folder}
+  sources['empty'].write_bytes(b'')
+  sources['text'].write_text('this is no music\n' * 99)
+  sources['no_samples'].write_bytes(data[:44])
+  soundfile.write(sources['no_samples'], np.zeros((0, 1)), 44100)
+  soundfile.write(sources['nan'], nan.T, 44100, subtype='FLOAT')
+  soundfile.write(folder / 'whole.flac', music(50000).T, 44100)
+  flac = (folder / 'whole.flac').read_bytes()
+  sources['truncated'].write_bytes(flac[:len(flac) // 2])
+  return sources
+
+
+@pytest.mark.parametrize('command,name', [
+    ('encode', 'a.safetensors'), ('reconstruct', 'a.wav'), ('info', None)])
+@pytest.mark.parametrize('kind,told', [
+    ('missing', 'no such file'), ('empty', 'is empty'), ('text', 'is not audio'),
+    ('no_samples', 'holds no samples'), ('nan', 'NaN or infinite samples, the first at sample 490'),
+    ('truncated', 'truncated or damaged'), ('directory', 'a directory')])
+def test_bad_audio(m2l2, models, tmp_path, folder, command, name, kind, told):
+  source = bad_sources(tmp_path)[kind]
+  if command == 'info':
+    argv, told = [source], {'directory': 'no snapshot in'}.get(kind, told)
+  else:
+    argv = [source, folder / name, f'--checkpoint={models / "mono"}']
+  status, said, errors = m2l2(command, *argv)
+  if command == 'info' and kind in ('nan', 'truncated'):  # the header is sound, and all it reads
+    assert status == 0
+    return
+  assert status == 1 and said == '' and told in one_line(errors)
+  assert str(source) in errors and os.listdir(folder) == []
+
+
+def test_too_many_channels(m2l2, models, song, folder):
+  source = song(channels=8, samples=900)
+  status, _, errors = m2l2(
+      'reconstruct', source, folder / 'a.wav', f'--checkpoint={models / "stereo"}')
+  assert status == 1 and '8 channels, this model takes at most 2' in one_line(errors)
+  assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize('command,name,told', [
+    ('encode', 'missing/a.safetensors', 'there is no directory'),
+    ('reconstruct', 'missing/a.wav', 'there is no directory'),
+    ('encode', 'locked/a.safetensors', 'is read-only'),
+    ('reconstruct', 'locked/a.wav', 'is read-only'),
+    ('reconstruct', 'locked.wav', 'is read-only'),
+    ('encode', 'a.wav', 'name it *.safetensors'),
+    ('reconstruct', 'a.mp3', 'name it *.wav or *.flac or *.ogg'),
+    ('reconstruct', 'locked', 'name it *.wav'),
+    ('encode', 'folder.safetensors', 'is a directory'),
+])
+def test_outputs_that_cannot_be_written(m2l2, models, song, folder, command, name, told):
+  (folder / 'locked').mkdir(mode=0o555)
+  (folder / 'folder.safetensors').mkdir()
+  (folder / 'locked.wav').touch(mode=0o444)
+  before = sorted(os.listdir(folder))
+  status, said, errors = m2l2(
+      command, song(), folder / name, f'--checkpoint={models / "mono"}')
+  assert status == 1 and said == '' and told in one_line(errors)
+  assert sorted(os.listdir(folder)) == before and os.listdir(folder / 'locked') == []
+
+
+def test_the_source_is_not_overwritten(m2l2, models, song):
+  source = song()
+  before = source.read_bytes()
+  link = source.with_name('link.wav')
+  link.symlink_to(source)
+  for target in (source, link):
+    status, _, errors = m2l2('reconstruct', source, target, f'--checkpoint={models / "mono"}')
+    assert status == 1 and 'is the input too' in one_line(errors)
+  assert source.read_bytes() == before
+
+
+def test_more_channels_than_the_output_takes(m2l2, models, song, folder):
+  """Told before the work of encoding, not after it."""
+  source = song(channels=9, samples=900)
+  status, said, errors = m2l2(
+      'reconstruct', source, folder / 'a.flac', f'--checkpoint={models / "mono"}')
+  assert status == 1 and 'with 9 channels' in one_line(errors) and os.listdir(folder) == []
+
+
+def broken_checkpoints(folder, models):
+  config = json.loads((models / 'mono' / 'config.json').read_text())
+  weights = (models / 'mono' / 'model.safetensors').read_bytes()
+
+  def make(name, config, weights=weights):
+    path = folder / name
+    path.mkdir()
+    (path / 'config.json').write_text(config if isinstance(config, str) else json.dumps(config))
+    (path / 'model.safetensors').write_bytes(weights)
+    return path
+
+  other = json.loads(json.dumps(config))
+  other['config']['model']['num_latents'] = 3
+  unknown = json.loads(json.dumps(config))
+  unknown['config']['model']['colour'] = 'red'
+  (folder / 'empty').mkdir()
+  return {
+      'missing': folder / 'nowhere', 'empty': folder / 'empty',
+      'file': models / 'mono' / 'config.json', 'name': 'grand',
+      'not_json': make('not_json', '{'), 'cut': make('cut', config, weights[:999]),
+      'no_model': make('no_model', {**config, 'config': {}}), 'other': make('other', other),
+      'unknown': make('unknown', unknown)}
+
+
+@pytest.mark.parametrize('kind,told', [
+    ('missing', 'no such snapshot'), ('empty', 'no snapshot in'), ('file', 'is a file'),
+    ('name', 'no such snapshot or workdir, nor a model in the box'), ('not_json', 'is not JSON'),
+    ('cut', 'damaged or cut short'), ('no_model', 'is not of an m2l2 model'),
+    ('other', 'do not fit their config'), ('unknown', 'model.colour is not a field')])
+def test_wrong_checkpoints(m2l2, models, song, tmp_path, folder, kind, told):
+  checkpoint = broken_checkpoints(tmp_path, models)[kind]
+  status, said, errors = m2l2(
+      'encode', song(), folder / 'a.safetensors', '--checkpoint', checkpoint)
+  assert status == 1 and said == '' and told in one_line(errors)
+  assert os.listdir(folder) == []
+  if kind in ('not_json', 'cut', 'no_model'):
+    status, said, errors = m2l2('info', checkpoint)
+    assert status == 1 and said == '' and one_line(errors)
+
+
+def with_version(path, version):
+  with safetensors.safe_open(path, framework='numpy') as file:
+    metadata, z = file.metadata(), file.get_tensor('z')
+  path.write_bytes(safetensors.numpy.save({'z': z}, {**metadata, 'version': version}))
+
+
+def test_wrong_latents(m2l2, models, song, folder, tmp_path):
+  checkpoint = f'--checkpoint={models / "mono"}'
+  mid, out = tmp_path / 'a.safetensors', folder / 'a.wav'
+  m2l2('encode', song(), mid, checkpoint)
+  whole = mid.read_bytes()
+
+  def refused(path=mid, checkpoint=checkpoint):
+    status, said, errors = m2l2('decode', path, out, checkpoint)
+    assert status == 1 and said == '' and os.listdir(folder) == []
+    return one_line(errors)
+
+  assert 'decode with the checkpoint that encoded them' in refused(
+      checkpoint=f'--checkpoint={models / "other"}')
+  with_version(mid, '2')
+  assert 'latents of version 2' in refused()
+  mid.write_bytes(whole[:-3])
+  assert 'damaged' in refused()
+  assert 'not of m2l2 latents' in refused(models / 'mono' / 'model.safetensors')
+  assert 'damaged' in refused(song())
+  assert 'no such file' in refused(tmp_path / 'missing.safetensors')
+  mid.write_bytes(whole)
+  for flag in ('--seed=-1', '--sigma-cond=100'):
+    status, _, errors = m2l2('decode', mid, out, checkpoint, flag)
+    assert status == 1 and 'must lie in' in one_line(errors) and os.listdir(folder) == []
+
+
+def test_info_of_nothing(m2l2, tmp_path):
+  status, _, errors = m2l2('info', tmp_path / 'nothing')
+  assert status == 1 and 'there is no such file, snapshot, workdir' in one_line(errors)
+
+
+@pytest.mark.parametrize('argv,told', [
+    ([], 'COMMAND'), (['encde'], "invalid choice: 'encde'"), (['encode', 'a', 'b'], '--checkpoint'),
+    (['encode', '--checkpoint=x'], 'IN, OUT'), (['decode', 'a', 'b', '--seed=x'], '--seed'),
+    (['info'], 'FILE_OR_CHECKPOINT'), (['info', 'a', '--colour'], '--colour')])
+def test_command_lines_that_are_none(m2l2, argv, told):
+  status, said, errors = m2l2(*argv)
+  assert status == 2 and said == '' and told in one_line(errors) and '--help' in errors
+
+
+@pytest.mark.parametrize('command', [
+    'train', 'encode', 'decode', 'reconstruct', 'info', None])
+def test_help_has_an_example(m2l2, command):
+  status, said, errors = m2l2(*filter(None, [command]), '--help')
+  assert status == 0 and errors == ''
+  assert f'm2l2 {command or "encode"} ' in said.split('\n\n', 1)[1]
+
+
+def test_training_is_handed_over(m2l2, tmp_path):
+  status, _, errors = m2l2('train', f'--workdir={tmp_path}')
+  assert status == 1 and '--config' in one_line(errors)
+
+
+def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
+  monkeypatch.delitem(sys.modules, 'm2l2.main', raising=False)
+  monkeypatch.delattr('m2l2.main', raising=False)
+  monkeypatch.setitem(sys.modules, 'ml_collections', None)
+  status, _, errors = m2l2('train', '--config=configs/tiny.py')
+  assert status == 1 and "pip install 'm2l2[train]'" in one_line(errors)
+
+
+# ---- being stopped -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('number,status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle_leaves_nothing(
+    m2l2, models, song, folder, monkeypatch, number, status):
+  written = []
+
+  def write(self, audio):
+    written.append(sorted(os.listdir(folder)))
+    signal.raise_signal(number)
+
+  monkeypatch.setattr(audio_io.AudioWriter, 'write', write)
+  before = signal.getsignal(signal.SIGTERM)
+  result = m2l2('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
+  assert result[0] == status and 'Traceback' not in result[2]
+  assert len(written) == 1 and len(written[0]) == 1  # there was a temporary file
+  assert os.listdir(folder) == [] and signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- the real program ----------------------------------------------------------------------------
+
+
+def program(*argv, **environment):
+  environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **environment}
+  return subprocess.run([sys.executable, '-m', 'm2l2', *map(str, argv)], cwd=ROOT, text=True,
+                        capture_output=True, env=environment)
+
+
+def test_the_program(models, song, folder):
+  done = program('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
+  assert (done.returncode, done.stderr) == (0, '')  # no bar where there is no terminal
+  assert audio_io.probe(folder / 'a.wav').frames == 5000
+  done = program('reconstruct', folder / 'none.wav', folder / 'b.wav', '--checkpoint=none')
+  assert done.returncode == 1 and done.stdout == '' and 'no such file' in one_line(done.stderr)
+
+
+def test_help_is_immediate():
+  code = ('import sys; from m2l2 import cli; cli.main(["--help"]); '
+          'print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)')
+  start = time.monotonic()
+  done = subprocess.run(
+      [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert not {'jax', 'numpy', 'flax', 'absl', 'soundfile', 'tqdm'} & set(done.stderr.split())
+  assert time.monotonic() - start < 10  # 0.1 s on a machine of one's own
+
+
+def test_no_device_is_told(models, song, folder):
+  done = program('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}',
+                 JAX_PLATFORMS='marsrover')
+  assert done.returncode == 1 and 'JAX finds no device' in one_line(done.stderr)

@@ -1,0 +1,620 @@
+"""Codec: exact shape of what comes back, independence of the cutting, the paper's decoding.
+
+Weights are those of `tiny:debug` with every zero broken by seeded noise, so that each input counts.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+from m2l2 import build, codec as codec_lib
+from m2l2.codec import FIRST, REFINE, Codec, Latents
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.model import envelope
+from m2l2.snapshot import load_snapshot, save_snapshot
+import numpy as np
+import pytest
+import safetensors.numpy
+
+CODICODEC_LIKE = dict(
+    bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
+    consistency=dict(renoise='variance', local=False))
+
+
+def make_config(words='debug', *, consistency=(), **changes):
+  """The resolved config of tiny as plain JSON types, with fields of both parts changed."""
+  config = importlib.import_module('m2l2.configs.tiny').get_config(words).to_dict()
+  config['model'].update(changes)
+  config['consistency'].update(consistency)
+  return json.loads(json.dumps(config))
+
+
+def make_params(config, *, seed=0):
+  """Random weights by numpy: kernels scaled to their inputs, gains near 1, nothing zero."""
+  net = build.network(config['model'])
+  rng = np.random.default_rng(seed)
+
+  def draw(abstract, name):
+    noise = rng.standard_normal(abstract.shape, np.float32)
+    if name in ('ones', 'zeros'):
+      return np.float32(name == 'ones') + np.float32(0.02) * noise
+    return noise * np.float32(np.prod(abstract.shape[:-1]) ** -0.5)
+
+  params = jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0)), net.init_names)
+  heads = [params['denoiser']['output'], params['decoder'].get('envelope', {}).get('head')]
+  for head in filter(None, heads):  # small enough that no sound is clipped
+    head['conv_out']['kernel'] *= np.float32(0.3)
+  return params
+
+
+def make_snapshot(path, words='debug', *, seed=0, **changes):
+  """Writes a snapshot of a small model with random weights; returns its path."""
+  config = make_config(words, **changes)
+  save_snapshot(path, params=make_params(config, seed=seed), config=config, step=7)
+  return path
+
+
+@functools.cache
+def _loaded(fingerprint, text):
+  snapshot = _SNAPSHOTS[fingerprint, text]
+  return Codec(config=snapshot.config, params=snapshot.params, fingerprint=fingerprint)
+
+
+_SNAPSHOTS = {}
+
+
+def load_once(path):
+  """As codec.load, but whoever asks for the same model gets what is compiled already."""
+  snapshot = load_snapshot(codec_lib.locate(path))
+  key = snapshot.fingerprint, json.dumps(snapshot.config)
+  _SNAPSHOTS[key] = snapshot
+  return _loaded(*key)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  """Nothing here runs long, everything is compiled."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def mono(tmp_path_factory):
+  return load_once(make_snapshot(tmp_path_factory.mktemp('mono') / 'snapshot'))
+
+
+@pytest.fixture(scope='module')
+def stereo(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('stereo')
+  make_snapshot(workdir / 'snapshot', 'debug,stereo')
+  return load_once(workdir)  # a workdir does too
+
+
+@pytest.fixture(scope='module')
+def ancestor():
+  """Nearest of the config space to CoDiCodec: FSQ, component transform, no padded edges."""
+  config = make_config('debug,stereo', **CODICODEC_LIKE)
+  return Codec(config=config, params=make_params(config), fingerprint='ancestor')
+
+
+def music(samples, *, channels=1, sample_rate=44100, seed=0):
+  """A few partials and a little noise, [channels, samples]; channels differ."""
+  rng = np.random.default_rng(seed)
+  time = np.arange(samples) / sample_rate
+  pitches = 110.0 * np.arange(1, 7) * 1.25 ** np.arange(channels)[:, None]
+  tones = np.sin(2 * np.pi * pitches[..., None] * time + rng.uniform(0, 6, (channels, 6, 1)))
+  audio = 0.1 * tones.sum(axis=1) + 0.01 * rng.standard_normal((channels, samples))
+  return audio.astype(np.float32)
+
+
+def latents_for(codec, *, chunks, seed=0, streams=1, channels=1):
+  """Random latents of just so many chunks."""
+  arch, rep = codec.network.arch, codec.representation
+  shape = (streams, chunks, arch.num_latents, arch.latent_dim)
+  z = np.random.default_rng(seed).uniform(-1, 1, shape)
+  samples = chunks * rep.chunk_samples - (rep.overlap if rep.edges == 'pad' else 0)
+  return Latents(z=z.astype(np.float32), sample_rate=44100, num_samples=samples, channels=channels,
+                 model=codec.fingerprint)
+
+
+# ---- what comes back has the source's shape ------------------------------------------------------
+
+
+@pytest.mark.parametrize('sample_rate', [44100, 48000, 8000, 22050, 96000, 44101])
+@pytest.mark.parametrize('samples', [1, 63, 64, 831, 832, 833, 1024, 5000])
+def test_length_and_rate_are_the_sources(mono, samples, sample_rate):
+  audio = music(samples, sample_rate=sample_rate)
+  latents = mono.encode(audio, sample_rate)
+  decoded = mono.decode(latents)
+  assert decoded.shape == (1, samples) and decoded.dtype == np.float32
+  assert np.isfinite(decoded).all() and np.abs(decoded).max() <= 1
+  assert (latents.sample_rate, latents.num_samples, latents.channels) == (sample_rate, samples, 1)
+  assert latents.z.dtype == np.float32 and np.abs(latents.z).max() <= 1
+  at_model = samples if sample_rate in (44100, 48000) else -(-samples * 44100 // sample_rate)
+  assert latents.z.shape == (1, mono.representation.layout(at_model).chunks, 8, 8)
+
+
+@pytest.mark.parametrize('samples', [1, 255, 256, 1024, 1216, 1279, 1280, 3000, 3327, 3328])
+def test_length_is_the_sources_without_padded_edges(ancestor, samples):
+  """Up to hop - 1 samples lie past the last frame: they too come back."""
+  decoded = ancestor.decode(ancestor.encode(music(samples, channels=2), 44100))
+  assert decoded.shape == (2, samples)
+
+
+def test_native_rates_are_not_resampled(mono):
+  audio = music(3000)
+  at_44100, at_48000 = (mono.encode(audio, rate) for rate in (44100, 48000))
+  np.testing.assert_array_equal(at_44100.z, at_48000.z)
+  assert mono.encode(audio, 32000).z.shape[1] > at_44100.z.shape[1]
+
+
+def test_channels_through_a_mono_model(mono):
+  """Each channel is a stream of its own; equal channels stay equal, noise included."""
+  one, other = music(3000), music(3000, seed=1)
+  latents = mono.encode(np.concatenate([one, other]), 44100)
+  assert latents.z.shape[0] == latents.channels == 2
+  decoded = mono.decode(latents)
+  assert np.abs(decoded[0] - decoded[1]).max() > 1e-3
+  np.testing.assert_allclose(decoded[:1], mono.decode(mono.encode(one, 44100)), atol=1e-5)
+  left, right = mono.decode(mono.encode(np.concatenate([one, one]), 44100))
+  np.testing.assert_array_equal(left, right)
+  np.testing.assert_array_equal(mono.encode(one[0], 44100).z, mono.encode(one, 44100).z)
+
+
+def test_channels_through_a_stereo_model(stereo):
+  two = stereo.encode(music(3000, channels=2), 44100)
+  assert two.z.shape[0] == 1 and stereo.decode(two).shape == (2, 3000)
+  one = stereo.encode(music(3000), 44100)
+  assert one.z.shape[0] == 1 and one.channels == 1 and stereo.decode(one).shape == (1, 3000)
+  doubled = stereo.encode(np.repeat(music(3000), 2, axis=0), 44100)
+  np.testing.assert_array_equal(one.z, doubled.z)
+  np.testing.assert_allclose(stereo.decode(one)[0], stereo.decode(doubled).mean(axis=0), atol=1e-6)
+
+
+# ---- how the work is cut does not matter ---------------------------------------------------------
+
+
+def test_block_size_does_not_matter(mono, monkeypatch):
+  audio = music(11 * 1024 + 77)
+  encoded, decoded = {}, {}
+  for size in (1, 3, 8):
+    monkeypatch.setattr(codec_lib, '_BLOCK_CHUNKS', size)
+    encoded[size] = mono.encode(audio, 44100)
+    decoded[size] = mono.decode(encoded[8 if size == 8 else 1], seed=3)
+  for size in (3, 8):
+    assert encoded[size].z.shape[1] == 12
+    np.testing.assert_allclose(encoded[size].z, encoded[1].z, atol=1e-5)
+    np.testing.assert_allclose(decoded[size], decoded[1], atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [[1, 700, 5, 9294], [10000], [2500] * 4])
+@pytest.mark.parametrize('sample_rate', [44100, 32000])
+def test_cutting_of_the_source_does_not_matter(stereo, sizes, sample_rate):
+  audio = music(10000, channels=2)
+  blocks = np.split(audio, np.cumsum(sizes)[:-1], axis=1)
+  cut = stereo.encode_blocks(iter(blocks), sample_rate=sample_rate, channels=2)
+  whole = stereo.encode(audio, sample_rate)
+  np.testing.assert_allclose(cut.z, whole.z, atol=1e-6)
+  assert dataclasses.replace(cut, z=0) == dataclasses.replace(whole, z=0)
+
+
+def test_blocks_put_together_are_the_whole(mono):
+  latents = mono.encode(music(20 * 1024, sample_rate=32000), 32000)
+  blocks = list(mono.decode_blocks(latents, 5))
+  assert len(blocks) > 2
+  np.testing.assert_array_equal(np.concatenate(blocks, axis=1), mono.decode(latents, 5))
+
+
+def test_the_end_of_a_signal_does_not_reach_its_beginning(mono):
+  """Latents of a chunk are of that chunk alone, and decoding never looks ahead by more than one."""
+  audio = music(9 * 1024)
+  whole, part = mono.encode(audio, 44100), mono.encode(audio[:, :5 * 1024], 44100)
+  np.testing.assert_allclose(part.z[:, :5], whole.z[:, :5], atol=1e-5)
+  cut = dataclasses.replace(latents_for(mono, chunks=5), z=whole.z[:, :5])
+  sure = 4 * 1024 - mono.representation.overlap
+  np.testing.assert_allclose(mono.decode(cut)[:, :sure], mono.decode(whole)[:, :sure], atol=1e-5)
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+def test_the_seed_decides(mono):
+  latents = latents_for(mono, chunks=3)
+  np.testing.assert_array_equal(mono.decode(latents, seed=1), mono.decode(latents, seed=1))
+  assert np.abs(mono.decode(latents, seed=1) - mono.decode(latents, seed=2)).max() > 1e-3
+
+
+@pytest.mark.parametrize('seed', [-1, 2 ** 32])
+def test_a_seed_out_of_range_is_refused(mono, seed):
+  with pytest.raises(UserError, match='seed'):
+    mono.decode(latents_for(mono, chunks=1), seed)
+
+
+def drawn(codec, *, chunks, seed):
+  """The noise of a seed, by the definition: fold_in(fold_in(seed, chunk), role)."""
+  rep = codec.representation
+  shape = (rep.bins, rep.frames, rep.spec_channels)
+  key = jax.random.key(seed)
+  return np.stack([[jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, c), role), shape)
+                    for role in (FIRST, REFINE)] for c in range(chunks)])
+
+
+@pytest.mark.parametrize('chunks', [1, 2, 11])
+def test_injected_noise(mono, chunks):
+  latents = latents_for(mono, chunks=chunks)
+  noise = drawn(mono, chunks=chunks, seed=4)
+  assert np.unique(noise).size > 0.99 * noise.size  # fresh for every chunk and role
+  np.testing.assert_allclose(
+      mono.decode(latents, noise=noise), mono.decode(latents, seed=4), atol=1e-6)
+  for place in ((0, FIRST), (chunks - 1, FIRST), (0, REFINE), (chunks - 1, REFINE)):
+    other = noise.copy()
+    other[place] *= -1
+    change = mono.decode(latents, noise=other) - mono.decode(latents, noise=noise)
+    assert np.abs(change).max() > 1e-4, place
+
+
+def test_noise_of_a_wrong_shape_is_refused(mono):
+  with pytest.raises(UserError, match=r'noise must have shape \[2, 2, 128, 16, 2\]'):
+    mono.decode(latents_for(mono, chunks=2), noise=np.zeros((1, 2, 128, 16, 2), np.float32))
+
+
+# ---- two-step decoding as in figures/decoding.png ------------------------------------------------
+
+
+@functools.cache
+def plain_decoder(codec):
+  """The figure, chunk by chunk, with a whole spectrogram in memory."""
+  process, net, rep = codec.consistency, codec.network, codec.representation
+
+  @jax.jit
+  def call(params, x, sigmas, z):
+    """One network call: x [B, S, F, T, C], sigmas [S], z [B, S, K, d]."""
+    features = net.decode(params, z)
+    data = (envelope.deviation(features['log_magnitude'], floor=process.local_floor)
+            if process.local else None)
+    return process.denoise(
+        lambda x, sigma: net.denoise(params, x, sigma, features), x,
+        jnp.broadcast_to(sigmas[None], x.shape[:2]), sigma_data=data)
+
+  def denoise(x, sigmas, z):
+    return call(codec.params, jnp.stack(x, axis=1), jnp.float32(jnp.asarray(sigmas)), z)
+
+  def decode(latents, *, noise, sigma_cond, refine):
+    """Latents -> audio [channels, samples], unclipped."""
+    z = jnp.asarray(latents.z)
+    streams, chunks = z.shape[:2]
+    eps = jnp.broadcast_to(jnp.asarray(noise), (streams, *noise.shape))
+    level = sigma_cond
+    if process.renoise == 'variance':
+      level = (sigma_cond ** 2 - process.sigma_min ** 2) ** 0.5
+    first = [denoise([80.0 * eps[:, 0, FIRST]], [80.0], z[:, :1])[:, 0]]
+    done = []
+    for t in range(1, chunks):
+      left = first[t - 1] + level * eps[:, t - 1, REFINE]
+      out = denoise([left, 80.0 * eps[:, t, FIRST]], [sigma_cond, 80.0], z[:, t - 1:t + 1])
+      done.append(out[:, 0])
+      first.append(out[:, 1])
+    left = first[-1] + level * eps[:, -1, REFINE]
+    done.append(denoise([left], [sigma_cond], z[:, -1:])[:, 0])
+    spec = jnp.stack(done if refine else first, axis=1)
+    audio = jnp.concatenate(rep.synthesise(spec), axis=-1)
+    lead = rep.layout(latents.num_samples).lead
+    audio = audio[:, :, lead:lead + latents.num_samples]
+    return audio[:, 0] if rep.channels == 1 else audio[0]
+
+  return decode
+
+
+@pytest.mark.parametrize('which,channels,sigma_cond', [
+    ('mono', 2, 0.965), ('mono', 2, 0.3), ('ancestor', 2, 0.965)])
+def test_decoding_is_the_figures(request, which, channels, sigma_cond):
+  codec = request.getfixturevalue(which)
+  decode = plain_decoder(codec)
+  for chunks in (1, 2, 3, 10):
+    latents = latents_for(codec, chunks=chunks, channels=channels,
+                          streams=channels if codec.representation.channels == 1 else 1)
+    noise = drawn(codec, chunks=chunks, seed=2)
+    for refine in (True, False):
+      expected = decode(latents, noise=noise, sigma_cond=sigma_cond, refine=refine)
+      decoded = codec.decode(latents, seed=2, sigma_cond=sigma_cond, refine=refine)
+      assert 1e-2 < np.abs(expected).max() < 1  # neither silent nor clipped
+      np.testing.assert_allclose(decoded, expected, atol=1e-5)
+      if sigma_cond == codec.consistency.sigma_cond:
+        np.testing.assert_array_equal(codec.decode(latents, seed=2, refine=refine), decoded)
+
+
+def test_refinement_changes_the_sound(mono):
+  latents = latents_for(mono, chunks=3)
+  change = mono.decode(latents) - mono.decode(latents, refine=False)
+  assert np.abs(change).max() > 1e-4
+
+
+def test_sigma_cond_matters_and_is_checked(mono):
+  latents = latents_for(mono, chunks=3)
+  assert np.abs(mono.decode(latents, sigma_cond=0.3) - mono.decode(latents)).max() > 1e-4
+  for wrong in (0.0, 81.0, float('nan')):
+    with pytest.raises(UserError, match='sigma_cond'):
+      mono.decode(latents, sigma_cond=wrong)
+  with pytest.raises(UserError, match="'sideways' is not known"):
+    mono.decode(latents, mode='sideways')
+
+
+# ---- the signal path alone: what a perfect network would give ------------------------------------
+
+
+def perfect(words='debug', **changes):
+  """A Codec whose latents are the spectrogram and whose denoiser returns it."""
+  config = make_config(words, **changes)
+  codec = Codec(config=config, params=make_params(config), fingerprint='perfect')
+  rep = codec.representation
+  arch = dataclasses.replace(
+      codec.network.arch, num_latents=rep.bins * rep.frames, latent_dim=rep.spec_channels)
+  codec.network = dataclasses.replace(
+      codec.network, arch=arch,
+      encode=lambda params, spec: spec.reshape(*spec.shape[:2], -1, rep.spec_channels),
+      decode=lambda params, z: z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
+  codec._bottleneck = lambda pre: pre
+  codec._denoiser = lambda params, features: lambda x, sigma: features
+  return codec
+
+
+@pytest.fixture(scope='module')
+def perfect_mono():
+  return perfect()
+
+
+@pytest.mark.parametrize('sample_rate,tolerance', [(44100, 2e-3), (48000, 2e-3), (32000, 2e-2)])
+@pytest.mark.parametrize('samples', [100, 1024, 4000, 12345])
+def test_no_delay_and_no_faded_edges(perfect_mono, samples, sample_rate, tolerance):
+  """Just the Nyquist bin is lost: at a full-scale start 0.5 / 512 of it."""
+  audio = 0.5 * np.cos(np.arange(samples)[None] * 0.05).astype(np.float32)  # full scale at sample 0
+  out = perfect_mono.decode(perfect_mono.encode(audio, sample_rate))
+  inside = slice(None) if sample_rate in (44100, 48000) else slice(40, -40)  # soxr rings at a jump
+  np.testing.assert_allclose(out[:, inside], audio[:, inside], atol=tolerance)
+
+
+def test_a_click_stays_where_it_is(perfect_mono):
+  for place in (0, 1023, 1024, 2999):
+    audio = np.zeros((1, 3000), np.float32)
+    audio[0, place] = 0.5
+    out = perfect_mono.decode(perfect_mono.encode(audio, 44100))
+    assert np.argmax(np.abs(out[0])) == place and out[0, place] > 0.49
+
+
+def test_channels_stay_in_order():
+  codec = perfect('debug,stereo')
+  audio = np.stack([0.5 * np.cos(np.arange(4000) * w) for w in (0.05, 0.11)]).astype(np.float32)
+  np.testing.assert_allclose(codec.decode(codec.encode(audio, 44100)), audio, atol=2e-3)
+
+
+def test_without_padded_edges_only_the_edges_fade():
+  codec = perfect('debug', transform='component', edges='none')
+  audio = 0.5 * np.cos(np.arange(256 + 64 * 40)[None] * 0.05).astype(np.float32)
+  out = codec.decode(codec.encode(audio, 44100))
+  overlap = codec.representation.overlap
+  np.testing.assert_allclose(out[:, overlap:-overlap], audio[:, overlap:-overlap], atol=2e-4)
+  assert np.abs(out[0, 0]) < 0.1  # faded, as in the ancestors
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+def test_tokens_there_and_back(ancestor):
+  audio = music(5000, channels=2)
+  continuous, tokens = ancestor.encode(audio, 44100), ancestor.encode(audio, 44100, discrete=True)
+  assert tokens.z.dtype == np.int32 and tokens.z.shape == continuous.z.shape[:3]
+  assert 0 <= tokens.z.min() and tokens.z.max() < 11 ** 4 and np.unique(tokens.z).size > 3
+  rounded = dataclasses.replace(
+      continuous, z=np.asarray(ancestor.network.arch.make_bottleneck().quantise(continuous.z)))
+  np.testing.assert_allclose(ancestor.decode(tokens), ancestor.decode(rounded), atol=1e-6)
+  assert np.abs(ancestor.decode(tokens) - ancestor.decode(continuous)).max() > 1e-5
+
+
+def test_tokens_of_a_model_without_are_refused(mono):
+  with pytest.raises(UserError, match='no tokens'):
+    mono.encode(music(100), 44100, discrete=True)
+  tokens = dataclasses.replace(latents_for(mono, chunks=1), z=np.zeros((1, 1, 8), np.int32))
+  with pytest.raises(UserError, match='only continuous'):
+    mono.decode(tokens)
+
+
+def test_tokens_too_wide_for_int32_are_refused():
+  config = make_config(bottleneck='fsq', latent_dim=10)
+  codec = Codec(config=config, params=make_params(config), fingerprint='wide')
+  with pytest.raises(UserError, match='no tokens'):
+    codec.encode(music(100), 44100, discrete=True)
+
+
+@pytest.mark.parametrize('token', [-1, 11 ** 4])
+def test_tokens_out_of_range_are_refused(ancestor, token):
+  latents = ancestor.encode(music(1000, channels=2), 44100, discrete=True)
+  z = latents.z.copy()
+  z[0, 0, 0] = token
+  with pytest.raises(UserError, match='tokens beyond 0..14640'):
+    ancestor.decode(dataclasses.replace(latents, z=z))
+
+
+# ---- files of latents ----------------------------------------------------------------------------
+
+
+def some_latents(**changes):
+  fields = dict(z=np.linspace(-1, 1, 128, dtype=np.float32).reshape(1, 2, 8, 8), sample_rate=44100,
+                num_samples=1500, channels=1, model='0123456789abcdef')
+  return Latents(**{**fields, **changes})
+
+
+@pytest.mark.parametrize('latents', [
+    some_latents(), some_latents(z=np.arange(16, dtype=np.int32).reshape(1, 2, 8))])
+def test_latents_round_trip(tmp_path, latents):
+  path = tmp_path / 'song.safetensors'
+  latents.save(path)
+  back = Latents.load(path)
+  np.testing.assert_array_equal(back.z, latents.z)
+  assert back.z.dtype == latents.z.dtype
+  assert dataclasses.replace(back, z=0) == dataclasses.replace(latents, z=0)
+  assert os.listdir(tmp_path) == ['song.safetensors']
+  latents.save(path)  # replaces
+
+
+def test_decoding_from_a_file_is_decoding(mono, tmp_path):
+  latents = mono.encode(music(3000), 44100)
+  latents.save(tmp_path / 'song.safetensors')
+  again = Latents.load(tmp_path / 'song.safetensors')
+  np.testing.assert_array_equal(mono.decode(again), mono.decode(latents))
+
+
+def rewrite(path, *, z=None, **changes):
+  """A file like `some_latents` makes, but with other metadata (None drops an entry)."""
+  some_latents().save(path)
+  fields = {'sample_rate': 44100, 'num_samples': 1500, 'channels': 1, 'model': 'm'}
+  metadata = {'format': 'm2l2-latents', 'version': '1', 'latents': fields, **changes}
+  metadata = {name: value if isinstance(value, str) else json.dumps(value)
+              for name, value in metadata.items() if value is not None}
+  z = some_latents().z if z is None else z
+  path.write_bytes(safetensors.numpy.save({'z': z}, metadata))
+
+
+@pytest.mark.parametrize('changes,told', [
+    (dict(version='2'), 'version 2, this m2l2 reads version 1'),
+    (dict(version=None), 'version None'),
+    (dict(format=None), 'not of m2l2 latents'),
+    (dict(format='pt'), 'not of m2l2 latents'),
+    (dict(latents=None), 'damaged'),
+    (dict(latents='{'), 'damaged'),
+    (dict(latents='[]'), 'damaged'),
+    (dict(latents='{"sample_rate": 44100}'), 'damaged'),
+    (dict(latents={'sample_rate': '44100', 'num_samples': 9, 'channels': 1, 'model': 'm'}),
+     'make no sense'),
+    (dict(latents={'sample_rate': 44100, 'num_samples': 0, 'channels': 1, 'model': 'm'}),
+     'make no sense'),
+    (dict(z=np.zeros((1, 0, 8, 8), np.float32)), 'make no sense'),
+    (dict(z=np.zeros((2, 8), np.float32)), 'make no sense'),
+    (dict(z=np.zeros((1, 1, 8, 8), np.float64)), 'make no sense'),
+])
+def test_a_wrong_file_of_latents_is_told(tmp_path, changes, told):
+  path = tmp_path / 'song.safetensors'
+  rewrite(path, **changes)
+  with pytest.raises(UserError, match=told) as error:
+    Latents.load(path)
+  assert str(error.value).startswith(str(path)) and '\n' not in str(error.value)
+
+
+def test_latents_missing_or_damaged(tmp_path):
+  path = tmp_path / 'song.safetensors'
+  for load in (path, tmp_path):
+    with pytest.raises(UserError, match='no such file'):
+      Latents.load(load)
+  some_latents().save(path)
+  whole = path.read_bytes()
+  for damaged in (b'', b'RIFF', whole[:40], whole[:-5], b'\xff' * 200, whole + b'x'):
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match='damaged'):
+      Latents.load(path)
+
+
+def test_latents_where_nothing_can_be_written(tmp_path):
+  with pytest.raises(UserError, match='no directory'):
+    some_latents().save(tmp_path / 'missing' / 'song.safetensors')
+  with pytest.raises(UserError, match='is a directory'):
+    some_latents().save(tmp_path)
+
+
+# ---- what does not fit is refused ----------------------------------------------------------------
+
+
+def test_latents_of_another_model_are_refused(mono, stereo):
+  latents = mono.encode(music(1000), 44100)
+  with pytest.raises(UserError, match=f'of model {mono.fingerprint}.*is {stereo.fingerprint}'):
+    stereo.decode(latents)
+
+
+@pytest.mark.parametrize('change', [
+    dict(z=np.zeros((1, 3, 8, 8), np.float32)), dict(z=np.zeros((1, 2, 8, 4), np.float32)),
+    dict(z=np.zeros((2, 2, 8, 8), np.float32)), dict(channels=2), dict(num_samples=90_000),
+    dict(sample_rate=8000)])
+def test_latents_of_a_wrong_shape_are_refused(mono, change):
+  latents = dataclasses.replace(latents_for(mono, chunks=2), **change)
+  with pytest.raises(UserError, match='do not fit'):
+    mono.decode(latents)
+
+
+def test_more_channels_than_a_stereo_model_has_are_refused(stereo):
+  with pytest.raises(UserError, match='3 channels, this model takes at most 2'):
+    stereo.encode(music(100, channels=3), 44100)
+  with pytest.raises(UserError, match='do not fit'):
+    stereo.decode(latents_for(stereo, chunks=1, channels=3))
+
+
+@pytest.mark.parametrize('wrong', [np.nan, np.inf])
+def test_numbers_that_are_none_are_refused(mono, wrong):
+  audio = music(3000)
+  audio[0, 1500] = wrong
+  for rate in (44100, 32000):
+    with pytest.raises(UserError, match='NaN or infinite samples'):
+      mono.encode(audio, rate)
+  latents = latents_for(mono, chunks=2)
+  latents.z[0, 1, 2, 3] = wrong
+  with pytest.raises(UserError, match='latents hold NaN'):
+    mono.decode(latents)
+
+
+@pytest.mark.parametrize('audio', [
+    np.zeros((1, 0)), np.zeros((0, 10)), np.zeros((1, 1, 10)), np.float32(1)])
+def test_no_audio_is_refused(mono, audio):
+  with pytest.raises(UserError, match=r'audio must be \[channels, samples\]'):
+    mono.encode(audio, 44100)
+
+
+@pytest.mark.parametrize('rate', [0, -44100])
+def test_a_rate_that_is_none_is_refused(mono, rate):
+  with pytest.raises(UserError, match='resample'):
+    mono.encode(music(100), rate)
+
+
+def test_broken_weights_are_told(mono):
+  broken = copy.copy(mono)
+  broken.params = jax.tree.map(lambda p: p * np.nan, mono.params)
+  with pytest.raises(UserError, match='the weights are broken'):
+    broken.encode(music(1000), 44100)
+
+
+def test_weights_that_do_not_fit_are_refused():
+  config = make_config()
+  params = make_params(config)
+  with pytest.raises(UserError, match='weights do not fit their config: .* is .*, should be'):
+    Codec(config=make_config(num_latents=4), params=params, fingerprint='x')
+  del params['encoder']
+  with pytest.raises(UserError, match='encoder/.* is missing'):
+    Codec(config=config, params=params, fingerprint='x')
+  with pytest.raises(UserError, match='"model"'):
+    Codec(config={'consistency': {}}, params=params, fingerprint='x')
+
+
+def test_loading_what_is_not_there(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('grand', 'no/such/place', tmp_path / 'nowhere'):
+    with pytest.raises(UserError, match='no such snapshot or workdir, nor a model in the box'):
+      codec_lib.load(name)
+  with pytest.raises(UserError, match='no snapshot in'):
+    codec_lib.load(tmp_path)
+
+
+def test_a_snapshot_is_found_by_path_and_by_workdir(stereo, tmp_path):
+  make_snapshot(tmp_path / 'snapshot', 'debug,stereo')
+  for path in (tmp_path, str(tmp_path / 'snapshot')):
+    assert codec_lib.load(path).fingerprint == stereo.fingerprint
+
+
+def test_resampling_is_that_of_audio_io(mono):
+  """Encoding at a foreign rate = encoding what audio_io resamples to the first native rate."""
+  audio = music(4000, sample_rate=22050)
+  at_model = audio_io.resample(audio, from_rate=22050, to_rate=44100)
+  np.testing.assert_allclose(
+      mono.encode(audio, 22050).z, mono.encode(at_model, 44100).z, atol=1e-6)
