@@ -9,6 +9,7 @@ from one chip to a pod is a matter of the config (`mesh.preset`, `mesh.data`, `m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -188,11 +189,16 @@ def fetch(tree):
 
   def one(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      x = jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x)
-      x = x.addressable_data(0)
+      whole = x if x.is_fully_replicated else _gather(x.sharding.mesh)(x)
+      x = whole.addressable_data(0)
     return np.asarray(jax.device_get(x))
 
   return jax.tree.map(one, tree)
+
+
+@functools.cache  # one function a mesh, so that each shape is compiled once and not at every save
+def _gather(mesh):
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 def constrain(x, *names):
