@@ -38,7 +38,10 @@ class Restored:
 def config_differences(old: dict, new: dict) -> list[str]:
   """The fields in which two nested configs differ, as 'train.steps: 100 -> 200', sorted by name."""
   old, new = _flat_config(old), _flat_config(new)
-  show = lambda fields, name: json.dumps(fields[name]) if name in fields else '(absent)'
+
+  def show(fields, name):
+    return json.dumps(fields[name]) if name in fields else '(absent)'
+
   return [f'{name}: {show(old, name)} -> {show(new, name)}'
           for name in sorted(old.keys() | new.keys()) if show(old, name) != show(new, name)]
 

@@ -138,8 +138,11 @@ def state_shardings(abstract_state, params_shardings, *, mesh):
   Everything else (counters) is copied to all devices.
   """
   structure = jax.tree.structure(params_shardings)
-  like_params = lambda tree: jax.tree.structure(tree) == structure
   whole = replicated(mesh)
+
+  def like_params(tree):
+    return jax.tree.structure(tree) == structure
+
   return jax.tree.map(
     lambda tree: params_shardings if like_params(tree) else whole,
     abstract_state, is_leaf=like_params)

@@ -244,13 +244,15 @@ def _make_workdir(workdir):
 def _with_weights_of(path, state, shardings):
   """The state with parameters and average from a snapshot; optimizer and step stay new."""
   snapshot = load_snapshot(path)
-  shape = lambda tree: jax.tree.map(lambda x: x.shape, tree)
-  if shape(snapshot.params) != shape(state.params):
+  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (snapshot.params, state.params)]
+  if shapes[0] != shapes[1]:
     raise UserError(
       f'train.init_from={path} is of another model: its arrays do not fit this config')
   logging.info('weights from step %d of %s', snapshot.step, path)
-  replace = lambda state, new: dataclasses.replace(  # a copy for the average: the step donates both
-    state, params=new, ema=jax.tree.map(jnp.copy, new))
+
+  def replace(state, new):  # a copy for the average, because the step donates both
+    return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
+
   return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
 
 

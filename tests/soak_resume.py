@@ -1,9 +1,9 @@
-"""Kills a small run at random moments, resumes it each time, and compares it with an unharmed run.
+"""Kills a small run at random moments, resumes it each time, compares it with an unharmed run.
 
   python tests/soak_resume.py --kills=20
 
-Prints both traces' comparison and PASS or FAIL; exits with 1 on FAIL. test_train.py does the same with
-fewer kills. Not collected by pytest.
+Prints both traces' comparison and PASS or FAIL; exits with 1 on FAIL. test_train.py does the same
+with fewer kills. Not collected by pytest.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The train command on good and bad command lines: one clear line, exit code 1, nothing left behind."""
+"""The train command on good and bad command lines: one clear line and exit code 1."""
 
 import os
 

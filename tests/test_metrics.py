@@ -22,11 +22,13 @@ def test_jsonl_holds_float32_digit_for_digit_and_null_for_the_rest(tmp_path):
   values = values.astype(np.float32)
   writer = metrics.JsonlWriter(path, resume_step=0)
   for step, value in enumerate(values, start=1):
-    writer.write(step, {'loss': jnp.float32(value), 'n': np.int32(3), 'bad': np.nan, 'inf': -np.inf})
+    writer.write(
+      step, {'loss': jnp.float32(value), 'n': np.int32(3), 'bad': np.nan, 'inf': -np.inf})
   assert len(_lines(path)) == 50   # flushed before close
   writer.close()
   np.testing.assert_array_equal(np.array([x['loss'] for x in _lines(path)], np.float32), values)
-  assert _lines(path)[0] == {'step': 1, 'loss': float(str(values[0])), 'n': 3, 'bad': None, 'inf': None}
+  assert _lines(path)[0] == {
+    'step': 1, 'loss': float(str(values[0])), 'n': 3, 'bad': None, 'inf': None}
 
 
 def test_float32_is_written_as_its_shortest_decimal(tmp_path):

@@ -239,12 +239,18 @@ def test_sounds_go_to_tensorboard_where_it_is(small, tmp_path, monkeypatch):
   heard = []
 
   class Media:
-    write = lambda self, step, scalars: None
-    close = lambda self: None
-    write_images = lambda self, step, images: None
+
+    def write(self, step, scalars):
+      pass
 
     def write_audio(self, step, sounds, *, sample_rate):
       heard.append((step, {name: x.shape for name, x in sounds.items()}, sample_rate))
+
+    def write_images(self, step, images):
+      pass
+
+    def close(self):
+      pass
 
   class FakeCodec:
 
@@ -252,8 +258,11 @@ def test_sounds_go_to_tensorboard_where_it_is(small, tmp_path, monkeypatch):
       del config, fingerprint
       self.params = params
 
-    encode = lambda self, audio, sample_rate: audio
-    decode = lambda self, latents: latents
+    def encode(self, audio, sample_rate):
+      return audio
+
+    def decode(self, latents):
+      return latents
 
   monkeypatch.setattr(metrics, 'tensorboard_writer', lambda logdir: Media())
   monkeypatch.setattr(train, 'Codec', FakeCodec)
