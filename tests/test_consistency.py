@@ -1,4 +1,4 @@
-"""Noise levels, preconditioning, loss and samplers against the vectors of the method's fact sheet."""
+"""Noise levels, preconditioning, loss and samplers against the vectors of the method."""
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,9 @@ SETTINGS = [dict(skip=skip, **data) for skip in ('edm', 'flow') for data in ({},
 
 
 def _sigma_data(settings, shape):
-  return jnp.asarray(np.random.uniform(.02, 3, shape), jnp.float32) if settings.get('local') else None
+  if settings.get('local'):
+    return jnp.asarray(np.random.uniform(.02, 3, shape), jnp.float32)
+  return None
 
 
 @pytest.mark.parametrize('settings', SETTINGS)
@@ -153,14 +155,16 @@ def test_loss_weights(index, step, gap, weight):
   np.testing.assert_allclose(high - low, gap, rtol=.03)
   zeros = jnp.zeros((1, 1, 4, 4, 2))
   bare = PAPER.loss(zeros + 1, zeros, high=low + 1, low=low)
-  np.testing.assert_allclose(PAPER.loss(zeros + 1, zeros, high=high, low=low) / bare, weight, rtol=.03)
+  loss = PAPER.loss(zeros + 1, zeros, high=high, low=low)
+  np.testing.assert_allclose(loss / bare, weight, rtol=.03)
 
 
 def test_gap_floor_bounds_the_weight():
   zeros, ones = jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 4))
   levels = dict(high=jnp.full((1, 1), .11), low=jnp.full((1, 1), .1))
   bare = PAPER.loss(ones, zeros, high=jnp.full((1, 1), 2.), low=jnp.ones((1, 1)))
-  np.testing.assert_allclose(Consistency(gap_floor=.5).loss(ones, zeros, **levels), 2 * bare, rtol=1e-5)
+  loss = Consistency(gap_floor=.5).loss(ones, zeros, **levels)
+  np.testing.assert_allclose(loss, 2 * bare, rtol=1e-5)
 
 
 def test_a_zero_gap_counts_nothing_and_gives_no_nan():
@@ -217,9 +221,10 @@ def test_multi_step_sampling(renoise):
 
 def test_re_noising_rules_differ_near_sigma_min():
   x, noise = jnp.zeros(3), jnp.ones(3)
-  np.testing.assert_allclose(Consistency(renoise='add').add_noise(x, noise, .0025), .0025)
-  np.testing.assert_allclose(Consistency(renoise='variance').add_noise(x, noise, .0025), .0015, rtol=1e-6)
-  np.testing.assert_array_equal(Consistency(renoise='variance').add_noise(x, noise, .002), 0)
+  add, variance = (Consistency(renoise=rule).add_noise for rule in ('add', 'variance'))
+  np.testing.assert_allclose(add(x, noise, .0025), .0025)
+  np.testing.assert_allclose(variance(x, noise, .0025), .0015, rtol=1e-6)
+  np.testing.assert_array_equal(variance(x, noise, .002), 0)
 
 
 @pytest.mark.parametrize('renoise', ['add', 'variance'])
