@@ -65,7 +65,7 @@ def step_functions(config):
   return train_step.make_step_functions(
       network=net, representation=representation(config['model']), consistency=process, optimizer=optimizer,
       schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
-      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
+      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'], head_start=train['head_start'],
       native_rates=native_rates(config['model']))
 
 

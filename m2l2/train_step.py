@@ -61,13 +61,19 @@ class StepFunctions:
 
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
                         optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
-                        total_steps: int, accumulate: int, envelope_weight: float, native_rates) -> StepFunctions:
-  """Binds the parts to the three functions; `accumulate` microbatches make one update."""
+                        total_steps: int, accumulate: int, envelope_weight: float, head_start: int,
+                        native_rates) -> StepFunctions:
+  """Binds the parts to the three functions.
+
+  `accumulate` microbatches make one update; for the first `head_start` steps only the envelope's loss is
+  taken, and the denoiser does not even run.
+  """
   bottleneck = network.arch.make_bottleneck()
   chunks = network.arch.chunks
 
-  def loss_fn(params, audio, keys, progress):
+  def loss_fn(params, audio, keys, step):
     """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
+    progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
     spec = representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
@@ -78,9 +84,16 @@ def make_step_functions(*, network: Network, representation: Representation, con
     z = bottleneck(pre, keys=drop_keys)
     features = network.decode(params, z)
     data_std = local_deviation(consistency, features)
-    student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
-    teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
-    per_chunk = consistency.loss(student, teacher, high=high, low=low)
+
+    def consistency_loss():
+      student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
+      teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+      return consistency.loss(student, teacher, high=high, low=low)
+
+    if head_start:
+      per_chunk = jax.lax.cond(step < head_start, lambda: jnp.zeros_like(high), consistency_loss)
+    else:
+      per_chunk = consistency_loss()
     loss = jnp.mean(per_chunk)
     metrics = {'loss/consistency': loss, **_loss_bands(per_chunk, high), **latent_metrics(pre, z),
                **feature_metrics(features)}
@@ -90,14 +103,14 @@ def make_step_functions(*, network: Network, representation: Representation, con
       loss = loss + envelope_weight * error
     return loss, metrics
 
-  def gradients(params, audio, keys, progress):
+  def gradients(params, audio, keys, step):
     grad = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
-      (loss, metrics), grads = grad(params, audio, keys, progress)
+      (loss, metrics), grads = grad(params, audio, keys, step)
       return grads, {'loss': loss, **metrics}
 
     def add(total, micro):
-      (loss, metrics), grads = grad(params, *micro, progress)
+      (loss, metrics), grads = grad(params, *micro, step)
       return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
 
     # Strided, so that with a sharded batch every device works on every microbatch.
@@ -117,7 +130,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(state.params, audio, keys, state.step / total_steps)
+    grads, metrics = gradients(state.params, audio, keys, state.step)
     grad_norm = optax.global_norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -135,7 +148,6 @@ def make_step_functions(*, network: Network, representation: Representation, con
     metrics |= {
         'norm/gradients': grad_norm, 'norm/parameters': optax.global_norm(params),
         'norm/updates': optax.global_norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
-        'step_size': consistency.step((state.step - 1) / total_steps),
         'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state, jax.tree.map(jnp.float32, metrics)
 
@@ -153,7 +165,7 @@ def probe(params, audio, key, *, network, representation, consistency):
 
   swap: relative change of the output when another item's latents meet the same noise.
   energy: RMS of the output over RMS of the source.
-  log_magnitude_l1: mean |log(1 + 10|c|)| error of the output; log_magnitude_l1_swapped with the wrong latents.
+  log_magnitude_l1: mean |error| of the output's log-magnitudes; log_magnitude_l1_swapped with the wrong latents.
   snr_{sigma}: SNR in dB of denoising at that level, with the right latents and with the wrong ones.
   """
   spec = representation.analyse(audio)

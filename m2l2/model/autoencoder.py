@@ -39,6 +39,7 @@ class Architecture:
     bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout).
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
+    latent_norm: what enters the bottleneck has RMS 1/2 over each chunk, so that tanh cannot saturate.
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
@@ -69,6 +70,7 @@ class Architecture:
   latents_in_denoiser: bool
   magnitude_input: bool
   shortcut: bool
+  latent_norm: bool
   envelope: bool
   feature_norm: bool
   remat: str
@@ -122,7 +124,7 @@ class Autoencoder(nnx.Module):
                   strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
                   latent_dim=arch.latent_dim, remat=arch.remat, dtype=jnp.dtype(arch.dtype), rngs=rngs)
     self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
-                           magnitude_input=arch.magnitude_input, **shared)
+                           magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
     self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut, envelope=arch.envelope,
                            feature_norm=arch.feature_norm, **shared)
     self.denoiser = Denoiser(grid=grid, registers=arch.denoiser_registers, chunks=arch.chunks,

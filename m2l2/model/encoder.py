@@ -1,10 +1,11 @@
 """Clean chunk -> K summary embeddings (figure 1, "Encoder")."""
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 
 from m2l2.model.envelope import log_magnitude
-from m2l2.model.layers import Linear, ONES, ZEROS, normal, param
+from m2l2.model.layers import LayerNorm, Linear, ONES, ZEROS, normal, param
 from m2l2.model.patchify import Patchifier
 from m2l2.model.transformer import Transformer
 
@@ -14,11 +15,12 @@ class Shortcut(nnx.Module):
 
   def __init__(self, tokens, latents, *, rngs):
     (p, d), (l, z) = tokens, latents
+    self.norm = LayerNorm(d, rngs=rngs)
     self.pool = param(rngs, (l, p), ('latents', 'tokens'), normal(p ** -0.5))
     self.project = param(rngs, (l, d, z), ('latents', 'embed', 'latent_dim'), normal(d ** -0.5))
 
   def __call__(self, tokens):
-    return jnp.einsum('npd,lp,ldz->nlz', tokens, self.pool[...], self.project[...])
+    return jnp.einsum('npd,lp,ldz->nlz', self.norm(tokens[:, None])[:, 0], self.pool[...], self.project[...])
 
 
 class Encoder(nnx.Module):
@@ -29,7 +31,7 @@ class Encoder(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, widths, blocks, strides, transformer, num_tokens, num_latents, latent_dim,
-               registers, magnitude_input, shortcut, remat, dtype, rngs):
+               registers, magnitude_input, shortcut, latent_norm, remat, dtype, rngs):
     dim = widths[-1]
     in_channels = channels * (3 if magnitude_input else 2)
     self.gain = param(rngs, (bins // stem[0],), ('freq',), ONES)
@@ -42,6 +44,7 @@ class Encoder(nnx.Module):
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
     self.shortcut = Shortcut((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
     self.magnitude_input = magnitude_input
+    self.latent_norm = latent_norm
     self.dtype = dtype
 
   def __call__(self, spec):
@@ -59,4 +62,8 @@ class Encoder(nnx.Module):
     latents = self.head(self.transformer.norm_output(latents).astype(jnp.float32))[:, 0]
     if self.shortcut is not None:
       latents = latents + self.shortcut(tokens.astype(jnp.float32))
+    if self.latent_norm:
+      # RMS 1/2 over a chunk's K d numbers: training cannot drive tanh into saturation.
+      square = jnp.mean(jnp.square(latents), axis=(1, 2), keepdims=True)
+      latents = 0.5 * latents * jax.lax.rsqrt(square + 1e-4)
     return latents.reshape(b, s, *latents.shape[1:])

@@ -1,0 +1,15 @@
+"""For pods: 395 M parameters, mono (append :stereo for stereo). The paper's recipe on a larger network.
+
+    m2l2 train --config=configs/large.py --config.train.batch_size=256 --config.data.root=MUSIC --workdir=runs/large
+
+Per pair it costs about 2.5 times what `base` costs. Not run by us.
+"""
+
+from m2l2.configs import base
+
+
+def get_config(arg=''):
+  config = base.get_config()
+  config.model.widths = (96, 192, 384, 768)
+  config.model.layers = 16
+  return base.finish(config, arg)

@@ -1,0 +1,16 @@
+"""For large pods: 988 M parameters, mono (append :stereo for stereo). The paper's recipe on a larger network.
+
+    m2l2 train --config=configs/xl.py --config.train.batch_size=512 --config.data.root=MUSIC --workdir=runs/xl
+
+Per pair it costs about 5 times what `base` costs. Not run by us.
+"""
+
+from m2l2.configs import base
+
+
+def get_config(arg=''):
+  config = base.get_config()
+  config.model.widths = (128, 256, 512, 1024)
+  config.model.layers = 24
+  config.model.cond_dim = 1024
+  return base.finish(config, arg)
