@@ -239,6 +239,7 @@ def jaxpr_flops(jaxpr) -> float:
       kernel = eqn.invars[1].aval.shape
       out_features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
       taps = math.prod(kernel) / out_features / eqn.params['batch_group_count']
+      taps /= math.prod(eqn.params['lhs_dilation'])  # a strided one's gradient: zeros in between
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * taps
     else:
       inner = [jaxpr_flops(sub) for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
