@@ -49,7 +49,7 @@ def get_config(arg=''):
   model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser (as CoDiCodec does)
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
   model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
-  model.latent_norm = False            # RMS 1/2 of each chunk's latents before tanh: no saturation
+  model.latent_norm = False            # RMS 0.4 of each embedding before tanh: it can hardly saturate
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
   # How it runs.
