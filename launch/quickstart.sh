@@ -14,7 +14,7 @@ case "${1:-}" in
   *) give_up "does not know $1 (try --help)" ;;
 esac
 
-steps=${STEPS:-1000}
+steps=${STEPS:-800}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || give_up "STEPS=$steps must be a whole number of steps"
 
 make_environment .venv train
