@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import re
 
 import jax
 import jax.numpy as jnp
@@ -32,31 +33,28 @@ def _config(name, arg=''):
   return importlib.import_module(f'm2l2.configs.{name}').get_config(arg)
 
 
-@functools.cache
-def _traced(model):
-  network = build.network(json.loads(model))
-  return network, jax.eval_shape(network.init, jax.random.key(0))
-
-
-def _network(name):
-  return _traced(json.dumps(_config(name).model.to_dict()))[0]
-
-
-def _parameters(name):
-  return _traced(json.dumps(_config(name).model.to_dict()))[1]
-
-
 def _plain(config):
   """As it is written to config.json and read back."""
   return json.loads(json.dumps(config.to_dict()))
 
 
+@functools.cache
+def _traced(config):
+  functions = build.step_functions(json.loads(config))
+  return functions, jax.eval_shape(functions.init, jax.random.key(0))
+
+
+def _functions(name):
+  """The step functions of a config (built from its JSON, once) and the shapes of their state."""
+  return _traced(json.dumps(_plain(_config(name))))
+
+
 def _table(name):
   """The lines of a golden: how many parameters, then each of them."""
-  network, parameters = _network(name), _parameters(name)
-  leaves = jax.tree_util.tree_leaves_with_path(parameters)
-  inits = jax.tree.leaves(network.init_names)
-  axes = jax.tree.leaves(network.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+  functions, state = _functions(name)
+  leaves = jax.tree_util.tree_leaves_with_path(state.params)
+  inits = jax.tree.leaves(functions.network.init_names)
+  axes = jax.tree.leaves(functions.logical_axes, is_leaf=lambda x: isinstance(x, tuple))
   lines = [f'{sum(x.size for _, x in leaves):,} parameters']
   for (path, x), init, names in zip(leaves, inits, axes, strict=True):
     path = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -99,21 +97,20 @@ def test_parameters_are_float32_and_name_their_axes(name):
   def check(x, axes):
     assert x.dtype == jnp.float32 and len(axes) == x.ndim and set(axes) <= LOGICAL_AXES
 
-  jax.tree.map(check, _parameters(name), _network(name).logical_axes)
+  functions, state = _functions(name)
+  jax.tree.map(check, state.params, functions.logical_axes)
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'mono'])
 def test_the_whole_step_at_full_size_by_shapes(name):
   config = _config(name)
-  functions = build.step_functions(config)
-  state = jax.eval_shape(functions.init, jax.random.key(0))
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), state.params) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), state.ema)
+  functions, state = _functions(name)
   batch = {'audio': jax.ShapeDtypeStruct(
     (config.train.accumulate * 2, functions.channels, functions.crop_samples), jnp.float32)}
   after, metrics = jax.eval_shape(functions.train_step, state, batch)
   shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-  assert shapes(after) == shapes(state)  # no update compiles twice
+  assert shapes(after) == shapes(state)  # so that no second update compiles again
+  assert shapes(state.ema) == shapes(state.params)
   probes = jax.eval_shape(functions.probe_step, state.params, batch, jax.random.key(0))
   for value in (*metrics.values(), *probes.values()):
     assert value.shape == () and value.dtype == jnp.float32
@@ -130,9 +127,14 @@ def test_config_survives_json(name):
   assert build.representation(plain['model']) == build.representation(config.model)
   assert build.consistency(plain['consistency']) == build.consistency(config.consistency)
   assert build.native_rates(plain['model']) == build.native_rates(config.model)
-  arch = build.network(plain['model']).arch
-  assert arch == _network(name).arch and hash(arch) is not None  # static arguments are hashed
   assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize('name', ['stereo', 'tiny'])
+def test_architecture_survives_json(name):
+  arch = build.network(_config(name).model).arch
+  assert arch == _functions(name)[0].network.arch  # that one was built from JSON
+  hash(arch)  # static arguments are hashed: lists have become tuples
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -145,11 +147,20 @@ def test_a_config_is_a_delta_of_base_and_says_how_to_run_it(name):
   assert f'm2l2 train --config=configs/{name}.py' in text and '--workdir=' in text
 
 
+@pytest.mark.parametrize('name', CONFIGS)
+def test_the_parameter_count_in_words_is_right(name):
+  text = importlib.import_module(f'm2l2.configs.{name}').__doc__
+  stated = re.search(r'([\d.]+) M parameters', text)[1]
+  count = int(_table(name)[0].split()[0].replace(',', ''))
+  decimals = len(stated.partition('.')[2])
+  assert f'{count / 1e6:.{decimals}f}' == stated
+
+
 def test_every_field_of_the_classes_is_in_base():
   config = base.get_config()
-  fields = lambda cls: {field.name for field in dataclasses.fields(cls)}
-  assert set(config.model) == (
-    fields(type(_network('base').arch)) | fields(build.Representation) | {'native_rates'})
+  arch = type(_functions('base')[0].network.arch)
+  names = {field.name for cls in (arch, build.Representation) for field in dataclasses.fields(cls)}
+  assert set(config.model) == names | {'native_rates'}
   assert dict(config.consistency) == dataclasses.asdict(build.Consistency())
 
 
@@ -282,4 +293,4 @@ def test_sizes_of_a_chunk_at_the_papers_rates():
   latents = np.prod([base.get_config().model[name] for name in ('num_latents', 'latent_dim')])
   assert rep.chunk_samples == 32768 and rep.chunk_samples / latents == 64
   assert rep.chunk_samples / 8 == 4096  # in time, for K = 8
-  assert _network('base').arch.grid == (64, 8)
+  assert _functions('base')[0].network.arch.grid == (64, 8)
