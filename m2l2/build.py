@@ -58,6 +58,9 @@ def step_functions(config):
   net, process = network(config['model']), consistency(config['consistency'])
   if process.local and not net.arch.envelope:
     raise UserError('consistency.local needs the envelope that model.envelope=True predicts')
+  if train['head_start'] and not (net.arch.envelope and train['envelope_weight'] > 0):
+    raise UserError('train.head_start trains the envelope alone: it needs model.envelope=True and '
+                    'train.envelope_weight above 0')
   optimizer, schedule = optim.make_optimizer(
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],

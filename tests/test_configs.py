@@ -279,6 +279,17 @@ def test_local_preconditioning_needs_the_envelope():
   _one_line(error, 'model.envelope')
 
 
+@pytest.mark.parametrize('section, field, value', [
+  ('model', 'envelope', False), ('train', 'envelope_weight', 0.)])
+def test_a_head_start_needs_the_envelope(section, field, value):
+  config = base.get_config('debug')
+  config.model.envelope, config.train.envelope_weight, config.train.head_start = True, 1., 2
+  config[section][field] = value
+  with pytest.raises(UserError, match='^train.head_start ') as error:
+    build.step_functions(config)
+  _one_line(error, field)
+
+
 def test_bad_training_fields_are_one_clear_line():
   for field, value in (('optimizer', 'sgd'), ('b2', 1.), ('clip_norm', -1.)):
     config = tiny.get_config('debug')

@@ -97,6 +97,33 @@ def _gradients(before, after):
   return jax.tree.map(jnp.subtract, before.params, after.params)
 
 
+def test_the_loss_is_the_papers(toy):
+  # Written out item by item: one noise for both levels, a level for each chunk, features once.
+  consistency, params = Consistency(), toy.state.params
+  spec = REPRESENTATION.analyse(toy.batch['audio'])
+  step_key = jax.random.fold_in(jax.random.key(0), 0)
+  losses = []
+  for item, x in enumerate(spec):
+    level_key, noise_key, _ = jax.random.split(jax.random.fold_in(step_key, item), 3)
+    noise = jax.random.normal(noise_key, x.shape)
+    levels = consistency.sample_levels(level_key, chunks=2, progress=0.)
+    z = jnp.tanh(jnp.einsum('sftc,cz->sz', jnp.abs(x), params['encoder']['w']) / 32)
+    feature = z @ params['decoder']['w']
+    for s in range(2):
+      sides = []
+      for sigma in (levels[0][s], levels[1][s]):
+        c_skip = .25 / ((sigma - .002)**2 + .25)
+        c_out, c_in = .5 * (sigma - .002) / jnp.sqrt(sigma**2 + .25), 1 / jnp.sqrt(sigma**2 + .25)
+        noisy = x[s] + sigma * noise[s]
+        network = (c_in * noisy) @ params['denoiser']['w'] + feature[s][None, None] + (
+          jnp.log(sigma) * params['denoiser']['cond'])[None, None]
+        sides.append(c_skip * noisy + c_out * network)
+      c = .00054 * 256**.5
+      distance = jnp.sqrt(jnp.sum(jnp.square(sides[0] - sides[1])) + c**2) - c
+      losses.append(distance / (levels[0][s] - levels[1][s]))
+  _close(toy.after[1]['loss/consistency'], jnp.mean(jnp.stack(losses)), tolerance=1e-4)
+
+
 # --- randomness, devices, microbatches ---
 
 
