@@ -89,25 +89,30 @@ def stopped_run(workdir, number, *, music, cache, fields=None, after_lines=0, de
   return code, log.read_text()
 
 
-def run_with_kills(workdir, *, kills, rng, steps, music, cache, say=print):
-  """The same run, killed by SIGKILL `kills` times and then left to finish: (exit code, printed).
+def killed_run(workdir, *, rng, starting=False, **shared):
+  """Starts the run and kills it: a few steps on, or at any moment of starting up."""
+  return stopped_run(
+    workdir, signal.SIGKILL, after_lines=0 if starting else rng.randint(1, 12),
+    delay=rng.uniform(0, 8) if starting else rng.uniform(0, 0.3), **shared)
 
-  Every fifth kill or so falls at any moment of starting up, the others among the steps, where saves
-  in the background are under way.
+
+def run_with_kills(workdir, *, kills, rng, **shared):
+  """The same run, killed `kills` times and then left to finish: (exit code, printed).
+
+  Every fifth kill or so falls into starting up, the others among the steps, where saves in the
+  background are under way. A run that ends before all kills are spent counts as failed.
   """
-  fields = {'train.steps': steps}
   for i in range(kills):
     starting = rng.random() < 0.2
-    code, text = stopped_run(
-      workdir, signal.SIGKILL, music=music, cache=cache, fields=fields,
-      after_lines=0 if starting else rng.randint(1, max(1, steps // 2)),
-      delay=rng.uniform(0, 8) if starting else rng.uniform(0, 0.3))
-    if code not in (0, -signal.SIGKILL):
-      return code, text
-    lines = len(trace(workdir))
-    say(f'kill {i + 1}/{kills}: ' + (f'exit code {code}, {lines} lines in metrics.jsonl' if code
-                                     else 'the run was done before'))
-  return run(workdir, music=music, cache=cache, fields=fields)
+    code, text = killed_run(workdir, rng=rng, starting=starting, **shared)
+    if code != -signal.SIGKILL:
+      return code or 1, f'{text}\nended before kill {i + 1} of {kills}: take more steps'
+    begun = re.search(r'going on from step (\d+)', text)
+    steps = [line['step'] for line in trace(workdir)]
+    print(f'kill {i + 1}/{kills} while {"starting" if starting else "training"}: began at step '
+          f'{begun[1] if begun else 0}, the last line is of step {max(steps, default=0)}',
+          flush=True)
+  return run(workdir, **shared)
 
 
 def trace(workdir):
@@ -142,18 +147,20 @@ def differences(straight, other):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--kills', type=int, default=20)
-  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--steps', type=int, help='default: enough for the kills')
   parser.add_argument('--seed', type=int, default=0, help='of the moments of the kills')
   args = parser.parse_args()
+  args.steps = args.steps or 20 + 16 * args.kills
   with tempfile.TemporaryDirectory() as directory:
     directory = pathlib.Path(directory)
-    shared = {'music': write_music(directory / 'music'), 'cache': directory / 'cache'}
+    shared = {'music': write_music(directory / 'music'), 'cache': directory / 'cache',
+              'fields': {'train.steps': args.steps}}
     straight, killed = directory / 'straight', directory / 'killed'
     print(f'{args.steps} steps without a stop')
-    outcomes = [run(straight, fields={'train.steps': args.steps}, **shared)]
+    outcomes = [run(straight, **shared)]
     print(f'{args.steps} steps with {args.kills} kills at random moments (seed {args.seed})')
     outcomes.append(run_with_kills(
-      killed, kills=args.kills, rng=random.Random(args.seed), steps=args.steps, **shared))
+      killed, kills=args.kills, rng=random.Random(args.seed), **shared))
     for code, text in outcomes:
       if code:
         print(text, f'FAIL: a run ended with exit code {code}', sep='\n')

@@ -330,7 +330,7 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
 
 # The shipped config, small, in processes of its own.
 
-STEPS = {'train.steps': 12}
+STEPS = {'train.steps': 60}  # more than two killed runs can do
 SPREAD = {'mesh.preset': 'tp', 'mesh.fsdp': 2, 'mesh.tensor': 2, 'train.accumulate': 2}
 
 
@@ -360,7 +360,8 @@ def runs(shared, tmp_path_factory):
 
 def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
   losses = [[line['loss'] for line in soak_resume.trace(workdir)] for workdir in runs.values()]
-  assert len(losses[0]) == 12
+  print(np.abs(np.array(losses[1]) / losses[0] - 1).max())
+  assert len(losses[0]) == 60
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -369,9 +370,7 @@ def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
   run = tmp_path / 'run'
   rng = random.Random(os.getpid())
   for _ in range(2):
-    code, text = soak_resume.stopped_run(
-      run, signal.SIGKILL, fields=STEPS, after_lines=rng.randint(1, 4), delay=rng.uniform(0, 0.3),
-      **shared)
+    code, text = soak_resume.killed_run(run, rng=rng, fields=STEPS, **shared)
     assert code == -signal.SIGKILL, text
   code, text = soak_resume.stopped_run(run, signal.SIGTERM, fields=STEPS, after_lines=1, **shared)
   assert code == 0 and 'run the same command to go on' in text.splitlines()[-1], text
