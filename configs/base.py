@@ -2,8 +2,8 @@
 
     m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
 
-800,000 steps of batch 16 took the ancestor's authors about a week on one GPU of its day; expect two to three
-times its cost here (a pair of chunks through 147 M parameters, student and teacher). Other configs are deltas on this one.
+800,000 steps of batch 16 are the recipe of the ancestor's authors, on one GPU; here a step is a pair of chunks
+through 147 M parameters, student and teacher. Not yet run to the end by us. Other configs are deltas on this one.
 Append `:debug` to any of them to shrink it so that it runs in seconds and logs every step.
 """
 

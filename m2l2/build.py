@@ -38,7 +38,8 @@ def consistency(fields: Mapping) -> Consistency:
   """config.consistency -> Consistency."""
   unknown = set(fields) - _names(Consistency)
   if unknown:
-    raise UserError(f'consistency.{sorted(unknown)[0]} is not a field; there are {", ".join(sorted(_names(Consistency)))}')
+    known = ', '.join(sorted(_names(Consistency)))
+    raise UserError(f'consistency.{sorted(unknown)[0]} is not a field; there are {known}')
   return _make(Consistency, dict(fields), where='consistency')
 
 

@@ -131,7 +131,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
     grads, metrics = gradients(state.params, audio, keys, state.step)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step, decay=ema_max)
@@ -146,8 +146,8 @@ def make_step_functions(*, network: Network, representation: Representation, con
         skipped=state.skipped + jnp.where(finite, 0, 1),
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
     metrics |= {
-        'norm/gradients': grad_norm, 'norm/parameters': optax.global_norm(params),
-        'norm/updates': optax.global_norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+        'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
+        'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
         'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
     return state, jax.tree.map(jnp.float32, metrics)
 

@@ -160,6 +160,7 @@ def test_shaped_noise_has_the_level_and_the_spectrum_of_the_music():
   shaped = pairs.shaped_noise(audio, sample_rate=RATE)
   assert shaped.shape == mono.shape
   assert np.mean(shaped ** 2) == pytest.approx(np.mean(mono ** 2), rel=1e-12)
+
   def mean_power(signal):
     power = np.stack([np.abs(np.fft.rfft(signal[i:i + 2048] * np.hanning(2048))) ** 2
                       for i in range(0, len(signal) - 2048, 512)]).mean(0)
