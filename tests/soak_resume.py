@@ -69,7 +69,7 @@ def run(workdir, *, music, cache, fields=None, devices=1):
   return done.returncode, done.stdout
 
 
-def stopped_run(workdir, number, *, music, cache, fields=None, after_lines=0, delay=0.0):
+def stopped_run(workdir, number, *, music, cache, fields=None, devices=1, after_lines=0, delay=0.0):
   """Starts the run and sends it a signal `delay` seconds after it has logged `after_lines` steps.
 
   Returns its exit code (negative: killed by that signal; 0 also if it was done before) and what it
@@ -78,8 +78,8 @@ def stopped_run(workdir, number, *, music, cache, fields=None, after_lines=0, de
   log = pathlib.Path(f'{workdir}.log')
   with open(log, 'w') as f:
     process = subprocess.Popen(
-      command(workdir, music=music, fields=fields), env=environment(cache), cwd=REPOSITORY,
-      stdout=f, stderr=subprocess.STDOUT)
+      command(workdir, music=music, fields=fields), env=environment(cache, devices=devices),
+      cwd=REPOSITORY, stdout=f, stderr=subprocess.STDOUT)
     while process.poll() is None and len(LOGGED.findall(log.read_text())) < after_lines:
       time.sleep(0.005)
     time.sleep(delay)
@@ -150,7 +150,7 @@ def main():
   parser.add_argument('--steps', type=int, help='default: enough for the kills')
   parser.add_argument('--seed', type=int, default=0, help='of the moments of the kills')
   args = parser.parse_args()
-  args.steps = args.steps or 20 + 16 * args.kills
+  args.steps = args.steps or 20 + 12 * args.kills
   with tempfile.TemporaryDirectory() as directory:
     directory = pathlib.Path(directory)
     shared = {'music': write_music(directory / 'music'), 'cache': directory / 'cache',
