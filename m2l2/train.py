@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -117,9 +118,12 @@ def train(config, workdir) -> int:
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
       sharding=sharding.batch_sharding(mesh))
     began = time.perf_counter()
-    train_step = jax.jit(
-      functions.train_step, donate_argnums=0, out_shardings=(shardings, whole)
+    compiled = lambda step: jax.jit(
+      step, donate_argnums=0, out_shardings=(shardings, whole)
     ).lower(abstract, {'audio': audio}).compile()
+    train_step = compiled(functions.train_step)
+    if first < functions.head_start:
+      head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
     _log_memory(train_step, seconds=time.perf_counter() - began)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
 
@@ -173,7 +177,7 @@ def train(config, workdir) -> int:
       rejected += int(rows['rejected'].sum())
       with jax.transfer_guard('disallow'):
         batch = sharding.put_batch({'audio': rows['audio']}, mesh)
-        state, values = train_step(state, batch)
+        state, values = (head_step if step < functions.head_start else train_step)(state, batch)
       step += 1
 
       probing = fields.probe_every and step % fields.probe_every == 0

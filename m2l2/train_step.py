@@ -6,6 +6,7 @@ fold_in(seed, step, item): it depends neither on the number of devices nor on gr
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ class StepFunctions:
   """What the loop calls.
 
   init(key) -> TrainState
-  train_step(state, batch) -> (TrainState, metrics); batch['audio'] is float32 [B, C, N], N = crop_samples
+  train_step(state, batch, envelope_only=False) -> (TrainState, metrics); batch['audio'] is float32
+    [B, C, N], N = crop_samples; the first `head_start` steps are to be called with envelope_only=True
   probe_step(params, batch, key) -> metrics of one-step decoding from sigma_max
   """
   init: Callable
@@ -57,6 +59,7 @@ class StepFunctions:
   channels: int
   sample_rate: int
   native_rates: tuple
+  head_start: int = 0
 
 
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
@@ -65,13 +68,14 @@ def make_step_functions(*, network: Network, representation: Representation, con
                         native_rates) -> StepFunctions:
   """Binds the parts to the three functions.
 
-  `accumulate` microbatches make one update; for the first `head_start` steps only the envelope's loss is
-  taken, and the denoiser does not even run.
+  `accumulate` microbatches make one update. For its first `head_start` steps the loop calls
+  train_step(..., envelope_only=True): then the denoiser does not even run. (Two programs: as one with a
+  lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
   """
   bottleneck = network.arch.make_bottleneck()
   chunks = network.arch.chunks
 
-  def loss_fn(params, audio, keys, step):
+  def loss_fn(params, audio, keys, step, *, envelope_only):
     """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
     progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
     spec = representation.analyse(audio)
@@ -90,10 +94,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
       teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
       return consistency.loss(student, teacher, high=high, low=low)
 
-    if head_start:
-      per_chunk = jax.lax.cond(step < head_start, lambda: jnp.zeros_like(high), consistency_loss)
-    else:
-      per_chunk = consistency_loss()
+    per_chunk = jnp.zeros_like(high) if envelope_only else consistency_loss()
     loss = jnp.mean(per_chunk)
     metrics = {'loss/consistency': loss, **_loss_bands(per_chunk, high), **latent_metrics(pre, z),
                **feature_metrics(features)}
@@ -103,8 +104,8 @@ def make_step_functions(*, network: Network, representation: Representation, con
       loss = loss + envelope_weight * error
     return loss, metrics
 
-  def gradients(params, audio, keys, step):
-    grad = jax.value_and_grad(loss_fn, has_aux=True)
+  def gradients(params, audio, keys, step, *, envelope_only):
+    grad = jax.value_and_grad(functools.partial(loss_fn, envelope_only=envelope_only), has_aux=True)
     if accumulate == 1:
       (loss, metrics), grads = grad(params, audio, keys, step)
       return grads, {'loss': loss, **metrics}
@@ -126,11 +127,11 @@ def make_step_functions(*, network: Network, representation: Representation, con
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
                       opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
-  def train_step(state, batch):
+  def train_step(state, batch, *, envelope_only=False):
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(state.params, audio, keys, state.step)
+    grads, metrics = gradients(state.params, audio, keys, state.step, envelope_only=envelope_only)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -157,7 +158,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
   return StepFunctions(
       init=init, train_step=train_step, probe_step=probe_step, logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(chunks), channels=representation.channels,
-      sample_rate=native_rates[0], native_rates=tuple(native_rates))
+      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
 
 
 def probe(params, audio, key, *, network, representation, consistency):
