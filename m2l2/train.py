@@ -62,8 +62,9 @@ def train(config, workdir) -> int:
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     if main:
-      logging.info('parameters:\n%s', parameter_overview.get_parameter_overview(
-        abstract.params, include_stats=False))
+      table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
+      logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it
+      logging.info('parameters: %s', table.splitlines()[-1])
     for name, shape in placement.unplaced:
       logging.warning('%s %s fits no axis of the mesh: every device holds all of it', name, shape)
 
