@@ -58,7 +58,8 @@ def small_functions(config):
     return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
 
   return types.SimpleNamespace(
-    init=init, train_step=step, probe_step=probe, crop_samples=CROP, channels=1, sample_rate=RATE,
+    init=init, train_step=step, probe_step=probe, head_start=0, crop_samples=CROP, channels=1,
+    sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 
 
