@@ -49,7 +49,7 @@ def get_config(arg=''):
   model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser (as CoDiCodec does)
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
   model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
-  model.latent_norm = False            # RMS 0.4 of each embedding before tanh: it can hardly saturate
+  model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
   # How it runs.
@@ -89,7 +89,7 @@ def get_config(arg=''):
   train.clip_norm = ml_collections.config_dict.placeholder(float)  # largest gradient norm; none in the paper
   train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
-  train.head_start = 0                 # first steps that train the envelope's loss alone (encoder and decoder)
+  train.head_start = 0.0               # first part of the steps, [0, 1), that trains the envelope alone
   train.log_every = 100
   train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
   train.checkpoint_every = 1000
@@ -150,5 +150,4 @@ def debug(config):
   model.layers, model.head_dim, model.registers, model.cond_dim = 2, model.widths[-1] // 2, 2, 16
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
-  train.head_start = min(train.head_start, 2)
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0

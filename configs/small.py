@@ -21,7 +21,7 @@ def get_config(arg=''):
 
   train = config.train
   train.steps = 60_000
-  train.head_start = 2_000
+  train.head_start = 0.05
   train.optimizer = 'adam'
   train.learning_rate = 5e-4
   train.warmup_steps = 500

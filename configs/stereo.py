@@ -3,7 +3,7 @@
     m2l2 train --config=configs/stereo.py --config.data.root=MUSIC --workdir=runs/stereo
 
 Stereo runs are known to collapse near the end of warm-up (every latent at +-1): watch latent/saturated and
-latent/pre_rms. A longer warm-up and a lower rate than the mono recipe's are the known remedies.
+latent/pre_rms. The longer warm-up and lower rate here are ours, against that; not yet tried at length.
 """
 
 from m2l2.configs import base

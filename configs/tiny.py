@@ -25,7 +25,7 @@ def get_config(arg=''):
 
   train = config.train
   train.steps = 2000
-  train.head_start = 1000
+  train.head_start = 0.5
   train.batch_size = 2
   train.optimizer = 'adam'
   train.learning_rate = 2e-3

@@ -7,6 +7,12 @@ say() { printf '%s\n' "$*" >&2; }
 
 give_up() { say "$(basename "$0"): $*"; exit 1; }
 
+# A folder's name for programs that XLA compiled. They are machine code: one folder for each kind of
+# processor, so that a disk moved to another machine never serves them.
+compilation_cache() {
+  printf 'xla-%s\n' "$( { grep -m1 '^flags' /proc/cpuinfo || uname -a; } 2>/dev/null | cksum | tr -d ' ')"
+}
+
 find_python() {
   local name
   for name in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3 python3.13 python; do

@@ -20,6 +20,7 @@ from m2l2.codec import Codec, Latents, load
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.pairs import log_mel_db, pair_metrics
+from m2l2.snapshot import load_snapshot
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
@@ -55,14 +56,19 @@ def draw(rows, path):
     axis.set_title(title, fontsize=10)
     axis.set_ylabel('mel band')
   axes[-1].set_xlabel('seconds')
-  figure.savefig(path, dpi=90)
+  temporary = path.with_suffix('.part')
+  figure.savefig(temporary, dpi=90, format='png')
+  os.replace(temporary, path)
 
 
 def main(workdir):
-  trained = load(workdir)
+  trained, step = load(workdir), load_snapshot(workdir).step
+  steps = trained.config['train']['steps']
+  if step < steps:
+    raise UserError(f'training stopped at step {step} of {steps}: run the same command to go on')
   untrained = Codec(config=trained.config, fingerprint='untrained',
                     params=trained.network.init(jax.random.key(trained.config['seed'])))
-  report, rows = {'seed': SEED, 'steps': trained.config['train']['steps']}, {}
+  report, rows = {'seed': SEED, 'steps': step}, {}
   for name, path, prefix in (('training clip', TRAINING, ''), ('held-out clip', HELD_OUT, 'heldout_')):
     audio, rate = audio_io.read(path)
     sound, figures = measure(trained, audio, rate)

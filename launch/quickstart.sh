@@ -18,7 +18,7 @@ steps=${STEPS:-800}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || give_up "STEPS=$steps must be a whole number of steps"
 
 make_environment .venv train
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/xla-cache}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/$(compilation_cache)}
 .venv/bin/m2l2 train --config=configs/tiny.py --config.data.root=m2l2/assets/clips/train \
-  --config.train.steps="$steps" --config.train.head_start=$((steps * 3 / 4)) --workdir=runs/quickstart
+  --config.train.steps="$steps" --config.train.head_start=0.75 --workdir=runs/quickstart
 .venv/bin/python launch/quickstart.py runs/quickstart

@@ -11,10 +11,8 @@ make_environment .venv-test train,dev
 bin=$PWD/.venv-test/bin
 export PYTHONUNBUFFERED=1
 
-# Programs that XLA compiled once are kept beside the environment. They are machine code: one
-# folder for each kind of processor, so that a disk moved to another machine never serves them.
-processor=$( { grep -m1 '^flags' /proc/cpuinfo || uname -a; } 2>/dev/null | cksum | tr -d ' ')
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/xla-$processor}
+# Programs that XLA compiled once are kept beside the environment.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/$(compilation_cache)}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 
 failed=()

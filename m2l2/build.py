@@ -57,8 +57,11 @@ def step_functions(config):
 
   train = config['train']
   net, process = network(config['model']), consistency(config['consistency'])
-  if process.local and not net.arch.envelope:
-    raise UserError('consistency.local needs the envelope that model.envelope=True predicts')
+  if process.local and not (net.arch.envelope and train['envelope_weight'] > 0):
+    raise UserError('consistency.local needs the envelope that model.envelope=True predicts and '
+                    'train.envelope_weight > 0 trains')
+  if not 0 <= train['head_start'] < 1:
+    raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 or more, below 1")
   if train['head_start'] and not (net.arch.envelope and train['envelope_weight'] > 0):
     raise UserError('train.head_start trains the envelope alone: it needs model.envelope=True and '
                     'train.envelope_weight above 0')
@@ -69,7 +72,8 @@ def step_functions(config):
   return train_step.make_step_functions(
       network=net, representation=representation(config['model']), consistency=process, optimizer=optimizer,
       schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
-      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'], head_start=train['head_start'],
+      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
+      head_start=int(train['head_start'] * train['steps']),
       native_rates=native_rates(config['model']))
 
 

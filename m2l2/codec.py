@@ -25,6 +25,7 @@ from m2l2.model import envelope
 from m2l2.model.bottleneck import FSQ
 from m2l2.snapshot import load_snapshot
 
+_MOST_CHANNELS = 64  # more is a transposed array
 FIRST, REFINE = 0, 1  # roles of a chunk's noise: its first estimate, its refinement
 MODES = ('autoregressive',)
 _FORMAT = 'm2l2-latents'
@@ -165,6 +166,8 @@ class Codec:
   def check_source(self, *, channels: int, discrete: bool = False):
     """Raises UserError where this model cannot encode `channels` channels, or to tokens."""
     most = self.representation.channels
+    if channels > _MOST_CHANNELS:
+      raise UserError(f'the audio has {channels} channels: is it [samples, channels]? Give its transpose')
     if channels > most > 1:
       raise UserError(f'the audio has {channels} channels, this model takes at most {most}: mix it '
                       'down first')

@@ -180,6 +180,8 @@ def train(config, workdir) -> int:
         batch = sharding.put_batch({'audio': rows['audio']}, mesh)
         state, values = (head_step if step < functions.head_start else train_step)(state, batch)
       step += 1
+      if step % fields.max_skipped_in_a_row == 0:  # the log may be much rarer
+        metrics.check_skipped(step, jax.device_get(values), limit=fields.max_skipped_in_a_row)
 
       probing = fields.probe_every and step % fields.probe_every == 0
       if probing:

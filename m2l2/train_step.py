@@ -19,7 +19,7 @@ from m2l2.optim import ema_decay, ema_update
 from m2l2.representation import Representation
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
-SATURATED = 0.99                # |z| above this counts as saturated (music2latent2.md 3.4)
+SATURATED = 0.99                # |z| above this counts as saturated
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +96,9 @@ def make_step_functions(*, network: Network, representation: Representation, con
 
     per_chunk = jnp.zeros_like(high) if envelope_only else consistency_loss()
     loss = jnp.mean(per_chunk)
-    metrics = {'loss/consistency': loss, **_loss_bands(per_chunk, high), **latent_metrics(pre, z),
-               **feature_metrics(features)}
+    metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
+    if not envelope_only:
+      metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
     if 'log_magnitude' in features:
       error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec))
       metrics['loss/envelope'] = error
@@ -162,7 +163,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
 
 
 def probe(params, audio, key, *, network, representation, consistency):
-  """Does decoding use the latents? One step from sigma_max on audio [B, C, N], B >= 2 (learning.md).
+  """Does decoding use the latents? One step from sigma_max on audio [B, C, N], B >= 2.
 
   swap: relative change of the output when another item's latents meet the same noise.
   energy: RMS of the output over RMS of the source.

@@ -283,7 +283,7 @@ def test_local_preconditioning_needs_the_envelope():
   ('model', 'envelope', False), ('train', 'envelope_weight', 0.)])
 def test_a_head_start_needs_the_envelope(section, field, value):
   config = base.get_config('debug')
-  config.model.envelope, config.train.envelope_weight, config.train.head_start = True, 1., 2
+  config.model.envelope, config.train.envelope_weight, config.train.head_start = True, 1., .5
   config[section][field] = value
   with pytest.raises(UserError, match='^train.head_start ') as error:
     build.step_functions(config)

@@ -175,7 +175,7 @@ def test_bfloat16_runs_close_to_float32(model):
     assert 1e-5 < _differ(low.astype(jnp.float32), full) < .05
 
 
-# --- at init, and the first updates (music2latent2.md, section 9) ---
+# --- at init, and the first updates ---
 
 
 class _Opening:

@@ -39,7 +39,7 @@ class Architecture:
     bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout).
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
-    latent_norm: each embedding enters the bottleneck with RMS 0.4, so that tanh can hardly saturate.
+    latent_norm: each embedding enters the bottleneck with RMS 0.4, so that it can hardly saturate.
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.

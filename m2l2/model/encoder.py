@@ -63,7 +63,7 @@ class Encoder(nnx.Module):
     if self.shortcut is not None:
       latents = latents + self.shortcut(tokens.astype(jnp.float32))
     if self.latent_norm:
-      # RMS 0.4 of each embedding: |z| > 0.99 would take two thirds of its energy in one number.
+      # RMS 0.4 of each embedding: |z| > 0.99 would take two thirds of its energy in one number of 64.
       square = jnp.mean(jnp.square(latents), axis=2, keepdims=True)
       latents = 0.4 * latents * jax.lax.rsqrt(square + 1e-4)
     return latents.reshape(b, s, *latents.shape[1:])

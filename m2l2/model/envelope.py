@@ -4,7 +4,7 @@ The decoder also predicts the log-magnitude of every bin. That loss reaches the 
 step, and the prediction can scale the consistency model's preconditioning (consistency.local).
 
 Log-magnitudes here are (log(1 + 100 |c|) - 2) / 1.5 of compressed magnitudes |c|: logarithmic above about
-0.01 (-90 dB of a full-scale sine), linear below, with mean near 0 and deviation near 1 on music.
+0.01 (-100 dB of a full-scale sine), linear below, with mean near 0 and deviation near 1 on music.
 """
 
 import math
