@@ -2,6 +2,8 @@
 
     m2l2 train --config=configs/stereo.py --config.data.root=MUSIC --workdir=runs/stereo
 
+Expected cost as `base`: 49 TFLOP a step, 2.3 days at a sustained 200 TFLOP/s. Counted, not run.
+
 Stereo runs are known to collapse near the end of warm-up (every latent at +-1): watch latent/saturated and
 latent/pre_rms. The longer warm-up and lower rate here are ours, against that; not yet tried at length.
 """

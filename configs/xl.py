@@ -2,7 +2,7 @@
 
     m2l2 train --config=configs/xl.py --config.train.batch_size=512 --config.data.root=MUSIC --workdir=runs/xl
 
-Per pair it costs about 5 times what `base` costs. Not run by us.
+Expected cost: 238 TFLOP for 16 pairs, 4.9 times what `base` costs. Counted, not run.
 """
 
 from m2l2.configs import base
