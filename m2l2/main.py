@@ -17,6 +17,7 @@ Compiled programs are kept between runs in the directory that JAX_COMPILATION_CA
 import importlib.util
 import logging as python_logging
 import os
+import re
 import sys
 
 from absl import flags, logging
@@ -51,7 +52,8 @@ def parse(argv) -> flags.FlagValues:
   try:
     rest = values(argv)[1:]
   except (AttributeError, KeyError) as error:
-    name = str(error.args[0]).strip('\'"')
+    # ml_collections says 'stepz', or, where it has a guess, '"\'stepz\'\\nDid you mean ..."'.
+    name = re.search(r'\w+', str(error.args[0]))[0]
     raise UserError(f'the config has no field {name!r} (configs/base.py lists them)') from error
   except Exception as error:  # of absl, of ml_collections or of the config file: any at all
     text = str(error).strip() or repr(error)  # one inside get_config() comes as a whole traceback

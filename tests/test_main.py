@@ -45,6 +45,7 @@ def test_help_shows_an_example(capsys):
   (['--config=configs/nothing.py', '--workdir=w'], 'presets are base.py'),
   ([TINY + ',nope', '--workdir=w'], "'nope'"),
   ([TINY, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),
+  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz' "),
   ([TINY, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
   ([TINY, '--config.train.steps=many', '--workdir=w'], 'many'),
   ([TINY, '--nope=1', '--workdir=w'], 'nope'),
