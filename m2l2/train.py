@@ -180,9 +180,6 @@ def train(config, workdir) -> int:
         batch = sharding.put_batch({'audio': rows['audio']}, mesh)
         state, values = (head_step if step < functions.head_start else train_step)(state, batch)
       step += 1
-      if step % fields.max_skipped_in_a_row == 0:  # the log may be much rarer
-        metrics.check_skipped(step, jax.device_get(values), limit=fields.max_skipped_in_a_row)
-
       probing = fields.probe_every and step % fields.probe_every == 0
       if probing:
         probe_key = jax.random.fold_in(key, step)
@@ -192,6 +189,10 @@ def train(config, workdir) -> int:
       if probing or step in (1, fields.steps) or step % fields.log_every == 0:
         write(line)
         line, rejected = (step, {**values, 'data/rejected': rejected}), 0
+      if step % fields.max_skipped_in_a_row == 0:  # the log may be much rarer
+        write(line)
+        line = None
+        metrics.check_skipped(step, jax.device_get(values), limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
     # The end: all is on disk before the last line is printed
