@@ -75,6 +75,9 @@ def get_config(arg=''):
   consistency.local = False            # sigma_data per bin from the predicted envelope (needs model.envelope)
   consistency.local_floor = 0.02       # least sigma_data then
   consistency.renoise = 'add'          # add: x + sigma eps (paper); variance: as CoDiCodec
+  consistency.refine = True            # decoding: a chunk is denoised again as the next one's left neighbour
+  consistency.steps = 1                # of autoregressive decoding, before that refinement
+  consistency.parallel_steps = 4       # of parallel decoding
 
   train = config.train = ml_collections.ConfigDict()
   train.steps = 800_000

@@ -16,10 +16,11 @@ import jax
 import matplotlib
 import numpy as np
 
-from m2l2.codec import Codec, Latents, load
+from m2l2.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.pairs import log_mel_db, pair_metrics
+from m2l2.latents import Latents
 from m2l2.snapshot import load_snapshot
 
 matplotlib.use('Agg')

@@ -8,13 +8,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from m2l2.codec import Codec, Latents, load
+  from m2l2.codec import Codec, load
+  from m2l2.latents import Latents
 
 __version__ = '0.1.0'  # the one place; setup.cfg reads it from here
 
 __all__ = ['Codec', 'Latents', '__version__', 'load']
 
-_HOME = {'Codec': 'm2l2.codec', 'Latents': 'm2l2.codec', 'load': 'm2l2.codec'}
+_HOME = {'Codec': 'm2l2.codec', 'Latents': 'm2l2.latents', 'load': 'm2l2.codec'}
 
 
 def __getattr__(name: str) -> Any:

@@ -133,7 +133,7 @@ def _encode(args):
 
 
 def _decode(args):
-  from m2l2.codec import Latents
+  from m2l2.latents import Latents
   from m2l2.data import audio_io
   latents = Latents.load(args.source)
   audio_io.check_writable(args.target)
@@ -236,7 +236,7 @@ def _is_safetensors(path) -> bool:
 
 
 def _latents_facts(path) -> dict:
-  from m2l2.codec import Latents
+  from m2l2.latents import Latents
   latents = Latents.load(path)
   seconds = latents.num_samples / latents.sample_rate
   facts = {'path': path, 'kind': 'latents',

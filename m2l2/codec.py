@@ -1,104 +1,34 @@
 """Codec: audio -> Latents -> audio, block by block, so that memory does not grow with the signal.
 
-Encoding is chunk-local. Decoding is two-step autoregressive (paper, figure 2): each network call
-refines the chunk before and makes a first estimate of the next. Noise belongs to (seed, chunk,
-role), so any way of cutting the work into blocks gives the same sound.
+Encoding is chunk-local. Decoding is autoregressive (by default the paper's two steps, figure 2: each
+network call refines the chunk before and makes a first estimate of the next) or parallel (CoDiCodec).
+Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks gives the same sound.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-import dataclasses
 import functools
 from importlib import resources
-import json
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from m2l2 import build
 from m2l2.data import audio_io
 from m2l2.errors import UserError
+from m2l2.latents import Latents
 from m2l2.model import envelope
 from m2l2.model.bottleneck import FSQ
 from m2l2.snapshot import load_snapshot
 
 _MOST_CHANNELS = 64  # more is a transposed array
-FIRST, REFINE = 0, 1  # roles of a chunk's noise: its first estimate, its refinement
-MODES = ('autoregressive',)
-_FORMAT = 'm2l2-latents'
-_VERSION = 1
+# Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
+# what is put on it before its second denoising, its third and so on.
+FIRST, REFINE, AGAIN = 0, 1, 2
+MODES = ('autoregressive', 'parallel')
 _BLOCK_CHUNKS = 8  # chunks per device call: about 6 s
-
-
-@dataclasses.dataclass(frozen=True)
-class Latents:
-  """Summary embeddings of one signal, and what it takes to give it back exactly as long as it was.
-
-  Attributes:
-    z: float32 [streams, chunks, K, d] in [-1, 1], the bottleneck's own output; or int32
-      [streams, chunks, K] tokens. One stream, or one per channel where a mono model encodes several
-      channels.
-    sample_rate, num_samples, channels: the source's.
-    model: fingerprint of the model that made them.
-    version: of the file format.
-  """
-  z: np.ndarray
-  sample_rate: int
-  num_samples: int
-  channels: int
-  model: str
-  version: int = _VERSION
-
-  def save(self, path):
-    """Writes a safetensors file, the fields as metadata. Raises UserError where it cannot."""
-    audio_io.check_writable(path, extensions=None)
-    fields = {'sample_rate': self.sample_rate, 'num_samples': self.num_samples,
-              'channels': self.channels, 'model': self.model}
-    metadata = {'format': _FORMAT, 'version': str(self.version), 'latents': json.dumps(fields)}
-    data = safetensors.numpy.save({'z': np.ascontiguousarray(self.z)}, metadata)
-    temporary = f'{os.fspath(path)}.{os.getpid()}.part'
-    try:
-      with open(temporary, 'wb') as file:
-        file.write(data)
-      os.replace(temporary, path)
-    except OSError as error:
-      raise UserError(f'{path}: could not be written ({error.strerror})') from error
-    finally:
-      if os.path.exists(temporary):
-        os.unlink(temporary)
-
-  @classmethod
-  def load(cls, path) -> 'Latents':
-    """Reads what `save` wrote. Raises UserError: missing, not latents, damaged, another version."""
-    name = audio_io.shown(path)
-    if not os.path.isfile(path):
-      raise UserError(f'{name}: there is no such file of latents')
-    try:
-      with safetensors.safe_open(path, framework='numpy') as file:
-        metadata = file.metadata() or {}
-        if metadata.get('format') != _FORMAT:
-          raise UserError(f'{name}: is a safetensors file, but not of m2l2 latents (make one with '
-                          'm2l2 encode)')
-        if metadata.get('version') != str(_VERSION):
-          raise UserError(f'{name}: holds latents of version {metadata.get("version")}, this m2l2 '
-                          f'reads version {_VERSION}: encode the audio again, or update m2l2')
-        z = file.get_tensor('z')
-        fields = json.loads(metadata['latents'])
-      latents = cls(z=z, **fields)
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-      if isinstance(error, UserError):
-        raise
-      reason = ' '.join(str(error).split())
-      raise UserError(f'{name}: is not a file of latents, or a damaged one ({reason})') from error
-    counts = (latents.sample_rate, latents.num_samples, latents.channels)
-    if ((z.dtype, z.ndim) not in ((np.float32, 4), (np.int32, 3)) or not z.size
-        or not all(isinstance(count, int) and count > 0 for count in counts)):
-      raise UserError(f'{name}: its latents or its metadata make no sense (z is {z.dtype} '
-                      f'{list(z.shape)})')
-    return latents
+_MOST_STEPS = 64
 
 
 def locate(path):
@@ -152,10 +82,11 @@ class Codec:
     _check_params(params, expected)
     self.params = jax.tree.map(jnp.asarray, params)
     self._encode_block = jax.jit(self._encode_fn)
-    self._start = jax.jit(self._start_fn)
-    self._advance = jax.jit(self._advance_fn, static_argnames='refine')
-    self._finish = jax.jit(self._finish_fn, static_argnames='refine')
-    self._noise = jax.jit(self._noise_fn)
+    self._start = jax.jit(self._start_fn, static_argnames=('sigmas', 'refine'))
+    self._advance = jax.jit(self._advance_fn, static_argnames=('sigmas', 'refine'))
+    self._finish = jax.jit(self._finish_fn)
+    self._parallel_block = jax.jit(self._parallel_block_fn, static_argnames='sigmas')
+    self._noise = jax.jit(self._noise_fn, static_argnames='roles')
 
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
@@ -267,55 +198,101 @@ class Codec:
   # Decoding.
 
   def decode(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
-             sigma_cond: float | None = None, refine: bool = True, noise=None) -> np.ndarray:
+             steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
+             noise=None) -> np.ndarray:
     """Latents -> audio float32 [channels, samples], exactly the source's channels, samples, rate.
 
     Args:
       seed: of the noise that decoding starts from, 0 to 2^32 - 1.
-      mode: 'autoregressive'.
-      sigma_cond: noise put back on the chunk before; the config's by default.
-      refine: each chunk is denoised a second time, as the next one's left neighbour, at no cost but
-        that of one more call at the end. Without it the first estimates are the output (one step
-        from sigma_max).
-      noise: for tests, float32 [chunks, 2, F, T, C]: unit noise of each chunk's first estimate and
-        refinement.
+      mode: 'autoregressive': each chunk is sampled beside the one before, which has `sigma_cond` put back on
+        it. 'parallel': all chunks are sampled at once, each step beside the other neighbour (CoDiCodec).
+      steps: denoisings of each chunk from sigma_max down; the config's by default (1 in the paper's
+        autoregressive decoding, which `refine` makes two).
+      sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
+      refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
+        one more call at the end. The config's by default (true but in CoDiCodec's). Autoregressive only.
+      noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise of each chunk's roles: first
+        estimate, left neighbour, then one before each further step.
 
-    Raises UserError: latents of another model or shape, an unknown mode, a bad seed or sigma_cond.
+    Raises UserError: latents of another model or shape, an unknown mode, a bad seed, steps or sigma_cond.
     """
-    blocks = self.decode_blocks(latents, seed, mode=mode, sigma_cond=sigma_cond, refine=refine,
-                                noise=noise)
+    blocks = self.decode_blocks(latents, seed, mode=mode, steps=steps, sigma_cond=sigma_cond,
+                                refine=refine, noise=noise)
     return np.concatenate(list(blocks), axis=1)
 
-  def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive',
-                     sigma_cond: float | None = None):
+  def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
+                     sigma_cond: float | None = None, refine: bool | None = None):
     """Raises UserError for options that `decode` would refuse: an early look, before long work."""
     process = self.consistency
     if mode not in MODES:
       raise UserError(f'decoding mode {mode!r} is not known: choose from {", ".join(MODES)}')
+    if steps is not None and not 1 <= steps <= _MOST_STEPS:
+      raise UserError(f'steps is {steps}; it must lie in 1..{_MOST_STEPS}')
     if not 0 <= seed < 2 ** 32:
       raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
+    if mode == 'parallel' and (sigma_cond is not None or refine is not None):
+      raise UserError('parallel decoding has neither sigma_cond nor refine: leave them out, or decode '
+                      'autoregressively')
     if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:
       raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
                       f'{process.sigma_min}..{process.sigma_max}')
 
   def decode_blocks(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
-                    sigma_cond: float | None = None, refine: bool = True,
-                    noise=None) -> Iterator[np.ndarray]:
+                    steps: int | None = None, sigma_cond: float | None = None,
+                    refine: bool | None = None, noise=None) -> Iterator[np.ndarray]:
     """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
-    self.check_decoding(seed, mode=mode, sigma_cond=sigma_cond)
-    sigma_cond = self.consistency.sigma_cond if sigma_cond is None else float(sigma_cond)
+    self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond, refine=refine)
     z = self._continuous(latents)
-    shape = (z.shape[1], 2, *self._chunk_shape)
-    if noise is not None and np.shape(noise) != shape:
-      raise UserError(f'noise must have shape {list(shape)}, not {list(np.shape(noise))}')
+    chunks = z.shape[1]
+    draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=chunks)
+    if mode == 'parallel':
+      pieces = self._parallel(z, draw, sigmas=sigmas)
+    else:
+      sizes = [1] + (chunks - 1) // _BLOCK_CHUNKS * [_BLOCK_CHUNKS] + [(chunks - 1) % _BLOCK_CHUNKS]
+      ends = np.cumsum(sizes)
+      blocks = (z[:, end - size:end] for size, end in zip(sizes, ends) if size)
+      pieces = self._autoregressive(blocks, draw, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
+                                    width=_BLOCK_CHUNKS)
     rate = self.model_rate(latents.sample_rate)
     layout = self._layout(latents)
     resampler = audio_io.StreamResampler(
         from_rate=rate, to_rate=latents.sample_rate, channels=latents.channels)
-    pieces = self._decode_streams(z, seed=seed, sigma_cond=sigma_cond, refine=refine, noise=noise)
     pieces = map(self._from_streams(latents.channels), pieces)
     pieces = _window(pieces, start=layout.lead, length=layout.num_samples)
     pieces = _window(_resampled(pieces, resampler), start=0, length=latents.num_samples)
+    return (np.clip(piece, -1.0, 1.0) for piece in pieces)
+
+  def stream(self, latent_chunks: Iterable, seed: int = 0, *, steps: int | None = None,
+             sigma_cond: float | None = None, refine: bool | None = None,
+             noise=None) -> Iterator[np.ndarray]:
+    """Decodes chunk by chunk as latents come (CoDiCodec's live decoding), autoregressively.
+
+    The pieces together are what `decode` gives for the same latents, seed and options, up to the end of the
+    last chunk. A piece comes as soon as its chunk's latents do or, with `refine`, the next chunk's.
+
+    Args:
+      latent_chunks: each [K, d] float in [-1, 1] or [K] int tokens; a mono model also takes [streams, ...].
+      seed, steps, sigma_cond, refine, noise: as for `decode`; noise may have more chunks than come.
+
+    Returns:
+      An iterator of float32 [channels, samples of a chunk] at the model's rate; the first piece is shorter
+      where the signal's beginning was padded, the last also holds what the last frames add beyond their chunk.
+
+    Raises UserError: at the call for bad options, from the iterator for latents of a wrong shape.
+    """
+    self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond, refine=refine)
+    draw, sigmas = self._sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
+    rep = self.representation
+
+    def continuous(chunk):
+      z = np.asarray(chunk)
+      z = z[None] if z.ndim == (1 if np.issubdtype(z.dtype, np.integer) else 2) else z
+      return self._values(z[:, None], (z.shape[0] if rep.channels == 1 else 1, 1))
+
+    pieces = self._autoregressive(map(continuous, latent_chunks), draw, sigmas=sigmas,
+                                  sigma_cond=sigma_cond, refine=refine, width=1)
+    pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in pieces)
+    pieces = _window(pieces, start=rep.layout(1).lead)
     return (np.clip(piece, -1.0, 1.0) for piece in pieces)
 
   def _layout(self, latents):
@@ -331,15 +308,22 @@ class Codec:
       raise UserError(f'these latents are of model {latents.model}, this checkpoint is '
                       f'{self.fingerprint}: decode with the checkpoint that encoded them')
     streams = latents.channels if self.representation.channels == 1 else 1
-    shape = (streams, self._layout(latents).chunks, arch.num_latents)
-    z = np.asarray(latents.z)
+    if latents.channels > max(streams, self.representation.channels):
+      raise UserError(f'latents of {latents.channels} channels do not fit: this model has at most '
+                      f'{self.representation.channels}')
+    return self._values(latents.z, (streams, self._layout(latents).chunks))
+
+  def _values(self, z, lead):
+    """Latents or tokens [streams, chunks, K(, d)], `lead` the first two -> float32 [..., K, d]."""
+    arch = self.network.arch
+    z = np.asarray(z)
     discrete = np.issubdtype(z.dtype, np.integer)
     if discrete and not self._discrete:
       raise UserError('these latents are tokens, but this model has only continuous ones')
-    shape = shape if discrete else (*shape, arch.latent_dim)
-    if z.shape != shape or latents.channels > max(streams, self.representation.channels):
-      raise UserError(f'latents of shape {list(z.shape)} do not fit: {latents.num_samples} samples '
-                      f'of {latents.channels} channels make {list(shape)} with this model')
+    shape = (*lead, arch.num_latents) if discrete else (*lead, arch.num_latents, arch.latent_dim)
+    if z.shape != shape:
+      raise UserError(f'latents of shape {list(z.shape)} do not fit: the signal and this model make them '
+                      f'{list(shape)} (streams, chunks, embeddings{"" if discrete else ", numbers"})')
     if not np.isfinite(z).all():
       raise UserError('the latents hold NaN or infinite numbers')
     if discrete:
@@ -357,42 +341,34 @@ class Codec:
       return audio[0] if channels > 1 else audio[0].mean(axis=0, keepdims=True)
     return merge
 
-  def _decode_streams(self, z, *, seed, sigma_cond, refine, noise):
-    """z [streams, chunks, K, d] -> blocks [streams, C, samples of some chunks], then the tail."""
-    chunks = z.shape[1]
-
-    def draw(index):
-      """Noise [n, 2, F, T, C] of chunks `index`; those past the end are never used."""
-      if noise is None:
-        return self._noise(jax.random.key(seed), index)
-      return noise[np.minimum(index, chunks - 1)]
-
-    state = self._start(self.params, z[:, 0], draw(np.asarray([0]))[0, FIRST])
-    for start in range(1, chunks, _BLOCK_CHUNKS):
-      count = min(_BLOCK_CHUNKS, chunks - start)
-      block = z[:, start:start + count]
-      block = np.pad(block, ((0, 0), (0, _BLOCK_CHUNKS - count), (0, 0), (0, 0)))
-      eps = draw(start - 1 + np.arange(_BLOCK_CHUNKS + 1))
-      audio, state = self._advance(self.params, state, block, count, eps, sigma_cond, refine=refine)
-      audio = np.asarray(audio)[:, :count]  # [streams, n, C, samples of a chunk]
-      yield np.moveaxis(audio, 1, 2).reshape(audio.shape[0], audio.shape[2], -1)
-    eps = draw(np.asarray([chunks - 1]))[0, REFINE]
-    yield np.asarray(self._finish(self.params, state, eps, sigma_cond, refine=refine))
+  def _sampling(self, seed, *, mode, steps, noise, chunks):
+    """-> (draw: chunk indices [n] -> unit noise [n, roles, F, T, C], the noise levels of the steps)."""
+    if steps is None:
+      steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
+    roles = steps + 1
+    if noise is None:
+      key = jax.random.key(seed)
+      return lambda index: self._noise(key, np.maximum(index, 0), roles=roles), self.consistency.schedule(steps)
+    shape = np.shape(noise)
+    if shape[1:] != (roles, *self._chunk_shape) or chunks not in (None, shape[0]):
+      wanted = [shape[0] if chunks is None else chunks, roles, *self._chunk_shape]
+      raise UserError(f'noise must have shape {wanted}, not {list(shape)}')
+    return lambda index: noise[np.clip(index, 0, len(noise) - 1)], self.consistency.schedule(steps)
 
   @property
   def _chunk_shape(self):
     rep = self.representation
     return (rep.bins, rep.frames, rep.spec_channels)
 
-  def _noise_fn(self, key, chunk):
-    """chunk int [n] -> unit noise [n, 2, F, T, C]: a function of (seed, chunk, role) alone.
+  def _noise_fn(self, key, chunk, *, roles):
+    """chunk int [n] -> unit noise [n, roles, F, T, C]: a function of (seed, chunk, role) alone.
 
     All streams get the same noise, so that equal channels stay equal.
     """
     def one(chunk, role):
       key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
       return jax.random.normal(key_here, self._chunk_shape)
-    return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(2)))(chunk)
+    return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
 
   def _denoiser(self, params, features):
     """The consistency function bound to features whose leaves are [B, S, ...]."""
@@ -405,24 +381,48 @@ class Codec:
       return self.network.denoise(params, x, sigma, features)
     return lambda x, sigma: process.denoise(network, x, sigma, sigma_data=data)
 
-  def _start_fn(self, params, z, noise):
-    """First estimate of chunk 0, a one-chunk call. z [B, K, d], noise [F, T, C] -> state.
+  # Autoregressive decoding. Its state: 'x' the last chunk's estimate [B, F, T, C], its 'features' (leaves
+  # [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, C, overlap].
 
-    The state of decoding: 'x' the last chunk's first estimate [B, F, T, C], its 'features' (leaves
-    [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, C, overlap].
+  def _autoregressive(self, blocks, draw, *, sigmas, sigma_cond, refine, width):
+    """blocks of z [streams, n <= width, K, d], the first of one chunk -> audio [streams, C, samples]."""
+    sigma_cond = self.consistency.sigma_cond if sigma_cond is None else float(sigma_cond)
+    refine = self.consistency.refine if refine is None else bool(refine)
+    blocks = iter(blocks)
+    first = next(blocks, None)
+    if first is None:
+      return
+    audio, state = self._start(self.params, first[:, 0], draw(np.asarray([0]))[0], sigmas=sigmas, refine=refine)
+    yield np.asarray(audio)
+    position = 1
+    for z in blocks:
+      count = z.shape[1]
+      eps = draw(position - 1 + np.arange(width + 1))
+      z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
+      audio, state = self._advance(self.params, state, z, count, eps, sigma_cond, sigmas=sigmas, refine=refine)
+      yield _join(np.asarray(audio)[:, :count])
+      position += count
+    eps = draw(np.asarray([position - 1]))[0, REFINE]
+    yield np.asarray(self._finish(self.params, state, eps, sigma_cond) if refine else state['tail'])
+
+  def _start_fn(self, params, z, noise, *, sigmas, refine):
+    """Chunk 0, sampled alone: z [B, K, d], noise [roles, F, T, C] -> (audio [B, C, samples], state).
+
+    The audio is empty where the chunk is yet to be refined.
     """
     rep, process = self.representation, self.consistency
     features = self.network.decode(params, z[:, None])
-    noise = jnp.broadcast_to(noise, (z.shape[0], 1, *noise.shape))
-    x = process.sample(self._denoiser(params, features), (noise,), (process.sigma_max,))
+    noises = [jnp.broadcast_to(eps, (z.shape[0], 1, *eps.shape)) for eps in _of_steps(noise, sigmas)]
+    x = process.sample(self._denoiser(params, features), noises, sigmas)
     tail = jnp.zeros((z.shape[0], rep.channels, rep.overlap), jnp.float32)
-    return {'x': x[:, 0], 'features': features, 'tail': tail}
+    audio, tail = (tail[..., :0], tail) if refine else rep.synthesise(x, tail)
+    return audio, {'x': x[:, 0], 'features': features, 'tail': tail}
 
-  def _advance_fn(self, params, state, z, count, noise, sigma_cond, *, refine):
-    """The next `count` <= n chunks: z [B, n, K, d]; noise [n + 1, 2, F, T, C] from one before on.
+  def _advance_fn(self, params, state, z, count, noise, sigma_cond, *, sigmas, refine):
+    """The next `count` <= n chunks: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one before on.
 
-    -> (audio [B, n, C, chunk_samples] of the chunks before each, of which `count` are filled,
-    state).
+    -> (audio [B, n, C, chunk_samples], of which `count` are filled: of these chunks or, with `refine`, of
+    the chunks before each; state).
     """
     rep, process = self.representation, self.consistency
     b, n = z.shape[:2]
@@ -436,8 +436,9 @@ class Codec:
       pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
       refined, x = process.sample_pair(
           self._denoiser(params, pair), state['x'], left_noise=spread(noise[i, REFINE]),
-          right_noise=spread(noise[i + 1, FIRST]), sigma_cond=sigma_cond)
-      done = refined if refine else state['x']
+          right_noises=[spread(eps) for eps in _of_steps(noise[i + 1], sigmas)], sigma_cond=sigma_cond,
+          sigmas=sigmas)
+      done = refined if refine else x
       out, tail = rep.synthesise(done[:, None], state['tail'])
       return {'x': x, 'features': current, 'tail': tail}, audio.at[:, i].set(out)
 
@@ -445,17 +446,80 @@ class Codec:
     state, audio = jax.lax.fori_loop(0, count, body, (state, audio))
     return audio, state
 
-  def _finish_fn(self, params, state, noise, sigma_cond, *, refine):
+  def _finish_fn(self, params, state, noise, sigma_cond):
     """The last chunk, refined by a one-chunk call: exact, as a left chunk never sees its right one.
 
     -> audio [B, C, chunk_samples + overlap].
     """
     x = state['x'][:, None]
-    if refine:
-      noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
-      level = jnp.full(x.shape[:2], sigma_cond, jnp.float32)
-      x = self._denoiser(params, state['features'])(noisy, level)
+    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
+    x = self._denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
     return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
+
+  # Parallel decoding. Its state: what `sample_staggered` carries, the 'features' of the last chunks (those that
+  # later steps still need), and the 'tail' of the synthesis.
+
+  def _parallel(self, z, draw, *, sigmas):
+    """z [streams, chunks, K, d] -> blocks of audio [streams, C, samples], then the tail."""
+    rep, lag = self.representation, len(sigmas) - 1
+    streams, chunks = z.shape[:2]
+    # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
+    widths = range(lag + 1 + (lag + 1) % 2, max(_BLOCK_CHUNKS, lag + 2) + 1, 2)
+    width = min(widths, key=lambda width: (-(-(chunks + lag) // width) * width, -width))
+    state = self._parallel_state(z.shape, lag)
+    for start in range(0, chunks + lag, width):
+      block = z[:, start:start + width]
+      block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
+      eps = draw(start - lag + np.arange(width + lag))
+      audio, state = self._parallel_block(self.params, state, block, start, chunks, eps, sigmas=sigmas)
+      skip = max(lag - start, 0) * rep.chunk_samples  # what lies before chunk 0
+      yield np.asarray(audio)[:, :, skip:]
+    yield np.asarray(state['tail'])
+
+  def _parallel_state(self, shape, lag):
+    """Nothing yet, for latents of `shape`."""
+    rep = self.representation
+    streams, _, *embeddings = shape
+    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
+    features = jax.eval_shape(self.network.decode, self.params, one)
+    return {'carried': tuple(np.zeros((streams, *self._chunk_shape), np.float32) for _ in range(lag)),
+            'features': jax.tree.map(lambda leaf: np.zeros((streams, lag, *leaf.shape[2:]), leaf.dtype), features),
+            'tail': np.zeros((streams, rep.channels, rep.overlap), np.float32)}
+
+  def _parallel_block_fn(self, params, state, z, start, chunks, noise, *, sigmas):
+    """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
+
+    -> (audio [B, C, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1; state).
+    """
+    rep, lag = self.representation, len(sigmas) - 1
+    b, m = z.shape[:2]
+    features = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'],
+                            self.network.decode(params, z))
+    noises = [jnp.broadcast_to(noise[lag - k:lag - k + m, role], (b, m, *noise.shape[2:]))
+              for k, role in enumerate(_roles(sigmas))]
+    x, carried = self.consistency.sample_staggered(
+        functools.partial(self._denoiser, params), features, noises, sigmas, carried=state['carried'],
+        first=start == 0)
+    position = (start - lag + jnp.arange(m)).reshape(1, m, 1, 1, 1)
+    x = jnp.where((position >= 0) & (position < chunks), x, 0.0)
+    audio, tail = rep.synthesise(x, state['tail'])
+    last = jax.tree.map(lambda leaf: leaf[:, m:], features)
+    return audio, {'carried': carried, 'features': last, 'tail': tail}
+
+
+def _roles(sigmas):
+  """The roles of the noise that each step starts with."""
+  return [FIRST, *range(AGAIN, AGAIN + len(sigmas) - 1)]
+
+
+def _of_steps(noise, sigmas):
+  """noise [roles, ...] -> that of each step."""
+  return [noise[role] for role in _roles(sigmas)]
+
+
+def _join(audio):
+  """[streams, n, C, samples of a chunk] -> [streams, C, n times that]."""
+  return np.moveaxis(audio, 1, 2).reshape(audio.shape[0], audio.shape[2], -1)
 
 
 def _resampled(blocks, resampler):
@@ -464,18 +528,18 @@ def _resampled(blocks, resampler):
   yield resampler.finish()
 
 
-def _window(pieces, *, start, length):
-  """The samples start .. start + length of a signal in pieces [channels, n].
+def _window(pieces, *, start, length=None):
+  """The samples start .. start + length of a signal in pieces [channels, n]; to its end without a length.
 
   With edges 'none' up to hop - 1 samples lie past the last frame: they come back as zeros.
   """
-  position, end = 0, start + length
+  position, end = 0, float('inf') if length is None else start + length
   for piece in pieces:
     low, high = max(start - position, 0), min(end - position, piece.shape[1])
     position += piece.shape[1]
     if high > low:
       yield piece[:, low:high]
-  if position < end:
+  if length is not None and position < end:
     yield np.zeros((piece.shape[0], end - max(position, start)), np.float32)
 
 

@@ -38,6 +38,9 @@ class Consistency:
       sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
     local: sigma_data is given per element by the decoder's predicted envelope instead.
     renoise: 'add' is x + sigma eps (paper, figure 2), 'variance' x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec).
+    refine, steps: of autoregressive decoding, unless its caller says otherwise: whether a chunk is denoised
+      again as the next one's left neighbour, and in how many steps it is sampled before that.
+    parallel_steps: of parallel decoding, likewise.
   """
   sigma_min: float = 0.002
   sigma_max: float = 80.0
@@ -56,6 +59,9 @@ class Consistency:
   local: bool = False
   local_floor: float = 0.02
   renoise: str = 'add'
+  refine: bool = True
+  steps: int = 1
+  parallel_steps: int = 4
 
   def __post_init__(self):
     for field, choices in (('sampling', SAMPLINGS), ('skip', SKIPS), ('renoise', RENOISES)):
@@ -66,6 +72,8 @@ class Consistency:
     for field in ('rho', 'sigma_data', 'p_std', 'step_start', 'huber', 'local_floor'):
       if not getattr(self, field) > 0:
         raise ValueError(f'consistency.{field} is {getattr(self, field)}; it must be above 0')
+    if min(self.steps, self.parallel_steps) < 1:
+      raise ValueError('consistency.steps and consistency.parallel_steps must be at least 1')
     if not 0 <= self.decode_matched <= 1:
       raise ValueError(f'consistency.decode_matched is {self.decode_matched}; it is a fraction, 0 to 1')
     if not self.sigma_min <= self.sigma_cond <= self.sigma_max:
@@ -162,6 +170,12 @@ class Consistency:
       return x + sigma * noise
     return x + (sigma ** 2 - self.sigma_min ** 2) ** 0.5 * noise
 
+  def schedule(self, steps: int) -> tuple:
+    """Noise levels that `steps` denoisings start from: sigma(1 - k / steps), from sigma_max down."""
+    low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+    lower = ((low + (1 - k / steps) * (high - low)) ** self.rho for k in range(1, steps))
+    return (self.sigma_max, *lower)
+
   def sample(self, denoise, noises, sigmas):
     """Multi-step sampling of [B, S, ...]: from pure noise at sigmas[0], re-noised to each next level.
 
@@ -173,24 +187,74 @@ class Consistency:
       x = denoise(noisy, jnp.full(noisy.shape[:2], sigma, jnp.float32))
     return x
 
-  def sample_pair(self, denoise, previous, *, left_noise, right_noise, sigma_cond):
-    """One step of two-step decoding (paper, figure 2).
+  def sample_pair(self, denoise, previous, *, left_noise, right_noises, sigma_cond, sigmas):
+    """The next chunk of autoregressive decoding.
 
-    The previous chunk's first estimate, re-noised to sigma_cond, stands left of pure noise at sigma_max.
-    One call refines the left and makes a first estimate of the right.
+    The chunk before, re-noised once to sigma_cond, stands left of the chunk that is sampled at `sigmas`. With
+    one level, and the left outputs kept, this is Music2Latent2's two-step decoding (figure 2); with more
+    levels and the left outputs dropped it is CoDiCodec's.
 
     Args:
       denoise: bound consistency function over [B, 2, ...].
-      previous, left_noise, right_noise: [B, ...].
+      previous, left_noise: [B, ...]; right_noises: one [B, ...] per level.
 
     Returns:
-      (refined [B, ...], current [B, ...]).
+      (refined [B, ...]: `previous` denoised again, current [B, ...]).
     """
-    left = self.add_noise(previous, left_noise, sigma_cond)
-    x = jnp.stack([left, self.sigma_max * right_noise], axis=1)
-    sigma = jnp.stack([jnp.asarray(sigma_cond, jnp.float32), jnp.float32(self.sigma_max)])
-    out = denoise(x, jnp.broadcast_to(sigma, x.shape[:2]))
-    return out[:, 0], out[:, 1]
+    left = self.add_noise(previous, left_noise, sigma_cond)[:, None]
+    refined = None
+
+    def denoise_right(x, sigma):
+      nonlocal refined
+      level = jnp.broadcast_to(jnp.asarray(sigma_cond, jnp.float32), sigma.shape)
+      out = denoise(jnp.concatenate([left, x], axis=1), jnp.concatenate([level, sigma], axis=1))
+      refined = out[:, 0]  # the same in every call: left never sees right
+      return out[:, 1:]
+
+    current = self.sample(denoise_right, [noise[:, None] for noise in right_noises], sigmas)
+    return refined, current[:, 0]
+
+  def sample_staggered(self, denoiser, features, noises, sigmas, *, carried, first):
+    """A block of parallel decoding (CoDiCodec): chunks change between the left and the right of a pair.
+
+    At even steps the pairs are (0, 1)(2, 3)..., at odd steps 0 stands alone and the pairs are (1, 2)(3, 4)...
+    The signal comes in blocks of an even number M of chunks. In the block that starts at chunk a, step k
+    takes the chunks a - k ... a - k + M - 1: each step runs one chunk behind the step before, so no pair is cut
+    by a block's border and nothing is computed twice.
+
+    Args:
+      denoiser: features -> bound consistency function over [N, 2, ...].
+      features: of the chunks from a - (steps - 1) on; leaves [B, M + steps - 1, ...].
+      noises: one [B, M, ...] per level, of the chunks of its step.
+      carried: steps - 1 arrays [B, ...] from the block before; anything finite in the first block.
+      first: whether this is the first block (bool, or a traced one): chunk 0 then has no left neighbour. What
+        is computed for negative chunks means nothing.
+
+    Returns:
+      (x [B, M, ...] of the chunks from a - (steps - 1) on, carried for the next block).
+    """
+    lag, chunks = len(sigmas) - 1, noises[0].shape[1]
+    carry = []
+
+    def denoise(x, sigma):
+      k = len(carry)
+      window = jax.tree.map(lambda leaf: leaf[:, lag - k:lag - k + chunks], features)
+      order = np.arange(chunks)
+      if k % 2:  # chunk 0 would be right of chunk -1, which is none: they change places
+        swapped = order.copy()
+        swapped[[k - 1, k]] = k, k - 1
+        order = jnp.where(first, swapped, order)
+      paired = jax.tree.map(
+          lambda leaf: jnp.take(leaf, order, axis=1).reshape(-1, 2, *leaf.shape[2:]), (x, sigma, window))
+      out = denoiser(paired[2])(*paired[:2]).reshape(x.shape)
+      out = jnp.take(out, order, axis=1)
+      carry.append(out[:, -1])
+      if k == lag:
+        return out
+      return jnp.concatenate([carried[k][:, None], out[:, :-1]], axis=1)  # one chunk back, for the next step
+
+    x = self.sample(denoise, noises, sigmas)
+    return x, tuple(carry[:-1])
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import time
 
 import jax
 from m2l2 import cli, codec as codec_lib
-from m2l2.codec import Latents
+from m2l2.latents import Latents
 from m2l2.data import audio_io
 import numpy as np
 import pytest

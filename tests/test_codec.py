@@ -13,9 +13,10 @@ import os
 import jax
 import jax.numpy as jnp
 from m2l2 import build, codec as codec_lib
-from m2l2.codec import FIRST, REFINE, Codec, Latents
+from m2l2.codec import AGAIN, FIRST, REFINE, Codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
+from m2l2.latents import Latents
 from m2l2.model import envelope
 from m2l2.snapshot import load_snapshot, save_snapshot
 import numpy as np
@@ -24,7 +25,7 @@ import safetensors.numpy
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
-    consistency=dict(renoise='variance', local=False))
+    consistency=dict(renoise='variance', local=False, skip='edm'))
 
 
 def make_config(words='debug', *, consistency=(), **changes):

@@ -233,7 +233,7 @@ def test_a_step_of_two_step_decoding(renoise):
   previous, left, right = (jnp.asarray(np.random.normal(size=(3, 8, 4, 2)), jnp.float32)
                            for _ in range(3))
   refined, current = consistency.sample_pair(
-    denoise, previous, left_noise=left, right_noise=right, sigma_cond=.5)
+    denoise, previous, left_noise=left, right_noises=[right], sigma_cond=.5, sigmas=(80.,))
   (x, sigma), = denoise.calls
   spread = .5 if renoise == 'add' else np.sqrt(.5**2 - .002**2)
   np.testing.assert_allclose(x[:, 0], previous + spread * left, rtol=1e-6)
@@ -244,10 +244,87 @@ def test_a_step_of_two_step_decoding(renoise):
   np.testing.assert_allclose(current, x[:, 1] / 2)
 
 
+def test_further_steps_keep_the_left_and_renoise_the_right():
+  """CoDiCodec's autoregressive decoding: the noisy neighbour is the same in every step."""
+  consistency, denoise = Consistency(renoise='variance'), _Recorder()
+  previous, left, first, second = (jnp.asarray(np.random.normal(size=(2, 4)), jnp.float32)
+                                   for _ in range(4))
+  _, current = consistency.sample_pair(
+    denoise, previous, left_noise=left, right_noises=[first, second], sigma_cond=.5,
+    sigmas=(80., 2.5))
+  (x0, sigma0), (x1, sigma1) = denoise.calls
+  np.testing.assert_array_equal(x0[:, 0], x1[:, 0])
+  np.testing.assert_array_equal(sigma0, np.tile(np.float32([.5, 80]), (2, 1)))
+  np.testing.assert_array_equal(sigma1, np.tile(np.float32([.5, 2.5]), (2, 1)))
+  np.testing.assert_allclose(
+    x1[:, 1], x0[:, 1] / 2 + np.sqrt(2.5**2 - .002**2) * second, rtol=1e-6)
+  np.testing.assert_allclose(current, x1[:, 1] / 2)
+
+
+@pytest.mark.parametrize('steps, levels', [
+  (1, [80]), (2, [80, 2.515]), (3, [80, 9.72, .470]), (4, [80, 17.5, 2.52, .170]),
+  (5, [80, 24.4, 5.84, .965, .085])])
+def test_the_schedule_of_decoding(steps, levels):
+  np.testing.assert_allclose(PAPER.schedule(steps), levels, rtol=5e-3)
+
+
+def _mix(x, sigma, feature):
+  """A pair (left, right): left sees itself, right both; all that goes in comes out somewhere."""
+  left, right = x[:, :1], x[:, 1:]
+  x = jnp.concatenate([left, right + .3 * left], axis=1)
+  return .5 * x + .01 * sigma[..., None] + feature
+
+
+def _pairs(chunks, step):
+  """The pairs of a step as lists of chunk indices, the way the paper's text draws them."""
+  first = [[0]] if step % 2 else []
+  rest = list(range(step % 2, chunks))
+  return first + [rest[i:i + 2] for i in range(0, len(rest), 2)]
+
+
+@pytest.mark.parametrize('width', [4, 6])
+@pytest.mark.parametrize('chunks', [1, 2, 3, 6, 11])
+@pytest.mark.parametrize('steps', [1, 2, 3, 4])
+def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
+  consistency, lag = Consistency(renoise='variance'), steps - 1
+  noise, features = np.float32(np.random.normal(size=(steps, 2, chunks, 3))), np.float32(
+    np.random.normal(size=(2, chunks, 3)))
+  sigmas = consistency.schedule(steps)
+
+  def around(array, start):
+    """The entries start ... start + width of axis 1, garbage outside."""
+    index = np.arange(start, start + width)
+    inside = (index >= 0) & (index < chunks)
+    return jnp.where(inside[None, :, None], array[:, np.clip(index, 0, chunks - 1)], 7.)
+
+  def denoise_all(x, sigma, step):
+    out = []
+    for pair in _pairs(chunks, step):
+      out.append(_mix(x[:, pair], sigma[:, pair], features[:, pair])[:, :len(pair)])
+    return jnp.concatenate(out, axis=1)
+
+  step = iter(range(steps))
+  expected = consistency.sample(
+    lambda x, sigma: denoise_all(x, sigma, next(step)), list(noise), sigmas)
+
+  carried, done = tuple(jnp.full((2, 3), 7.) for _ in range(lag)), []
+  for start in range(0, chunks + lag, width):
+    window = jnp.concatenate(
+      [around(features, start - lag)[:, :lag], around(features, start)], axis=1)
+    x, carried = consistency.sample_staggered(
+      lambda features: lambda x, sigma: _mix(x, sigma, features), window,
+      [around(eps, start - k) for k, eps in enumerate(noise)], sigmas, carried=carried,
+      first=jnp.asarray(start == 0))
+    done.append(x)
+  done = jnp.concatenate(done, axis=1)[:, lag:lag + chunks]
+  np.testing.assert_allclose(done, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('fields', [
   dict(sampling='grid'), dict(skip='vp'), dict(renoise='none'), dict(sigma_min=0.),
   dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
-  dict(decode_matched=1.5), dict(sigma_cond=100.), dict(step_start=0.)])
+  dict(decode_matched=1.5), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
+  dict(parallel_steps=0)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:
     Consistency(**fields)

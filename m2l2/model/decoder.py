@@ -54,7 +54,7 @@ class Decoder(nnx.Module):
       mask = mask + self.shortcut(z).astype(self.dtype)
     x = jnp.concatenate([mask, self.latents_in(z.astype(self.dtype)), registers], axis=1)
     x = self.transformer(x[:, None])[:, 0, :mask.shape[1]]
-    finest, maps = self.depatchifier(x)
+    finest, maps = self.depatchifier(x.astype(self.dtype))
     features = {}
     if self.envelope is not None:
       features['log_magnitude'] = self.envelope(finest)

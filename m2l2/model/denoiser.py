@@ -100,7 +100,7 @@ class Denoiser(nnx.Module):
     if self.registers is not None:
       parts.append(jnp.broadcast_to(self.registers[...].astype(self.dtype), (b, s, *self.registers.shape)))
     h = self.transformer(jnp.concatenate(parts, axis=2), cond)
-    h = self.transformer.norm_output(h[:, :, :num_tokens], cond)
+    h = self.transformer.norm_output(h[:, :, :num_tokens], cond).astype(self.dtype)
 
     h, _ = self.depatchifier(h.reshape(b * s, num_tokens, dim), features=skips, cond=flat_cond)
     out = self.output(h, gain=gains[:, 1], cond=flat_cond)

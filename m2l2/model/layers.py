@@ -122,6 +122,11 @@ class RMSNorm(nnx.Module):
     return (y * as_last(self.gain[...], y)).astype(x.dtype)
 
 
+def silu(x):
+  """x sigmoid(x), computed in float32 and rounded once."""
+  return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
 def groups(dim: int) -> int:
   """Groups of a GroupNorm over `dim` channels."""
   return max(1, min(dim // 4, 32))

@@ -11,7 +11,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat
+from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat, silu
 
 
 class ConvBlock(nnx.Module):
@@ -23,7 +23,7 @@ class ConvBlock(nnx.Module):
     self.conv2 = Conv3x3(dim, dim, init=ZEROS, rngs=rngs)
 
   def __call__(self, x, cond=None):
-    return x + self.conv2(jax.nn.silu(self.conv1(self.norm(x, cond))))
+    return x + self.conv2(silu(self.conv1(self.norm(x, cond))))
 
 
 class Downsample(nnx.Module):
@@ -86,7 +86,7 @@ class Ladder(nnx.Module):
         x = remat(getattr(self, name), x, enabled=self.remat)
         continue
       if features is not None:
-        x = (x + features[len(outputs)]) * math.sqrt(0.5)
+        x = merge(x, features[len(outputs)])
       x = remat(getattr(self, name), x, cond, enabled=self.remat)
       outputs.append(x)
     return x, outputs
@@ -137,7 +137,12 @@ class OutputHead(nnx.Module):
 def scale_rows(x, gain):
   """[N, F, T, C] times gain [F] or [N, F]."""
   gain = gain[None] if gain.ndim == 1 else gain
-  return x * gain[:, :, None, None].astype(x.dtype)
+  return (x.astype(jnp.float32) * gain[:, :, None, None].astype(jnp.float32)).astype(x.dtype)
+
+
+def merge(x, feature):
+  """(x + feature) / sqrt 2, rounded once."""
+  return ((x.astype(jnp.float32) + feature.astype(jnp.float32)) * math.sqrt(0.5)).astype(x.dtype)
 
 
 def split_patches(x, stride):
