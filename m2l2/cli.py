@@ -1,4 +1,4 @@
-"""The `m2l2` command: train, encode, decode, reconstruct, info.
+"""The `m2l2` command: train, encode, decode, reconstruct, info, import-codicodec.
 
 Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
 """
@@ -77,11 +77,16 @@ def _parser() -> argparse.ArgumentParser:
   def decoding(made):
     made.add_argument('--seed', type=int, default=0, metavar='N',
                       help='of the noise that decoding starts from (default 0)')
+    made.add_argument('--mode', choices=('autoregressive', 'parallel'), default='autoregressive',
+                      help='chunk after chunk (default), or all chunks at once, each step in other pairs')
+    made.add_argument('--steps', type=int, metavar='N',
+                      help="denoisings of a chunk from pure noise (default: the model's own)")
     made.add_argument('--sigma-cond', type=float, metavar='X',
                       help="noise put back on each chunk before the next is decoded (default: the "
-                      "model's own)")
-    made.add_argument('--no-refine', dest='refine', action='store_false',
-                      help='one denoising a chunk instead of two')
+                      "model's own; autoregressive only)")
+    made.add_argument('--refine', action=argparse.BooleanOptionalAction,
+                      help="denoise each chunk once more, as the next one's left neighbour (default: the "
+                      "model's own; autoregressive only)")
 
   audio_in, audio_out = 'WAV, FLAC, OGG, Opus, MP3 or AIFF file', '*.wav, *.flac or *.ogg'
   latents = '*.safetensors'
@@ -105,6 +110,16 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
   made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
   made.add_argument('--json', action='store_true', help='one JSON object')
+  made = command('import-codicodec', _import_codicodec,
+                 summary="CoDiCodec's published weights -> snapshot.",
+                 example='  m2l2 import-codicodec codicodec.pt runs/codicodec\n'
+                         '  m2l2 encode song.flac song.safetensors --checkpoint=runs/codicodec')
+  made.add_argument('source', metavar='FILE',
+                    help='codicodec.pt (reading it needs torch), or its tensors as .safetensors')
+  made.add_argument('target', metavar='DIR', help='the snapshot to write')
+  made.add_argument('--verify', action='store_true',
+                    help='first run one input through the original too (needs torch and codicodec)')
+  made.add_argument('--quiet', action='store_true', help='no last lines')
   return parser
 
 
@@ -150,7 +165,7 @@ def _reconstruct(args):
   if os.path.exists(args.target) and os.path.samefile(args.source, args.target):
     raise UserError(f'{audio_io.shown(args.target)}: is the input too; name another output')
   codec = _load(args.checkpoint)
-  codec.check_decoding(args.seed, sigma_cond=args.sigma_cond)
+  codec.check_decoding(args.seed, **_decoding_options(args))
   # Opened first: that the format does not take these channels is told before the work.
   with audio_io.AudioWriter(args.target, info.sample_rate, info.channels) as writer:
     latents = _encode_file(codec, info, discrete=False, quiet=args.quiet)
@@ -184,11 +199,25 @@ def _encode_file(codec, info, *, discrete, quiet):
 
 def _decode_file(codec, latents, writer, args):
   """Writes the audio of latents block by block."""
-  blocks = codec.decode_blocks(
-      latents, args.seed, sigma_cond=args.sigma_cond, refine=args.refine)
+  blocks = codec.decode_blocks(latents, args.seed, **_decoding_options(args))
   with _progress('decode', latents, quiet=args.quiet) as done:
     for block in _counted(blocks, done):
       writer.write(block)
+
+
+def _decoding_options(args):
+  return dict(mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond, refine=args.refine)
+
+
+def _import_codicodec(args):
+  from m2l2.interop import codicodec
+  report = codicodec.import_codicodec(args.source, args.target, verify=args.verify)
+  if 'errors' in report:
+    errors = ', '.join(f'{name} {error:.1e}' for name, error in report['errors'].items())
+    _say(args, f'verified against the original, relative errors: {errors}')
+  _say(args, f'{len(report["unused"])} tensors that the original stores and never uses were left out')
+  _say(args, f'{args.target}: snapshot of CoDiCodec, {report["parameters"]:,} parameters, fingerprint '
+       f'{report["fingerprint"]}')
 
 
 # ---- info ----------------------------------------------------------------------------------------
@@ -263,6 +292,7 @@ def _checkpoint_facts(path) -> dict:
   snapshot = load_snapshot(path)
   model = snapshot.config.get('model', {})
   facts |= {'fingerprint': snapshot.fingerprint, 'snapshot_step': snapshot.step}
+  facts |= {name: snapshot.extra[name] for name in ('source', 'licence') if name in snapshot.extra}
   facts |= {'parameters': _count(snapshot.params),
             **{f'parameters_{name}': _count(part) for name, part in snapshot.params.items()}}
   try:

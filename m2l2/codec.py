@@ -283,11 +283,14 @@ class Codec:
     self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond, refine=refine)
     draw, sigmas = self._sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
     rep = self.representation
+    streams = 1 if rep.channels > 1 else None  # a mono model's: as many as the first chunk has
 
     def continuous(chunk):
+      nonlocal streams
       z = np.asarray(chunk)
       z = z[None] if z.ndim == (1 if np.issubdtype(z.dtype, np.integer) else 2) else z
-      return self._values(z[:, None], (z.shape[0] if rep.channels == 1 else 1, 1))
+      streams = streams or len(z)
+      return self._values(z[:, None], (streams, 1))
 
     pieces = self._autoregressive(map(continuous, latent_chunks), draw, sigmas=sigmas,
                                   sigma_cond=sigma_cond, refine=refine, width=1)
@@ -303,7 +306,6 @@ class Codec:
 
   def _continuous(self, latents):
     """The latents as float32 [streams, chunks, K, d], checked against this model."""
-    arch = self.network.arch
     if latents.model != self.fingerprint:
       raise UserError(f'these latents are of model {latents.model}, this checkpoint is '
                       f'{self.fingerprint}: decode with the checkpoint that encoded them')

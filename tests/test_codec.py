@@ -13,7 +13,7 @@ import os
 import jax
 import jax.numpy as jnp
 from m2l2 import build, codec as codec_lib
-from m2l2.codec import AGAIN, FIRST, REFINE, Codec
+from m2l2.codec import FIRST, REFINE, Codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.latents import Latents
@@ -238,13 +238,13 @@ def test_a_seed_out_of_range_is_refused(mono, seed):
     mono.decode(latents_for(mono, chunks=1), seed)
 
 
-def drawn(codec, *, chunks, seed):
+def drawn(codec, *, chunks, seed, steps=1):
   """The noise of a seed, by the definition: fold_in(fold_in(seed, chunk), role)."""
   rep = codec.representation
   shape = (rep.bins, rep.frames, rep.spec_channels)
   key = jax.random.key(seed)
   return np.stack([[jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, c), role), shape)
-                    for role in (FIRST, REFINE)] for c in range(chunks)])
+                    for role in range(steps + 1)] for c in range(chunks)])
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 11])
@@ -329,6 +329,168 @@ def test_decoding_is_the_figures(request, which, channels, sigma_cond):
       np.testing.assert_allclose(decoded, expected, atol=1e-5)
       if sigma_cond == codec.consistency.sigma_cond:
         np.testing.assert_array_equal(codec.decode(latents, seed=2, refine=refine), decoded)
+
+
+# ---- CoDiCodec's decoders, and live decoding -----------------------------------------------------
+
+
+def pairs_of(step, chunks):
+  """The pairs of a step of parallel decoding; a chunk without a neighbour stands alone."""
+  alone, rest = ([[0]], range(1, chunks)) if step % 2 else ([], range(chunks))
+  return alone + [list(rest[i:i + 2]) for i in range(0, len(rest), 2)]
+
+
+@functools.cache
+def plain_decoders(codec):
+  """CoDiCodec's two decoders (music2latent2.md, 4.2 and 4.3), whole spectrograms in memory."""
+  process, net, rep = codec.consistency, codec.network, codec.representation
+
+  @jax.jit
+  def call(params, x, sigmas, z):
+    return process.denoise(
+        lambda x, sigma: net.denoise(params, x, sigma, net.decode(params, z)), x, sigmas[None])
+
+  def denoise(x, sigmas, z):
+    return call(codec.params, jnp.stack(x)[None], jnp.float32(jnp.asarray(sigmas)), z)[0]
+
+  def again(x, sigma, eps):
+    return x + (sigma ** 2 - process.sigma_min ** 2) ** 0.5 * eps
+
+  def sigma(index):
+    low, high = process.sigma_min ** (1 / 7), process.sigma_max ** (1 / 7)
+    return (low + index * (high - low)) ** 7
+
+  def autoregressive(z, noise, steps):
+    done = []
+    for i in range(z.shape[1]):
+      x, level = 80.0 * noise[i, 0], 80.0
+      left = [again(done[-1], process.sigma_cond, noise[i - 1, 1])] if i else []
+      for k in range(steps):
+        out = denoise([*left, x], [process.sigma_cond] * len(left) + [level], z[:, i - len(left):i + 1])[-1]
+        level = sigma(1 - (k + 1) / steps)
+        if k + 1 < steps:
+          x = again(out, level, noise[i, 2 + k])
+      done.append(out)
+    return done
+
+  def parallel(z, noise, steps):
+    chunks = z.shape[1]
+    x, level = [80.0 * noise[i, 0] for i in range(chunks)], 80.0
+    for k in range(steps):
+      done = [None] * chunks
+      for pair in pairs_of(k, chunks):
+        out = denoise([x[i] for i in pair], [level] * len(pair), z[:, pair[0]:pair[-1] + 1])
+        for i, one in zip(pair, out):
+          done[i] = one
+      level = sigma(1 - (k + 1) / steps)
+      if k + 1 < steps:
+        x = [again(one, level, noise[i, 2 + k]) for i, one in enumerate(done)]
+    return done
+
+  def audio(done, samples):
+    return np.concatenate(rep.synthesise(jnp.stack(done)[None]), axis=-1)[0, :, :samples]
+
+  return {'autoregressive': autoregressive, 'parallel': parallel}, audio
+
+
+@pytest.mark.parametrize('mode,steps', [
+    ('autoregressive', 3), ('parallel', 1), ('parallel', 2), ('parallel', 3)])
+def test_decoding_is_codicodecs(ancestor, mode, steps):
+  """The whole path against the plain loops, for every way in which the blocks can fall."""
+  decoders, audio = plain_decoders(ancestor)
+  noise = drawn(ancestor, chunks=12, seed=2, steps=steps)
+  latents = latents_for(ancestor, chunks=12, channels=2)
+  for chunks in (1, 2, 5, 12):
+    part = dataclasses.replace(
+        latents, z=latents.z[:, :chunks], num_samples=ancestor.representation.crop_samples(chunks))
+    expected = audio(decoders[mode](jnp.asarray(part.z), noise[:chunks], steps), part.num_samples)
+    refine = None if mode == 'parallel' else False
+    decoded = ancestor.decode(part, seed=2, mode=mode, steps=steps, refine=refine)
+    assert 1e-2 < np.abs(expected).max() < 1
+    np.testing.assert_allclose(decoded, expected, atol=2e-5)
+    if chunks == 5:
+      injected = ancestor.decode(part, noise=noise[:5], mode=mode, steps=steps, refine=refine)
+      np.testing.assert_allclose(injected, decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [2, 4, 6])
+def test_block_size_does_not_matter_to_parallel_decoding(mono, monkeypatch, size):
+  latents = latents_for(mono, chunks=11)
+  expected = mono.decode(latents, mode='parallel', steps=2)
+  monkeypatch.setattr(codec_lib, '_BLOCK_CHUNKS', size)
+  np.testing.assert_allclose(mono.decode(latents, mode='parallel', steps=2), expected, atol=1e-5)
+
+
+def test_two_channels_through_a_mono_model_in_parallel(mono):
+  latents = latents_for(mono, chunks=3, streams=2, channels=2)
+  both = mono.decode(latents, mode='parallel', steps=2)
+  for channel in range(2):
+    one = dataclasses.replace(latents, z=latents.z[channel:channel + 1], channels=1)
+    np.testing.assert_allclose(mono.decode(one, mode='parallel', steps=2)[0], both[channel], atol=1e-5)
+
+
+def test_the_config_decides_unless_told(ancestor):
+  """Steps and refinement of both modes."""
+  latents = latents_for(ancestor, chunks=3, channels=2)
+  changed = copy.copy(ancestor)
+  changed.consistency = dataclasses.replace(
+      ancestor.consistency, steps=2, refine=False, parallel_steps=3)
+  np.testing.assert_array_equal(changed.decode(latents), ancestor.decode(latents, steps=2, refine=False))
+  np.testing.assert_array_equal(changed.decode(latents, mode='parallel'),
+                                ancestor.decode(latents, mode='parallel', steps=3))
+  assert np.abs(changed.decode(latents) - changed.decode(latents, refine=True)).max() > 1e-4
+  assert np.abs(changed.decode(latents) - changed.decode(latents, steps=1)).max() > 1e-4
+
+
+@pytest.mark.parametrize('which,streams,steps,refine', [
+    ('mono', 1, 1, True), ('mono', 2, 1, False), ('ancestor', 1, 2, False), ('ancestor', 1, 2, True)])
+def test_streaming_is_decoding(request, which, streams, steps, refine):
+  codec = request.getfixturevalue(which)
+  rep = codec.representation
+  channels = streams if rep.channels == 1 else 2
+  latents = latents_for(codec, chunks=4, streams=streams, channels=channels)
+  latents = dataclasses.replace(  # all that the chunks hold
+      latents, num_samples=rep.crop_samples(4) - (2 if rep.edges == 'pad' else 0) * rep.overlap)
+  came = []
+
+  def chunks():
+    for i in range(4):
+      came.append(i)
+      yield latents.z[:, i] if streams > 1 else latents.z[0, i]
+
+  pieces, lag = [], []
+  for piece in codec.stream(chunks(), seed=3, steps=steps, refine=refine):
+    pieces.append(piece)
+    lag.append(len(came))
+  assert lag[:3] == ([2, 3, 4] if refine else [1, 2, 3])  # out as soon as it can be
+  streamed = np.concatenate(pieces, axis=1)
+  decoded = codec.decode(latents, seed=3, steps=steps, refine=refine)
+  assert streamed.shape[0] == channels and streamed.shape[1] >= latents.num_samples
+  np.testing.assert_allclose(streamed[:, :latents.num_samples], decoded, atol=1e-5)
+
+
+def test_streaming_of_tokens_of_nothing_and_of_what_does_not_fit(ancestor, mono):
+  tokens = np.arange(8, dtype=np.int32) * 1000
+  (first, rest) = ancestor.stream([tokens], refine=False)
+  assert first.shape == (2, 1024) and rest.shape == (2, ancestor.representation.overlap)
+  assert list(ancestor.stream([])) == []
+  with pytest.raises(UserError, match='do not fit'):
+    next(ancestor.stream([np.zeros((8, 5), np.float32)]))
+  with pytest.raises(UserError, match='do not fit'):
+    list(mono.stream([np.zeros((2, 8, 8), np.float32), np.zeros((8, 8), np.float32)]))
+  with pytest.raises(UserError, match='seed'):  # at the call
+    ancestor.stream([tokens], seed=-1)
+
+
+@pytest.mark.parametrize('options,told', [
+    (dict(steps=0), r'steps is 0; it must lie in 1..64'), (dict(steps=65), 'steps is 65'),
+    (dict(mode='parallel', sigma_cond=0.5), 'neither sigma_cond nor refine'),
+    (dict(mode='parallel', refine=True), 'neither sigma_cond nor refine')])
+def test_options_that_mean_nothing_are_refused(mono, options, told):
+  with pytest.raises(UserError, match=told):
+    mono.decode(latents_for(mono, chunks=1), **options)
+  with pytest.raises(UserError, match=told):
+    mono.check_decoding(**options)
 
 
 def test_refinement_changes_the_sound(mono):

@@ -173,7 +173,7 @@ def test_debug_shrinks_sizes_and_keeps_choices(name):
   network = build.network(small.model)
   count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))
   assert count < 1_000_000
-  assert build.representation(small.model).crop_samples(2) < 3000
+  assert build.representation(small.model).crop_samples(2) < 5000
   assert small.train.log_every == 1 and small.train.steps <= 10
   for field in ('channels', 'transform', 'edges', 'stem', 'strides', 'bottleneck', 'shortcut',
                 'envelope', 'magnitude_input', 'feature_norm', 'remat', 'dtype'):

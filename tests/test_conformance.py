@@ -1,21 +1,11 @@
 """m2l2 at full size against CoDiCodec's own outputs (tests/conformance): same weights, inputs and noise, float32."""
 
 import functools
-import json
 
-from conformance import kit
-import jax
-import jax.numpy as jnp
+import kit
 import numpy as np
+import port
 import pytest
-
-from m2l2 import build
-from m2l2.codec import Codec
-from m2l2.configs import codicodec as recipe
-from m2l2.interop import codicodec as interop
-
-CONFIG = json.loads(json.dumps(recipe.get_config().to_dict()))
-MODES = {'autoregressive': 'autoregressive', 'parallel': 'parallel'}
 
 
 @pytest.fixture(scope='module', params=kit.SEEDS)
@@ -23,35 +13,98 @@ def seed(request):
   return request.param
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # one seed's weights in memory at a time
 def make_codec(seed):
-  """One seed's weights in memory at a time; what is compiled serves all."""
-  params = interop.convert_weights(kit.weights(seed), build.network(CONFIG['model']).arch)
-  codec = _compiled()
-  codec.params = jax.tree.map(jnp.asarray, params)
-  return codec
-
-
-@functools.cache
-def _compiled():
-  net = build.network(CONFIG['model'])
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(net.init, jax.random.key(0)))
-  return Codec(config=CONFIG, params=zeros, fingerprint='kit')
+  return port.make_codec(seed)
 
 
 def hold(outputs):
-  """Every output against the reference."""
+  """Every output against the reference; prints the errors."""
   rows = kit.check(outputs, names=outputs)
   print(*(f'{error:.2e} {name}' for name, error, _ in rows), sep='\n')
-  assert all(passed for _, _, passed in rows), rows
+  assert all(passed for _, _, passed in rows), [row for row in rows if not row[2]]
 
 
 def test_encoder(seed):
-  codec, audio = make_codec(seed), kit.audio(seed)
-  mono = kit.audio(seed, channels=1)
-  rep = codec.representation
-  spec = jax.jit(rep.analyse)(jnp.pad(jnp.asarray(audio), ((0, 0), (0, rep.crop_samples(2) - audio.shape[1]))))
-  at_44100, at_48000 = (codec.encode(audio, rate) for rate in (44100, 48000))
-  np.testing.assert_array_equal(at_44100.z, at_48000.z)
-  hold({f'{seed}/latents': at_44100.z[0], f'{seed}/latents_mono': codec.encode(mono, 44100).z[0],
-        f'{seed}/tokens': codec.encode(audio, 44100, discrete=True).z[0]})
+  hold(port.encoder_outputs(make_codec(seed), seed))
+
+
+def test_features_and_denoiser(seed):
+  hold(port.network_outputs(make_codec(seed), seed))
+
+
+@pytest.mark.parametrize('decoder', ['autoregressive', 'parallel'])
+@pytest.mark.parametrize('chunks', kit.CHUNKS)
+def test_decoders(chunks, decoder):
+  hold({f'0/{decoder}/{chunks}/waveform': port.waveform(make_codec(0), decoder, chunks=chunks)})
+
+
+def test_live_decoding():
+  """Its pieces do not depend on what follows, so the shorter signals are its beginning."""
+  whole = port.waveform(make_codec(0), 'live', chunks=max(kit.CHUNKS))
+  samples = kit.FRAMES * kit.HOP
+  hold({f'0/live/{chunks}/waveform': whole[:, :chunks * samples] for chunks in kit.CHUNKS})
+
+
+def test_native_rates_are_processed_as_they_are():
+  codec, audio = make_codec(0), kit.audio(0)
+  np.testing.assert_array_equal(codec.encode(audio, 44100).z, codec.encode(audio, 48000).z)
+
+
+def test_our_two_steps_on_their_weights():
+  """Music2Latent2's decoding: one call a chunk, each chunk refined as the next one's left neighbour."""
+  codec = make_codec(0)
+  latents = port.whole(codec, kit.latents(0, chunks=2))
+  noise = kit.noises(0, chunks=2, roles=2)
+  refined, first = (codec.decode(latents, steps=1, refine=refine, noise=noise) for refine in (True, False))
+  assert refined.shape == first.shape == (2, latents.num_samples)
+  rms = [np.sqrt(np.mean(np.square(x))) for x in (refined, first, refined - first)]
+  assert np.isfinite(rms).all() and 0.5 < rms[0] / rms[1] < 2 and rms[2] > 0.05 * rms[1]
+
+
+# ---- the checker itself --------------------------------------------------------------------------
+
+
+def test_the_checker_sees_what_is_wrong():
+  """A sketch's error is that of the arrays; misplaced, missing and near-equal outputs are told apart."""
+  name = '0/features/9'
+  right = kit.normal('x', shape=(2, 64, 8, 512))
+  reference = kit.record(name, right)
+  assert kit.relative_error(name, right, reference) < 1e-6
+  for size in (1e-6, 1e-3, 1.0):
+    off = right + np.float32(size) * kit.normal('y', shape=right.shape)
+    np.testing.assert_allclose(kit.relative_error(name, off, reference), size, rtol=0.1)
+  for wrong in (right[::-1], np.roll(right, 1, axis=2), right.swapaxes(0, 0)[:, :, ::-1], -right, 1.001 * right):
+    assert kit.relative_error(name, wrong, reference) > 9e-4
+  swapped = right.copy()
+  swapped[0, :2, 0] = right[0, 1::-1, 0]  # two tokens of 1,024 change places
+  assert kit.relative_error(name, swapped, reference) > 1e-2
+  assert kit.relative_error(name, right * np.nan, reference) == np.inf
+  with pytest.raises(ValueError, match=r'is \[64, 2, 8, 512\], should be \[2, 64, 8, 512\]'):
+    kit.relative_error(name, right.reshape(64, 2, 8, 512), reference)
+
+
+def test_the_checker_counts_tokens():
+  z = np.float32([[0.1, 0.3, -0.5, 0.72], [0.1 + 2e-5, 0.3, -0.5, 0.72]]) + np.float32([0.05, 0, 0.03, 0])
+  tokens = np.asarray([100, 200])
+  assert kit.wrong_tokens(tokens, tokens, z) == (0, 0)
+  z = np.float32([[0.15, 0.33, -0.47, 0.72], [0.1 + 2e-5, 0.33, -0.47, 0.72]])  # 5 z = 0.5 + 1e-4
+  assert kit.wrong_tokens(tokens + [1, 0], tokens, z) == (1, 0)
+  assert kit.wrong_tokens(tokens + [0, 1], tokens, z) == (0, 1)
+
+
+def test_the_command_of_the_checker(tmp_path, capsys):
+  reference = kit.load_reference()
+  outputs = {f'{seed}/{kind}': reference[f'{seed}/{kind}'] for seed in kit.SEEDS for kind in kit.RAW}
+  outputs['1/latents'] = outputs['1/latents'] * np.float32(1.01)
+  np.savez(tmp_path / 'outputs.npz', **outputs)
+  assert kit.main(['check', str(tmp_path / 'outputs.npz')]) == 1
+  said = capsys.readouterr().out
+  assert 'FAIL  1.00e-02  1/latents\n' in said and 'ok    0.00e+00  0/latents\n' in said
+  assert f'{3 * len(kit.RAW) - 1} of {len(kit.cases())} cases pass' in said
+  assert kit.main([]) == 2
+
+
+def test_every_case_is_in_the_reference():
+  assert {name.partition('#')[0] for name in kit.load_reference()} == set(kit.cases())
+  assert kit.REFERENCE.stat().st_size < 1e6

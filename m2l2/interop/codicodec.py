@@ -67,8 +67,9 @@ def from_public(public, codec, *, sample_rate: int, num_samples: int | None = No
   tokens = np.issubdtype(public.dtype, np.integer)
   size = arch.num_latents * (1 if tokens else arch.latent_dim)
   if public.ndim != (2 if tokens else 3) or not public.size or public[0].size != size:
-    raise UserError(f'CoDiCodec latents are [chunks, a, b] with a * b = {arch.num_latents * arch.latent_dim}, or tokens '
-                    f'[chunks, {arch.num_latents}]; these are {list(public.shape)}')
+    numbers = arch.num_latents * arch.latent_dim
+    raise UserError(f'CoDiCodec latents are [chunks, a, b] with a * b = {numbers}, or tokens [chunks, '
+                    f'{arch.num_latents}]; these are {list(public.shape)}')
   if tokens:
     z = public.astype(np.int32)[None]
   else:
@@ -255,16 +256,17 @@ def convert_weights(state: Mapping[str, np.ndarray], arch) -> dict:
   params, layers = {}, {}
   for name, tensor in table.items():
     array = np.asarray(state[name])
-    if array.dtype.kind not in 'fiu':
+    if array.dtype.kind not in 'fiu' and array.dtype.name != 'bfloat16':
       raise UserError(f'{name} holds {array.dtype}, not numbers')
-    if tensor.value is not None and not np.allclose(array, np.float32(tensor.value), rtol=1e-3):
+    if tensor.value is not None and not np.allclose(array.astype(np.float32), np.float32(tensor.value), rtol=1e-3):
       raise UserError(f'{name} should hold the constant {np.ravel(tensor.value)[0]:g}: CoDiCodec never trains it, and '
                       'm2l2 has it built in')
+    array = array.astype(np.float32)
     if not np.isfinite(array).all():
       raise UserError(f'{name} holds NaN or infinite numbers')
     if not tensor.path:
       continue
-    array = tensor.convert(array.astype(np.float32))
+    array = tensor.convert(array)
     if tensor.layer is None:
       _put(params, tensor.path, array)
     else:
@@ -396,7 +398,8 @@ def _require_package():
   try:
     import codicodec.models  # noqa: F401
   except ImportError as error:
-    raise UserError(f'verifying runs the original beside m2l2, and {error.name or "a part of it"} is not installed: '
+    missing = (error.name or 'a part of it').partition('.')[0]
+    raise UserError(f'verifying runs the original beside m2l2, and {missing} is not installed: '
                     "pip install 'm2l2[codicodec]' codicodec") from error
 
 

@@ -8,7 +8,6 @@ a de-patchifier does the same in the opposite order, so the lists line up.
 import math
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 
 from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat, silu

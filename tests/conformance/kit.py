@@ -1,7 +1,7 @@
 """Conformance kit for CoDiCodec-shaped models: seeded weights and inputs, reference outputs, a checker. Needs numpy.
 
     python tests/conformance/kit.py export DIR          weights and inputs as .npz, for a port in any language
-    python tests/conformance/kit.py check OUTPUTS.npz   a port's outputs against the reference; exit status 1 if one fails
+    python tests/conformance/kit.py check OUTPUTS.npz   a port's outputs against the reference; status 1 if one fails
 
 README.md beside this file says what the cases are. Nothing here knows torch, JAX or m2l2.
 """
@@ -211,7 +211,7 @@ def relative_error(name, array, reference):
     a, b = array, reference[name]
     shape = b.shape
   else:
-    shape = tuple(reference[f'{name}#shape'])
+    shape = tuple(reference[f'{name}#shape'].tolist())
     a, b = None, reference[name].astype(np.float64)
   if array.shape != shape:
     raise ValueError(f'{name} is {list(array.shape)}, should be {list(shape)}')
