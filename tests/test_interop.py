@@ -26,9 +26,12 @@ from m2l2.latents import Latents
 from m2l2.snapshot import load_snapshot
 
 
+get_config = recipe.get_config  # whatever a test puts in its place
+
+
 @functools.cache
 def make_arch(words=''):
-  return build.network(json.loads(json.dumps(recipe.get_config(words).to_dict()))['model']).arch
+  return build.network(json.loads(json.dumps(get_config(words).to_dict()))['model']).arch
 
 
 def make_state(seed=0):
@@ -48,8 +51,7 @@ def make_state(seed=0):
 @pytest.fixture
 def debug_size(monkeypatch):
   """The importer expects the debug size."""
-  whole = recipe.get_config
-  monkeypatch.setattr(recipe, 'get_config', lambda: whole('debug'))
+  monkeypatch.setattr(recipe, 'get_config', lambda: get_config('debug'))
 
 
 # ---- the table of names --------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def test_every_parameter_is_filled_by_every_tensor():
   assert place < 2 ** 24  # exact in float32
   params = interop.convert_weights(state, arch)
   expected = jax.eval_shape(build.network(
-      json.loads(json.dumps(recipe.get_config('debug').to_dict()))['model']).init, jax.random.key(0))
+      json.loads(json.dumps(get_config('debug').to_dict()))['model']).init, jax.random.key(0))
   assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, expected)
   numbers = np.sort(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)]))
   np.testing.assert_array_equal(numbers, np.arange(place))
@@ -270,7 +272,7 @@ def test_a_truncated_torch_checkpoint_is_refused(debug_size, tmp_path, capsys, k
 
 @pytest.fixture(scope='module')
 def codec():
-  config = json.loads(json.dumps(recipe.get_config('debug').to_dict()))
+  config = json.loads(json.dumps(get_config('debug').to_dict()))
   return Codec(config=config, params=interop.convert_weights(make_state(), make_arch('debug')), fingerprint='cdc')
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import json
 import os
 import pickle
+import re
+import warnings
 
 import numpy as np
 import safetensors
@@ -318,14 +320,16 @@ def _read_torch(path):
     raise UserError(f"{path}: reading a torch checkpoint needs torch: pip install 'm2l2[codicodec]', or give a "
                     '.safetensors file of the same tensors') from error
   try:
-    # weights_only: tensors and plain containers are rebuilt by torch's own unpickler, anything else is refused.
-    checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # torch's own, about odd pickles
+      # weights_only: tensors and plain containers are rebuilt by torch's own unpickler, anything else is refused.
+      checkpoint = torch.load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as error:
     refused = _refused_global(str(error))
     if refused:
       raise UserError(f'{path}: holds more than tensors ({refused}), which could run code; nothing of it was executed. '
                       'If you trust its source, save its tensors as .safetensors and import those') from error
-    raise UserError(f'{path}: is damaged, cut short or not a torch checkpoint') from error
+    raise UserError(f'{path}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
   except Exception as error:  # whatever a damaged archive makes torch raise
     raise UserError(f'{path}: is damaged, cut short or not a torch checkpoint ({_first_line(error)})') from error
   if isinstance(checkpoint, Mapping) and STATE_DICT in checkpoint:
@@ -343,10 +347,8 @@ def _as_numpy(torch, tensor):
 
 def _refused_global(message) -> str:
   """The name that torch's loader refused, from its message; '' where it refused none."""
-  for mark in ('Unsupported global: GLOBAL ', 'Unsupported class ', 'Unsupported operand '):
-    if mark in message:
-      return message.split(mark, 1)[1].split(' ')[0].rstrip('.,')
-  return ''
+  found = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
+  return found[1] if found else ''
 
 
 def _first_line(error) -> str:
