@@ -28,7 +28,7 @@ _MOST_CHANNELS = 64  # more is a transposed array
 FIRST, REFINE, AGAIN = 0, 1, 2
 MODES = ('autoregressive', 'parallel')
 _BLOCK_CHUNKS = 8  # chunks per device call: about 6 s
-_MOST_STEPS = 64
+_MOST_STEPS = 16
 
 
 def locate(path):
@@ -205,8 +205,9 @@ class Codec:
     Args:
       seed: of the noise that decoding starts from, 0 to 2^32 - 1.
       mode: 'autoregressive': each chunk is sampled beside the one before, which has `sigma_cond` put back on
-        it. 'parallel': all chunks are sampled at once, each step beside the other neighbour (CoDiCodec).
-      steps: denoisings of each chunk from sigma_max down; the config's by default (1 in the paper's
+        it. 'parallel': all chunks are sampled at once, each step beside the other neighbour (CoDiCodec); work
+        and memory of a block grow with the steps, so many steps do not pay for short signals.
+      steps: denoisings of each chunk from sigma_max down, at most 16; the config's by default (1 in the paper's
         autoregressive decoding, which `refine` makes two).
       sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
       refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
@@ -300,9 +301,12 @@ class Codec:
 
   def _layout(self, latents):
     """Where the signal behind the latents lies, at the model's rate."""
+    return self.layout(latents.num_samples, latents.sample_rate)
+
+  def layout(self, num_samples: int, sample_rate: int):
+    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.Layout."""
     return self.representation.layout(audio_io.resampled_length(
-        latents.num_samples, from_rate=latents.sample_rate,
-        to_rate=self.model_rate(latents.sample_rate)))
+        num_samples, from_rate=sample_rate, to_rate=self.model_rate(sample_rate)))
 
   def _continuous(self, latents):
     """The latents as float32 [streams, chunks, K, d], checked against this model."""
@@ -328,6 +332,9 @@ class Codec:
                       f'{list(shape)} (streams, chunks, embeddings{"" if discrete else ", numbers"})')
     if not np.isfinite(z).all():
       raise UserError('the latents hold NaN or infinite numbers')
+    if not discrete and np.abs(z).max() > 1.001:
+      raise UserError(f'the latents reach {np.abs(z).max():.3g}, but lie in [-1, 1]: clip them, or bring them back to '
+                      "this scale (CoDiCodec's public latents: m2l2.interop.codicodec.from_public)")
     if discrete:
       codes = self._bottleneck.levels ** arch.latent_dim
       if z.min() < 0 or z.max() >= codes:
@@ -351,11 +358,16 @@ class Codec:
     if noise is None:
       key = jax.random.key(seed)
       return lambda index: self._noise(key, np.maximum(index, 0), roles=roles), self.consistency.schedule(steps)
-    shape = np.shape(noise)
-    if shape[1:] != (roles, *self._chunk_shape) or chunks not in (None, shape[0]):
-      wanted = [shape[0] if chunks is None else chunks, roles, *self._chunk_shape]
-      raise UserError(f'noise must have shape {wanted}, not {list(shape)}')
-    return lambda index: noise[np.clip(index, 0, len(noise) - 1)], self.consistency.schedule(steps)
+    noise = np.asarray(noise, np.float32)
+    if noise.shape[1:] != (roles, *self._chunk_shape) or chunks not in (None, len(noise)):
+      wanted = ['chunks' if chunks is None else chunks, roles, *self._chunk_shape]
+      raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
+
+    def draw(index):
+      if chunks is None and max(index) >= len(noise):
+        raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
+      return noise[np.clip(index, 0, len(noise) - 1)]
+    return draw, self.consistency.schedule(steps)
 
   @property
   def _chunk_shape(self):

@@ -64,9 +64,17 @@ def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | 
   try:
     _refuse_to_replace(path)
     _write(path, arrays, text)
+  except (OSError, safetensors.SafetensorError) as error:  # a full disk is the latter
+    raise UserError(f'cannot write the snapshot {path}: {getattr(error, "strerror", None) or error}') from error
+  return mark
+
+
+def check_place(path) -> None:
+  """Raises UserError where `save_snapshot` would refuse to write: an early look, before long work."""
+  try:
+    _refuse_to_replace(Path(os.path.realpath(path)))
   except OSError as error:
     raise UserError(f'cannot write the snapshot {path}: {error.strerror or error}') from error
-  return mark
 
 
 def load_snapshot(path) -> Snapshot:
@@ -152,13 +160,17 @@ def _write(path: Path, arrays: dict[str, np.ndarray], config: str) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   _remove(new)
   new.mkdir()
-  safetensors.numpy.save_file(arrays, new / WEIGHTS)
-  (new / CONFIG).write_text(config, encoding='utf-8')
-  _sync(new / WEIGHTS)
-  _sync(new / CONFIG)
-  if path.exists():
-    _copy_foreign_files(path, new)
-  _sync(new)
+  try:
+    safetensors.numpy.save_file(arrays, new / WEIGHTS)
+    (new / CONFIG).write_text(config, encoding='utf-8')
+    _sync(new / WEIGHTS)
+    _sync(new / CONFIG)
+    if path.exists():
+      _copy_foreign_files(path, new)
+    _sync(new)
+  except BaseException:
+    _remove(new)
+    raise
   # A directory cannot be renamed onto a full one. Between the two renames the old snapshot stands
   # aside, complete, where `_find` looks for it; at every other moment `path` itself is complete.
   if path.exists():

@@ -480,10 +480,39 @@ def test_streaming_of_tokens_of_nothing_and_of_what_does_not_fit(ancestor, mono)
     list(mono.stream([np.zeros((2, 8, 8), np.float32), np.zeros((8, 8), np.float32)]))
   with pytest.raises(UserError, match='seed'):  # at the call
     ancestor.stream([tokens], seed=-1)
+  noise = np.zeros((1, 2, 128, 16, 4), np.float32)
+  with pytest.raises(UserError, match='noise for 1 chunks, and more have come'):
+    list(ancestor.stream([tokens, tokens], noise=noise))
+  for noise in (1.0, [1.0], np.zeros((1, 3, 128, 16, 4))):
+    with pytest.raises(UserError, match=r"noise must have shape \['chunks', 2"):
+      ancestor.stream([tokens], noise=noise)
+
+
+def test_latents_of_another_scale_are_refused(mono):
+  latents = latents_for(mono, chunks=1)
+  mono.decode(dataclasses.replace(latents, z=np.clip(10 * latents.z, -1, 1)))
+  with pytest.raises(UserError, match=r'the latents reach .*, but lie in \[-1, 1\]: clip them'):
+    mono.decode(dataclasses.replace(latents, z=3 * latents.z))
+
+
+def test_refinement_after_several_steps(ancestor):
+  """Each chunk's left output beside the next one, the last one's alone."""
+  process, net, params = ancestor.consistency, ancestor.network, ancestor.params
+  decoders, audio = plain_decoders(ancestor)
+  latents = latents_for(ancestor, chunks=3, channels=2)
+  latents = dataclasses.replace(latents, num_samples=ancestor.representation.crop_samples(3))
+  noise, z = drawn(ancestor, chunks=3, seed=2, steps=2), jnp.asarray(latents.z)
+  spread = (process.sigma_cond ** 2 - process.sigma_min ** 2) ** 0.5
+  done = [
+      process.denoise(lambda x, sigma: net.denoise(params, x, sigma, net.decode(params, z[:, i:i + 1])),
+                      (x + spread * noise[i, REFINE])[None, None], jnp.full((1, 1), process.sigma_cond))[0, 0]
+      for i, x in enumerate(decoders['autoregressive'](z, noise, 2))]
+  decoded = ancestor.decode(latents, noise=noise, steps=2, refine=True)
+  np.testing.assert_allclose(decoded, audio(done, latents.num_samples), atol=2e-5)
 
 
 @pytest.mark.parametrize('options,told', [
-    (dict(steps=0), r'steps is 0; it must lie in 1..64'), (dict(steps=65), 'steps is 65'),
+    (dict(steps=0), r'steps is 0; it must lie in 1..16'), (dict(steps=17), 'steps is 17'),
     (dict(mode='parallel', sigma_cond=0.5), 'neither sigma_cond nor refine'),
     (dict(mode='parallel', refine=True), 'neither sigma_cond nor refine')])
 def test_options_that_mean_nothing_are_refused(mono, options, told):

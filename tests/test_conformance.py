@@ -1,5 +1,6 @@
 """m2l2 at full size against CoDiCodec's own outputs (tests/conformance): same weights, inputs and noise, float32."""
 
+import dataclasses
 import functools
 
 import kit
@@ -46,9 +47,31 @@ def test_live_decoding():
   hold({f'0/live/{chunks}/waveform': whole[:, :chunks * samples] for chunks in kit.CHUNKS})
 
 
-def test_native_rates_are_processed_as_they_are():
+def test_one_chunk_alone(seed):
+  """A chunk's latents, features and left output do not need the other chunk's presence."""
+  codec = make_codec(seed)
+  audio = kit.audio(seed)[:, :codec.representation.crop_samples(1)]
+  hold({f'{seed}/latents': np.concatenate(
+      [codec.encode(audio, 44100).z[0], kit.load_reference()[f'{seed}/latents'][1:]])})
+  _, decode, denoise = port.calls()
+  z, pair = kit.latents(seed, chunks=2)[None], kit.LEVEL_PAIRS[0]
+  noisy = kit.noisy_pair(seed, pair)[None]
+  both, one = (decode(codec.params, z[:, :chunks]) for chunks in (2, 1))
+  for a, b in zip(one['maps'], both['maps']):
+    assert np.linalg.norm(a[0, 0] - b[0, 0]) < 1e-5 * np.linalg.norm(b[0, 0])
+  left = denoise(codec.params, noisy, np.float32([pair]), both)[0, 0]
+  alone = denoise(codec.params, noisy[:, :1], np.float32([pair[:1]]), one)[0, 0]
+  assert np.linalg.norm(left - alone) < 1e-5 * np.linalg.norm(left)
+
+
+def test_native_rates_are_processed_as_they_are_and_mono_comes_back_as_mono():
   codec, audio = make_codec(0), kit.audio(0)
   np.testing.assert_array_equal(codec.encode(audio, 44100).z, codec.encode(audio, 48000).z)
+  latents = port.whole(codec, kit.latents(0, chunks=1))
+  noise = kit.noises(0, chunks=1, roles=3)
+  stereo = codec.decode(latents, noise=noise)
+  for change, expected in ((dict(sample_rate=48000), stereo), (dict(channels=1), stereo.mean(axis=0, keepdims=True))):
+    np.testing.assert_allclose(codec.decode(dataclasses.replace(latents, **change), noise=noise), expected, atol=1e-7)
 
 
 def test_our_two_steps_on_their_weights():
@@ -74,7 +97,7 @@ def test_the_checker_sees_what_is_wrong():
   for size in (1e-6, 1e-3, 1.0):
     off = right + np.float32(size) * kit.normal('y', shape=right.shape)
     np.testing.assert_allclose(kit.relative_error(name, off, reference), size, rtol=0.1)
-  for wrong in (right[::-1], np.roll(right, 1, axis=2), right.swapaxes(0, 0)[:, :, ::-1], -right, 1.001 * right):
+  for wrong in (right[::-1], np.roll(right, 1, axis=2), right[:, :, ::-1], -right, 1.001 * right):
     assert kit.relative_error(name, wrong, reference) > 9e-4
   swapped = right.copy()
   swapped[0, :2, 0] = right[0, 1::-1, 0]  # two tokens of 1,024 change places
@@ -102,7 +125,41 @@ def test_the_command_of_the_checker(tmp_path, capsys):
   said = capsys.readouterr().out
   assert 'FAIL  1.00e-02  1/latents\n' in said and 'ok    0.00e+00  0/latents\n' in said
   assert f'{3 * len(kit.RAW) - 1} of {len(kit.cases())} cases pass' in said
-  assert kit.main([]) == 2
+  assert '2/tokens is missing' not in said and '2/denoiser/4 is missing' in said
+  np.savez(tmp_path / 'outputs.npz', **{'0/tokens': reference['0/tokens'][:1], '0/features/9': np.zeros(3)})
+  assert kit.main(['check', str(tmp_path / 'outputs.npz')]) == 1
+  said = capsys.readouterr().out
+  assert 'tokens are [1, 128], should be [2, 128]' in said
+  assert '0/features/9 is [3], should be [2, 64, 8, 512]' in said
+  (tmp_path / 'outputs.npz').write_bytes(b'PK')
+  assert kit.main(['check', str(tmp_path / 'outputs.npz')]) == 2 and kit.main([]) == 2
+
+
+def test_the_port_computes_every_case(monkeypatch):
+  """So that `port.py` and then `kit.py check` can pass; the numbers are the tests' above."""
+  made = {}
+  for name in ('make_codec', 'calls'):
+    monkeypatch.setattr(port, name, lambda *args: None)
+  monkeypatch.setattr(port, 'encoder_outputs', lambda codec, seed: {f'{seed}/{n}': 0 for n in (
+      'representation', 'latents', 'latents_mono', 'tokens')})
+  monkeypatch.setattr(port, 'network_outputs', lambda codec, seed: {
+      name: 0 for name in kit.cases() if name.startswith((f'{seed}/features', f'{seed}/denoiser'))})
+  monkeypatch.setattr(port, 'waveform', lambda codec, decoder, chunks: 0)
+  monkeypatch.setattr(np, 'savez', lambda path, **outputs: made.update(outputs))
+  assert port.main(['outputs.npz']) == 0 and set(made) == set(kit.cases())
+
+
+def test_the_export_holds_what_the_checker_takes_for_granted(tmp_path, monkeypatch):
+  monkeypatch.setattr(kit, 'SEEDS', (0,))
+  monkeypatch.setattr(kit, 'CHUNKS', (1, 2))
+  monkeypatch.setattr(kit, 'tensors', lambda: {'decoder.pe': (1, 4, 8), 'fsq._basis_tensor': (4,)})
+  assert kit.main(['export', str(tmp_path / 'kit')]) == 0
+  weights, inputs = (np.load(tmp_path / 'kit' / f'{name}0.npz') for name in ('weights', 'inputs'))
+  np.testing.assert_array_equal(weights['decoder.pe'], kit.weight('decoder.pe', (1, 4, 8), 0))
+  np.testing.assert_array_equal(weights['fsq._basis_tensor'], [1, 11, 121, 1331])
+  np.testing.assert_array_equal(inputs['noise'][1, 2], kit.noise(0, 1, 2))
+  np.testing.assert_array_equal(inputs['noisy_pair1'], kit.noisy_pair(0, kit.LEVEL_PAIRS[1]))
+  assert inputs['latents'].shape == (2, 128, 4) and (tmp_path / 'kit' / 'cases.json').exists()
 
 
 def test_every_case_is_in_the_reference():

@@ -28,8 +28,8 @@ def both(seed):
 
 
 def error(a, b):
-  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  return np.linalg.norm(a - b) / np.linalg.norm(b)
+  import live
+  return live.error(a, b)
 
 
 def test_the_reference_is_what_the_original_gives():

@@ -139,8 +139,11 @@ def change(**changes):
     (dict(latents=np.zeros((1, 9, 64), np.float32)), 'latents is [1, 9, 64], should be [1, 8, 64]'),
     (dict(gain_encoder=np.full((1, 1, 128, 1), np.nan, np.float32)), 'gain_encoder holds NaN'),
     (dict(gain_encoder=np.zeros((1, 1, 128, 1), bool)), 'gain_encoder holds bool'),
-    ({'fsq._levels_tensor': np.full(4, 9)}, 'fsq._levels_tensor should hold the constant 11'),
-    ({'frontend_decoder_up.up_layers.1.up.weight': np.ones((64, 1, 2, 2), np.float32)}, 'the constant 0.5'),
+    ({'fsq._levels_tensor': np.full(4, 9)}, 'fsq._levels_tensor should hold [11, 11, 11, 11]'),
+    ({'fsq._basis_tensor': np.full(4, 1)}, 'should hold [1, 11, 121, 1331]'),
+    ({'gain_encoder': np.full((1, 1, 128, 1), 1e300)}, 'gain_encoder holds NaN or infinite'),
+    ({'\x1b[31m' + 'x' * 10000: np.zeros(1)}, '... is superfluous'),
+    ({'frontend_decoder_up.up_layers.1.up.weight': np.ones((64, 1, 2, 2), np.float32)}, 'should hold 0.5'),
 ])
 def test_a_state_dict_that_is_none_is_refused(debug_size, tmp_path, capsys, changes, told):
   source = tmp_path / 'codicodec.safetensors'
@@ -148,11 +151,32 @@ def test_a_state_dict_that_is_none_is_refused(debug_size, tmp_path, capsys, chan
   refuse(source, tmp_path / 'snapshot', told, capsys=capsys)
 
 
+def test_a_safetensors_file_of_another_name_is_read(debug_size, tmp_path, capsys):
+  source = tmp_path / 'codicodec.pt'
+  safetensors.numpy.save_file(make_state(), source)
+  assert run(source, tmp_path / 'snapshot', capsys=capsys)[0] == 0
+
+
+def test_a_full_disk_leaves_nothing(debug_size, tmp_path, capsys, monkeypatch):
+  """safetensors reports it as an error of its own."""
+  source = tmp_path / 'codicodec.safetensors'
+  safetensors.numpy.save_file(make_state(), source)
+
+  def full(arrays, path):
+    path.write_bytes(b'the beginning')
+    raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+
+  monkeypatch.setattr(safetensors.numpy, 'save_file', full)
+  status, said = run(source, tmp_path / 'snapshot', capsys=capsys)
+  assert status == 1 and 'No space left' in said.err and said.err.count('\n') == 1
+  assert os.listdir(tmp_path) == ['codicodec.safetensors']
+
+
 @pytest.mark.parametrize('keep', [0, 4, 8, 300, -1])
 def test_a_truncated_safetensors_file_is_refused(debug_size, tmp_path, capsys, keep):
   source = tmp_path / 'codicodec.safetensors'
   source.write_bytes(safetensors.numpy.save(make_state())[:keep])
-  refuse(source, tmp_path / 'snapshot', 'is damaged, cut short or not a safetensors file', capsys=capsys)
+  refuse(source, tmp_path / 'snapshot', 'is damaged, cut short or not a safetensors file of floats', capsys=capsys)
 
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
@@ -257,6 +281,19 @@ def test_code_in_a_checkpoint_is_refused_and_never_run(debug_size, tmp_path, cap
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize('make', [
+    lambda torch, x: x.to_sparse(), lambda torch, x: torch.zeros(1).expand(x.shape),
+    lambda torch, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), lambda torch, x: x.to('meta'),
+    lambda torch, x: torch.zeros(1).expand(10 ** 6, 10 ** 7)])
+def test_tensors_that_are_not_plain_are_refused(debug_size, tmp_path, capsys, make):
+  import torch
+  state = torch_state()
+  state['latents'] = make(torch, state['latents'])
+  torch.save({'gen_state_dict': state}, tmp_path / 'codicodec.pt')
+  refuse(tmp_path / 'codicodec.pt', tmp_path / 'snapshot', 'latents is not a plain tensor', capsys=capsys)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize('keep', [0, 1, 100, 5000, 0.5, -1, -100])
 def test_a_truncated_torch_checkpoint_is_refused(debug_size, tmp_path, capsys, keep):
   import torch
@@ -289,7 +326,7 @@ def test_public_latents_there_and_back(codec, width):
   latents = make_latents(codec)
   public = interop.to_public(latents, width=width)
   assert public.shape == (3, 32 // width, width) and public.dtype == np.float32
-  # Embedding l = (row, part) of four numbers: '(l d) c -> l (d c)'.
+  # Neighbouring embeddings of four numbers stand side by side.
   per_row = width // 4
   for row, part, number in ((0, 0, 0), (32 // width - 1, per_row - 1, 3)):
     z = latents.z[0, 1, row * per_row + part, number]
@@ -313,8 +350,19 @@ def test_public_latents_of_a_known_length(codec):
   samples = codec.representation.crop_samples(3) - 200
   back = interop.from_public(public, codec, sample_rate=44100, num_samples=samples)
   assert codec.decode(back).shape == (2, samples)
-  with pytest.raises(UserError, match='not what 3 chunks hold'):
-    interop.from_public(public, codec, sample_rate=44100, num_samples=9 * samples)
+  for samples, rate in ((9 * samples, 44100), (0, 44100), (samples, 0), (samples, 8000)):
+    with pytest.raises(UserError, match='not what 3 chunks hold'):
+      interop.from_public(public, codec, sample_rate=rate, num_samples=samples)
+
+
+def test_public_latents_of_a_foreign_rate(codec):
+  audio = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 5000)).astype(np.float32)
+  latents = codec.encode(audio, 22050)
+  back = interop.from_public(interop.to_public(latents, width=8), codec, sample_rate=22050, num_samples=5000)
+  np.testing.assert_allclose(back.z, latents.z, atol=1e-6)
+  assert dataclasses.replace(back, z=0) == dataclasses.replace(latents, z=0)
+  with pytest.raises(UserError, match='say num_samples too'):
+    interop.from_public(interop.to_public(latents, width=8), codec, sample_rate=22050)
 
 
 @pytest.mark.parametrize('public', [
@@ -328,6 +376,9 @@ def test_public_latents_of_a_wrong_shape_are_refused(codec, public):
 def test_public_latents_that_are_none_are_refused(codec):
   with pytest.raises(UserError, match='NaN'):
     interop.from_public(np.full((1, 4, 8), np.nan), codec, sample_rate=44100)
+  for token in (-1, 11 ** 4, 2 ** 32 + 5):
+    with pytest.raises(UserError, match='beyond 0..14640'):
+      interop.from_public(np.full((1, 8), token), codec, sample_rate=44100)
   with pytest.raises(UserError, match='width is 5'):
     interop.to_public(make_latents(codec), width=5)
   two = dataclasses.replace(make_latents(codec), z=np.zeros((2, 3, 8, 4), np.float32))

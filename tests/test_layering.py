@@ -37,6 +37,8 @@ BANS = {
 # These may be imported only by what is named.
 KEEPERS = {
     'soundfile': ('m2l2.data.audio_io',),
+    'torch': ('m2l2.interop.codicodec',),
+    'codicodec': ('m2l2.interop.codicodec',),
     # What turns a config into networks is called by build alone.
     'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
 }
@@ -47,7 +49,7 @@ INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.train_step')
 # by itself, so optax is forbidden to our files but may be in memory.
 INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec', 'm2l2.consistency',
              'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
-             'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
+             'm2l2.latents', 'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
 TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These two also serve training, from inside functions that inference never calls.

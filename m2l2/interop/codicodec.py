@@ -18,9 +18,10 @@ import safetensors
 import safetensors.numpy
 
 from m2l2 import build
+from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.latents import Latents
-from m2l2.snapshot import save_snapshot
+from m2l2.snapshot import check_place, save_snapshot
 
 STATE_DICT = 'gen_state_dict'  # its place in the published checkpoint
 LATENT_SCALE = 0.8             # public latents are atanh(z) / 0.8
@@ -59,10 +60,11 @@ def from_public(public, codec, *, sample_rate: int, num_samples: int | None = No
 
   Args:
     public: float [chunks, any, any] as `to_public` makes it, or int tokens [chunks, K].
-    sample_rate, num_samples: of the signal. Without num_samples all that the chunks decode to is the signal, as in
-      the torch package: chunks * 32768 + 1024 samples.
+    sample_rate, num_samples: of the signal. Without num_samples, at a native rate, all that the chunks decode to is
+      the signal, as in the torch package: chunks * 32768 + 1024 samples.
 
-  Raises UserError: numbers that do not make up chunks of this model's latents, NaN, or too many samples.
+  Raises UserError: numbers that do not make up chunks of this model's latents, NaN, tokens out of range, a length
+    that is not these chunks', or a foreign rate without a length.
   """
   arch, rep = codec.network.arch, codec.representation
   public = np.asarray(public)
@@ -73,16 +75,22 @@ def from_public(public, codec, *, sample_rate: int, num_samples: int | None = No
     raise UserError(f'CoDiCodec latents are [chunks, a, b] with a * b = {numbers}, or tokens [chunks, '
                     f'{arch.num_latents}]; these are {list(public.shape)}')
   if tokens:
+    codes = arch.fsq_levels ** arch.latent_dim
+    if public.min() < 0 or public.max() >= codes:
+      raise UserError(f'the tokens reach beyond 0..{codes - 1}')
     z = public.astype(np.int32)[None]
   else:
     z = np.tanh(public.astype(np.float32) * np.float32(LATENT_SCALE))
     z = z.reshape(1, len(public), arch.num_latents, arch.latent_dim)
   if not np.isfinite(z).all():
     raise UserError('the latents hold NaN or infinite numbers')
+  if num_samples is None and sample_rate not in codec.native_rates:
+    raise UserError(f'sample_rate is {sample_rate}; say num_samples too, or take one of {codec.native_rates}')
   num_samples = rep.crop_samples(len(public)) if num_samples is None else num_samples
-  if num_samples < 1 or rep.layout(num_samples).chunks != len(public):
-    raise UserError(f'{num_samples} samples are not what {len(public)} chunks hold')
-  return Latents(z=z, sample_rate=sample_rate, num_samples=num_samples, channels=rep.channels, model=codec.fingerprint)
+  if min(num_samples, sample_rate) < 1 or codec.layout(num_samples, sample_rate).chunks != len(public):
+    raise UserError(f'{num_samples} samples at {sample_rate} Hz are not what {len(public)} chunks hold')
+  return Latents(z=z, sample_rate=int(sample_rate), num_samples=int(num_samples), channels=rep.channels,
+                 model=codec.fingerprint)
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------
@@ -260,10 +268,11 @@ def convert_weights(state: Mapping[str, np.ndarray], arch) -> dict:
     array = np.asarray(state[name])
     if array.dtype.kind not in 'fiu' and array.dtype.name != 'bfloat16':
       raise UserError(f'{name} holds {array.dtype}, not numbers')
-    if tensor.value is not None and not np.allclose(array.astype(np.float32), np.float32(tensor.value), rtol=1e-3):
-      raise UserError(f'{name} should hold the constant {np.ravel(tensor.value)[0]:g}: CoDiCodec never trains it, and '
-                      'm2l2 has it built in')
-    array = array.astype(np.float32)
+    with np.errstate(over='ignore', invalid='ignore'):
+      array = array.astype(np.float32)
+    if tensor.value is not None and not np.allclose(array, np.float32(tensor.value), rtol=1e-3):
+      value = np.asarray(tensor.value).tolist()
+      raise UserError(f'{name} should hold {value}: CoDiCodec never trains it, and m2l2 has it built in')
     if not np.isfinite(array).all():
       raise UserError(f'{name} holds NaN or infinite numbers')
     if not tensor.path:
@@ -285,7 +294,12 @@ def _put(tree, path, array):
 
 
 def _listed(names) -> str:
-  return f'{", ".join(names[:3])}{_more(names)} {"is" if len(names) == 1 else "are"}'
+  return f'{", ".join(map(_shown, names[:3]))}{_more(names)} {"is" if len(names) == 1 else "are"}'
+
+
+def _shown(name) -> str:
+  """A name out of somebody's file, fit for a terminal."""
+  return audio_io.shown(name if len(name) <= 80 else f'{name[:77]}...')
 
 
 def _more(items) -> str:
@@ -302,22 +316,31 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
-    raise UserError(f'{path}: there is no such file (the published one is codicodec.pt)')
-  return _read_safetensors(path) if path.lower().endswith('.safetensors') else _read_torch(path)
+    raise UserError(f'{audio_io.shown(path)}: there is no such file (the published one is codicodec.pt)')
+  try:
+    with open(path, 'rb') as file:
+      head = file.read(10)
+  except OSError as error:
+    raise UserError(f'{audio_io.shown(path)}: cannot be read ({error.strerror})') from error
+  # By name, or by how such a file begins: a length of 8 bytes, then JSON.
+  is_safetensors = path.lower().endswith('.safetensors') or head[8:] == b'{"'
+  return (_read_safetensors if is_safetensors else _read_torch)(path)
 
 
 def _read_safetensors(path):
   try:
     return safetensors.numpy.load_file(path)
-  except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path}: is damaged, cut short or not a safetensors file ({error})') from error
+  except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{audio_io.shown(path)}: is damaged, cut short or not a safetensors file of floats '
+                    f'({_first_line(error)})') from error
 
 
 def _read_torch(path):
+  shown = audio_io.shown(path)
   try:
     import torch
   except ModuleNotFoundError as error:
-    raise UserError(f"{path}: reading a torch checkpoint needs torch: pip install 'm2l2[codicodec]', or give a "
+    raise UserError(f"{shown}: reading a torch checkpoint needs torch: pip install 'm2l2[codicodec]', or give a "
                     '.safetensors file of the same tensors') from error
   try:
     with warnings.catch_warnings():
@@ -327,20 +350,30 @@ def _read_torch(path):
   except pickle.UnpicklingError as error:
     refused = _refused_global(str(error))
     if refused:
-      raise UserError(f'{path}: holds more than tensors ({refused}), which could run code; nothing of it was executed. '
-                      'If you trust its source, save its tensors as .safetensors and import those') from error
-    raise UserError(f'{path}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
+      raise UserError(f'{shown}: holds more than tensors ({refused}), which could run code; nothing of it was '
+                      'executed. If you trust its source, save its tensors as .safetensors and import those') from error
+    raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
   except Exception as error:  # whatever a damaged archive makes torch raise
-    raise UserError(f'{path}: is damaged, cut short or not a torch checkpoint ({_first_line(error)})') from error
+    raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint ({_first_line(error)})') from error
   if isinstance(checkpoint, Mapping) and STATE_DICT in checkpoint:
     checkpoint = checkpoint[STATE_DICT]
   if not isinstance(checkpoint, Mapping) or not checkpoint or not all(
       isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in checkpoint.items()):
-    raise UserError(f'{path}: has no {STATE_DICT!r} and is not a state dict itself: not a checkpoint of CoDiCodec')
-  return {name: _as_numpy(torch, tensor) for name, tensor in checkpoint.items()}
+    raise UserError(f'{shown}: has no {STATE_DICT!r} and is not a state dict itself: not a checkpoint of CoDiCodec')
+  for name, tensor in checkpoint.items():
+    if not _is_plain(torch, tensor):
+      raise UserError(f'{shown}: {_shown(name)} is not a plain tensor with all its numbers in the file')
+  return {name: _as_numpy(tensor) for name, tensor in checkpoint.items()}
 
 
-def _as_numpy(torch, tensor):
+def _is_plain(torch, tensor) -> bool:
+  """Dense numbers, all of them there: an expanded tensor of a few bytes can claim terabytes."""
+  if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != 'cpu':
+    return False
+  return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _as_numpy(tensor):
   tensor = tensor.detach()
   return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
 
@@ -371,6 +404,7 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
   """
   from m2l2.configs import codicodec as recipe
 
+  check_place(target)
   config = json.loads(json.dumps(recipe.get_config().to_dict()))
   arch = build.network(config['model']).arch
   if verify:
@@ -379,7 +413,7 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
   try:
     params = convert_weights(state, arch)
   except UserError as error:
-    raise UserError(f'{os.fspath(source)}: {error}') from error
+    raise UserError(f'{audio_io.shown(source)}: {error}') from error
   report = {'unused': sorted(name for name, tensor in state_dict_table(arch).items()
                              if not tensor.path and tensor.value is None)}
   if verify:
@@ -446,15 +480,20 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
     return net.arch.make_bottleneck()(pre), features['maps'], process.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, features), noisy, levels)
 
-  with jax.default_device(jax.devices('cpu')[0]):
+  try:
+    cpu = jax.devices('cpu')[0]
+  except RuntimeError as error:
+    raise UserError('verifying runs on the CPU, which JAX_PLATFORMS leaves out: add ,cpu to it') from error
+  with jax.default_device(cpu):
     ours = run(params, spec, z, noisy, levels)
   errors = {'latents': _relative_error(ours[0], z),
-            'features': max(_relative_error(_join_chunks(a), _from_torch(b)) for a, b in zip(ours[1], features)),
+            'features': float(np.max([_relative_error(_join_chunks(a), _from_torch(b))
+                                      for a, b in zip(ours[1], features)])),
             'denoiser': _relative_error(_join_chunks(ours[2]), _from_torch(out))}
-  worst = max(errors, key=errors.get)
-  if not errors[worst] <= tolerance:
-    raise UserError(f'm2l2 and the original differ: relative error {errors[worst]:.2g} of {worst}, at most '
-                    f'{tolerance:g} is right; nothing was written')
+  for name, error in errors.items():
+    if not error <= tolerance:  # nan neither
+      raise UserError(f'm2l2 and the original differ: relative error {error:.2g} of {name}, at most {tolerance:g} is '
+                      'right; nothing was written')
   return errors
 
 

@@ -167,9 +167,10 @@ def cases():
       made[f'{seed}/denoiser/{i}'] = f'denoised noisy_pair({seed}, {pair}) given latents({seed}, chunks=2)'
   for decoder, steps in DECODERS.items():
     for chunks in CHUNKS:
-      text = f'{decoder} decoding in {steps} steps of latents(0, chunks={chunks}) with noise(0, ...)'
-      made[f'0/{decoder}/{chunks}/spectrogram'] = f'{text}: [chunks, F, T, C]'
-      made[f'0/{decoder}/{chunks}/waveform'] = f'{text}: [2, samples] in [-1, 1]'
+      samples = chunks * FRAMES * HOP + (0 if decoder == 'live' else HOP)
+      made[f'0/{decoder}/{chunks}/waveform'] = (
+          f'waveform [2, {samples}] of {decoder} decoding in {steps} steps of latents(0, chunks={chunks}) with '
+          'noise(0, chunk, role)')
   return made
 
 
@@ -223,6 +224,8 @@ def relative_error(name, array, reference):
 
 def wrong_tokens(tokens, reference_tokens, reference_latents):
   """-> (wrong, excused): tokens that differ; of these, those with a latent within NEAR_EDGE of a rounding edge."""
+  if np.shape(tokens) != np.shape(reference_tokens):
+    raise ValueError(f'tokens are {list(np.shape(tokens))}, should be {list(np.shape(reference_tokens))}')
   differ = np.asarray(tokens) != reference_tokens
   scaled = reference_latents.astype(np.float64) * (LEVELS // 2)
   distance = np.abs(scaled - np.floor(scaled) - 0.5) / (LEVELS // 2)
@@ -236,18 +239,22 @@ def load_reference():
 
 
 def check(outputs, *, names=None):
-  """-> one (name, error, passed) per case; an output that is missing has the error nan."""
+  """-> one (name and remark, error, passed) per case; an output that is missing or misshapen has the error nan."""
   reference, rows = load_reference(), []
   for name in names or cases():
     if name not in outputs:
-      rows.append((name, float('nan'), False))
-    elif name.endswith('/tokens'):
-      seed = name.split('/')[0]
-      wrong, excused = wrong_tokens(outputs[name], reference[name], reference[f'{seed}/latents'])
-      rows.append((f'{name} ({excused} near an edge differ)', float(wrong), not wrong))
-    else:
-      error = relative_error(name, outputs[name], reference)
-      rows.append((name, error, error < TOLERANCE))
+      rows.append((f'{name} is missing', float('nan'), False))
+      continue
+    try:
+      if name.endswith('/tokens'):
+        seed = name.split('/')[0]
+        wrong, excused = wrong_tokens(outputs[name], reference[name], reference[f'{seed}/latents'])
+        rows.append((f'{name} ({excused} near an edge differ)', float(wrong), not wrong))
+      else:
+        error = relative_error(name, outputs[name], reference)
+        rows.append((name, error, error < TOLERANCE))
+    except ValueError as error:
+      rows.append((str(error), float('nan'), False))
   return rows
 
 
@@ -272,8 +279,12 @@ def main(argv):
   if argv[0] == 'export':
     _export(argv[1])
     return 0
-  with np.load(argv[1]) as file:
-    rows = check(file)
+  try:
+    with np.load(argv[1], allow_pickle=False) as file:
+      rows = check({name: file[name] for name in file.files})
+  except Exception as error:  # of a file that is none: any at all
+    print(f'{argv[1]}: is not an .npz file of outputs ({error})', file=sys.stderr)
+    return 2
   for name, error, passed in rows:
     print(f'{"ok  " if passed else "FAIL"} {error:9.2e}  {name}')
   failed = sum(not passed for _, _, passed in rows)

@@ -1,12 +1,13 @@
 """The original, CoDiCodec's torch package, run on the kit's weights and inputs; writes reference.npz.
 
     pip install torch codicodec numpy
-    python tests/conformance/original.py        makes tests/conformance/reference.npz again (some 5 minutes)
+    python tests/conformance/original.py   makes reference.npz and tensors.json beside it again (some 5 minutes)
 
 Only its public classes and methods are called; its noise is replaced by the kit's, its mixed precision switched off.
 """
 
 import contextlib
+import json
 import sys
 import time
 
@@ -177,12 +178,14 @@ def outputs(seed, network):
       spec, waveform = run(network, kit.latents(0, chunks=chunks), noises, steps)
       if run is live and decoder != 'live':
         waveform = _waveform(torch.from_numpy(to_torch(spec)))
-      yield f'0/{decoder}/{chunks}/spectrogram', spec
       yield f'0/{decoder}/{chunks}/waveform', waveform
 
 
 def main():
   start, stored = time.time(), {}
+  shapes = {name: list(tensor.shape) for name, tensor in codicodec.models.UNet().state_dict().items()}
+  lines = ',\n'.join(f'  {json.dumps(name)}: {shape}' for name, shape in shapes.items())
+  (kit.HERE / 'tensors.json').write_text(f'{{\n{lines}\n}}\n')
   for seed in kit.SEEDS:
     network = load(kit.weights(seed))
     for name, array in outputs(seed, network):
