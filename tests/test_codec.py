@@ -542,7 +542,7 @@ def test_sigma_cond_matters_and_is_checked(mono):
 
 
 def perfect(words='debug', **changes):
-  """A Codec whose latents are the spectrogram and whose denoiser returns it."""
+  """A Codec whose latents are the spectrogram, scaled into [-1, 1], and whose denoiser returns it."""
   config = make_config(words, **changes)
   codec = Codec(config=config, params=make_params(config), fingerprint='perfect')
   rep = codec.representation
@@ -550,8 +550,8 @@ def perfect(words='debug', **changes):
       codec.network.arch, num_latents=rep.bins * rep.frames, latent_dim=rep.spec_channels)
   codec.network = dataclasses.replace(
       codec.network, arch=arch,
-      encode=lambda params, spec: spec.reshape(*spec.shape[:2], -1, rep.spec_channels),
-      decode=lambda params, z: z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
+      encode=lambda params, spec: spec.reshape(*spec.shape[:2], -1, rep.spec_channels) / 64,
+      decode=lambda params, z: 64 * z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
   codec._bottleneck = lambda pre: pre
   codec._denoiser = lambda params, features: lambda x, sigma: features
   return codec
