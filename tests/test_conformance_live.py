@@ -102,6 +102,7 @@ def test_bfloat16_errs_no_more_than_torchs_autocast(seed):
       yield f'denoiser {i}', denoise(params, kit.noisy_pair(seed, pair)[None], np.float32([pair]), given)
 
   def errors(exact, rounded):
+    exact, rounded = list(exact), list(rounded)  # one after the other: autocast is a global state
     return {name: error(np.asarray(b, np.float32), np.asarray(a, np.float32))
             for (name, a), (_, b) in zip(exact, rounded, strict=True)}
 
