@@ -83,7 +83,8 @@ def test_our_two_steps_on_their_weights():
   features = decode(codec.params, latents[None, :1])
   first = denoise(codec.params, 80 * kit.noise(0, 0, 0)[None, None], np.float32([[80]]), features)
   spread = (kit.SIGMA_COND ** 2 - 0.002 ** 2) ** 0.5
-  again = denoise(codec.params, first + np.float32(spread) * kit.noise(0, 0, 1), np.float32([[kit.SIGMA_COND]]), features)
+  noisy = first + np.float32(spread) * kit.noise(0, 0, 1)[None, None]
+  again = denoise(codec.params, noisy, np.float32([[kit.SIGMA_COND]]), features)
   expected = np.asarray(codec.representation.synthesise(again[0])[0])
   got = refined[:, :kit.FRAMES * kit.HOP]
   assert refined.shape == (2, 66560) and np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
