@@ -54,7 +54,7 @@ def get_config(arg=''):
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
   # How it runs.
   model.remat = 'blocks'               # none, blocks, full: what the backward pass computes again
-  model.attention = 'xla'              # implementation of chunk-causal attention
+  model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'float32'              # of activations; parameters, norms and noise levels are float32
 
   consistency = config.consistency = ml_collections.ConfigDict()

@@ -32,7 +32,9 @@ import numpy as np  # noqa: E402
 
 from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
-from m2l2.kernels.chunk_causal import IMPLEMENTATIONS, chunk_causal_attention  # noqa: E402
+from m2l2.flops import count_flops  # noqa: E402
+from m2l2.kernels.chunk_causal import (  # noqa: E402
+    IMPLEMENTATIONS, check_implementation, chunk_causal_attention)
 
 PARTS = ('train', 'encode', 'decode', 'attention')
 
@@ -176,6 +178,12 @@ def time_attention(arch, *, batch, args) -> dict:
              for key in jax.random.split(jax.random.key(2), 3))
   result = {'shape': list(shape), 'chunks': arch.chunks}
   for impl in IMPLEMENTATIONS:
+    try:
+      check_implementation(impl, dtype=q.dtype)
+    except ValueError as error:
+      result[impl] = str(error)
+      continue
+
     def forward(q, k, v, impl=impl):
       return chunk_causal_attention(q, k, v, num_chunks=arch.chunks, impl=impl)
 
@@ -224,29 +232,7 @@ def model_flops(config, audio) -> float:
   """FLOPs of all matrix products and convolutions of one step, rematerialisation left out."""
   plain = build.step_functions({**config, 'model': {**config['model'], 'remat': 'none'}})
   state = jax.eval_shape(plain.init, jax.random.key(0))
-  return jaxpr_flops(jax.make_jaxpr(plain.train_step)(state, {'audio': audio}).jaxpr)
-
-
-def jaxpr_flops(jaxpr) -> float:
-  """Counted here because XLA's own analysis counts the body of a scan once, not once a layer."""
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      (contracted, _), _ = eqn.params['dimension_numbers']
-      size = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * size
-    elif eqn.primitive.name == 'conv_general_dilated':
-      kernel = eqn.invars[1].aval.shape
-      out_features = kernel[eqn.params['dimension_numbers'].rhs_spec[0]]
-      taps = math.prod(kernel) / out_features / eqn.params['batch_group_count']
-      taps /= math.prod(eqn.params['lhs_dilation'])  # a strided one's gradient: zeros in between
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * taps
-    else:
-      inner = [jaxpr_flops(sub) for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
-      if inner:
-        times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-        total += times * (max(inner) if eqn.primitive.name == 'cond' else sum(inner))
-  return total
+  return count_flops(jax.make_jaxpr(plain.train_step)(state, {'audio': audio}).jaxpr).total
 
 
 def xla_flops(compiled):

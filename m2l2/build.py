@@ -9,6 +9,7 @@ import dataclasses
 
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
+from m2l2.kernels.chunk_causal import check_implementation
 from m2l2.model.autoencoder import Architecture, Network, make_network
 from m2l2.representation import Representation
 
@@ -29,6 +30,7 @@ def network(model: Mapping) -> Network:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
   arch = _make(Architecture, _select(model, Architecture), where='model')
   try:
+    check_implementation(arch.attention)
     return make_network(arch)
   except ValueError as error:
     raise UserError(f'config.model: {error}') from error

@@ -73,7 +73,8 @@ class Codec:
         raise UserError(f'the checkpoint\'s config has no "{part}": it is not of an m2l2 model')
     self.config = config
     self.fingerprint = fingerprint
-    self.network = build.network(config['model'])
+    # How attention is computed is a matter of where the model runs, not of its weights.
+    self.network = build.network({**config['model'], 'attention': 'auto'})
     self.representation = build.representation(config['model'])
     self.consistency = build.consistency(config['consistency'])
     self.native_rates = build.native_rates(config['model'])

@@ -60,17 +60,23 @@ def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
+  sizes = mesh_sizes(data=data, fsdp=fsdp, tensor=tensor, count=len(devices))
+  return jax.make_mesh(
+    sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def mesh_sizes(*, data, fsdp, tensor, count) -> tuple[int, int, int]:
+  """The sizes of a mesh of `count` devices, -1 resolved. Raises UserError where they do not multiply to it."""
   sizes = [data, fsdp, tensor]
   asked = ', '.join(f'mesh.{name}={size}' for name, size in zip(MESH_AXES, sizes))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise UserError(f'{asked}: sizes are 1 or more, and one may be -1 to take what is left')
   if -1 in sizes:
     known = math.prod(size for size in sizes if size != -1)
-    sizes[sizes.index(-1)] = len(devices) // known
-  if math.prod(sizes) != len(devices):
-    raise UserError(f'{asked} do not multiply to the {len(devices)} devices of this run')
-  return jax.make_mesh(
-    tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    sizes[sizes.index(-1)] = count // known
+  if math.prod(sizes) != count:
+    raise UserError(f'{asked} do not multiply to the {count} devices of this run')
+  return tuple(sizes)
 
 
 def _spec(shape, names, *, sizes, table, min_size):
@@ -210,11 +216,17 @@ def constrain(x, *names):
   Uses the mesh of `jax.set_mesh`; without one, and for a dimension that its mesh axes do not
   divide, it says nothing. Unknown names are free dimensions.
   """
+  spec = activation_spec(x.shape, *names)
+  return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def activation_spec(shape, *names) -> P | None:
+  """How an activation of that shape lies on the mesh of `jax.set_mesh`; None without one."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
-    return x
-  if len(names) != x.ndim:
-    raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
+    return None
+  if len(names) != len(shape):
+    raise ValueError(f'{len(names)} names {names} for an array of shape {shape}')
 
   def axis_of(name, dim):
     axes = ACTIVATIONS.get(name)
@@ -223,5 +235,4 @@ def constrain(x, *names):
     parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
     return axes if parts > 1 and dim % parts == 0 else None
 
-  spec = P(*(axis_of(name, dim) for name, dim in zip(names, x.shape)))
-  return jax.lax.with_sharding_constraint(x, spec)
+  return P(*(axis_of(name, dim) for name, dim in zip(names, shape)))

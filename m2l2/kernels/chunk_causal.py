@@ -1,39 +1,106 @@
 """Chunk-causal attention: full inside a chunk, a later chunk also sees the earlier ones (paper, figure 1).
 
 For S chunks it is S dense attentions, chunk s over chunks <= s: no mask tensor and no masked work, 3/4 of
-the masked-dense cost at S = 2.
+the masked-dense cost at S = 2. One signature, several implementations:
+
+  xla          plain JAX, everywhere; the reference
+  cudnn        a fused cuDNN attention per chunk; NVIDIA GPUs, bfloat16 or float16
+  pallas_tpu   one Pallas kernel forward and one backward (pallas_tpu.py); TPUs
+  auto         the fastest of these that runs here
 """
+
+import contextlib
+import contextvars
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-IMPLEMENTATIONS = ('xla',)
+from m2l2.kernels import pallas_tpu
+
+IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'pallas_tpu')
+_PLATFORMS = {'xla': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'pallas_tpu': ('tpu',)}
+_target = contextvars.ContextVar('target', default=None)
 
 
-def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'xla'):
+@contextlib.contextmanager
+def compiling_for(platform: str):
+  """What is traced inside is for "cpu", "gpu" or "tpu", whatever this process runs on: ahead-of-time compiling."""
+  token = _target.set(platform)
+  try:
+    yield
+  finally:
+    _target.reset(token)
+
+
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what programs are traced for."""
+  name = _target.get() or jax.default_backend()
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def check_implementation(impl: str, *, dtype=None):
+  """Raises ValueError, one line, for one that is unknown or does not run on this platform or in `dtype`."""
+  if impl not in IMPLEMENTATIONS:
+    raise ValueError(f'attention impl is {impl!r}; choose from {IMPLEMENTATIONS}')
+  here = platform()
+  if impl != 'auto' and here not in _PLATFORMS[impl]:
+    works = ['auto', *(name for name, platforms in _PLATFORMS.items() if here in platforms)]
+    raise ValueError(f'attention {impl!r} needs a {" or ".join(_PLATFORMS[impl])}, this is a {here}; here work '
+                     f'{", ".join(works)}')
+  if impl == 'cudnn' and dtype not in (None, jnp.bfloat16, jnp.float16):
+    raise ValueError(f"attention 'cudnn' takes bfloat16 or float16, not {dtype}: set model.dtype, or take 'xla'")
+
+
+def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec: PartitionSpec | None = None):
   """Scaled dot-product attention under the chunk-level causal mask.
 
   Args:
     q, k, v: [B, S*P, H, K], the tokens of chunk 0 first; q and k already normalised if they are to be.
     num_chunks: S.
     impl: one of IMPLEMENTATIONS.
+    spec: how [B, S*P, H, K] lies on the mesh of `jax.set_mesh` (batch and heads only), for the kernels that the
+      compiler cannot split by itself.
 
   Returns:
     [B, S*P, H, K] in q's dtype; the softmax is taken in float32.
 
   Raises:
-    ValueError: for an unknown `impl`, or a sequence that does not divide into chunks.
+    ValueError: an unknown `impl`, one that does not run on this platform or in this dtype, or a sequence that does not
+      divide into chunks.
   """
-  if impl not in IMPLEMENTATIONS:
-    raise ValueError(f'attention impl is {impl!r}; choose from {IMPLEMENTATIONS}')
+  check_implementation(impl, dtype=q.dtype)
   length, rest = divmod(q.shape[1], num_chunks)
   if rest:
     raise ValueError(f'{q.shape[1]} tokens do not divide into {num_chunks} chunks')
-  with jax.named_scope('chunk_causal_attention'):
+  if impl == 'auto':
+    impl = _fastest(q)
+  with jax.named_scope(f'chunk_causal_attention_{impl}'):
+    if impl == 'pallas_tpu':
+      return _on_mesh(functools.partial(pallas_tpu.attention, num_chunks=num_chunks), spec)(q, k, v)
+    dense = _dense if impl == 'xla' else functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
     outputs = [
-        _dense(q[:, s * length:(s + 1) * length], k[:, :(s + 1) * length], v[:, :(s + 1) * length])
+        dense(q[:, s * length:(s + 1) * length], k[:, :(s + 1) * length], v[:, :(s + 1) * length])
         for s in range(num_chunks)]
     return jnp.concatenate(outputs, axis=1)
+
+
+def _fastest(q) -> str:
+  here = platform()
+  if here == 'tpu' and q.shape[-1] % pallas_tpu.LANES == 0:
+    return 'pallas_tpu'
+  if here == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+    return 'cudnn'
+  return 'xla'
+
+
+def _on_mesh(attention, spec):
+  """Each device runs the kernel on its own items and heads."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or spec is None:
+    return attention
+  return jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
 
 
 def masked_dense_attention(q, k, v, *, num_chunks: int):

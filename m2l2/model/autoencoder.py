@@ -45,7 +45,7 @@ class Architecture:
     feature_norm: cross-connection features are scaled to unit mean square.
     remat: 'none', 'blocks' (each layer and conv block) or 'full' (of encoder, decoder and denoiser nothing
       but their inputs is kept).
-    attention: implementation of chunk-causal attention.
+    attention: implementation of chunk-causal attention, see kernels/chunk_causal.py.
     dtype: of activations; parameters are float32.
   """
   channels: int

@@ -11,6 +11,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat, silu
+from m2l2.sharding import constrain
 
 
 class ConvBlock(nnx.Module):
@@ -82,11 +83,11 @@ class Ladder(nnx.Module):
     outputs = []
     for name, is_block in self.steps:
       if not is_block:
-        x = remat(getattr(self, name), x, enabled=self.remat)
+        x = constrain(remat(getattr(self, name), x, enabled=self.remat), 'batch', None, None, None)
         continue
       if features is not None:
         x = merge(x, features[len(outputs)])
-      x = remat(getattr(self, name), x, cond, enabled=self.remat)
+      x = constrain(remat(getattr(self, name), x, cond, enabled=self.remat), 'batch', None, None, None)
       outputs.append(x)
     return x, outputs
 

@@ -8,6 +8,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from m2l2 import sharding
 from m2l2.kernels.chunk_causal import chunk_causal_attention
 from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, silu
 
@@ -28,8 +29,10 @@ class Attention(nnx.Module):
   def __call__(self, x):
     b, s, p, d = x.shape
     qkv = self.qkv(x.reshape(b, s * p, d))
+    qkv = sharding.constrain(qkv, 'batch', None, None, 'heads', None)
     q, k, v = self.q_norm(qkv[:, :, 0]), self.k_norm(qkv[:, :, 1]), qkv[:, :, 2]
-    out = chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl)
+    spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
+    out = chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec)
     return jnp.einsum('bphk,hkd->bpd', out, self.out[...].astype(x.dtype)).reshape(b, s, p, d)
 
 
@@ -42,7 +45,7 @@ class SwiGLU(nnx.Module):
     self.out = Linear(hidden, dim, axes=('mlp', 'embed'), init=ZEROS, bias=False, rngs=rngs)
 
   def __call__(self, x):
-    h = self.inner(x)
+    h = sharding.constrain(self.inner(x), 'batch', None, None, None, 'mlp')
     return self.out(silu(h[..., 0, :]) * h[..., 1, :])
 
 
@@ -58,7 +61,9 @@ class Block(nnx.Module):
     with jax.named_scope('attention'):
       x = x + self.attention(self.attention_norm(x, cond).astype(dtype)).astype(x.dtype)
     with jax.named_scope('mlp'):
-      return x + self.mlp(self.mlp_norm(x, cond).astype(dtype)).astype(x.dtype)
+      x = x + self.mlp(self.mlp_norm(x, cond).astype(dtype)).astype(x.dtype)
+    # Said in the loop's body: without it the compiler changes its mind about the carry, and copies it whole.
+    return sharding.constrain(x, 'batch', None, None, None)
 
 
 class Transformer(nnx.Module):
@@ -71,7 +76,7 @@ class Transformer(nnx.Module):
   """
 
   def __init__(self, dim, *, layers, heads, mlp_mult, tokens, chunks=1, cond_dim=None, output_norm=True,
-               remat='blocks', impl='xla', rngs):
+               remat='blocks', impl='auto', rngs):
     self.positions = param(rngs, (chunks, tokens, dim), ('chunks', 'tokens', 'embed'), normal(dim ** -0.5))
     self.norm_input = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs)
 
