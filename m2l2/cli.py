@@ -165,7 +165,7 @@ def _reconstruct(args):
   if os.path.exists(args.target) and os.path.samefile(args.source, args.target):
     raise UserError(f'{audio_io.shown(args.target)}: is the input too; name another output')
   codec = _load(args.checkpoint)
-  codec.check_decoding(args.seed, **_decoding_options(args))
+  codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
   # Opened first: that the format does not take these channels is told before the work.
   with audio_io.AudioWriter(args.target, info.sample_rate, info.channels) as writer:
     latents = _encode_file(codec, info, discrete=False, quiet=args.quiet)

@@ -212,7 +212,7 @@ class Codec:
         autoregressive decoding, which `refine` makes two).
       sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
       refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
-        one more call at the end. The config's by default (true but in CoDiCodec's). Autoregressive only.
+        one more call at the end. The config's by default (true but in CoDiCodec's). Parallel decoding has none.
       noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise of each chunk's roles: first
         estimate, left neighbour, then one before each further step.
 
@@ -223,7 +223,7 @@ class Codec:
     return np.concatenate(list(blocks), axis=1)
 
   def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
-                     sigma_cond: float | None = None, refine: bool | None = None):
+                     sigma_cond: float | None = None):
     """Raises UserError for options that `decode` would refuse: an early look, before long work."""
     process = self.consistency
     if mode not in MODES:
@@ -232,9 +232,8 @@ class Codec:
       raise UserError(f'steps is {steps}; it must lie in 1..{_MOST_STEPS}')
     if not 0 <= seed < 2 ** 32:
       raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
-    if mode == 'parallel' and (sigma_cond is not None or refine is not None):
-      raise UserError('parallel decoding has neither sigma_cond nor refine: leave them out, or decode '
-                      'autoregressively')
+    if mode == 'parallel' and sigma_cond is not None:
+      raise UserError('parallel decoding has no sigma_cond: leave it out, or decode autoregressively')
     if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:
       raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
                       f'{process.sigma_min}..{process.sigma_max}')
@@ -243,7 +242,7 @@ class Codec:
                     steps: int | None = None, sigma_cond: float | None = None,
                     refine: bool | None = None, noise=None) -> Iterator[np.ndarray]:
     """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
-    self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond, refine=refine)
+    self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond)
     z = self._continuous(latents)
     chunks = z.shape[1]
     draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=chunks)
@@ -282,7 +281,7 @@ class Codec:
 
     Raises UserError: at the call for bad options, from the iterator for latents of a wrong shape.
     """
-    self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond, refine=refine)
+    self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond)
     draw, sigmas = self._sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
     rep = self.representation
     streams = 1 if rep.channels > 1 else None  # a mono model's: as many as the first chunk has

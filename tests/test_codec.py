@@ -513,8 +513,7 @@ def test_refinement_after_several_steps(ancestor):
 
 @pytest.mark.parametrize('options,told', [
     (dict(steps=0), r'steps is 0; it must lie in 1..16'), (dict(steps=17), 'steps is 17'),
-    (dict(mode='parallel', sigma_cond=0.5), 'neither sigma_cond nor refine'),
-    (dict(mode='parallel', refine=True), 'neither sigma_cond nor refine')])
+    (dict(mode='parallel', sigma_cond=0.5), 'parallel decoding has no sigma_cond')])
 def test_options_that_mean_nothing_are_refused(mono, options, told):
   with pytest.raises(UserError, match=told):
     mono.decode(latents_for(mono, chunks=1), **options)
