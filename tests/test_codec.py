@@ -436,8 +436,9 @@ def test_the_config_decides_unless_told(ancestor):
   changed.consistency = dataclasses.replace(
       ancestor.consistency, steps=2, refine=False, parallel_steps=3)
   np.testing.assert_array_equal(changed.decode(latents), ancestor.decode(latents, steps=2, refine=False))
-  np.testing.assert_array_equal(changed.decode(latents, mode='parallel'),
-                                ancestor.decode(latents, mode='parallel', steps=3))
+  for refine in (None, True, False):  # parallel decoding has none
+    np.testing.assert_array_equal(changed.decode(latents, mode='parallel', refine=refine),
+                                  ancestor.decode(latents, mode='parallel', steps=3))
   assert np.abs(changed.decode(latents) - changed.decode(latents, refine=True)).max() > 1e-4
   assert np.abs(changed.decode(latents) - changed.decode(latents, steps=1)).max() > 1e-4
 
