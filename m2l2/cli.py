@@ -245,23 +245,13 @@ def _facts(path) -> dict:
                       'in the box') from error
   if os.path.isdir(path):
     return _checkpoint_facts(path)
-  if _is_safetensors(path):
+  from m2l2.latents import is_safetensors
+  if is_safetensors(path):
     return _latents_facts(path)
   info = audio_io.probe(path)
   return {'path': info.path, 'kind': 'audio', 'format': info.format, 'encoding': info.subtype,
           'sample_rate': info.sample_rate, 'channels': info.channels, 'samples': info.frames,
           'seconds': info.seconds}
-
-
-def _is_safetensors(path) -> bool:
-  """By name, or by how such a file begins: a length of 8 bytes, then JSON."""
-  if path.lower().endswith('.safetensors'):
-    return True
-  try:
-    with open(path, 'rb') as file:
-      return file.read(10)[8:] == b'{"'
-  except OSError:
-    return False
 
 
 def _latents_facts(path) -> dict:

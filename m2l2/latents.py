@@ -81,3 +81,14 @@ class Latents:
       raise UserError(f'{name}: its latents or its metadata make no sense (z is {z.dtype} '
                       f'{list(z.shape)})')
     return latents
+
+
+def is_safetensors(path) -> bool:
+  """By name, or by how such a file begins: a length of 8 bytes, then JSON. An unreadable file is none."""
+  if os.fspath(path).lower().endswith('.safetensors'):
+    return True
+  try:
+    with open(path, 'rb') as file:
+      return file.read(10)[8:] == b'{"'
+  except OSError:
+    return False

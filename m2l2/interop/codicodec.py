@@ -20,7 +20,7 @@ import safetensors.numpy
 from m2l2 import build
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.latents import Latents
+from m2l2.latents import Latents, is_safetensors
 from m2l2.snapshot import check_place, save_snapshot
 
 STATE_DICT = 'gen_state_dict'  # its place in the published checkpoint
@@ -318,13 +318,10 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
   if not os.path.isfile(path):
     raise UserError(f'{audio_io.shown(path)}: there is no such file (the published one is codicodec.pt)')
   try:
-    with open(path, 'rb') as file:
-      head = file.read(10)
+    open(path, 'rb').close()
   except OSError as error:
     raise UserError(f'{audio_io.shown(path)}: cannot be read ({error.strerror})') from error
-  # By name, or by how such a file begins: a length of 8 bytes, then JSON.
-  is_safetensors = path.lower().endswith('.safetensors') or head[8:] == b'{"'
-  return (_read_safetensors if is_safetensors else _read_torch)(path)
+  return (_read_safetensors if is_safetensors(path) else _read_torch)(path)
 
 
 def _read_safetensors(path):
