@@ -55,7 +55,7 @@ def get_config(arg=''):
   # How it runs.
   model.remat = 'blocks'               # none, blocks, full: what the backward pass computes again
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
-  model.dtype = 'float32'              # of activations; parameters, norms and noise levels are float32
+  model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 
   consistency = config.consistency = ml_collections.ConfigDict()
   consistency.sigma_min = 0.002
@@ -99,6 +99,7 @@ def get_config(arg=''):
   train.keep_last = 3                  # checkpoints kept
   train.keep_every = 50_000            # and one each so many steps for good; 0: none
   train.max_skipped_in_a_row = 20      # non-finite gradients in a row that end the run
+  train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
   train.init_from = ''                 # snapshot or workdir whose weights a new run starts from
 
   data = config.data = ml_collections.ConfigDict()
@@ -108,6 +109,7 @@ def get_config(arg=''):
   data.num_workers = 0                 # processes that read ahead; 0 reads in threads of this one
   data.num_threads = 4
   data.prefetch = 8                    # batches read ahead
+  data.device_prefetch = 1             # of them, batches already put on the devices
 
   mesh = config.mesh = ml_collections.ConfigDict()
   mesh.preset = 'hsdp'                 # table of logical axes: dp, fsdp, hsdp or tp

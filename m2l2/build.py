@@ -7,9 +7,12 @@ config.json in inference. Below this file there are only keyword arguments and f
 from collections.abc import Mapping
 import dataclasses
 
+from absl import logging
+import jax
+
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
-from m2l2.kernels.chunk_causal import check_implementation
+from m2l2.kernels.chunk_causal import check_implementation, platform
 from m2l2.model.autoencoder import Architecture, Network, make_network
 from m2l2.representation import Representation
 
@@ -28,12 +31,42 @@ def network(model: Mapping) -> Network:
   unknown = set(model) - known
   if unknown:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
-  arch = _make(Architecture, _select(model, Architecture), where='model')
+  fields = _select(model, Architecture)
+  arch = _make(Architecture, {**fields, 'dtype': activation_dtype(fields['dtype'])}, where='model')
   try:
     check_implementation(arch.attention)
     return make_network(arch)
   except ValueError as error:
     raise UserError(f'config.model: {error}') from error
+
+
+def activation_dtype(asked: str, *, devices=None) -> str:
+  """config.model.dtype -> the dtype of activations on what programs are compiled for (`chunk_causal.compiling_for`).
+
+  'auto' is bfloat16 on TPUs and GPUs, else float32. NVIDIA GPUs before compute capability 8.0 (V100, T4) have no
+  bfloat16 units: there 'auto' and 'bfloat16' both become float32, with a warning. (Not float16: its gradients vanish
+  below 6e-8 and overflow above 65504, and noise levels span 0.002 to 80: it would need loss scaling.)
+
+  Args:
+    devices: all devices of the run; by default JAX's.
+  """
+  here = platform()
+  if asked not in ('auto', 'bfloat16') or (asked == 'auto' and here == 'cpu'):
+    return 'float32' if asked == 'auto' else asked
+  if here == 'gpu':
+    for device in jax.devices() if devices is None else devices:  # all, so that every process decides alike
+      if device.platform == 'gpu' and _compute_capability(device) < (8, 0):
+        logging.log_first_n(logging.WARNING, '%s has no bfloat16 units: activations are float32', 1, device.device_kind)
+        return 'float32'
+  return 'bfloat16'
+
+
+def _compute_capability(device) -> tuple:
+  """(7, 5) of an NVIDIA GPU; of another maker's, which says something else, infinity."""
+  try:
+    return tuple(int(part) for part in device.compute_capability.split('.'))
+  except (AttributeError, ValueError):
+    return (float('inf'),)
 
 
 def consistency(fields: Mapping) -> Consistency:

@@ -1,4 +1,4 @@
-"""What accelerators can do, from their makers' published tables: peaks, memory, links. Looked up by JAX's device_kind."""
+"""What accelerators can do, by their makers' tables: peaks, memory, links. Found by JAX's device_kind."""
 
 import dataclasses
 

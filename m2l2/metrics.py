@@ -1,16 +1,14 @@
-"""What a run says about itself: JSON lines, console, TensorBoard; speed; the guard against NaN.
+"""What a run says about itself: JSON lines, console, TensorBoard, any writer of yours; the guard against NaN.
 
 Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second': ..}.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import time
-from typing import Mapping, Protocol
+from typing import Callable, Mapping, Protocol
 
 from absl import logging
 import numpy as np
@@ -60,6 +58,15 @@ def cut_back(path, *, step):
   partial = f'{path}.partial'
   with open(partial, 'w', encoding='utf-8') as f:
     f.writelines(kept)
+  os.replace(partial, path)
+
+
+def write_json(path, content):
+  """Replaces a JSON file in one atomic move."""
+  partial = f'{path}.partial'
+  with open(partial, 'w', encoding='utf-8') as f:
+    json.dump(content, f, indent=2)
+    f.write('\n')
   os.replace(partial, path)
 
 
@@ -141,6 +148,33 @@ def tensorboard_writer(logdir) -> TensorBoardWriter | None:
   return TensorBoardWriter(metric_writers, logdir)
 
 
+class ForeignWriter:
+  """A writer from outside: a `Writer`, or just a function of (step, {name: float}).
+
+  Whatever it raises is warned of once, and then it is left out: a broken log must not end a run.
+  """
+
+  def __init__(self, writer: Writer | Callable[[int, dict], object]):
+    self._write, self._close = getattr(writer, 'write', writer), getattr(writer, 'close', None)
+    self._name = getattr(writer, '__name__', type(writer).__name__)
+
+  def write(self, step, scalars):
+    self._call('_write', int(step), {name: float(value) for name, value in scalars.items()})
+
+  def close(self):
+    self._call('_close')
+
+  def _call(self, what, *args):
+    function = getattr(self, what)
+    if function is None:
+      return
+    try:
+      function(*args)
+    except Exception as error:  # pylint: disable=broad-except
+      logging.warning('the writer %s failed and is left out from here on: %r', self._name, error)
+      self._write = self._close = None
+
+
 class Writers:
   """All writers of a run as one; without any (other processes than the first) it does nothing."""
 
@@ -168,12 +202,13 @@ class Writers:
       writer.close()
 
 
-def make_writers(workdir, *, resume_step, total_steps) -> Writers:
-  """What a run's first process writes to: metrics.jsonl, console, TensorBoard if it is there."""
+def make_writers(workdir, *, resume_step, total_steps, others=()) -> Writers:
+  """What a run's first process writes to: metrics.jsonl, console, TensorBoard if it is there, and the others."""
   writers = [
     JsonlWriter(os.path.join(workdir, 'metrics.jsonl'), resume_step=resume_step),
     ConsoleWriter(total_steps=total_steps),
     tensorboard_writer(os.path.join(workdir, 'tensorboard')),
+    *map(ForeignWriter, others),
   ]
   return Writers(w for w in writers if w is not None)
 
@@ -189,44 +224,6 @@ def spectrogram(audio, *, window=1024, hop=256, floor_db=-80.0):
   power = np.abs(np.fft.rfft(frames, axis=-1)).T[::-1] ** 2
   db = 10 * np.log10(np.maximum(power, 1e-12) / max(power.max(), 1e-12))
   return np.clip(1 - db / floor_db, 0, 1).astype(np.float32)
-
-
-class Throughput:
-  """Speed between two logged steps.
-
-  Args:
-    samples_per_step: crops in a global batch.
-    seconds_per_sample: seconds of sound in a crop.
-    clock: seconds, rising.
-  """
-
-  def __init__(self, *, samples_per_step, seconds_per_sample, clock=time.perf_counter):
-    self._samples, self._seconds, self._clock = samples_per_step, seconds_per_sample, clock
-    self._since, self._step, self._waited = clock(), None, 0.0
-
-  def start(self, step):
-    """Begins counting, after `step` updates."""
-    self._since, self._step, self._waited = self._clock(), step, 0.0
-
-  @contextlib.contextmanager
-  def waiting(self):
-    """Wraps the call that fetches the next batch."""
-    begin = self._clock()
-    yield
-    self._waited += self._clock() - begin
-
-  def rates(self, step) -> dict:
-    """Rates since the last call; `time/input_wait` is the share of time spent waiting for data."""
-    elapsed = max(self._clock() - self._since, 1e-9)
-    rate = (step - self._step) / elapsed
-    out = {
-      'time/steps_per_second': rate,
-      'time/samples_per_second': rate * self._samples,
-      'time/audio_seconds_per_second': rate * self._samples * self._seconds,
-      'time/input_wait': min(self._waited / elapsed, 1.0),
-    }
-    self.start(step)
-    return out
 
 
 def check_skipped(step, scalars, *, limit):

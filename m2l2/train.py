@@ -1,5 +1,6 @@
 """The training loop: one function, read downward. What an update is stands in train_step.py."""
 
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -12,20 +13,22 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, metrics, sharding
+from m2l2 import build, checkpoint, metrics, sharding, timing
 from m2l2.codec import Codec
-from m2l2.data.pipeline import make_loader
+from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 
 
-def train(config, workdir) -> int:
+def train(config, workdir, writers=()) -> int:
   """Trains until `config.train.steps`, SIGTERM or Ctrl-C; the same call goes on with a run.
 
   Args:
     config: as `configs/base.py` makes it.
-    workdir: gets config.json, metrics.jsonl, checkpoints/ and snapshot/. With several processes it
-      lies on a file system that all of them share.
+    workdir: gets config.json, metrics.jsonl, goodput.json, checkpoints/ and snapshot/. With several
+      processes it lies on a file system that all of them share.
+    writers: where else the first process's log goes: `metrics.Writer`s or functions, such as
+      `lambda step, scalars: wandb.log(scalars, step=step)`.
 
   Returns:
     The number of updates done.
@@ -34,7 +37,7 @@ def train(config, workdir) -> int:
     UserError: a config that cannot work, unusable data, a workdir of another model, or gradients
       that stay non-finite; one line each.
   """
-  fields, plain = config.train, _plain(config)
+  fields, plain, began = config.train, _plain(config), time.time()
   workdir = os.path.abspath(_local(workdir))
   main = jax.process_index() == 0
   functions = build.step_functions(config)
@@ -89,6 +92,10 @@ def train(config, workdir) -> int:
       num_workers=config.data.num_workers, num_threads=config.data.num_threads,
       prefetch=config.data.prefetch, rms_floor=config.data.rms_floor)
     stack.callback(loader.close)
+    batches = Ahead(
+      loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
+      ahead=config.data.device_prefetch)
+    stack.callback(batches.close)
     offset = position['next_index'] - first * fields.batch_size  # not 0 once batch_size has changed
 
     # ==============================================================================================
@@ -114,38 +121,45 @@ def train(config, workdir) -> int:
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
     # ==============================================================================================
+    counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
     whole = sharding.replicated(mesh)
     audio = jax.ShapeDtypeStruct(
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
       sharding=sharding.batch_sharding(mesh))
-    began = time.perf_counter()
+    compiling = time.perf_counter()
     compiled = lambda step: jax.jit(
       step, donate_argnums=0, out_shardings=(shardings, whole)
     ).lower(abstract, {'audio': audio}).compile()
     train_step = compiled(functions.train_step)
     if first < functions.head_start:
       head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
-    _log_memory(train_step, seconds=time.perf_counter() - began)
+    _log_memory(train_step, seconds=time.perf_counter() - compiling)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
 
     # ==============================================================================================
-    # Logs: written by the first process, cut back to the step the run goes on from
+    # Logs: written by the first process, cut back to the step the run goes on from; the clocks
     # ==============================================================================================
     if main:
-      _write_json(os.path.join(workdir, 'config.json'), plain)
-    writers = metrics.make_writers(
-      workdir, resume_step=first, total_steps=fields.steps) if main else metrics.Writers()
-    stack.callback(writers.close)
-    speed = metrics.Throughput(
+      metrics.write_json(os.path.join(workdir, 'config.json'), plain)
+    log = metrics.make_writers(workdir, resume_step=first, total_steps=fields.steps,
+                               others=writers) if main else metrics.Writers()
+    stack.callback(log.close)
+    trace = timing.Trace(fields.profile if main else '', os.path.join(workdir, 'profile'))
+    stack.callback(trace.close)
+    goodput = timing.Goodput(
+      os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
+    speed = timing.Throughput(
       samples_per_step=fields.batch_size,
-      seconds_per_sample=functions.crop_samples / functions.sample_rate)
+      seconds_per_sample=functions.crop_samples / functions.sample_rate,
+      flops_until=counting.result(), devices=jax.device_count(), peak=timing.peak_flops(config))
     speed.start(first)
+    goodput.start()
 
     def write(line):
       """Fetches a step's metrics and writes them; called when the next ones are under way."""
       if line:
         done, scalars = line[0], jax.device_get(line[1])
-        writers.write(done, {**scalars, **speed.rates(done)})
+        log.write(done, {**scalars, **speed.rates(done), **goodput.rates()})
         metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
@@ -160,26 +174,28 @@ def train(config, workdir) -> int:
       if due and step:
         write(line)  # a checkpoint never stands before the lines that lead to it
         line = None
-        checkpoints.save(step, state, config=plain, position={
-          'next_index': offset + step * fields.batch_size, 'files': loader.files.fingerprint})
-        averaged = sharding.fetch(state.ema)
-        if main:
-          save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
-        if writers.shows_media and rows:
-          codec = codec or Codec(config=plain, params=averaged, fingerprint='')
-          codec.params = averaged
-          writers.write_audio(step, sample_rate=functions.sample_rate, sounds=_reconstruct(
-            codec, rows['audio'][0], sample_rate=functions.sample_rate))
+        with goodput.saving(step, state):
+          checkpoints.save(step, state, config=plain, position={
+            'next_index': offset + step * fields.batch_size, 'files': loader.files.fingerprint})
+          averaged = sharding.fetch(state.ema)
+          if main:
+            save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
+          if log.shows_media and rows:
+            codec = codec or Codec(config=plain, params=averaged, fingerprint='')
+            codec.params = averaged
+            log.write_audio(step, sample_rate=functions.sample_rate, sounds=_reconstruct(
+              codec, rows['audio'][0], sample_rate=functions.sample_rate))
       if stopping or step >= fields.steps:
         break
 
       with speed.waiting():
-        rows = next(loader)
+        rows, batch = next(batches)
       rejected += int(rows['rejected'].sum())
+      trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
-        batch = sharding.put_batch({'audio': rows['audio']}, mesh)
         state, values = (head_step if step < functions.head_start else train_step)(state, batch)
       step += 1
+      trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
       if probing:
         probe_key = jax.random.fold_in(key, step)
@@ -229,6 +245,7 @@ def _check(config, *, shards):
     raise UserError(f'data.source={config.data.source!r} is not known: it is folder')
   if not config.data.root:
     raise UserError('data.root is empty: name a folder of audio files, --config.data.root=DIR')
+  timing.trace_range(fields.profile)
   for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every',
                'max_skipped_in_a_row'):
     if fields[name] < 1:
@@ -279,11 +296,3 @@ def _log_memory(compiled, *, seconds):
   logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and '
                '%.0f MiB of temporaries', seconds, memory.argument_size_in_bytes / mib,
                memory.temp_size_in_bytes / mib)
-
-
-def _write_json(path, content):
-  partial = f'{path}.partial'
-  with open(partial, 'w', encoding='utf-8') as f:
-    json.dump(content, f, indent=2)
-    f.write('\n')
-  os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Writers, the cut on resume, speed and the guard."""
+"""Writers, the cut on resume and the guard."""
 
 import json
 import sys
@@ -117,27 +117,41 @@ def test_with_the_extra_scalars_sounds_and_pictures_reach_clu(tmp_path, monkeypa
     ('close',)]
 
 
+def test_other_writers_get_plain_floats_and_one_that_fails_is_left_out(tmp_path, monkeypatch):
+  said, got = [], []
+  monkeypatch.setattr(metrics.logging, 'warning', lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(metrics, 'tensorboard_writer', lambda logdir: None)
+
+  class Whole:
+    closed = 0
+
+    def write(self, step, scalars):
+      got.append((step, scalars))
+
+    def close(self):
+      self.closed += 1
+
+  def broken(step, scalars):
+    got.append('broken')
+    raise RuntimeError('no network')
+
+  whole = Whole()
+  writers = metrics.make_writers(
+    tmp_path, resume_step=0, total_steps=3, others=[broken, whole, lambda step, scalars: got.append(step)])
+  for step in (1, 2):
+    writers.write(step, {'loss': np.float32(1.5)})
+  writers.close()
+  assert got == ['broken', (1, {'loss': 1.5}), 1, (2, {'loss': 1.5}), 2] and type(got[1][1]['loss']) is float
+  assert said == ["the writer broken failed and is left out from here on: RuntimeError('no network')"]
+  assert whole.closed == 1 and len(_lines(tmp_path / 'metrics.jsonl')) == 2
+
+
 def test_spectrogram_of_a_tone_peaks_at_its_bin_and_silence_is_even():
   n = np.arange(8192)
   picture = metrics.spectrogram(np.sin(2 * np.pi * 100 / 1024 * n)[None])
   assert picture.shape == (513, 29) and picture.min() >= 0 and picture.max() == 1
   assert set(np.argmax(picture, axis=0)) == {512 - 100}
   assert np.ptp(metrics.spectrogram(np.zeros((1, 10)))) == 0
-
-
-def test_throughput_counts_from_one_logged_step_to_the_next():
-  now = [0.0]
-  speed = metrics.Throughput(samples_per_step=8, seconds_per_sample=1.5, clock=lambda: now[0])
-  speed.start(10)
-  with speed.waiting():
-    now[0] += 1.0
-  now[0] += 3.0
-  assert speed.rates(12) == {
-    'time/steps_per_second': 0.5, 'time/samples_per_second': 4.0,
-    'time/audio_seconds_per_second': 6.0, 'time/input_wait': 0.25}
-  now[0] += 2.0
-  got = speed.rates(14)
-  assert got['time/steps_per_second'] == 1.0 and got['time/input_wait'] == 0.0
 
 
 def test_guard_stops_with_the_range_of_steps():

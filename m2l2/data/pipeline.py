@@ -4,6 +4,9 @@ The sample at global index g is a pure function of (seed, g, sorted files): `tra
 Threads, workers, processes and a restart change who reads a sample, never which sample it is.
 """
 
+import collections
+from collections.abc import Callable
+from concurrent import futures
 import gc
 import weakref
 
@@ -49,6 +52,43 @@ class Loader:
 
   def __exit__(self, *unused):
     self.close()
+
+
+class Ahead:
+  """Batches of a loader, prepared by a thread before they are asked for; in order, one for one.
+
+  What reading or `prepare` raises is raised in its turn: not before the batches in front of it, and
+  never for a batch that nobody asks for. `close()` it before the loader.
+
+  Args:
+    loader: an iterator.
+    prepare: batch -> what `next` gives, as a copy on the devices.
+    ahead: how many are held prepared; 0 prepares in `next`.
+  """
+
+  def __init__(self, loader, prepare: Callable, *, ahead: int):
+    if ahead < 0:
+      raise UserError(f'data.device_prefetch={ahead}: it must be 0 or more')
+    self._fetch = lambda: prepare(next(loader))
+    self._ahead, self._pending = ahead, collections.deque()
+    self._thread = futures.ThreadPoolExecutor(1, 'ahead') if ahead else None
+
+  def __next__(self):
+    if not self._ahead:
+      return self._fetch()
+    self._fill(1)  # the first time
+    batch = self._pending.popleft().result()
+    self._fill(self._ahead)
+    return batch
+
+  def _fill(self, count):
+    while len(self._pending) < count:
+      self._pending.append(self._thread.submit(self._fetch))
+
+  def close(self):
+    """Waits for the batch that is being read; drops all."""
+    if self._thread:
+      self._thread.shutdown(cancel_futures=True)
 
 
 def _close(iterators: list[grain.DatasetIterator], faults: FaultLog):

@@ -1,0 +1,146 @@
+"""Speed, FLOPs, goodput and traces, by clocks that the tests turn."""
+
+import json
+import types
+
+import jax
+import pytest
+
+from m2l2 import build, timing
+from m2l2.configs import tiny
+from m2l2.errors import UserError
+from m2l2.flops import count_flops
+
+
+def test_throughput_counts_from_one_logged_step_to_the_next():
+  now = [0.0]
+  speed = timing.Throughput(samples_per_step=8, seconds_per_sample=1.5, clock=lambda: now[0])
+  speed.start(10)
+  with speed.waiting():
+    now[0] += 1.0
+  now[0] += 3.0
+  assert speed.rates(12) == {
+    'time/steps_per_second': 0.5, 'time/samples_per_second': 4.0,
+    'time/audio_seconds_per_second': 6.0, 'time/input_wait': 0.25}
+  now[0] += 2.0
+  got = speed.rates(14)
+  assert got['time/steps_per_second'] == 1.0 and got['time/input_wait'] == 0.0
+
+
+def test_flops_of_a_device_and_their_share_of_its_peak():
+  now = [0.0]
+  speed = timing.Throughput(
+      samples_per_step=8, seconds_per_sample=1.5, clock=lambda: now[0], devices=4, peak=100e12,
+      flops_until=lambda n: 1e12 * min(n, 3) + 40e12 * max(n - 3, 0))  # 3 cheap steps first
+  speed.start(2)
+  now[0] += 2.0
+  rates = speed.rates(5)
+  assert rates['time/tflops_per_second'] == pytest.approx((1 + 2 * 40) / 2 / 4)
+  assert rates['time/mfu'] == pytest.approx((1 + 2 * 40) / 2 / 4 / 100)
+
+
+def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
+
+  def step_functions(config):
+    assert config.model.attention == 'xla'
+
+    def train_step(state, batch, *, envelope_only=False):
+      product = batch['audio'][:, 0] @ state['w']
+      return product if envelope_only else product @ state['w'] if config.model.remat == 'none' else None
+
+    return types.SimpleNamespace(
+        init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,
+        head_start=4)
+
+  monkeypatch.setattr(build, 'step_functions', step_functions)
+  until = timing.model_flops(tiny.get_config('debug'))  # which has model.remat = 'blocks'
+  once = 2 * 8 * 64 * 64
+  assert [until(n) for n in (0, 1, 4, 5, 10)] == [0, once, 4 * once, 6 * once, 16 * once]
+
+
+def test_the_flops_of_a_step_are_those_that_xla_counts():
+  config = tiny.get_config('debug')  # no loop of more than one turn: XLA would count it once
+  config.update_from_flattened_dict({
+      'model.widths': (8, 16), 'model.strides': ((4, 4),), 'model.blocks': (1, 1), 'model.layers': 1,
+      'model.head_dim': 8, 'model.remat': 'none'})
+  functions = build.step_functions(config)
+  state = jax.eval_shape(functions.init, jax.random.key(0))
+  shape = (config.train.batch_size, functions.channels, functions.crop_samples)
+  traced = jax.jit(functions.train_step).trace(state, {'audio': jax.ShapeDtypeStruct(shape, 'float32')})
+  # XLA leaves out what a convolution does at borders, a tenth in so small a model, and adds what is no product.
+  assert count_flops(traced.jaxpr.jaxpr).total == pytest.approx(traced.lower().cost_analysis()['flops'], rel=0.15)
+
+
+def test_a_cpu_has_no_known_peak():
+  assert timing.peak_flops(tiny.get_config()) is None
+
+
+class Goodput(timing.Goodput):
+  """With a clock to turn, beginning at 1000 s."""
+
+  def __init__(self, path, *, step, now):
+    super().__init__(path, step=step, began=now[0], clock=lambda: now[0])
+
+
+def test_goodput_counts_what_lasts_over_kills(tmp_path):
+  path, now = tmp_path / 'goodput.json', [1000.0]
+  first = Goodput(path, step=0, now=now)
+  now[0] += 10                      # compiling
+  first.start()
+  now[0] += 20                      # steps 1 to 2
+  assert first.rates() == {'time/goodput': pytest.approx(20 / 30), 'time/restarts': 0}
+  with first.saving(2, ()):
+    now[0] += 5
+  now[0] += 30                      # steps 3 and 4 are lost: killed, and down for 15 s
+  now[0] += 15
+  second = Goodput(path, step=2, now=now)
+  now[0] += 10
+  second.start()
+  now[0] += 10
+  assert second.rates() == {'time/goodput': pytest.approx((20 + 10) / 100), 'time/restarts': 1}
+  with second.saving(4, ()):
+    pass
+  # Checkpoint 4 turns out to be unreadable: only the seconds up to 2 last.
+  third = Goodput(path, step=2, now=now)
+  third.start()
+  assert third.rates() == {'time/goodput': pytest.approx(20 / 100), 'time/restarts': 2}
+
+
+@pytest.mark.parametrize('text', ['', '{"began": 1}', '[]', '{"beg'])
+def test_an_unreadable_file_begins_a_new_count(tmp_path, text):
+  path = tmp_path / 'goodput.json'
+  path.write_text(text)
+  Goodput(path, step=5, now=[7.0])
+  assert json.loads(path.read_text()) == {'began': 7.0, 'starts': 1, 'seconds': {}}
+
+
+@pytest.mark.parametrize('begin,expected', [(0, [(3, 5)]), (4, [(5, 5)]), (5, [])])
+def test_a_trace_covers_its_range_or_the_rest_of_it(monkeypatch, begin, expected):
+  spans, step = [], 0
+  monkeypatch.setattr(timing.jax, 'profiler', types.SimpleNamespace(
+      start_trace=lambda directory: spans.append([step]), stop_trace=lambda: spans[-1].append(step)))
+  trace = timing.Trace('3:5', 'profile')
+  for step in range(begin + 1, 9):
+    trace.begin(step)
+    trace.end(step, ())
+  trace.close()
+  assert [tuple(span) for span in spans] == expected
+
+
+def test_a_trace_that_the_run_ends_in_is_closed(monkeypatch):
+  calls = []
+  monkeypatch.setattr(timing.jax, 'profiler', types.SimpleNamespace(
+      start_trace=calls.append, stop_trace=lambda: calls.append('stop')))
+  trace = timing.Trace('1:9', 'profile')
+  trace.begin(1)
+  trace.end(1, ())
+  trace.close()
+  trace.close()
+  assert calls == ['profile', 'stop']
+
+
+@pytest.mark.parametrize('steps', ['5', '5:3', '0:2', 'a:b', '1:2:3', '-1:2'])
+def test_a_range_that_is_none_is_one_clear_line(steps):
+  with pytest.raises(UserError, match='train.profile=.* FIRST:LAST') as error:
+    timing.trace_range(steps)
+  assert '\n' not in str(error.value)
