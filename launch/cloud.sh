@@ -22,10 +22,11 @@ quoted() {
   printf '%s\n' "${words# }"
 }
 
-# option NAME "--name=value": the value, which must not be empty.
-value_of() {
-  [ -n "${1#*=}" ] || give_up "${1%%=*} needs a value (try --help)"
-  printf '%s\n' "${1#*=}"
+take() {  # take --some-name=VALUE: sets some_name, which must not become empty
+  local variable=${1%%=*}
+  variable=${variable#--}
+  [ -n "${1#*=}" ] || give_up "--$variable needs a value (try --help)"
+  printf -v "${variable//-/_}" %s "${1#*=}"
 }
 
 require() {  # require PATTERN OPTION VALUE
@@ -58,7 +59,7 @@ read_train_flags() {
 
 check_bucket() {
   [ -n "$bucket" ] || return 0
-  local look=(gcloud storage buckets describe "gs://$bucket" '--format=value(hierarchical_namespace.enabled)')
+  local look=(gcloud storage buckets describe "gs://$bucket" --raw '--format=value(hierarchicalNamespace.enabled)')
   if [ -n "${dry_run:-}" ]; then quoted "${look[@]}"; return; fi
   local answer
   answer=$("${look[@]}") || give_up "cannot look at gs://$bucket; the message of gcloud is above"

@@ -37,9 +37,7 @@ max_restarts=20 grace=600 spot='' dry_run=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
     --name=* | --image=* | --type=* | --topology=* | --slices=* | --chips-per-host=* | --namespace=* | \
-      --service-account=* | --max-restarts=* | --grace=*)
-      variable=${1%%=*} variable=${variable#--}
-      printf -v "${variable//-/_}" %s "$(value_of "$1")" ;;
+      --service-account=* | --max-restarts=* | --grace=*) take "$1" ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
     -h | --help) usage; exit 0 ;;
@@ -85,10 +83,10 @@ json_list() {
   printf '[%s]\n' "${list[*]}"
 }
 
+args=$(json_list train "${train[@]}" --multihost "--stopped_exit_code=$stopped_code")
+args=$(sed 's/[\\&|]/\\&/g' <<< "$args")  # it goes through sed once more
+
 manifest() {
-  local args
-  args=$(json_list train "${train[@]}" --multihost "--stopped_exit_code=$stopped_code")
-  args=$(sed 's/[\\&|]/\\&/g' <<< "$args")
   sed -e "$([ -n "$spot" ] && echo 's/  # spot$//' || echo '/  # spot$/d')" -e 1d \
     -e "s|@NAME@|$name|; s|@NAMESPACE@|$namespace|; s|@MAX_RESTARTS@|$max_restarts|; s|@SLICES@|$slices|" \
     -e "s|@HOSTS@|$((chips / chips_per_host))|; s|@CHIPS_PER_HOST@|$chips_per_host|; s|@STOPPED_CODE@|$stopped_code|" \

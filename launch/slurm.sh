@@ -36,9 +36,8 @@ dry_run='' wishes=() inside='' given=("$@")
 if [ "${1:-}" = batch ]; then inside=1; shift; fi
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
-    --nodes=* | --gpus=* | --cpus=* | --name=* | --time=* | --python=* | --image=* | --mounts=* | --notice=* | --attempts=*)
-      variable=${1%%=*}
-      printf -v "${variable#--}" %s "$(value_of "$1")" ;;
+    --nodes=* | --gpus=* | --cpus=* | --name=* | --time=* | --python=* | --image=* | --mounts=* | --notice=* | \
+      --attempts=*) take "$1" ;;
     --partition=?* | --account=?* | --qos=?* | --constraint=?*) wishes+=("$1") ;;
     --dry-run) dry_run=1 ;;
     -h | --help) usage; exit 0 ;;

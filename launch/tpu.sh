@@ -54,9 +54,7 @@ slices=1 runtime='' ref=HEAD poll=60 recreations=100 dry_run='' internal=() wish
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   options+=("$1")
   case $1 in
-    --name=* | --zone=* | --project=* | --type=* | --slices=* | --runtime=* | --ref=* | --poll=* | --recreations=*)
-      variable=${1%%=*}
-      printf -v "${variable#--}" %s "$(value_of "$1")" ;;
+    --name=* | --zone=* | --project=* | --type=* | --slices=* | --runtime=* | --ref=* | --poll=* | --recreations=*) take "$1" ;;
     --network=?* | --subnetwork=?* | --service-account=?* | --spot | --reserved) wishes+=("$1") ;;
     --internal-ip) internal=(--internal-ip) wishes+=(--internal-ips) ;;
     --dry-run) dry_run=1 ;;
@@ -142,7 +140,7 @@ keep() {
       ACTIVE)
         finished=$(on 0 0 'bash m2l2/launch/worker.sh outcome || echo absent') || finished=unknown
         case $finished in
-          *done) say "tpu.sh: training is done; launch/tpu.sh delete gives $name back"; return ;;
+          *done) say "tpu.sh: training has ended, done or stopped; launch/tpu.sh delete gives $name back"; return ;;
           *failed) give_up "training failed too often: see launch/tpu.sh logs --name=$name" ;;
           *absent) "${self[@]}" setup "${options[@]}" && "${self[@]}" run "${options[@]}" -- "$@" ||
             say 'tpu.sh: the workers are not ready; trying again' ;;
@@ -160,7 +158,7 @@ keep() {
 
 case $command in
   keep) keep "$@" ;;
-  status) state; on all all 'bash m2l2/launch/worker.sh outcome; tail -n 1 m2l2-run/train.log' ;;
+  status) state; on all all 'bash m2l2/launch/worker.sh outcome; tail -n 1 m2l2-run/train.log 2>/dev/null || true' ;;
   logs) on 0 0 'tail -n 100 -F m2l2-run/train.log' ;;
   stop) on all all 'bash m2l2/launch/worker.sh stop' ;;
   delete) tpus delete "$name" ${where[@]+"${where[@]}"} --force --quiet ;;
