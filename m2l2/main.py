@@ -10,6 +10,8 @@
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
+                         0, as for one that is done, unless a script wants to tell them apart
 
 Compiled programs are kept between runs in the directory that JAX_COMPILATION_CACHE_DIR names.
 """
@@ -48,6 +50,7 @@ def parse(argv) -> flags.FlagValues:
     flags.DEFINE_string(name, None, '', flag_values=values)
   for name in ('num_processes', 'process_id'):
     flags.DEFINE_integer(name, None, '', flag_values=values)
+  flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
   try:
     rest = values(argv)[1:]
@@ -67,7 +70,7 @@ def parse(argv) -> flags.FlagValues:
 
 
 def main(argv=None) -> int:
-  """The command: 0 when the run is done or was stopped and saved, 1 after one line for the user."""
+  """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
   argv = list(sys.argv if argv is None else argv)
   if {'--help', '-h'} & set(argv):
     print(__doc__)
@@ -84,11 +87,11 @@ def main(argv=None) -> int:
     if values.multihost:  # before anything touches a device
       jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     from m2l2.train import train
-    train(values.config, values.workdir)
+    done = train(values.config, values.workdir)
   except UserError as error:
     print(f'm2l2: {error}', file=sys.stderr)
     return 1
-  return 0
+  return values.stopped_exit_code if done < values.config.train.steps else 0
 
 
 if __name__ == '__main__':

@@ -1,0 +1,69 @@
+# Sourced by the scripts that run m2l2 elsewhere (tpu.sh, gke.sh, slurm.sh), after environment.sh.
+#
+# Checkpoints on gs:// go through a mount (Cloud Storage FUSE), and that is safe only in a bucket with
+# a hierarchical namespace. Orbax gives a checkpoint its name, and m2l2 its snapshot, by renaming a
+# directory; in such a bucket that is one atomic step, in a flat one it is object by object, and a
+# machine lost in between would leave half a checkpoint under its final name. So these scripts refuse
+# flat buckets. Caches of names are turned off, so that every host sees what another has written.
+# What stays different from a disk: a file is in the bucket once it is closed, so the lines of
+# metrics.jsonl since the last start are lost with a machine that is lost without a warning.
+
+mount_point=/mnt/m2l2
+stopped_code=75  # "try again": what m2l2 train returns when it was told to stop and has saved
+
+# Runs a command, or with dry_run=1 prints it as a line for a shell.
+act() {
+  if [ -z "${dry_run:-}" ]; then "$@"; else quoted "$@"; fi
+}
+
+quoted() {
+  local words
+  printf -v words ' %q' "$@"
+  printf '%s\n' "${words# }"
+}
+
+take() {  # take --some-name=VALUE: sets some_name, which must not become empty
+  local variable=${1%%=*}
+  variable=${variable#--}
+  [ -n "${1#*=}" ] || give_up "--$variable needs a value (try --help)"
+  printf -v "${variable//-/_}" %s "${1#*=}"
+}
+
+require() {  # require PATTERN OPTION VALUE
+  [[ $3 =~ ^($1)$ ]] || give_up "$2=$3 cannot be right: it must match $1"
+}
+
+# What follows `--`, for m2l2 train: gs://BUCKET/... becomes a path under the mount.
+# Sets `train` (an array) and `bucket` (empty where no flag names one).
+read_train_flags() {
+  local flag path workdir=
+  train=() bucket=
+  for flag in "$@"; do
+    case $flag in
+      --multihost* | --stopped_exit_code* | --coordinator* | --num_processes* | --process_id*)
+        give_up "${flag%%=*} is not yours to give: this script sets it" ;;
+      --*=gs://*)
+        path=${flag#*=gs://}
+        [ "${bucket:-${path%%/*}}" = "${path%%/*}" ] ||
+          give_up "$flag is in another bucket than gs://$bucket: one is mounted, so keep all in one"
+        bucket=${path%%/*}
+        require '[a-z0-9][a-z0-9._-]*' bucket "$bucket"
+        case $path in */?*) ;; *) give_up "$flag names no folder in the bucket" ;; esac
+        flag="${flag%%=*}=$mount_point/${path#*/}" ;;
+    esac
+    case $flag in --workdir=?*) workdir=$flag ;; esac
+    train+=("$flag")
+  done
+  [ -n "$workdir" ] || give_up 'give the flags of m2l2 train after --, --workdir=... among them (try --help)'
+}
+
+check_bucket() {
+  [ -n "$bucket" ] || return 0
+  local look=(gcloud storage buckets describe "gs://$bucket" --raw '--format=value(hierarchicalNamespace.enabled)')
+  if [ -n "${dry_run:-}" ]; then quoted "${look[@]}"; return; fi
+  local answer
+  answer=$("${look[@]}") || give_up "cannot look at gs://$bucket; the message of gcloud is above"
+  [ "$answer" = True ] || give_up "gs://$bucket has no hierarchical namespace, so checkpoints in it" \
+    'could be torn: make one with gcloud storage buckets create --uniform-bucket-level-access' \
+    '--enable-hierarchical-namespace'
+}
