@@ -10,6 +10,7 @@ import dataclasses
 from absl import logging
 import jax
 
+from m2l2.chips import find_chip
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
@@ -32,7 +33,8 @@ def network(model: Mapping) -> Network:
   if unknown:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
   fields = _select(model, Architecture)
-  arch = _make(Architecture, {**fields, 'dtype': activation_dtype(fields['dtype'])}, where='model')
+  fields |= {'dtype': activation_dtype(fields['dtype']), 'tile': tile_width(fields['tile'])}
+  arch = _make(Architecture, fields, where='model')
   try:
     check_implementation(arch.attention)
     return make_network(arch)
@@ -59,6 +61,16 @@ def activation_dtype(asked: str, *, devices=None) -> str:
         logging.log_first_n(logging.WARNING, '%s has no bfloat16 units: activations are float32', 1, device.device_kind)
         return 'float32'
   return 'bfloat16'
+
+
+def tile_width(asked) -> int:
+  """config.model.tile -> the width that narrow maps are packed to: of 'auto', a TPU's matrix unit, elsewhere 0."""
+  if asked != 'auto':
+    return int(asked) if str(asked).isdecimal() else asked
+  if platform() != 'tpu':
+    return 0
+  chip = find_chip(jax.devices()[0].device_kind)
+  return chip.matrix_unit if chip else 128
 
 
 def _compute_capability(device) -> tuple:

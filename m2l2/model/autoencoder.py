@@ -20,6 +20,7 @@ from m2l2.model.layers import groups
 from m2l2.model.transformer import REMATS
 
 DTYPES = ('float32', 'bfloat16')
+TILES = (0, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Architecture:
     feature_norm: cross-connection features are scaled to unit mean square.
     remat: 'none', 'blocks' (each layer and conv block) or 'full' (of encoder, decoder and denoiser nothing
       but their inputs is kept).
+    tile: maps narrower than this are packed, frames into channels, see model/packing.py; 0: never.
     attention: implementation of chunk-causal attention, see kernels/chunk_causal.py.
     dtype: of activations; parameters are float32.
   """
@@ -74,6 +76,7 @@ class Architecture:
   envelope: bool
   feature_norm: bool
   remat: str
+  tile: int
   attention: str
   dtype: str
 
@@ -96,6 +99,8 @@ class Architecture:
       raise ValueError(f'each of model.widths {self.widths} must be a multiple of its groups, width / 4 and at most 32')
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f'model.attention is {self.attention!r}; choose from {IMPLEMENTATIONS}')
+    if self.tile not in TILES:
+      raise ValueError(f"model.tile is {self.tile!r}; choose from ('auto', {', '.join(map(str, TILES))})")
     if self.dtype not in DTYPES:
       raise ValueError(f'model.dtype is {self.dtype!r}; choose from {DTYPES}')
     if self.remat not in REMATS:
@@ -122,7 +127,8 @@ class Autoencoder(nnx.Module):
                        impl=arch.attention)
     shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, widths=arch.widths, blocks=arch.blocks,
                   strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
-                  latent_dim=arch.latent_dim, remat=arch.remat, dtype=jnp.dtype(arch.dtype), rngs=rngs)
+                  latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile,
+                  dtype=jnp.dtype(arch.dtype), rngs=rngs)
     self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
                            magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
     self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut, envelope=arch.envelope,

@@ -26,7 +26,7 @@ class Decoder(nnx.Module):
   """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept."""
 
   def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, num_latents, latent_dim,
-               registers, shortcut, envelope, feature_norm, remat, dtype, rngs):
+               registers, shortcut, envelope, feature_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens = grid[0] * grid[1]
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
@@ -35,9 +35,12 @@ class Decoder(nnx.Module):
     self.registers = param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5))
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, output_norm=False, remat=remat,
                                    rngs=rngs, **transformer)
-    self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, rngs=rngs)
+    self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
+                                      rngs=rngs)
     self.shortcut = Shortcut((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
-    self.envelope = EnvelopeHead(widths[0], channels, bins=bins, stem=stem, rngs=rngs) if envelope else None
+    self.envelope = (
+        EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
+        if envelope else None)
     self.grid = grid
     self.feature_norm = feature_norm
     self.dtype = dtype

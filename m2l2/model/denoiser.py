@@ -57,14 +57,14 @@ class Denoiser(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, chunks, num_latents,
-               latent_dim, registers, latents, envelope_input, cond_dim, remat, dtype, rngs):
+               latent_dim, registers, latents, envelope_input, cond_dim, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens = grid[0] * grid[1]
     rows = bins // stem[0]
     self.embedding = NoiseEmbedding(cond_dim, rngs=rngs)
     self.gains = NoiseGains(cond_dim, rows, rngs=rngs)
     in_channels = channels * (3 if envelope_input else 2)
-    ladder = dict(widths=widths, blocks=blocks, strides=strides, cond_dim=cond_dim, remat=remat)
+    ladder = dict(widths=widths, blocks=blocks, strides=strides, cond_dim=cond_dim, remat=remat, tile=tile)
     self.patchifier = Patchifier(in_channels, stem=stem, rngs=rngs, **ladder)
     self.latents_in = Linear(latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs) if latents else None
     self.registers = (
@@ -73,7 +73,8 @@ class Denoiser(nnx.Module):
     self.transformer = Transformer(dim, tokens=num_tokens + extra, chunks=chunks, cond_dim=cond_dim, remat=remat,
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, rngs=rngs, **ladder)
-    self.output = OutputHead(widths[0], 2 * channels, stem=stem, cond_dim=cond_dim, rngs=rngs)
+    self.output = OutputHead(widths[0], 2 * channels, stem=stem, pack=self.patchifier.packs[0], cond_dim=cond_dim,
+                             rngs=rngs)
     self.envelope_input = envelope_input
     self.cond_dim = cond_dim
     self.dtype = dtype

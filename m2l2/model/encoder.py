@@ -31,12 +31,13 @@ class Encoder(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, widths, blocks, strides, transformer, num_tokens, num_latents, latent_dim,
-               registers, magnitude_input, shortcut, latent_norm, remat, dtype, rngs):
+               registers, magnitude_input, shortcut, latent_norm, remat, tile, dtype,
+               rngs):
     dim = widths[-1]
     in_channels = channels * (3 if magnitude_input else 2)
     self.gain = param(rngs, (bins // stem[0],), ('freq',), ONES)
     self.patchifier = Patchifier(in_channels, stem=stem, widths=widths, blocks=blocks, strides=strides,
-                                 remat=remat, rngs=rngs)
+                                 remat=remat, tile=tile, rngs=rngs)
     self.queries = param(rngs, (num_latents, dim), ('latents', 'embed'), normal(dim ** -0.5))
     self.registers = param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5))
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from m2l2.model.layers import ZEROS, normal, param
+from m2l2.model.packing import PLAIN
 from m2l2.model.patchify import OutputHead
 
 SLOPE, CENTRE, UNIT = 100.0, 2.0, 1.5
@@ -45,8 +46,8 @@ def deviation(log_mag, *, floor: float):
 class EnvelopeHead(nnx.Module):
   """Finest decoder map [N, F', T', C] -> log-magnitudes [N, F, T, channels] float32."""
 
-  def __init__(self, dim, channels, *, bins, stem, rngs):
-    self.head = OutputHead(dim, channels, stem=stem, init=normal(0.02), rngs=rngs)
+  def __init__(self, dim, channels, *, bins, stem, pack=PLAIN, rngs):
+    self.head = OutputHead(dim, channels, stem=stem, pack=pack, init=normal(0.02), rngs=rngs)
     self.bias = param(rngs, (bins, 1, channels), ('freq', None, None), ZEROS)
 
   def __call__(self, x):

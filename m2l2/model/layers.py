@@ -13,6 +13,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from m2l2.model import packing
+
 
 @dataclasses.dataclass(frozen=True)
 class Init:
@@ -66,17 +68,37 @@ class Linear(nnx.Module):
 
 
 class Conv3x3(nnx.Module):
-  """Same-padded 3x3 convolution on [N, F, T, C]."""
+  """Same-padded 3x3 convolution on [N, F, T, C], or on maps packed by `pack` (packing.py).
+
+  On packed maps it goes from aligned places to shifted ones, from shifted to aligned with `inward`, or from aligned to
+  aligned with `aligned`; `enter` goes from a plain map to aligned places.
+  """
 
   def __init__(self, in_dim, out_dim, *, init=None, bias=False, rngs):
     self.kernel = param(rngs, (3, 3, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'),
                         init or xavier(9 * in_dim, 9 * out_dim))
     self.bias = param(rngs, (out_dim,), ('conv_out',), ZEROS) if bias else None
 
-  def __call__(self, x):
-    out = jax.lax.conv_general_dilated(
-        x, self.kernel[...].astype(x.dtype), (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-    return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
+  def __call__(self, x, *, pack=packing.PLAIN, inward=False, aligned=False):
+    kernel = self.kernel[...]
+    if pack != packing.PLAIN:
+      kernel = packing.packed_kernel(kernel, pack, aligned=aligned)
+    padding = [(0, 0) if inward and p > 1 else (1, 1) for p in pack]
+    return self._add_bias(jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
+
+  def enter(self, x, pack):
+    if pack == packing.PLAIN:
+      return self(x)
+    kernel = packing.window_kernel(self.kernel[...], pack)
+    kernel = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
+    return self._add_bias(jnp.einsum('nftw,wc->nftc', packing.windows(x, pack), kernel))
+
+  def _add_bias(self, out):
+    if self.bias is None:
+      return out
+    bias = jnp.tile(self.bias[...], out.shape[-1] // self.bias.shape[0])
+    return out + as_last(bias.astype(out.dtype), out)
 
 
 class Scale(nnx.Module):
@@ -133,7 +155,7 @@ def groups(dim: int) -> int:
 
 
 class GroupNorm(nnx.Module):
-  """GroupNorm over [N, F, T, C] with min(C/4, 32) groups; only a gain, free or noise-conditioned."""
+  """GroupNorm over [N, F, T, C] (or packed maps) with min(C/4, 32) groups; only a gain, free or noise-conditioned."""
 
   def __init__(self, dim, *, cond_dim=None, eps=1e-5, rngs):
     self.scale = Scale(dim, cond_dim=cond_dim, axis='conv_in', rngs=rngs)
@@ -141,12 +163,14 @@ class GroupNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x, cond=None):
-    n, f, t, c = x.shape
-    y = x.astype(jnp.float32).reshape(n, f * t, self.groups, c // self.groups)
-    mean = jnp.mean(y, axis=(1, 3), keepdims=True)
-    variance = jnp.mean(jnp.square(y - mean), axis=(1, 3), keepdims=True)
-    y = ((y - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(n, f, t, c)
     scale = self.scale(cond)
+    n, f, t, c = x.shape
+    packed = c // scale.shape[-1]
+    y = x.astype(jnp.float32).reshape(n, f * t, packed, self.groups, -1)
+    mean = jnp.mean(y, axis=(1, 2, 4), keepdims=True)
+    variance = jnp.mean(jnp.square(y - mean), axis=(1, 2, 4), keepdims=True)
+    y = ((y - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(n, f, t, c)
+    scale = jnp.tile(scale, (1,) * (scale.ndim - 1) + (packed,))
     return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
 
 

@@ -1,79 +1,106 @@
 """Convolutional patchifier (spectrogram -> tokens) and de-patchifier (tokens -> maps), figure 1's "P".
 
-Maps are [N, F, T, C] with N = B*S: chunks never mix here. Both are ladders of residual conv blocks with
-residual resamplers between the levels. A patchifier takes one feature map per conv block and records one;
-a de-patchifier does the same in the opposite order, so the lists line up.
+Maps are [N, F, T, C] with N = B*S: chunks never mix here. Those of narrow levels may be packed (packing.py).
+Both are ladders of residual conv blocks with residual resamplers between the levels. A patchifier takes one feature
+map per conv block and records one; a de-patchifier does the same in the opposite order, so the lists line up.
 """
 
 import math
 
 from flax import nnx
 import jax.numpy as jnp
+import numpy as np
 
+from m2l2.model import packing
 from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat, silu
+from m2l2.model.packing import PLAIN, depth_to_space, join_patches, space_to_depth, split_patches
 from m2l2.sharding import constrain
 
 
 class ConvBlock(nnx.Module):
   """x + conv3x3_zero(SiLU(conv3x3(GroupNorm(x)))), no biases."""
 
-  def __init__(self, dim, *, cond_dim=None, rngs):
+  def __init__(self, dim, *, cond_dim=None, pack=PLAIN, rngs):
     self.norm = GroupNorm(dim, cond_dim=cond_dim, rngs=rngs)
     self.conv1 = Conv3x3(dim, dim, rngs=rngs)
     self.conv2 = Conv3x3(dim, dim, init=ZEROS, rngs=rngs)
+    self.pack = pack
 
   def __call__(self, x, cond=None):
-    return x + self.conv2(silu(self.conv1(self.norm(x, cond))))
+    h = silu(self.conv1(self.norm(x, cond), pack=self.pack))
+    return x + self.conv2(packing.clear_edges(h, self.pack), pack=self.pack, inward=True)
 
 
 class Downsample(nnx.Module):
   """Patch mean with repeated channels, plus a zero-initialised strided conv (kernel = stride) of GN(x)."""
 
-  def __init__(self, in_dim, out_dim, *, stride, rngs):
+  def __init__(self, in_dim, out_dim, *, stride, packs=(PLAIN, PLAIN), rngs):
     self.norm = GroupNorm(in_dim, rngs=rngs)
     self.kernel = param(rngs, (*stride, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'), ZEROS)
     self.stride = stride
+    self.packs = packs
 
   def __call__(self, x):
-    patches = split_patches(self.norm(x), self.stride)
-    learned = jnp.einsum('nfatbc,abcd->nftd', patches, self.kernel[...].astype(x.dtype))
-    mean = split_patches(x, self.stride).mean(axis=(2, 4))
-    return jnp.repeat(mean, learned.shape[-1] // x.shape[-1], axis=-1) + learned
+    if self.packs == (PLAIN, PLAIN):
+      patches = split_patches(self.norm(x), self.stride)
+      learned = jnp.einsum('nfatbc,abcd->nftd', patches, self.kernel[...].astype(x.dtype))
+      mean = split_patches(x, self.stride).mean(axis=(2, 4))
+      return jnp.repeat(mean, learned.shape[-1] // x.shape[-1], axis=-1) + learned
+    _, _, c, d = self.kernel.shape
+    repeat = np.arange(c)[:, None] == np.arange(d) // (d // c)
+    mean = jnp.asarray(np.broadcast_to(repeat / math.prod(self.stride), self.kernel.shape), jnp.float32)
+    out = self._project(self.norm(x), self.kernel[...]) + self._project(x, mean)
+    return space_to_depth(out, self.packs[1])
+
+  def _project(self, x, kernel):
+    """The strided conv of a packed map, as one matrix product."""
+    (a, b), (p, q) = self.stride, self.packs[0]
+    kernel = jnp.moveaxis(kernel.reshape(a // p, p, b // q, q, *kernel.shape[2:]), 1, 2)
+    kernel = kernel.reshape(a // p, b // q, x.shape[-1], -1)
+    return jnp.einsum('nfatbc,abcd->nftd', split_patches(x, (a // p, b // q)), kernel.astype(x.dtype))
 
 
 class Upsample(nnx.Module):
   """Nearest replication with averaged channels, plus a zero-initialised transposed conv of GN(x)."""
 
-  def __init__(self, in_dim, out_dim, *, stride, rngs):
+  def __init__(self, in_dim, out_dim, *, stride, packs=(PLAIN, PLAIN), rngs):
     self.norm = GroupNorm(in_dim, rngs=rngs)
     self.kernel = param(rngs, (*stride, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'), ZEROS)
     self.stride = stride
+    self.packs = packs
 
   def __call__(self, x):
-    out_dim = self.kernel.shape[-1]
-    learned = jnp.einsum('nftc,abcd->nfatbd', self.norm(x), self.kernel[...].astype(x.dtype))
-    mean = x.reshape(*x.shape[:-1], out_dim, -1).mean(axis=-1)
+    x = depth_to_space(x, self.packs[0])
+    (a, b), (p, q) = self.stride, self.packs[1]
+    _, _, c, d = self.kernel.shape
+    kernel = jnp.moveaxis(self.kernel[...].reshape(a // p, p, b // q, q, c, d), (0, 2, 4), (0, 1, 2))
+    kernel = kernel.reshape(a // p, b // q, c, -1)  # [.., .., C, p*q*D]
+    learned = jnp.einsum('nftc,abcd->nfatbd', self.norm(x), kernel.astype(x.dtype))
+    mean = x.reshape(*x.shape[:-1], d, -1).mean(axis=-1)
+    mean = jnp.tile(mean, p * q)
     return join_patches(mean[:, :, None, :, None] + learned)
 
 
 class Ladder(nnx.Module):
   """The conv blocks and resamplers of either direction; `steps` names them in the order they run."""
 
-  def __init__(self, widths, *, blocks, strides, up, cond_dim, remat, rngs):
+  def __init__(self, widths, *, blocks, strides, up, cond_dim, remat, tile, rngs):
     levels = list(range(len(widths)))
+    self.packs = ladder_packs(widths, strides, tile=tile)
     order = levels[::-1] if up else levels
     self.steps = []
     for n, level in enumerate(order):
       for i in range(blocks[level]):
         name = f'level{level}_block{i}'
-        setattr(self, name, ConvBlock(widths[level], cond_dim=cond_dim, rngs=rngs))
+        setattr(self, name, ConvBlock(widths[level], cond_dim=cond_dim, pack=self.packs[level], rngs=rngs))
         self.steps.append((name, True))
       if n + 1 < len(order):
         after = order[n + 1]
         name = f'level{level}_{"up" if up else "down"}'
         stride = strides[min(level, after)]
         resample = Upsample if up else Downsample
-        setattr(self, name, resample(widths[level], widths[after], stride=stride, rngs=rngs))
+        packs = (self.packs[level], self.packs[after])
+        setattr(self, name, resample(widths[level], widths[after], stride=stride, packs=packs, rngs=rngs))
         self.steps.append((name, False))
     self.steps = tuple(self.steps)
     self.remat = remat != 'none'
@@ -95,14 +122,16 @@ class Ladder(nnx.Module):
 class Patchifier(Ladder):
   """Map [N, F, T, C] -> tokens [N, P, D] (frequency-major) and each block's output, deepest first."""
 
-  def __init__(self, in_channels, *, stem, widths, blocks, strides, cond_dim=None, remat='blocks', rngs):
+  def __init__(self, in_channels, *, stem, widths, blocks, strides, cond_dim=None, remat='blocks', tile=0,
+               rngs):
     self.conv_in = Conv3x3(in_channels * stem[0] * stem[1], widths[0], bias=True, rngs=rngs)
     self.stem = tuple(stem)
-    super().__init__(widths, blocks=blocks, strides=strides, up=False, cond_dim=cond_dim, remat=remat, rngs=rngs)
+    super().__init__(widths, blocks=blocks, strides=strides, up=False, cond_dim=cond_dim, remat=remat, tile=tile,
+                     rngs=rngs)
 
   def __call__(self, x, *, gain, features=None, cond=None):
     """gain [F'] or [N, F'] scales the rows after the first conv (F' = F / stem)."""
-    x = scale_rows(self.conv_in(space_to_depth(x, self.stem)), gain)
+    x = scale_rows(self.conv_in.enter(space_to_depth(x, self.stem), self.packs[0]), gain, self.packs[0])
     x, outputs = self.run(x, features=features, cond=cond)
     return x.reshape(x.shape[0], -1, x.shape[-1]), outputs[::-1]
 
@@ -110,9 +139,10 @@ class Patchifier(Ladder):
 class DePatchifier(Ladder):
   """Tokens [N, P, D] -> map [N, F', T', C] and each block's output, finest first."""
 
-  def __init__(self, *, grid, widths, blocks, strides, cond_dim=None, remat='blocks', rngs):
+  def __init__(self, *, grid, widths, blocks, strides, cond_dim=None, remat='blocks', tile=0, rngs):
     self.grid = tuple(grid)
-    super().__init__(widths, blocks=blocks, strides=strides, up=True, cond_dim=cond_dim, remat=remat, rngs=rngs)
+    super().__init__(widths, blocks=blocks, strides=strides, up=True, cond_dim=cond_dim, remat=remat, tile=tile,
+                     rngs=rngs)
 
   def __call__(self, tokens, *, features=None, cond=None):
     x = tokens.reshape(tokens.shape[0], *self.grid, tokens.shape[-1])
@@ -123,53 +153,32 @@ class DePatchifier(Ladder):
 class OutputHead(nnx.Module):
   """Map [N, F', T', C] -> [N, F, T, out]: norm, row gain, conv3x3 (no activation before it), un-stem."""
 
-  def __init__(self, dim, out_channels, *, stem, cond_dim=None, init=ZEROS, rngs):
+  def __init__(self, dim, out_channels, *, stem, pack=PLAIN, cond_dim=None, init=ZEROS, rngs):
     self.norm = GroupNorm(dim, cond_dim=cond_dim, rngs=rngs)
     self.conv_out = Conv3x3(dim, out_channels * stem[0] * stem[1], init=init, bias=True, rngs=rngs)
     self.stem = tuple(stem)
+    self.pack = pack
 
   def __call__(self, x, *, gain=None, cond=None):
     x = self.norm(x, cond)
-    x = x if gain is None else scale_rows(x, gain)
-    return depth_to_space(self.conv_out(x), self.stem)
+    x = x if gain is None else scale_rows(x, gain, self.pack)
+    return depth_to_space(depth_to_space(self.conv_out(x, pack=self.pack, aligned=True), self.pack), self.stem)
 
 
-def scale_rows(x, gain):
-  """[N, F, T, C] times gain [F] or [N, F]."""
+def ladder_packs(widths, strides, *, tile):
+  """How each level's maps are packed; the deepest, whose places are tokens, never is."""
+  return (*(packing.pack_of(width, tile=tile, stride=stride) for width, stride in zip(widths, strides)), PLAIN)
+
+
+def scale_rows(x, gain, pack=PLAIN):
+  """[N, F, T, C], packed or not, times gain [F] or [N, F]."""
   gain = gain[None] if gain.ndim == 1 else gain
-  return (x.astype(jnp.float32) * gain[:, :, None, None].astype(jnp.float32)).astype(x.dtype)
+  gain = space_to_depth(jnp.broadcast_to(gain[:, :, None, None], (*gain.shape, pack[1], 1)), pack)
+  gain = jnp.repeat(gain, x.shape[-1] // gain.shape[-1], axis=-1) if pack != PLAIN else gain
+  return (x.astype(jnp.float32) * gain.astype(jnp.float32)).astype(x.dtype)
 
 
 def merge(x, feature):
   """(x + feature) / sqrt 2, rounded once."""
   return ((x.astype(jnp.float32) + feature.astype(jnp.float32)) * math.sqrt(0.5)).astype(x.dtype)
 
-
-def split_patches(x, stride):
-  """[N, F, T, C] -> [N, F/a, a, T/b, b, C]."""
-  n, f, t, c = x.shape
-  a, b = stride
-  return x.reshape(n, f // a, a, t // b, b, c)
-
-
-def join_patches(x):
-  """[N, F, a, T, b, C] -> [N, F*a, T*b, C]."""
-  n, f, a, t, b, c = x.shape
-  return x.reshape(n, f * a, t * b, c)
-
-
-def space_to_depth(x, stem):
-  """[N, F, T, C] -> [N, F/a, T/b, a*b*C]; the identity for stem (1, 1)."""
-  if stem == (1, 1):
-    return x
-  patches = jnp.moveaxis(split_patches(x, stem), 2, 3)  # [N, F/a, T/b, a, b, C]
-  return patches.reshape(*patches.shape[:3], -1)
-
-
-def depth_to_space(x, stem):
-  """The inverse of `space_to_depth`."""
-  if stem == (1, 1):
-    return x
-  n, f, t, c = x.shape
-  patches = x.reshape(n, f, t, *stem, c // math.prod(stem))
-  return join_patches(jnp.moveaxis(patches, 3, 2))

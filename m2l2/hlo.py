@@ -1,0 +1,181 @@
+"""Counting what a compiled program moves: memory traffic and collectives, from the text of its HLO.
+
+XLA's own cost analysis counts the body of a loop once, so a scan over 12 layers counts as one; here trips count.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
+_BYTES = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
+          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  name: str
+  type: str
+  opcode: str
+  operands: tuple
+  attributes: str
+  root: bool
+
+
+@dataclasses.dataclass
+class Traffic:
+  """Bytes that a device reads and writes, and those that it sends in collectives, by kind; per run of the program."""
+  accessed: float = 0.0
+  collectives: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+
+
+def count_traffic(hlo_text: str) -> Traffic:
+  """Walks the text of a compiled HLO module; bodies of loops count as often as they run.
+
+  Each instruction outside of a fusion reads its operands and writes its output. A fusion that takes a slice of an
+  operand, or updates a slice of its output in place, is charged for the slice.
+  """
+  computations, entry = parse_hlo(hlo_text)
+  traffic = Traffic()
+
+  def visit(name, times):
+    types = {i.name: i.type for i in computations[name]}
+    for instruction in computations[name]:
+      opcode = instruction.opcode
+      if opcode == 'while':
+        visit(_called(instruction, 'body'), times * _trips(instruction))
+      elif opcode in ('call', 'async-start'):
+        visit(_called(instruction, 'to_apply') or _called(instruction, 'calls'), times)
+      elif opcode == 'conditional':
+        for branch in re.findall(r'%?([\w.\-]+)', _attribute(instruction, 'branch_computations')):
+          visit(branch, times)
+      elif opcode not in _FREE and not opcode.endswith(('-done', '-update')):
+        traffic.accessed += times * _accessed(instruction, types, computations)
+      for kind, size in _collectives(instruction, computations):
+        traffic.collectives[kind] += times * size
+
+  visit(entry, 1)
+  return traffic
+
+
+def parse_hlo(text: str):
+  """-> ({computation: [Instruction]}, name of the entry)."""
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$', line)
+    if header:
+      current = computations.setdefault(header[2], [])
+      entry = header[2] if header[1] else entry
+    elif current is not None and ' = ' in line:
+      current.append(_parse_instruction(line.strip()))
+  if entry is None:
+    raise ValueError('this is not the text of an HLO module: it has no ENTRY')
+  return computations, entry
+
+
+def _parse_instruction(line) -> Instruction:
+  name, rest = line.split(' = ', 1)
+  root = name.startswith('ROOT ')
+  end = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
+  kind, rest = rest[:end], rest[end:].lstrip()
+  start = rest.index('(')
+  stop = _closing(rest, start)
+  opcode, inside = rest[:start], rest[start + 1:stop]
+  # A parameter's operand is its number.
+  operands = (inside,) if opcode == 'parameter' else tuple(re.findall(r'%([\w.\-]+)', inside))
+  return Instruction(name=name.removeprefix('ROOT ').lstrip('%'), type=kind, opcode=opcode, operands=operands,
+                     attributes=rest[stop + 1:], root=root)
+
+
+def _closing(text, start) -> int:
+  depth = 0
+  for i in range(start, len(text)):
+    depth += (text[i] == '(') - (text[i] == ')')
+    if not depth:
+      return i
+  raise ValueError(f'unbalanced brackets: {text[:80]}')
+
+
+def type_bytes(kind: str) -> float:
+  """Bytes of an HLO type, tuples summed, layouts' padding left out."""
+  return sum(_BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(',') if n)
+             for dtype, shape in re.findall(r'\b([a-z]+\d+|pred)\[([\d,]*)\]', kind))
+
+
+def _attribute(instruction, name) -> str:
+  found = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', instruction.attributes)
+  return found[1] if found else ''
+
+
+def _called(instruction, name) -> str:
+  return _attribute(instruction, name).lstrip('%')
+
+
+def _trips(instruction) -> int:
+  found = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
+  return int(found[1]) if found else 1
+
+
+def _accessed(instruction, types, computations) -> float:
+  if instruction.opcode == 'dynamic-slice':
+    return 2 * type_bytes(instruction.type)
+  if instruction.opcode == 'dynamic-update-slice':
+    return 2 * type_bytes(types.get(instruction.operands[1], ''))
+  if instruction.opcode != 'fusion':
+    return type_bytes(instruction.type) + sum(type_bytes(types.get(name, '')) for name in instruction.operands)
+  body = computations.get(_called(instruction, 'calls'), [])
+  inner = {i.name: i for i in body}
+  parameters = {int(i.operands[0]): i for i in body if i.opcode == 'parameter'}
+  written = in_place = 0.0
+  updated = set()
+  root = next((i for i in body if i.root), None)
+  parts = [inner[name] for name in root.operands] if root is not None and root.opcode == 'tuple' else [root]
+  for part in parts:
+    source = _through_bitcasts(part, inner)
+    if source is not None and source.opcode == 'dynamic-update-slice':
+      update = inner.get(source.operands[1])
+      in_place += 2 * type_bytes(update.type if update else '')
+      buffer = _through_bitcasts(inner.get(source.operands[0]), inner)
+      updated.add(buffer.name if buffer else '')
+    elif part is not None:
+      written += type_bytes(part.type)
+  read = 0.0
+  for position, name in enumerate(instruction.operands):
+    parameter = parameters.get(position)
+    if parameter is not None and parameter.name in updated:
+      continue
+    users = [i for i in body if parameter is not None and parameter.name in i.operands]
+    if users and all(user.opcode == 'dynamic-slice' for user in users):
+      read += sum(type_bytes(user.type) for user in users)
+    else:
+      read += type_bytes(types.get(name, ''))
+  return read + written + in_place
+
+
+def _through_bitcasts(instruction, inner):
+  while instruction is not None and instruction.opcode in ('bitcast', 'convert', 'copy') and instruction.operands:
+    instruction = inner.get(instruction.operands[0])
+  return instruction
+
+
+def _collectives(instruction, computations):
+  """(kind, bytes of the output) of an instruction that is a collective, or of those inside a fusion."""
+  kind = instruction.opcode.removesuffix('-start')
+  if kind in COLLECTIVES:
+    output = instruction.type
+    if instruction.opcode.endswith('-start') and output.startswith('('):  # (operands, outputs, ...): the larger half
+      sizes = [type_bytes(part) for part in re.findall(r'[a-z]+\d+\[[\d,]*\]', output)]
+      return [(kind, max(sizes, default=0.0))]
+    return [(kind, type_bytes(output))]
+  if instruction.opcode == 'fusion':
+    body = computations.get(_called(instruction, 'calls'), [])
+    return [found for inner in body for found in _collectives(inner, computations)]
+  return []
+
+
+def as_table(traffic: Traffic) -> dict:
+  """JSON types."""
+  return {'accessed': traffic.accessed, 'collectives': {k: float(v) for k, v in sorted(traffic.collectives.items())}}
