@@ -54,7 +54,7 @@ def get_config(arg=''):
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
   # How it runs.
   model.remat = 'blocks'               # none, blocks, full: what the backward pass computes again
-  model.tile = 'auto'                  # packs narrower maps, frames into channels (model/packing.py); 0: never, 128, 256
+  model.tile = 'auto'                  # maps narrower than this are packed (model/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 

@@ -27,8 +27,10 @@ class Instruction:
 
 @dataclasses.dataclass
 class Traffic:
-  """Bytes that a device reads and writes, and those that it sends in collectives, by kind; per run of the program."""
+  """Of one device and one run: bytes read and written, cycles by the TPU compiler's own estimate (0: it has none; custom
+  kernels are not in it), and bytes of the results of collectives by kind."""
   accessed: float = 0.0
+  cycles: float = 0.0
   collectives: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
 
@@ -54,6 +56,7 @@ def count_traffic(hlo_text: str) -> Traffic:
           visit(branch, times)
       elif opcode not in _FREE and not opcode.endswith(('-done', '-update')):
         traffic.accessed += times * _accessed(instruction, types, computations)
+      traffic.cycles += times * _cycles(instruction)
       for kind, size in _collectives(instruction, computations):
         traffic.collectives[kind] += times * size
 
@@ -119,6 +122,11 @@ def _trips(instruction) -> int:
   return int(found[1]) if found else 1
 
 
+def _cycles(instruction) -> int:
+  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  return int(found[1]) if found else 0
+
+
 def _accessed(instruction, types, computations) -> float:
   if instruction.opcode == 'dynamic-slice':
     return 2 * type_bytes(instruction.type)
@@ -174,8 +182,3 @@ def _collectives(instruction, computations):
     body = computations.get(_called(instruction, 'calls'), [])
     return [found for inner in body for found in _collectives(inner, computations)]
   return []
-
-
-def as_table(traffic: Traffic) -> dict:
-  """JSON types."""
-  return {'accessed': traffic.accessed, 'collectives': {k: float(v) for k, v in sorted(traffic.collectives.items())}}

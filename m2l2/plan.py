@@ -4,117 +4,116 @@ The whole train step is compiled ahead of time for a named topology. Memory, tra
 program's; FLOPs are counted from the traced one; times are bounds from published peaks, not measurements.
 """
 
-import dataclasses
 import json
+import math
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build, flops, hlo, sharding
+from m2l2 import build, chips, flops, hlo, sharding
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 
-GIB = 2 ** 30
+MAX_COMPILES = 6
+# Without these the TPU's library looks for a TPU on this machine, and says so at length.
+_ENVIRONMENT = {
+    'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-256', 'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0', 'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Published peaks of one chip: bfloat16 TFLOP/s, GiB of HBM, GB/s to it, GB/s over all links, width of the unit."""
-  tflops: float
-  hbm_gib: float
-  hbm_gbps: float
-  link_gbps: float
-  unit: int = 128
-  chips_per_host: int = 4
-
-
-# cloud.google.com/tpu/docs/system-architecture-tpu-vm; HBM is what the compiler lets a program have.
-CHIPS = {
-    'v4': Chip(275, 32, 1228, 300),
-    'v5e': Chip(197, 15.75, 819, 200, chips_per_host=4),
-    'v5p': Chip(459, 95.74, 2765, 600),
-    'v6e': Chip(918, 31.25, 1640, 448, unit=256, chips_per_host=4),
-}
-
-
-def plan(config, topology: str, *, preset: str | None = None, batch: int | None = None,
-         max_batch: bool = False) -> dict:
+def plan(config, topology: str, *, preset: str | None = None, batch: int | None = None, max_batch: bool = False,
+         say=lambda line: None) -> dict:
   """Compiles the train step of a config for a TPU topology; nothing is run.
 
   Args:
-    config: as `configs/base.py` makes it.
+    config: as `configs/base.py` makes it; model.dtype, .tile and .attention left at 'auto' become what they would be
+      on that TPU.
     topology: 'v5e:16x16', 'v5p:4x8x8', ...
     preset, batch: instead of the config's mesh.preset and train.batch_size.
-    max_batch: bisects for the largest batch (in multiples of the chips) that fits; several compiles.
+    max_batch: looks for the largest batch that fits, in at most MAX_COMPILES compilations.
+    say: called with a line before each long step.
 
   Returns:
-    the JSON of `m2l2 plan` (design: section 6); bytes are per chip.
+    dict of JSON types. All bytes and seconds are those of one chip.
+      topology, devices, hosts, mesh, preset, batch, fits, and error if it does not fit
+      bytes: arguments (state and batch), temporaries, peak, hbm, accessed (a step's memory traffic)
+      flops: of the whole step: step (nominal), of it products, convolutions, attention; executed (recomputation
+        and packing included), padded (that, padded to the matrix unit)
+      collectives: {kind: bytes of results}
+      bound: step_seconds, mfu, by, and seconds of compute, memory and links; cycles: the compiler's own estimate for
+        everything but custom kernels, None where it has none
+      chip_hours: of train.steps at that bound; crops_per_second_per_host
 
-  Raises UserError: no TPU compiler, an unknown topology or preset, or a batch that does not divide.
+  Raises:
+    UserError: no TPU compiler, an unknown topology or preset, a batch that does not divide, or none that fits.
   """
   chip, devices = _topology(topology)
   config = config.copy_and_resolve_references().unlock()
   config.mesh.preset = preset or config.mesh.preset
-  config.train.batch_size = batch or config.train.batch_size
-  config.model.dtype = 'bfloat16'
-  config.model.tile = str(chip.unit) if config.model.tile == 'auto' else config.model.tile
-  if config.model.attention == 'auto' and config.model.head_dim % 128:
-    config.model.attention = 'xla'
+  if config.model.tile == 'auto':
+    config.model.tile = str(chip.matrix_unit)
   mesh = _mesh(config, devices)
-  shards = sharding.batch_shards(mesh)
-  if config.train.batch_size % (shards * config.train.accumulate):
-    raise UserError(f'a batch of {config.train.batch_size} does not divide over {shards} chips: '
-                    f'--batch={shards * config.train.accumulate * max(1, config.train.batch_size // shards)}')
-  if max_batch:
-    config.train.batch_size = _largest_batch(config, mesh, chip, step=shards * config.train.accumulate)
-  compiled, error = _compile(config, mesh)
-  report = {'topology': topology, 'devices': len(devices), 'preset': config.mesh.preset, 'mesh': dict(mesh.shape),
-            'batch': config.train.batch_size, 'fits': compiled is not None}
+  unit = sharding.batch_shards(mesh) * config.train.accumulate
+  # A batch of the paper's size does not divide over a pod: one crop a chip then.
+  config.train.batch_size = batch or -(-config.train.batch_size // unit) * unit
+  if config.train.batch_size % unit:
+    raise UserError(f'--batch={batch} must be a multiple of {unit}: microbatches times the chips that share a batch')
+
+  compiled, error = _largest_batch(config, mesh, unit, say) if max_batch else _compile(config, mesh, say)
+  report = {'topology': topology, 'devices': len(devices), 'hosts': len({d.process_index for d in devices}),
+            'mesh': dict(mesh.shape), 'preset': config.mesh.preset, 'batch': config.train.batch_size,
+            'fits': compiled is not None}
   if compiled is None:
     return {**report, 'error': error}
-  return {**report, **_figures(config, compiled, chip, chips=len(devices))}
+  return {**report, **_figures(config, compiled, chip, report)}
 
 
-def _figures(config, compiled, chip, *, chips) -> dict:
-  memory = compiled.memory_analysis()
-  arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-  peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  work = step_flops(config, unit=chip.unit)
-  traffic = hlo.count_traffic(compiled.as_text())
-  sent = sum(traffic.collectives.values())
-  seconds = {'compute': work.padded / chips / (chip.tflops * 1e12),
-             'memory': traffic.accessed / (chip.hbm_gbps * 1e9), 'links': sent / (chip.link_gbps * 1e9)}
+def _figures(config, compiled, chip, report) -> dict:
+  count, batch = report['devices'], report['batch']
+  memory, traffic = compiled.memory_analysis(), hlo.count_traffic(compiled.as_text())
+  peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes)
+  nominal = step_flops(config, unit=chip.matrix_unit, plain=True)
+  executed = step_flops(config, unit=chip.matrix_unit)
+  seconds = {
+      'compute': executed.padded / count / chip.bf16_flops,
+      'memory': traffic.accessed / chip.hbm_bytes_per_second,
+      'links': sum(traffic.collectives.values()) / chip.link_bytes_per_second if chip.link_bytes_per_second else 0.0}
   by = max(seconds, key=seconds.get)
-  step = seconds[by]
-  steps, batch = config.train.steps, config.train.batch_size
   return {
-      'bytes': {'arguments': arguments, 'temporaries': temporaries, 'peak': peak, 'hbm': int(chip.hbm_gib * GIB),
-                'accessed': traffic.accessed},
-      'flops': {'step': work.total, 'padded': work.padded, 'attention': work.attention,
-                'convolutions': work.convolutions, 'products': work.products},
+      'bytes': {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes, 'peak': peak,
+                'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
+      'flops': {'step': nominal.total, 'products': nominal.products, 'convolutions': nominal.convolutions,
+                'attention': nominal.attention, 'executed': executed.total, 'padded': executed.padded},
       'collectives': dict(sorted(traffic.collectives.items())),
-      'bound': {'step_seconds': step, 'mfu': work.total / chips / (chip.tflops * 1e12) / step, 'by': by,
-                'seconds': seconds},
-      'chip_hours': steps * step * chips / 3600,
-      'crops_per_second_per_host': batch / step / max(1, chips // chip.chips_per_host)}
+      'bound': {'step_seconds': seconds[by], 'mfu': nominal.total / count / chip.bf16_flops / seconds[by], 'by': by,
+                'seconds': seconds, 'cycles': traffic.cycles or None},
+      'chip_hours': config.train.steps * seconds[by] * count / 3600,
+      'crops_per_second_per_host': batch / seconds[by] / report['hosts']}
 
 
-def step_flops(config, *, unit: int = 128) -> flops.Flops:
-  """FLOPs of one step, counted on the plain program: rematerialisation and fused kernels left out."""
-  plain = config.copy_and_resolve_references().unlock()
-  plain.model.remat, plain.model.attention, plain.train.accumulate = 'none', 'xla', 1
-  functions = build.step_functions(plain)
-  state = jax.eval_shape(functions.init, jax.random.key(0))
-  audio = jax.ShapeDtypeStruct((config.train.batch_size, functions.channels, functions.crop_samples), jnp.float32)
-  return flops.count_flops(jax.make_jaxpr(functions.train_step)(state, {'audio': audio}).jaxpr, unit=unit)
+def step_flops(config, *, unit: int = 128, plain: bool = False) -> flops.Flops:
+  """FLOPs of one step over all devices; of the `plain` program: nothing computed twice, no packing, no kernels."""
+  config = config.copy_and_resolve_references().unlock()
+  config.train.accumulate = 1
+  if plain:
+    config.model.remat, config.model.attention, config.model.tile = 'none', 'xla', '0'
+  with compiling_for('tpu'):
+    functions = build.step_functions(config)
+    state = jax.eval_shape(functions.init, jax.random.key(0))
+    audio = jax.ShapeDtypeStruct((config.train.batch_size, functions.channels, functions.crop_samples), jnp.float32)
+    return flops.count_flops(jax.make_jaxpr(functions.train_step)(state, {'audio': audio}).jaxpr, unit=unit)
 
 
-def _compile(config, mesh):
+def _compile(config, mesh, say):
   """-> (compiled step, '') or (None, why it does not fit)."""
-  with compiling_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  say(f'compiling for a batch of {config.train.batch_size}')
+  # An abstract mesh: with jax.set_mesh the few arrays made while tracing would go to the TPUs that are not there.
+  with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     functions = build.step_functions(config)
     abstract = jax.eval_shape(functions.init, jax.random.key(0))
     placement = sharding.param_shardings(abstract.params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
@@ -132,43 +131,79 @@ def _compile(config, mesh):
       return None, _first_line(error)
 
 
-def _largest_batch(config, mesh, chip, *, step) -> int:
-  """The largest multiple of `step` that compiles within HBM: doubling, then bisection."""
-  def fits(count):
-    config.train.batch_size = count * step
-    return _compile(config, mesh)[0] is not None
+def _largest_batch(config, mesh, unit, say):
+  """-> `_compile` of the largest batch found to fit, which config.train.batch_size then is.
 
-  low, high = 0, 1
-  while high <= 1024 and fits(high):
-    low, high = high, 2 * high
-  while high - low > max(1, low // 8):
-    middle = (low + high) // 2
-    low, high = (middle, high) if fits(middle) else (low, middle)
-  if not low:
-    raise UserError(f'not even a batch of {step} fits the {chip.hbm_gib:g} GiB of a chip')
-  return low * step
+  Memory grows linearly with the batch, nearly: two sizes tell where it ends, and the compiler has the last word.
+  """
+  known, best = {}, (0, None)  # {multiple of unit: bytes}
+  limit = None                 # smallest multiple that does not fit
+  guess = max(1, config.train.batch_size // unit)
+  error = ''
+  for _ in range(MAX_COMPILES):
+    config.train.batch_size = guess * unit
+    compiled, error = _compile(config, mesh, say)
+    if compiled is None:
+      limit = min(guess, limit or guess)
+    else:
+      memory = compiled.memory_analysis()
+      known[guess] = memory.temp_size_in_bytes
+      available = memory.argument_size_in_bytes
+      best = max(best, (guess, compiled), key=lambda found: found[0])
+    guess = next_guess(known, hbm=_hbm(mesh) - available if known else 0, limit=limit)
+    if guess is None:
+      break
+  if best[1] is None:
+    return None, error
+  config.train.batch_size = best[0] * unit
+  return best[1], ''
+
+
+def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
+  """The multiple to try next, given {multiple: bytes of temporaries} and the smallest that did not fit.
+
+  None when the largest that fits is known to within an eighth.
+  """
+  if not known:
+    return limit // 2 or None
+  low = max(known)
+  if limit is not None and limit - low <= max(1, low // 8):
+    return None
+  if len(known) == 1:
+    predicted = 2 * low
+  else:
+    first, last = min(known), low
+    slope = max(1.0, (known[last] - known[first]) / (last - first))
+    predicted = int(last + (0.97 * hbm - known[last]) / slope)
+  if limit is not None:
+    predicted = min(predicted, limit - 1) if predicted > low else (low + limit) // 2
+  return predicted if predicted > low else None
+
+
+def _hbm(mesh) -> int:
+  return chips.find_chip(mesh.devices.flat[0].device_kind).hbm_bytes
 
 
 def _topology(name):
+  """-> (chip, devices) of 'v5e:16x16'. Raises UserError."""
   kind = name.partition(':')[0]
-  if kind not in CHIPS:
-    raise UserError(f'--topology={name}: the kinds known here are {", ".join(CHIPS)}, as in v5e:16x16')
-  # Without these the TPU's library looks for a TPU on this machine, and says so at length.
-  for variable, value in {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-256',
-                          'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0', 'TPU_STDERR_LOG_LEVEL': '3',
-                          'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}.items():
+  known = [chip.name for chip in chips.CHIPS if chip.platform == 'tpu']
+  if kind not in known or ':' not in name:
+    raise UserError(f'--topology={name}: the kinds known here are {", ".join(known)}, as in v5e:16x16 or v5p:4x8x8')
+  for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
   try:
-    import libtpu  # noqa: F401
+    import libtpu  # noqa: F401  (jax would say less clearly that it is not there)
   except ModuleNotFoundError as error:
-    raise UserError("planning needs the TPU's compiler: pip install 'm2l2[tpu]' (no TPU needed)") from error
-  extra = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
+    raise UserError("planning needs the TPU's compiler: pip install 'm2l2[train,tpu]' (no TPU is needed)") from error
+  cores = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
-    topology = topologies.get_topology_desc(platform='tpu', topology_name=name, **extra)
+    topology = topologies.get_topology_desc(platform='tpu', topology_name=name, **cores)
   except Exception as error:
-    raise UserError(f'--topology={name} is not a TPU topology ({_first_line(error)})') from error
-  return CHIPS[kind], list(topology.devices)
+    raise UserError(f'--topology={name} is no TPU topology ({_first_line(error)})') from error
+  devices = list(topology.devices)
+  return chips.find_chip(devices[0].device_kind) or chips.BY_NAME[kind], devices
 
 
 def _mesh(config, devices):
@@ -183,30 +218,40 @@ def _first_line(error) -> str:
   return re.sub(r'\s+', ' ', str(error).strip().splitlines()[0])[:300]
 
 
-def as_text(report) -> str:
-  """The report as lines for people."""
-  lines = [f'{report["topology"]}: {report["devices"]} chips, mesh {report["mesh"]}, preset {report["preset"]}, batch '
-           f'{report["batch"]}']
+def as_text(report: dict) -> str:
+  """The report of `plan` as lines for people."""
+  gib = chips.GIB
+  mesh = ' x '.join(f'{name} {size}' for name, size in report['mesh'].items())
+  lines = [f'{report["topology"]}: {report["devices"]} chips, {report["hosts"]} hosts; {report["preset"]}, {mesh}; '
+           f'batch {report["batch"]}']
   if not report['fits']:
     return '\n'.join([*lines, f'does not fit: {report["error"]}'])
   sizes, bound, work = report['bytes'], report['bound'], report['flops']
-  share = {kind: flops / work['step'] for kind, flops in work.items()}
+  collectives = ', '.join(f'{kind} {size / gib:.2f} GiB' for kind, size in report['collectives'].items()) or 'none'
+  seconds = ', '.join(f'{kind} {1e3 * value:.1f} ms' for kind, value in bound['seconds'].items())
   lines += [
-      f'memory per chip: {sizes["peak"] / GIB:.2f} of {sizes["hbm"] / GIB:.2f} GiB (state and batch '
-      f'{sizes["arguments"] / GIB:.2f}, temporaries {sizes["temporaries"] / GIB:.2f})',
-      f'FLOPs a step: {work["step"] / 1e12:.1f} T ({work["padded"] / work["step"]:.2f}x when padded to the '
-      f'matrix unit); convolutions {share["convolutions"]:.0%}, attention {share["attention"]:.0%}',
-      f'traffic per chip and step: {sizes["accessed"] / GIB:.1f} GiB; collectives: ' + (', '.join(
-          f'{kind} {size / GIB:.2f} GiB' for kind, size in report['collectives'].items()) or 'none'),
-      f'bound (not a measurement): {bound["step_seconds"] * 1e3:.1f} ms a step by {bound["by"]}, MFU at most '
-      f'{bound["mfu"]:.0%}; {report["chip_hours"]:,.0f} chip-hours for the run; '
-      f'{report["crops_per_second_per_host"]:.0f} crops/s per host']
+      f'memory     {sizes["peak"] / gib:.2f} of {sizes["hbm"] / gib:.0f} GiB a chip: state and batch '
+      f'{sizes["arguments"] / gib:.2f}, temporaries {sizes["temporaries"] / gib:.2f}',
+      f'FLOPs      {work["step"] / 1e12:.1f} T a step (convolutions {work["convolutions"] / work["step"]:.0%}, attention '
+      f'{work["attention"] / work["step"]:.0%}); executed {work["executed"] / work["step"]:.2f}x, padded to the matrix '
+      f'unit {work["padded"] / work["step"]:.2f}x',
+      f'traffic    {sizes["accessed"] / gib:.1f} GiB a chip and step; collectives: {collectives}',
+      f'bound      {1e3 * bound["step_seconds"]:.1f} ms a step by {bound["by"]} ({seconds}): MFU at most '
+      f'{bound["mfu"]:.0%}. From published peaks, not a measurement',
+      f'run        {report["chip_hours"]:,.0f} chip-hours at that bound; {report["crops_per_second_per_host"]:.0f} '
+      'crops/s for each host to feed']
   return '\n'.join(lines)
 
 
-def main(config, args) -> None:
-  """`m2l2 plan`: JSON on stdout, the table on stderr."""
-  import sys
-  report = plan(config, args.topology, preset=args.preset, batch=args.batch, max_batch=args.max_batch)
-  print(as_text(report), file=sys.stderr)
-  print(json.dumps(report, indent=2))
+def main(config, *, topology, preset=None, batch=None, max_batch=False):
+  """`m2l2 plan`: JSON on stdout, all else on stderr. Raises UserError."""
+  say = lambda text: print(text, file=sys.stderr, flush=True)
+  report = plan(config, topology, preset=preset, batch=batch, max_batch=max_batch, say=say)
+  say(as_text(report))
+  print(json.dumps({name: _finite(value) for name, value in report.items()}, indent=2))
+
+
+def _finite(value):
+  if isinstance(value, dict):
+    return {name: _finite(item) for name, item in value.items()}
+  return None if isinstance(value, float) and not math.isfinite(value) else value

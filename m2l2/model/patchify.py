@@ -181,4 +181,3 @@ def scale_rows(x, gain, pack=PLAIN):
 def merge(x, feature):
   """(x + feature) / sqrt 2, rounded once."""
   return ((x.astype(jnp.float32) + feature.astype(jnp.float32)) * math.sqrt(0.5)).astype(x.dtype)
-

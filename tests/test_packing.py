@@ -1,0 +1,81 @@
+"""Packed maps: the same network with its narrow levels rearranged, piece by piece and whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l2 import build
+from m2l2.configs import base
+from m2l2.errors import UserError
+from m2l2.model import packing
+
+PACKS = [(1, 2), (2, 1), (2, 2)]
+
+
+def conv(x, kernel, padding):
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+
+def draw(*shape):
+  return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize('pack', PACKS)
+def test_two_convolutions_of_packed_places_are_two_of_plain_ones(pack):
+  x, first, second = draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3)
+  plain = conv(conv(x, first, 'SAME'), second, 'SAME')
+  packed = packing.space_to_depth(x, pack)
+  between = conv(packed, packing.packed_kernel(first, pack), ((1, 1), (1, 1)))
+  between = packing.clear_edges(between, pack)
+  inward = [(0, 0) if p > 1 else (1, 1) for p in pack]
+  out = conv(between, packing.packed_kernel(second, pack), inward)
+  np.testing.assert_allclose(packing.depth_to_space(out, pack), plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('pack', PACKS)
+def test_from_plain_to_packed_and_between_aligned_places(pack):
+  x, kernel = draw(2, 6, 8, 5), draw(3, 3, 5, 4)
+  plain = conv(x, kernel, 'SAME')
+  windows = packing.windows(x, pack)
+  entered = windows @ packing.window_kernel(kernel, pack).reshape(windows.shape[-1], -1)
+  np.testing.assert_allclose(packing.depth_to_space(entered, pack), plain, rtol=1e-5, atol=1e-5)
+  aligned = conv(packing.space_to_depth(x, pack), packing.packed_kernel(kernel, pack, aligned=True), ((1, 1), (1, 1)))
+  np.testing.assert_allclose(packing.depth_to_space(aligned, pack), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_frames_are_packed_first_and_only_what_the_next_stride_divides():
+  chosen = [packing.pack_of(width, tile=tile, stride=stride) for width, tile, stride in (
+      (64, 128, (2, 2)), (64, 256, (2, 2)), (128, 128, (4, 2)), (128, 256, (4, 2)), (64, 0, (2, 2)), (32, 128, (4, 1)),
+      (96, 128, (2, 2)))]
+  assert chosen == [(1, 2), (2, 2), (1, 1), (1, 2), (1, 1), (2, 1), (1, 1)]
+
+
+def test_the_whole_network_and_its_gradient():
+  config = base.get_config('debug')
+  fields = {**config.model.to_dict(), 'envelope': True, 'shortcut': True, 'blocks': (2, 1, 1, 1)}
+  plain = build.network({**fields, 'tile': '0'})
+  params = plain.init(jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)  # away from the zeros that hide half of the network
+  params = jax.tree.unflatten(tree, [
+      x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)])
+  spec = draw(1, 2, fields['bins'], fields['frames'], 2 * fields['channels'])
+  sigma = jnp.array([[1.0, 0.5]])
+
+  def outcome(network):
+    def loss(params):
+      z = jnp.tanh(network.encode(params, spec))
+      features = network.decode(params, z)
+      out = network.denoise(params, spec, sigma, features)
+      return jnp.mean(jnp.square(out)), (z, out, features['log_magnitude'])
+    (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return values, gradient
+
+  wanted, found = outcome(plain), outcome(build.network({**fields, 'tile': '128'}))
+  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+    assert np.linalg.norm(a - b) <= 3e-5 * np.linalg.norm(a)
+
+
+def test_a_width_that_is_none_is_refused():
+  with pytest.raises(UserError, match=r"model.tile is 'wide'; choose from \('auto', 0, 128, 256\)"):
+    build.network({**base.get_config('debug').model.to_dict(), 'tile': 'wide'})
