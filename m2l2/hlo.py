@@ -27,8 +27,8 @@ class Instruction:
 
 @dataclasses.dataclass
 class Traffic:
-  """Of one device and one run: bytes read and written, cycles by the TPU compiler's own estimate (0: it has none; custom
-  kernels are not in it), and bytes of the results of collectives by kind."""
+  """Of one device and one run: bytes read and written; cycles by the TPU compiler's own estimate (custom kernels left
+  out; 0 where it has none); bytes of the results of collectives, by kind."""
   accessed: float = 0.0
   cycles: float = 0.0
   collectives: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
@@ -102,10 +102,23 @@ def _closing(text, start) -> int:
   raise ValueError(f'unbalanced brackets: {text[:80]}')
 
 
+_TYPE = re.compile(r'\b([a-z]+\d+|pred)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
+
+
 def type_bytes(kind: str) -> float:
-  """Bytes of an HLO type, tuples summed, layouts' padding left out."""
-  return sum(_BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(',') if n)
-             for dtype, shape in re.findall(r'\b([a-z]+\d+|pred)\[([\d,]*)\]', kind))
+  """Bytes of an HLO type, tuples summed; with the padding to tiles where the layout says so.
+
+  bf16[8,64]{1,0:T(8,128)} takes 8 x 128 places: the last of its dimensions, in the layout's order, fill whole tiles.
+  """
+  total = 0.0
+  for dtype, shape, order, tile in _TYPE.findall(kind):
+    sizes = [int(n) for n in shape.split(',') if n]
+    if tile and order:
+      minor_first = [int(n) for n in order.split(',')]
+      for axis, width in zip(minor_first, reversed([int(n) for n in tile.split(',')])):
+        sizes[axis] = -(-sizes[axis] // width) * width
+    total += _BYTES.get(dtype, 0) * math.prod(sizes)
+  return total
 
 
 def _attribute(instruction, name) -> str:

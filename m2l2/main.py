@@ -13,7 +13,8 @@
   --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
                          0, as for one that is done, unless a script wants to tell them apart
 
-Compiled programs are kept between runs in the directory that JAX_COMPILATION_CACHE_DIR names.
+Compiled programs are kept between runs in the directory that JAX_COMPILATION_CACHE_DIR names; without it, on
+accelerators, in WORKDIR/compiled, so that a restart does not compile again.
 """
 
 import importlib.util
@@ -69,6 +70,16 @@ def parse(argv) -> flags.FlagValues:
   return values
 
 
+def keep_compiled(workdir):
+  """Sets JAX's cache of compiled programs to workdir/compiled where the user has set none.
+
+  The workdir is what all processes of a run and all its restarts share. Not on CPUs: their programs depend on the
+  processor's features, and the next start may find another one.
+  """
+  if not jax.config.jax_compilation_cache_dir and jax.default_backend() != 'cpu' and '://' not in workdir:
+    jax.config.update('jax_compilation_cache_dir', os.path.join(os.path.abspath(workdir), 'compiled'))
+
+
 def main(argv=None) -> int:
   """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
   argv = list(sys.argv if argv is None else argv)
@@ -87,6 +98,7 @@ def main(argv=None) -> int:
     if values.multihost:  # before anything touches a device
       jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
     from m2l2.train import train
+    keep_compiled(values.workdir)
     done = train(values.config, values.workdir)
   except UserError as error:
     print(f'm2l2: {error}', file=sys.stderr)

@@ -11,6 +11,7 @@ import os
 import pathlib
 import pkgutil
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import m2l2.configs
 from m2l2 import build
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
+from m2l2.kernels.chunk_causal import compiling_for
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
@@ -305,3 +307,33 @@ def test_sizes_of_a_chunk_at_the_papers_rates():
   assert rep.chunk_samples == 32768 and rep.chunk_samples / latents == 64
   assert rep.chunk_samples / 8 == 4096  # in time, for K = 8
   assert _functions('base')[0].network.arch.grid == (64, 8)
+
+
+# --- the dtype of activations ---
+
+
+def _gpu(capability):
+  return types.SimpleNamespace(platform='gpu', device_kind='A GPU', compute_capability=capability)
+
+
+@pytest.mark.parametrize('platform, capabilities, asked, expected', [
+  ('cpu', [], 'auto', 'float32'), ('cpu', [], 'bfloat16', 'bfloat16'), ('cpu', [], 'float32', 'float32'),
+  ('tpu', [], 'auto', 'bfloat16'), ('tpu', [], 'float32', 'float32'),
+  ('gpu', ['9.0'], 'auto', 'bfloat16'), ('gpu', ['8.0'], 'bfloat16', 'bfloat16'), ('gpu', ['10.0'], 'auto', 'bfloat16'),
+  ('gpu', ['7.5'], 'auto', 'float32'), ('gpu', ['7.5'], 'bfloat16', 'float32'), ('gpu', ['7.5'], 'float32', 'float32'),
+  ('gpu', ['9.0', '7.0'], 'auto', 'float32'),   # one program for all of them
+  ('gpu', ['gfx90a'], 'auto', 'bfloat16'),      # AMD's
+  ('gpu', [], 'auto', 'bfloat16')])             # compiled ahead, for a GPU that is not here
+def test_activations_are_bfloat16_where_it_is_fast(monkeypatch, platform, capabilities, asked, expected):
+  said = []
+  monkeypatch.setattr(build.logging, 'log_first_n', lambda level, text, n, *args: said.append(text % args))
+  with compiling_for(platform):
+    assert build.activation_dtype(asked, devices=[_gpu(c) for c in capabilities]) == expected
+  fell_back = platform == 'gpu' and asked != 'float32' and expected == 'float32'
+  assert said == (['A GPU has no bfloat16 units: activations are float32'] if fell_back else [])
+
+
+def test_a_network_is_built_for_the_platform_it_is_compiled_for():
+  assert build.network(_model(dtype='auto')).arch.dtype == 'float32'
+  with compiling_for('tpu'):
+    assert build.network(_model(dtype='auto')).arch.dtype == 'bfloat16'

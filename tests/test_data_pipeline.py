@@ -1,14 +1,16 @@
 """The loader: one order whoever reads it, every good file used, every bad one named."""
 
+import itertools
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data.pipeline import make_loader
+from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.errors import UserError
 
 CROP = 500
@@ -207,7 +209,7 @@ def test_the_files_are_told(music):
 
 SCRIPT = '''
 import sys
-from m2l2.data.pipeline import make_loader
+from m2l2.data.pipeline import Ahead, make_loader
 
 if __name__ == '__main__':
   batches = make_loader(
@@ -236,3 +238,50 @@ def test_ending_is_quiet(music, tmp_path, num_workers, end):
   assert float(done.stdout) != 0
   loud = [line for line in done.stderr.splitlines() if 'short.wav: is shorter' not in line]
   assert loud == []
+
+
+# --- batches prepared ahead ---
+
+
+@pytest.mark.parametrize('ahead', [0, 1, 3])
+def test_batches_ahead_come_in_order_and_an_error_in_its_turn(ahead):
+  prepared = []
+
+  def prepare(number):
+    if number == 2:
+      raise UserError('batch 2 is bad')
+    prepared.append(number)
+    return 10 * number
+
+  batches = Ahead(itertools.count(), prepare, ahead=ahead)
+  assert prepared == []  # nothing is read before it is asked for the first time
+  assert [next(batches), next(batches)] == [0, 10]
+  with pytest.raises(UserError, match='batch 2'):
+    next(batches)
+  assert next(batches) == 30
+  batches.close()
+  batches.close()
+  assert prepared[:3] == [0, 1, 3] and len(prepared) <= 3 + ahead
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_used():
+  ready = threading.Event()
+  batches = Ahead(itertools.count(), lambda number: (number, number == 1 and ready.set()), ahead=1)
+  assert next(batches)[0] == 0
+  assert ready.wait(timeout=60)  # nobody has asked for batch 1
+  batches.close()
+
+
+def test_an_error_of_a_batch_that_nobody_asks_for_is_never_raised():
+  def prepare(number):
+    if number:
+      raise UserError('no more')
+
+  batches = Ahead(itertools.count(), prepare, ahead=2)
+  next(batches)
+  batches.close()
+
+
+def test_a_negative_number_of_batches_ahead_is_refused():
+  with pytest.raises(UserError, match='data.device_prefetch=-1'):
+    Ahead(iter(()), lambda batch: batch, ahead=-1)

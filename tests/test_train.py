@@ -81,7 +81,8 @@ def music(tmp_path_factory):
 def small(monkeypatch, music):
   """`small(workdir, **changes)` runs the loop with the small model; returns the updates done."""
   monkeypatch.setattr(build, 'step_functions', small_functions)
-  return lambda workdir, **changes: train.train(small_config(music, **changes), str(workdir))
+  return lambda workdir, writers=(), **changes: train.train(
+    small_config(music, **changes), str(workdir), writers)
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def stop_at(monkeypatch, step):
 
 def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(small, tmp_path, music):
   assert small(tmp_path) == 6
-  assert sorted(os.listdir(tmp_path)) == ['checkpoints', 'config.json', 'metrics.jsonl', 'snapshot']
+  assert sorted(os.listdir(tmp_path)) == ['checkpoints', 'config.json', 'goodput.json', 'metrics.jsonl', 'snapshot']
   config = json.loads((tmp_path / 'config.json').read_text())
   assert config == train._plain(small_config(music))
   snapshot = load_snapshot(tmp_path)
@@ -143,6 +144,48 @@ def test_speed_and_waiting_are_logged(small, tmp_path):
   assert steps > 0 and samples == pytest.approx(8 * steps, rel=1e-5)
   assert line['time/audio_seconds_per_second'] == pytest.approx(samples * CROP / RATE, rel=1e-5)
   assert 0 <= line['time/input_wait'] <= 1
+  # x w w', forward and two ways back (none to the audio), over 8 devices; a CPU has no peak.
+  flops = 2 * 8 * CROP * 8 * (2 + 3)
+  assert line['time/tflops_per_second'] == pytest.approx(steps * flops / 8 / 1e12, rel=1e-5)
+  assert 'time/mfu' not in line
+  assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 0
+  small(tmp_path, **{'train.steps': 7})
+  again = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert 0 < again['time/goodput'] < 1 and again['time/restarts'] == 1
+
+
+def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_told(
+    small, tmp_path):
+  compiled, told = [], {}
+
+  def listen(event, duration, **unused):
+    if event == '/jax/core/compile/backend_compile_duration':
+      compiled.append(duration)
+
+  def writer(step, scalars):
+    told[step] = (scalars['loss'], len(compiled))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    small(tmp_path, [writer], **{'train.checkpoint_every': 1000})
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert list(told) == [1, 2, 3, 4, 5, 6]
+  losses = [line['loss'] for line in soak_resume.trace(tmp_path)]
+  np.testing.assert_array_equal(np.float32([loss for loss, _ in told.values()]), np.float32(losses))
+  # Step 1 is logged while step 2 is under way.
+  assert told[1][1] > 0 and len({count for _, count in told.values()}) == 1
+
+
+def test_batches_ahead_and_a_trace_change_nothing(small, tmp_path, monkeypatch):
+  small(tmp_path / 'plain', **{'data.device_prefetch': 0})
+  with monkeypatch.context() as patch:
+    stop_at(patch, 3)
+    done = small(tmp_path / 'ahead', **{'data.device_prefetch': 3, 'train.profile': '2:3'})
+  assert done < 6
+  assert small(tmp_path / 'ahead', **{'data.device_prefetch': 3}) == 6
+  assert soak_resume.differences(tmp_path / 'plain', tmp_path / 'ahead') == []
+  assert len(list((tmp_path / 'ahead/profile').rglob('*.xplane.pb'))) == 1
 
 
 def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(

@@ -146,6 +146,28 @@ def test_microbatches_make_the_same_update(toy):
     _close(metrics[name], toy.after[1][name])
 
 
+def test_microbatches_cost_no_further_copy_of_the_parameters():
+  width = 512
+
+  def init(key):
+    keys = jax.random.split(key, 2)
+    return {**_toy_init(keys[0]), 'wide': {'w': jax.random.normal(keys[1], (width, width))}}
+
+  def decode(params, z):
+    wide = jnp.tanh(jnp.repeat(z, width // 2, axis=-1)[..., :width] @ params['wide']['w'])
+    features = _toy_decode(params, z)
+    return {**features, 'maps': (features['maps'][0] + jnp.mean(wide),)}
+
+  def temporaries(accumulate):
+    functions = _functions(network=dataclasses.replace(TOY, init=init, decode=decode), accumulate=accumulate)
+    state = jax.eval_shape(functions.init, jax.random.key(0))
+    batch = jax.eval_shape(functools.partial(_batch, 4 * accumulate))  # microbatches of one size
+    step = _jit(functions.train_step, donate_argnums=0).lower(state, batch).compile()
+    return step.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(4) < temporaries(1) + 2 * width**2  # half a copy
+
+
 def test_eight_devices_and_microbatches_make_the_same_update(toy):
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
   whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
