@@ -1,4 +1,4 @@
-"""The `m2l2` command: train, encode, decode, reconstruct, info, import-codicodec.
+"""The `m2l2` command: train, plan, encode, decode, reconstruct, info, import-codicodec.
 
 Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
 """
@@ -33,7 +33,10 @@ def main(argv=None) -> int:
   try:
     if argv[:1] == ['train']:  # its flags are absl's, made from the config
       return _train(argv[1:])
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.run is not _plan:  # there they are fields of the config
+      _parser().error(f'unrecognized arguments: {" ".join(rest)}')
+    args.rest = rest
     _quiet_libraries()
     with _stopped_by_sigterm():
       args.run(args)
@@ -93,6 +96,13 @@ def _parser() -> argparse.ArgumentParser:
   command('train', None, summary='Trains a model, or goes on with a run that was stopped.',
           example='  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC '
                   '--workdir=runs/tiny')
+  made = command('plan', _plan, summary="What a run needs on a TPU pod, by the TPU's own compiler; no TPU needed.",
+                 example='  m2l2 plan --config=configs/base.py --topology=v5e:16x16 > plan.json\n'
+                         '  m2l2 plan --config=configs/xl.py --topology=v5p:4x8x8 --max-batch --config.mesh.fsdp=8')
+  made.add_argument('--topology', required=True, metavar='KIND:SHAPE', help='v5e:16x16, v5p:4x8x8, v6e:16x16, ...')
+  made.add_argument('--preset', metavar='NAME', help="dp, fsdp, hsdp or tp instead of the config's")
+  made.add_argument('--batch', type=int, metavar='N', help="crops a step instead of the config's")
+  made.add_argument('--max-batch', action='store_true', help='look for the largest batch that fits')
   made = command('encode', _encode, summary='Audio file -> file of latents.',
                  example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny')
   files(made, audio_in, latents)
@@ -135,6 +145,18 @@ def _train(argv) -> int:
     raise UserError(f'training needs {error.name}, which is not installed: '
                     "pip install 'm2l2[train]'") from error
   return training.main(['m2l2 train', *argv])
+
+
+def _plan(args):
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # whatever is here is not what is planned for
+  try:
+    from m2l2 import main as training, plan
+    values = training.parse(['m2l2 plan', *args.rest], required=('config',))
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f"planning needs {error.name}, which is not installed: pip install 'm2l2[train,tpu]'") from error
+  plan.main(values.config, topology=args.topology, preset=args.preset, batch=args.batch, max_batch=args.max_batch)
 
 
 def _encode(args):

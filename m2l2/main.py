@@ -41,7 +41,7 @@ def find_config(value: str) -> str:
   raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
 
 
-def parse(argv) -> flags.FlagValues:
+def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   """The flags of a command line, argv[0] being the program. Raises UserError, one line."""
   argv = [f'--config={find_config(arg.partition("=")[2])}' if arg.startswith('--config=') else arg
           for arg in argv]
@@ -63,7 +63,7 @@ def parse(argv) -> flags.FlagValues:
     text = str(error).strip() or repr(error)  # one inside get_config() comes as a whole traceback
     line = text.splitlines()[-1] if 'Traceback' in text else ' '.join(text.split())
     raise UserError(line) from error
-  for missing in (name for name in ('config', 'workdir') if not values[name].value):
+  for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag (--help lists them)')

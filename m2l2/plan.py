@@ -233,8 +233,8 @@ def as_text(report: dict) -> str:
       f'memory     {sizes["peak"] / gib:.2f} of {sizes["hbm"] / gib:.0f} GiB a chip: state and batch '
       f'{sizes["arguments"] / gib:.2f}, temporaries {sizes["temporaries"] / gib:.2f}',
       f'FLOPs      {work["step"] / 1e12:.1f} T a step (convolutions {work["convolutions"] / work["step"]:.0%}, '
-      f'attention {work["attention"] / work["step"]:.0%}); executed {work["executed"] / work["step"]:.2f}x, padded to the matrix '
-      f'unit {work["padded"] / work["step"]:.2f}x',
+      f'attention {work["attention"] / work["step"]:.0%}); executed {work["executed"] / work["step"]:.2f}x, padded to '
+      f'the matrix unit {work["padded"] / work["step"]:.2f}x',
       f'traffic    {sizes["accessed"] / gib:.1f} GiB a chip and step; collectives: {collectives}',
       f'bound      {1e3 * bound["step_seconds"]:.1f} ms a step by {bound["by"]} ({seconds}): MFU at most '
       f'{bound["mfu"]:.0%}. From published peaks, not a measurement',

@@ -1,0 +1,106 @@
+"""`m2l2 plan`: what it says without the TPU's compiler; with it (marker tpu), a whole plan."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from m2l2 import cli, plan
+from m2l2.configs import base, tiny
+from m2l2.errors import UserError
+
+
+@pytest.mark.parametrize('flags,message', [
+    (['--config=tiny.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
+    (['--config=tiny.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
+    (['--topology=v5e:2x2'], 'm2l2: --config=... is missing'),
+    (['--config=tiny.py', '--topology=v5e:2x2', '--config.nothing=1'], "m2l2: the config has no field 'nothing'"),
+    (['--config=tiny.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
+])
+def test_mistakes_are_one_line(flags, message, capsys):
+  assert cli.main(['plan', *flags]) == 1
+  out, err = capsys.readouterr()
+  assert not out and err.startswith(message) and err.count('\n') == 1
+
+
+def test_help_shows_an_example(capsys):
+  assert cli.main(['plan', '--help']) == 0
+  assert 'm2l2 plan --config=configs/base.py --topology=v5e:16x16' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('known,limit,expected', [
+    ({}, 8, 4), ({}, 1, None),            # nothing fits yet
+    ({4: 400.0}, None, 8),                # one size: double it
+    ({4: 400.0, 8: 700.0}, None, 35),     # a line: 75 each, up to 97 % of the memory
+    ({4: 400.0, 8: 700.0}, 20, 19),       # but not what failed
+    ({4: 400.0, 16: 2900.0}, 20, 18),     # nor back to what is known: halve the rest
+    ({16: 2900.0}, 18, None),             # known to within an eighth
+])
+def test_the_search_for_the_largest_batch(known, limit, expected):
+  assert plan.next_guess(known, hbm=2831.0, limit=limit) == expected
+
+
+def test_the_table_for_people():
+  report = {
+      'topology': 'v5e:2x2', 'devices': 4, 'hosts': 1, 'mesh': {'data': 4, 'fsdp': 1}, 'preset': 'dp', 'batch': 16,
+      'fits': True, 'bytes': {'peak': 2**33, 'hbm': 2**34, 'arguments': 2**32, 'temporaries': 2**32, 'accessed': 2**35},
+      'flops': {'step': 4e13, 'convolutions': 2e13, 'attention': 4e12, 'executed': 5e13, 'padded': 8e13},
+      'collectives': {'all-reduce': 2.0**29},
+      'bound': {'step_seconds': .1, 'mfu': .5, 'by': 'compute', 'cycles': 1e8,
+                'seconds': {'compute': .1, 'memory': .04, 'links': .003}},
+      'chip_hours': 1234.5, 'crops_per_second_per_host': 160.0}
+  text = plan.as_text(report)
+  for part in ('4 chips, 1 hosts', '8.00 of 16 GiB', 'convolutions 50%', 'all-reduce 0.50 GiB', '100.0 ms a step by '
+               'compute', 'MFU at most 50%', '1,234 chip-hours', '160 crops/s'):
+    assert part in text
+  assert 'does not fit: too much' in plan.as_text({**report, 'fits': False, 'error': 'too much'})
+
+
+# With the TPU's compiler.
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('preset,kinds', [('dp', {'all-reduce'}), ('hsdp', {'all-reduce', 'all-gather'})])
+def test_a_whole_plan(preset, kinds, capsys):
+  flags = ['plan', '--config=tiny.py:debug', '--topology=v5e:2x2', f'--preset={preset}', '--config.mesh.fsdp=2']
+  assert cli.main(flags) == 0
+  report = json.loads(capsys.readouterr().out)
+  assert report['fits'] and report['devices'] == 4 and report['batch'] == 8
+  assert 0 < report['bytes']['peak'] < report['bytes']['hbm'] and report['bytes']['accessed'] > 0
+  assert report['flops']['padded'] > report['flops']['executed'] > report['flops']['step'] > 0
+  assert 'all-reduce' in report['collectives'] and set(report['collectives']) <= kinds | {'collective-permute'}
+  assert 0 < report['bound']['mfu'] < 1 and report['bound']['cycles'] > 0
+
+
+@pytest.mark.tpu
+def test_too_large_a_batch_does_not_fit():
+  report = plan.plan(tiny.get_config(), 'v5e:2x2', batch=2**16)
+  assert not report['fits'] and 'hbm' in report['error'].lower()
+
+
+@pytest.mark.tpu
+def test_the_denoiser_runs_the_attention_kernel():
+  from m2l2 import build
+  from m2l2.kernels.chunk_causal import compiling_for
+  config = base.get_config('debug').copy_and_resolve_references().unlock()
+  config.model.widths, config.model.head_dim, config.model.dtype = (8, 16, 64, 256), 128, 'bfloat16'
+  _, devices = plan._topology('v5e:2x2')
+  mesh = plan._mesh(config, devices)
+  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    network = build.network(config.model)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    shape = (4, 2, config.model.bins, config.model.frames, 2)
+    z = jax.ShapeDtypeStruct((4, 2, config.model.num_latents, config.model.latent_dim), np.float32)
+    features = jax.eval_shape(network.decode, params, z)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (
+        params, jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4, 2), np.float32), features))
+    text = jax.jit(network.denoise).lower(*arguments).compile().as_text()
+  assert 'custom_call_target="tpu_custom_call"' in text
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'libtpu', None)
+  with pytest.raises(UserError, match=r"pip install 'm2l2\[train,tpu\]'"):
+    plan.plan(tiny.get_config('debug'), 'v5e:2x2')
