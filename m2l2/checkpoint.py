@@ -201,6 +201,14 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, unused_traceback):
+    # Where another process is gone, a save under way would wait for it.
+    if error is None or isinstance(error, UserError) or jax.process_count() == 1:
+      self.close()
+
 
 def _first_line(error) -> str:
   """What went wrong, short: the errors of Orbax run over many lines."""

@@ -10,6 +10,9 @@
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --start_timeout=300    seconds within which all processes must have come
+  --peer_timeout=100     seconds of silence after which a process counts as lost: the others then end
+                         with status 1, and the same command on all hosts goes on with the run
 
 Compiled programs are kept between runs in the directory that JAX_COMPILATION_CACHE_DIR names.
 """
@@ -21,9 +24,9 @@ import re
 import sys
 
 from absl import flags, logging
-import jax
 from ml_collections import config_flags
 
+from m2l2 import hosts
 from m2l2.errors import UserError
 
 
@@ -46,8 +49,8 @@ def parse(argv) -> flags.FlagValues:
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   for name in ('workdir', 'coordinator'):
     flags.DEFINE_string(name, None, '', flag_values=values)
-  for name in ('num_processes', 'process_id'):
-    flags.DEFINE_integer(name, None, '', flag_values=values)
+  for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
+    flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
   try:
     rest = values(argv)[1:]
@@ -63,6 +66,9 @@ def parse(argv) -> flags.FlagValues:
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag (--help lists them)')
+  for name in ('start_timeout', 'peer_timeout'):
+    if values[name].value < 5:
+      raise UserError(f'--{name}={values[name].value}: it must be 5 seconds or more')
   return values
 
 
@@ -79,13 +85,24 @@ def main(argv=None) -> int:
   ours = f'{os.sep}m2l2{os.sep}'
   handler.addFilter(lambda record: record.levelno > python_logging.INFO or ours in record.pathname)
   logging.use_absl_handler()
+  several = None
   try:
     values = parse(argv)
+    hosts.check(multihost=values.multihost, coordinator=values.coordinator,
+                num_processes=values.num_processes, process_id=values.process_id)
     if values.multihost:  # before anything touches a device
-      jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+      several = hosts.join(
+        coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
+        start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
     from m2l2.train import train
     train(values.config, values.workdir)
-  except UserError as error:
+    if several:
+      several.leave()
+  except (Exception, KeyboardInterrupt) as error:
+    if several:
+      several.fail(error)  # does not return
+    if not isinstance(error, UserError):
+      raise
     print(f'm2l2: {error}', file=sys.stderr)
     return 1
   return 0

@@ -12,7 +12,7 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, metrics, sharding
+from m2l2 import build, checkpoint, hosts, metrics, sharding
 from m2l2.codec import Codec
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
@@ -72,10 +72,9 @@ def train(config, workdir) -> int:
     # Where the run goes on from, and data from the first sample that it has not seen
     # ==============================================================================================
     _make_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(
       os.path.join(workdir, 'checkpoints'),
-      keep_last=fields.keep_last, keep_every=fields.keep_every)
-    stack.callback(checkpoints.close)
+      keep_last=fields.keep_last, keep_every=fields.keep_every))
     restored = checkpoints.restore(abstract, config=plain)
     first = restored.step if restored else 0
     position = restored.position if restored else {'next_index': 0, 'files': None}
@@ -127,6 +126,7 @@ def train(config, workdir) -> int:
       head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
     _log_memory(train_step, seconds=time.perf_counter() - began)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
+    hosts.meet('compiled')
 
     # ==============================================================================================
     # Logs: written by the first process, cut back to the step the run goes on from
