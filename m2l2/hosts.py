@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from m2l2.errors import UserError
 
 AGAIN = 'run the same command on all hosts to go on from the last checkpoint'
-LINGER = 4.0  # seconds that process 0 stays after its last line, so that others can end by themselves
+LINGER = 3.0  # seconds that process 0 stays after its last line, so that others can end by themselves
 DONE = 'done'
 COLLECTIVE_FAILED = re.compile(
   r'gloo|nccl|rccl|peer|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED', re.I)
@@ -110,7 +110,7 @@ def join(*, coordinator=None, num_processes=None, process_id=None, start_timeout
       _await_coordinator(coordinator, start_timeout)
     jax.distributed.initialize(
       coordinator, num_processes, process_id, initialization_timeout=start_timeout,
-      heartbeat_timeout_seconds=2 * peer_timeout)  # only if our own watch fails
+      heartbeat_timeout_seconds=4 * peer_timeout)  # if our own watch fails; may strike at half
   except UserError:
     words.close()
     raise

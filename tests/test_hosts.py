@@ -86,7 +86,7 @@ def started(commands, environments, *, log):
       p.wait(10)
 
 
-def flags(count, *, peer_timeout=30):
+def flags(count, *, peer_timeout=15):
   """For each of `count` processes its flags."""
   port = free_port()
   return [['--multihost', f'--coordinator=localhost:{port}', f'--num_processes={count}', f'--process_id={i}',
@@ -263,20 +263,20 @@ def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
   rng = random.Random(os.getpid())
   # Nothing happens to this one.
   straight = tmp_path / 'straight'
-  with run(straight, processes=1, devices=ONE_MESH) as processes:
-    assert processes.statuses() == [0], processes.show()
+  with run(straight, processes=2, devices=ONE_MESH // 2) as processes:
+    assert processes.statuses() == [0, 0], processes.show()
   assert steps_of(straight) == list(range(1, STEPS + 1))
   assert len(set(column(straight, 'audio/digest'))) == STEPS  # each step has samples of its own
 
   # Two processes, one of them killed while training.
   moved = tmp_path / 'moved'
   with run(moved, processes=2, devices=ONE_MESH // 2) as processes:
-    least = rng.randint(4, 8)
+    least = rng.randint(4, 6)
     processes.wait_for(lambda: checkpoints_in(moved) and len(soak_resume.trace(moved)) >= least)
     processes.all[1].kill()
     began = time.monotonic()
     assert processes.status(0) == 1, processes.show()
-    assert time.monotonic() - began < 60, processes.show()  # twice --peer_timeout
+    assert time.monotonic() - began < 40, processes.show()  # --peer_timeout is 15
     line = processes.last_line(0)
     assert 'another process' in line or 'lost process 1 of 2' in line, processes.show()
     assert AGAIN in line and 'Traceback' not in processes.said(0) and 'stack trace' not in processes.said(0)
@@ -288,10 +288,10 @@ def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
     processes.wait_for(lambda: 'going on from step' in processes.said(0))
     first = int(re.search(r'going on from step (\d+)', processes.said(0))[1])
     assert 0 < first <= killed_at
-    processes.wait_for(lambda: len(soak_resume.trace(moved)) > first)
+    processes.wait_for(lambda: soak_resume.LOGGED.search(processes.said(0)))
     processes.all[1].send_signal(signal.SIGTERM)
     assert processes.statuses() == [0, 0], processes.show()
-    assert not re.search(r' step \d+/\d+ ', processes.said(1)), processes.said(1)  # process 0 alone logs
+    assert not soak_resume.LOGGED.search(processes.said(1)), processes.said(1)  # process 0 alone logs
   done = steps_of(moved)[-1]
   assert first < done < STEPS and checkpoints_in(moved)[-1] == done  # complete, or it has another name
   assert sorted(os.listdir(moved)) == ['checkpoints', 'config.json', 'metrics.jsonl', 'snapshot']

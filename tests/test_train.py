@@ -321,6 +321,16 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   assert codes == [0, 0], '\n'.join(said)
   done = [int(text.split('updates ')[1].split()[0]) for text in said]
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  # Told again before its first step, the resumed run stops too.
+  processes = start_two(run, music, steps=steps)
+  while all(p.poll() is None for p in processes) and 'going on' not in (tmp_path / 'two.1.log').read_text():
+    time.sleep(0.01)
+  processes[1].send_signal(signal.SIGTERM)
+  codes = [p.wait() for p in processes]
+  said = [(tmp_path / f'two.{i}.log').read_text() for i in range(2)]
+  assert codes == [0, 0], '\n'.join(said)
+  done = [int(text.split('updates ')[1].split()[0]) for text in said]
+  assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
   # One process with all its devices goes on from there, as if it had been alone from the start.
   more = {'train.steps': done[0] + 2, 'train.checkpoint_every': 1000}
   assert small(run, **more) == done[0] + 2
