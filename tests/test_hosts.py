@@ -209,7 +209,7 @@ ONE_MESH = 4  # devices: data 2 x fsdp 2, however many processes have them
 
 # What each step was fed, exactly: every bit of the global batch, weighed by its place in it.
 # And on CPUs, JAX looks for a program under another name in each process, but keeps only that of
-# process 0; they are the same, so with one name for all each mesh is compiled once.
+# process 0; they are the same, so with one name for all each layout is compiled once.
 WITH_DIGEST = """
 import dataclasses, sys
 import jax, jax.numpy as jnp
@@ -239,7 +239,8 @@ def run(tmp_path_factory):
   music = soak_resume.write_music(base / 'music')
 
   def start(workdir, *, processes, devices, fields=FIELDS):
-    environment = soak_resume.environment(base / 'cache', devices=devices)
+    environment = {**soak_resume.environment(base / 'cache', devices=devices),
+                   'JAX_SHARE_BINARY_BETWEEN_HOSTS': '1'}  # process 0 compiles for all
     own = flags(processes) if processes > 1 else [()]
     commands = []
     for i in range(processes):
