@@ -201,6 +201,14 @@ class Checkpoints:
     self._manager.wait_until_finished()
     self._manager.close()
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, unused_traceback):
+    # Where another process is gone, a save under way would wait for it.
+    if error is None or isinstance(error, UserError) or jax.process_count() == 1:
+      self.close()
+
 
 def _first_line(error) -> str:
   """What went wrong, short: the errors of Orbax run over many lines."""
@@ -224,6 +232,7 @@ class StopSignal:
     self._checkpoints = checkpoints
     self._previous = {}
     self._received = False
+    self._asked = False
 
   def __enter__(self):
     # Python lets only the main thread set handlers.
@@ -247,6 +256,11 @@ class StopSignal:
 
   def reached(self, step) -> bool:
     """Whether to save and stop now, after `step` updates; every process asks at every step."""
-    if jax.process_count() > 1:
-      return self._checkpoints.reached_preemption(step)
-    return self._received
+    if jax.process_count() == 1:
+      return self._received
+    # JAX stops one step after the last that any process has asked about; for a SIGTERM that came
+    # before the first question that is step 1, which a resumed run has long passed.
+    first, self._asked = not self._asked, True
+    if first and step > 1 and self._checkpoints.reached_preemption(1):
+      return True
+    return self._checkpoints.reached_preemption(step)

@@ -10,6 +10,9 @@
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --start_timeout=300    seconds within which all processes must have come
+  --peer_timeout=100     seconds of silence after which a process counts as lost: the others then end
+                         with status 1, and the same command on all hosts goes on with the run
   --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
                          0, as for one that is done, unless a script wants to tell them apart
 
@@ -27,6 +30,7 @@ from absl import flags, logging
 import jax
 from ml_collections import config_flags
 
+from m2l2 import hosts
 from m2l2.errors import UserError
 
 
@@ -49,8 +53,8 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   for name in ('workdir', 'coordinator'):
     flags.DEFINE_string(name, None, '', flag_values=values)
-  for name in ('num_processes', 'process_id'):
-    flags.DEFINE_integer(name, None, '', flag_values=values)
+  for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
+    flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
   try:
@@ -67,6 +71,9 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag (--help lists them)')
+  for name in ('start_timeout', 'peer_timeout'):
+    if values[name].value < 5:
+      raise UserError(f'--{name}={values[name].value}: it must be 5 seconds or more')
   return values
 
 
@@ -93,14 +100,25 @@ def main(argv=None) -> int:
   ours = f'{os.sep}m2l2{os.sep}'
   handler.addFilter(lambda record: record.levelno > python_logging.INFO or ours in record.pathname)
   logging.use_absl_handler()
+  several = None
   try:
     values = parse(argv)
+    hosts.check(multihost=values.multihost, coordinator=values.coordinator,
+                num_processes=values.num_processes, process_id=values.process_id)
     if values.multihost:  # before anything touches a device
-      jax.distributed.initialize(values.coordinator, values.num_processes, values.process_id)
+      several = hosts.join(
+        coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
+        start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
     from m2l2.train import train
     keep_compiled(values.workdir)
     done = train(values.config, values.workdir)
-  except UserError as error:
+    if several:
+      several.leave()
+  except (Exception, KeyboardInterrupt) as error:
+    if several:
+      several.fail(error)  # does not return
+    if not isinstance(error, UserError):
+      raise
     print(f'm2l2: {error}', file=sys.stderr)
     return 1
   return values.stopped_exit_code if done < values.config.train.steps else 0

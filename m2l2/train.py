@@ -13,7 +13,7 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, metrics, sharding, timing
+from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
 from m2l2.codec import Codec
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.errors import UserError
@@ -75,10 +75,9 @@ def train(config, workdir, writers=()) -> int:
     # Where the run goes on from, and data from the first sample that it has not seen
     # ==============================================================================================
     _make_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(
       os.path.join(workdir, 'checkpoints'),
-      keep_last=fields.keep_last, keep_every=fields.keep_every)
-    stack.callback(checkpoints.close)
+      keep_last=fields.keep_last, keep_every=fields.keep_every))
     restored = checkpoints.restore(abstract, config=plain)
     first = restored.step if restored else 0
     position = restored.position if restored else {'next_index': 0, 'files': None}
@@ -135,6 +134,7 @@ def train(config, workdir, writers=()) -> int:
       head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
     _log_memory(train_step, seconds=time.perf_counter() - compiling)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
+    hosts.meet('compiled')
 
     # ==============================================================================================
     # Logs: written by the first process, cut back to the step the run goes on from; the clocks

@@ -5,6 +5,7 @@ with the shipped config, small, that kills change nothing and devices next to no
 import concurrent.futures
 import json
 import os
+import pathlib
 import random
 import signal
 import socket
@@ -336,34 +337,42 @@ print('updates', train.train(config, workdir))
 """
 
 
-def start_two(workdir, music, *, steps):
-  """Starts both processes of a run; their output goes to files beside the workdir."""
+def stopped_two(workdir, music, *, steps, ready, seconds=300):
+  """Starts two processes, sends SIGTERM to the second once `ready(what it says)`: the updates that each has done."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   tests = os.path.dirname(__file__)
   environment = {**os.environ, 'PYTHONPATH': f'{tests}:{os.path.dirname(tests)}'}
-  processes = []
-  for process in range(2):
-    with open(f'{workdir}.{process}.log', 'w') as log:
-      processes.append(subprocess.Popen(
-        [sys.executable, '-c', TWO_PROCESSES, str(process), str(port), workdir, music, str(steps)],
-        env=environment, stdout=log, stderr=subprocess.STDOUT))
-  return processes
+  logs, processes, end = [pathlib.Path(f'{workdir}.{i}.log') for i in range(2)], [], time.monotonic() + seconds
+  try:
+    for process, path in enumerate(logs):
+      with open(path, 'w') as log:
+        processes.append(subprocess.Popen(
+          [sys.executable, '-c', TWO_PROCESSES, str(process), str(port), workdir, music, str(steps)],
+          env=environment, stdout=log, stderr=subprocess.STDOUT))
+    while not ready(logs[1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in processes):
+      time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+      time.sleep(0.05)
+    said = [path.read_text() for path in logs]
+    assert [p.poll() for p in processes] == [0, 0], '\n'.join(said)
+    return [int(text.split('updates ')[1].split()[0]) for text in said]
+  finally:
+    for p in processes:
+      p.kill()
+      p.wait(10)
 
 
 def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music):
   steps = 2000
   run = tmp_path / 'two'
-  processes = start_two(run, music, steps=steps)
-  while all(p.poll() is None for p in processes) and len(soak_resume.trace(run)) < 5:
-    time.sleep(0.05)
-  processes[1].send_signal(signal.SIGTERM)
-  codes = [p.wait() for p in processes]
-  said = [(tmp_path / f'two.{i}.log').read_text() for i in range(2)]
-  assert codes == [0, 0], '\n'.join(said)
-  done = [int(text.split('updates ')[1].split()[0]) for text in said]
+  done = stopped_two(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  # Told before its first step, the resumed run stops too.
+  done = stopped_two(run, music, steps=steps, ready=lambda said: 'going on from' in said)
+  assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
   # One process with all its devices goes on from there, as if it had been alone from the start.
   more = {'train.steps': done[0] + 2, 'train.checkpoint_every': 1000}
   assert small(run, **more) == done[0] + 2
