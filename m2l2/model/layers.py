@@ -164,12 +164,20 @@ class GroupNorm(nnx.Module):
 
   def __call__(self, x, cond=None):
     scale = self.scale(cond)
-    n, f, t, c = x.shape
-    packed = c // scale.shape[-1]
-    y = x.astype(jnp.float32).reshape(n, f * t, packed, self.groups, -1)
-    mean = jnp.mean(y, axis=(1, 2, 4), keepdims=True)
-    variance = jnp.mean(jnp.square(y - mean), axis=(1, 2, 4), keepdims=True)
-    y = ((y - mean) * jax.lax.rsqrt(variance + self.eps)).reshape(n, f, t, c)
+    packed = x.shape[-1] // scale.shape[-1]
+
+    def mean(y):
+      """[N, F, T, C] -> [N, 1, 1, C], the mean of each channel's group; over the map first, which is cheap."""
+      channels = jnp.mean(y, axis=(1, 2)).reshape(y.shape[0], packed, self.groups, -1)
+      shared = jnp.broadcast_to(jnp.mean(channels, axis=(1, 3), keepdims=True), channels.shape)
+      return shared.reshape(y.shape[0], 1, 1, -1)
+
+    # Mean and variance in one pass over the map, about the mean of its first row: without that shift the difference
+    # of squares would lose the digits of a group whose mean is large.
+    y = x.astype(jnp.float32) - jax.lax.stop_gradient(mean(x[:, :1].astype(jnp.float32)))
+    first = mean(y)
+    variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(first), 0.0)
+    y = (y - first) * jax.lax.rsqrt(variance + self.eps)
     scale = jnp.tile(scale, (1,) * (scale.ndim - 1) + (packed,))
     return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
 

@@ -8,6 +8,7 @@ map per conv block and records one; a de-patchifier does the same in the opposit
 import math
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,53 +33,66 @@ class ConvBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-  """Patch mean with repeated channels, plus a zero-initialised strided conv (kernel = stride) of GN(x)."""
+  """Patch mean with repeated channels, plus a zero-initialised strided conv (kernel = stride) of GN(x).
 
-  def __init__(self, in_dim, out_dim, *, stride, packs=(PLAIN, PLAIN), rngs):
+  With `packs` the maps before and after are packed so, and the mean is a matrix product too: TPUs are slow at
+  moving neighbouring channels about.
+  """
+
+  def __init__(self, in_dim, out_dim, *, stride, packs=None, rngs):
     self.norm = GroupNorm(in_dim, rngs=rngs)
     self.kernel = param(rngs, (*stride, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'), ZEROS)
     self.stride = stride
     self.packs = packs
 
   def __call__(self, x):
-    if self.packs == (PLAIN, PLAIN):
+    if self.packs is None:
       patches = split_patches(self.norm(x), self.stride)
       learned = jnp.einsum('nfatbc,abcd->nftd', patches, self.kernel[...].astype(x.dtype))
       mean = split_patches(x, self.stride).mean(axis=(2, 4))
       return jnp.repeat(mean, learned.shape[-1] // x.shape[-1], axis=-1) + learned
     _, _, c, d = self.kernel.shape
     repeat = np.arange(c)[:, None] == np.arange(d) // (d // c)
-    mean = jnp.asarray(np.broadcast_to(repeat / math.prod(self.stride), self.kernel.shape), jnp.float32)
-    out = self._project(self.norm(x), self.kernel[...]) + self._project(x, mean)
+    mean = np.broadcast_to(repeat / math.prod(self.stride), self.kernel.shape)
+    out = self._project(self.norm(x), self.kernel[...]) + self._project(x, jnp.asarray(mean, jnp.float32))
     return space_to_depth(out, self.packs[1])
 
   def _project(self, x, kernel):
-    """The strided conv of a packed map, as one matrix product."""
+    """The strided conv of a packed map: its rows that fall together side by side, then one dilated conv over them."""
     (a, b), (p, q) = self.stride, self.packs[0]
-    kernel = jnp.moveaxis(kernel.reshape(a // p, p, b // q, q, *kernel.shape[2:]), 1, 2)
-    kernel = kernel.reshape(a // p, b // q, x.shape[-1], -1)
-    return jnp.einsum('nfatbc,abcd->nftd', split_patches(x, (a // p, b // q)), kernel.astype(x.dtype))
+    rows, frames = a // p, b // q
+    n, f, t, c = x.shape
+    kernel = jnp.moveaxis(kernel.reshape(rows, p, frames, q, *kernel.shape[2:]), 1, 2)
+    kernel = kernel.reshape(1, rows, frames * c, -1).astype(x.dtype)
+    t = t // frames
+    return jax.lax.conv_general_dilated(
+        x.reshape(n, f // rows, rows * t, frames * c), kernel, (1, 1), 'VALID', rhs_dilation=(1, t),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
 class Upsample(nnx.Module):
-  """Nearest replication with averaged channels, plus a zero-initialised transposed conv of GN(x)."""
+  """Nearest replication with averaged channels, plus a zero-initialised transposed conv of GN(x); `packs` as above."""
 
-  def __init__(self, in_dim, out_dim, *, stride, packs=(PLAIN, PLAIN), rngs):
+  def __init__(self, in_dim, out_dim, *, stride, packs=None, rngs):
     self.norm = GroupNorm(in_dim, rngs=rngs)
     self.kernel = param(rngs, (*stride, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'), ZEROS)
     self.stride = stride
     self.packs = packs
 
   def __call__(self, x):
+    _, _, c, d = self.kernel.shape
+    if self.packs is None:
+      learned = jnp.einsum('nftc,abcd->nfatbd', self.norm(x), self.kernel[...].astype(x.dtype))
+      mean = x.reshape(*x.shape[:-1], d, -1).mean(axis=-1)
+      return join_patches(mean[:, :, None, :, None] + learned)
     x = depth_to_space(x, self.packs[0])
     (a, b), (p, q) = self.stride, self.packs[1]
-    _, _, c, d = self.kernel.shape
     kernel = jnp.moveaxis(self.kernel[...].reshape(a // p, p, b // q, q, c, d), (0, 2, 4), (0, 1, 2))
-    kernel = kernel.reshape(a // p, b // q, c, -1)  # [.., .., C, p*q*D]
-    learned = jnp.einsum('nftc,abcd->nfatbd', self.norm(x), kernel.astype(x.dtype))
-    mean = x.reshape(*x.shape[:-1], d, -1).mean(axis=-1)
-    mean = jnp.tile(mean, p * q)
-    return join_patches(mean[:, :, None, :, None] + learned)
+    kernel = kernel.reshape(a // p, b // q, c, -1).astype(x.dtype)
+    average = (np.arange(c)[:, None] // (c // d) == np.arange(d)) * (d / c)
+    average = jnp.asarray(np.broadcast_to(np.tile(average, p * q), kernel.shape), x.dtype)
+    learned = jnp.einsum('nftc,abcd->nfatbd', self.norm(x), kernel)
+    return join_patches(jnp.einsum('nftc,abcd->nfatbd', x, average) + learned)
 
 
 class Ladder(nnx.Module):
@@ -99,7 +113,7 @@ class Ladder(nnx.Module):
         name = f'level{level}_{"up" if up else "down"}'
         stride = strides[min(level, after)]
         resample = Upsample if up else Downsample
-        packs = (self.packs[level], self.packs[after])
+        packs = (self.packs[level], self.packs[after]) if tile else None
         setattr(self, name, resample(widths[level], widths[after], stride=stride, packs=packs, rngs=rngs))
         self.steps.append((name, False))
     self.steps = tuple(self.steps)
