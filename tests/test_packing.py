@@ -1,5 +1,6 @@
 """Packed maps: the same network with its narrow levels rearranged, piece by piece and whole."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ from m2l2 import build
 from m2l2.configs import base
 from m2l2.errors import UserError
 from m2l2.model import packing
+from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
 
 PACKS = [(1, 2), (2, 1), (2, 2)]
 
@@ -51,29 +53,50 @@ def test_frames_are_packed_first_and_only_what_the_next_stride_divides():
   assert chosen == [(1, 2), (2, 2), (1, 1), (1, 2), (1, 1), (2, 1), (1, 1)]
 
 
-def test_the_whole_network_and_its_gradient():
-  config = base.get_config('debug')
-  fields = {**config.model.to_dict(), 'envelope': True, 'shortcut': True, 'blocks': (2, 1, 1, 1)}
-  plain = build.network({**fields, 'tile': '0'})
-  params = plain.init(jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)  # away from the zeros that hide half of the network
-  params = jax.tree.unflatten(tree, [
-      x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)])
+def away_from_zero(params):
+  """Zero-initialised layers would hide half of a network."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1) * rng.standard_normal(x.shape, np.float32), params)
+
+
+def assert_close(wanted, found, rtol):
+  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+    assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(a)
+
+
+def test_the_whole_network():
+  fields = {**base.get_config('debug').model.to_dict(), 'envelope': True, 'layers': 1, 'widths': (8, 16), 'blocks': (1, 1),
+            'strides': ((4, 4),), 'head_dim': 8}
+  plain, packed = (build.network({**fields, 'tile': tile}) for tile in ('0', '128'))
+  params = away_from_zero(jax.jit(plain.init)(jax.random.key(0)))
   spec = draw(1, 2, fields['bins'], fields['frames'], 2 * fields['channels'])
-  sigma = jnp.array([[1.0, 0.5]])
 
   def outcome(network):
-    def loss(params):
-      z = jnp.tanh(network.encode(params, spec))
-      features = network.decode(params, z)
-      out = network.denoise(params, spec, sigma, features)
-      return jnp.mean(jnp.square(out)), (z, out, features['log_magnitude'])
-    (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return values, gradient
+    z = jnp.tanh(network.encode(params, spec))
+    features = network.decode(params, z)
+    return z, features['log_magnitude'], network.denoise(params, spec, jnp.array([[1.0, 0.5]]), features)
 
-  wanted, found = outcome(plain), outcome(build.network({**fields, 'tile': '128'}))
-  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
-    assert np.linalg.norm(a - b) <= 3e-5 * np.linalg.norm(a)
+  assert_close(*(jax.jit(lambda network=network: outcome(network))() for network in (plain, packed)), rtol=1e-5)
+
+
+def test_gradients_through_both_ladders():
+  shape = dict(widths=(16, 32, 64), blocks=(1, 1, 1), strides=((2, 2), (4, 2)), remat='none')
+
+  def gradients(tile):
+    up = DePatchifier(grid=(2, 2), tile=tile, rngs=nnx.Rngs(1), **shape)
+    down = Patchifier(2, stem=(1, 1), tile=tile, rngs=nnx.Rngs(0), **shape)
+    graph, params = nnx.split((down, up, OutputHead(16, 2, stem=(1, 1), pack=up.packs[0], rngs=nnx.Rngs(2))))
+
+    def loss(params, x):
+      down, up, head = nnx.merge(graph, params)
+      tokens, maps = down(x, gain=jnp.linspace(0.5, 1.5, 16))
+      out, _ = up(tokens, features=maps)
+      return jnp.mean(jnp.square(head(out) - x))
+
+    params = away_from_zero(nnx.to_pure_dict(params))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, draw(2, 16, 8, 2))
+
+  assert_close(*(gradients(tile) for tile in (0, 64)), rtol=1e-5)
 
 
 def test_a_width_that_is_none_is_refused():
