@@ -1,6 +1,7 @@
 """Chunk-causal attention, every implementation: values, gradients, and what is refused where."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,39 @@ def test_the_wrong_platform_is_refused_with_what_works(impl, needs):
 def test_cudnn_takes_half_precision_only():
   with compiling_for('gpu'), pytest.raises(ValueError, match='bfloat16 or float16, not float32'):
     chunk_causal_attention(*_qkv(2), num_chunks=2, impl='cudnn')
+
+
+@pytest.mark.parametrize('tokens', [512, 520, 1041])
+def test_cudnn_lowers_to_one_fused_attention_a_chunk_each_way(tokens, monkeypatch):
+  """No GPU needed: how it is lowered, not what it computes (that is the next test, marked gpu)."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91200)
+  monkeypatch.setattr(cudnn, 'check_compute_capability', lambda capability: True)
+  shape = jax.ShapeDtypeStruct((2, 2 * tokens, 4, 128), jnp.bfloat16)
+
+  def loss(q, k, v):
+    return jnp.sum(chunk_causal_attention(q, k, v, num_chunks=2, impl='cudnn').astype(jnp.float32))
+
+  with compiling_for('gpu'):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(shape, shape, shape)
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  calls = re.findall(r'custom_call @(__cudnn\$fmha\w+)\(.*?: \((.*?)\) ->', text)
+  keys = [re.findall(r'tensor<([\dx]+)xbf16>', types)[1] for _, types in calls]
+  assert sorted(name for name, _ in calls) == 2 * ['__cudnn$fmhaSoftmax'] + 2 * ['__cudnn$fmhaSoftmaxBackward']
+  # Chunk 0 meets its own keys (an odd number of them and one that is masked), chunk 1 those of both: no masked work.
+  assert sorted(keys) == sorted(2 * [f'2x{tokens + tokens % 2}x4x128', f'2x{2 * tokens}x4x128'])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('tokens,chunks', [(512, 2), (520, 2), (1041, 1), (37, 3)])
+def test_cudnn_against_float64(tokens, chunks):
+  qkv = _qkv(chunks, jnp.bfloat16, tokens=tokens, width=128)
+  weight = jnp.asarray(np.random.normal(size=qkv[0].shape), jnp.float32)
+  weight = weight.astype(jnp.bfloat16).astype(jnp.float32)
+  attention = functools.partial(chunk_causal_attention, num_chunks=chunks, impl='cudnn')
+  gradients, out = _gradients(attention, qkv, weight)
+  for got, want in zip((out, *gradients), _float64(qkv, weight, chunks), strict=True):
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) < 1e-2 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize('platform,dtype,width,expected', [

@@ -65,8 +65,8 @@ def assert_close(wanted, found, rtol):
 
 
 def test_the_whole_network():
-  fields = {**base.get_config('debug').model.to_dict(), 'envelope': True, 'layers': 1, 'widths': (8, 16), 'blocks': (1, 1),
-            'strides': ((4, 4),), 'head_dim': 8}
+  fields = {**base.get_config('debug').model.to_dict(), 'envelope': True, 'layers': 1, 'head_dim': 8,
+            'widths': (8, 16), 'blocks': (1, 1), 'strides': ((4, 4),)}
   plain, packed = (build.network({**fields, 'tile': tile}) for tile in ('0', '128'))
   params = away_from_zero(jax.jit(plain.init)(jax.random.key(0)))
   spec = draw(1, 2, fields['bins'], fields['frames'], 2 * fields['channels'])

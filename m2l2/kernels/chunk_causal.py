@@ -79,7 +79,7 @@ def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec
   with jax.named_scope(f'chunk_causal_attention_{impl}'):
     if impl == 'pallas_tpu':
       return _on_mesh(functools.partial(pallas_tpu.attention, num_chunks=num_chunks), spec)(q, k, v)
-    dense = _dense if impl == 'xla' else functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+    dense = _dense if impl == 'xla' else _cudnn
     outputs = [
         dense(q[:, s * length:(s + 1) * length], k[:, :(s + 1) * length], v[:, :(s + 1) * length])
         for s in range(num_chunks)]
@@ -101,6 +101,17 @@ def _on_mesh(attention, spec):
   if mesh.empty or mesh.size == 1 or spec is None:
     return attention
   return jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+
+
+def _cudnn(q, k, v):
+  """cuDNN's flash attention; JAX differentiates it for even lengths only, so odd ones get a token that is masked."""
+  attention = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+  if q.shape[1] % 2 == k.shape[1] % 2 == 0:
+    return attention(q, k, v)
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+  length = lambda x: jnp.full(x.shape[0], x.shape[1], jnp.int32)
+  out = attention(pad(q), pad(k), pad(v), query_seq_lengths=length(q), key_value_seq_lengths=length(k))
+  return out[:, :q.shape[1]]
 
 
 def masked_dense_attention(q, k, v, *, num_chunks: int):
