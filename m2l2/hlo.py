@@ -11,6 +11,8 @@ import re
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
+# Calls of the TPU compiler that move nothing.
+_NO_WORK = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound')
 _BYTES = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
           'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16}
 
@@ -102,23 +104,33 @@ def _closing(text, start) -> int:
   raise ValueError(f'unbalanced brackets: {text[:80]}')
 
 
-_TYPE = re.compile(r'\b([a-z]+\d+|pred)\[([\d,]*)\](?:\{([\d,]*)(?::T\(([\d,]+)\))?)?')
+_TYPE = re.compile(r'\b([a-z]+\d+|pred)\[([\d,]*)\](?:\{([^}]*)\})?')
 
 
-def type_bytes(kind: str) -> float:
-  """Bytes of an HLO type, tuples summed; with the padding to tiles where the layout says so.
+def type_bytes(kind: str, *, anywhere: bool = False) -> float:
+  """Bytes in a device's main memory of an HLO type, tuples summed, with the padding to tiles that its layout tells.
 
   bf16[8,64]{1,0:T(8,128)} takes 8 x 128 places: the last of its dimensions, in the layout's order, fill whole tiles.
+  What lies in on-chip memory (S(1) and the like) counts only with `anywhere`.
   """
   total = 0.0
-  for dtype, shape, order, tile in _TYPE.findall(kind):
+  for dtype, shape, layout in _TYPE.findall(kind):
+    if 'S(' in layout and not anywhere:
+      continue
     sizes = [int(n) for n in shape.split(',') if n]
+    order, _, rest = layout.partition(':')
+    tile = re.match(r'T\(([\d,]+)\)', rest)
     if tile and order:
       minor_first = [int(n) for n in order.split(',')]
-      for axis, width in zip(minor_first, reversed([int(n) for n in tile.split(',')])):
+      for axis, width in zip(minor_first, reversed([int(n) for n in tile[1].split(',')])):
         sizes[axis] = -(-sizes[axis] // width) * width
     total += _BYTES.get(dtype, 0) * math.prod(sizes)
   return total
+
+
+def _elements(kind: str) -> list:
+  """The arrays of a (nested) tuple type, in order."""
+  return [found[0] for found in _TYPE.finditer(kind)]
 
 
 def _attribute(instruction, name) -> str:
@@ -141,39 +153,45 @@ def _cycles(instruction) -> int:
 
 
 def _accessed(instruction, types, computations) -> float:
-  if instruction.opcode == 'dynamic-slice':
-    return 2 * type_bytes(instruction.type)
-  if instruction.opcode == 'dynamic-update-slice':
-    return 2 * type_bytes(types.get(instruction.operands[1], ''))
-  if instruction.opcode != 'fusion':
-    return type_bytes(instruction.type) + sum(type_bytes(types.get(name, '')) for name in instruction.operands)
+  opcode, outer = instruction.opcode, [types.get(name, '') for name in instruction.operands]
+  if opcode == 'custom-call' and _attribute(instruction, 'custom_call_target').strip('"') in _NO_WORK:
+    return 0.0
+  if opcode == 'slice-start':  # -> ((source), destination, context)
+    source, destination = _elements(instruction.type)[0], _elements(instruction.type)[-2]
+    return (type_bytes(destination, anywhere=True) if type_bytes(source) else 0.0) + type_bytes(destination)
+  if opcode == 'copy-start':   # -> (destination, source, context)
+    return type_bytes(instruction.type)
+  if opcode == 'dynamic-slice':
+    return (type_bytes(instruction.type, anywhere=True) if type_bytes(outer[0]) else 0.0) + type_bytes(instruction.type)
+  if opcode == 'dynamic-update-slice':
+    return type_bytes(outer[1]) + (type_bytes(outer[1], anywhere=True) if type_bytes(instruction.type) else 0.0)
+  if opcode != 'fusion':
+    return type_bytes(instruction.type) + sum(map(type_bytes, outer))
+
   body = computations.get(_called(instruction, 'calls'), [])
   inner = {i.name: i for i in body}
   parameters = {int(i.operands[0]): i for i in body if i.opcode == 'parameter'}
-  written = in_place = 0.0
-  updated = set()
   root = next((i for i in body if i.root), None)
   parts = [inner[name] for name in root.operands] if root is not None and root.opcode == 'tuple' else [root]
-  for part in parts:
+  written, updated = 0.0, set()
+  for part, kind in zip(parts, _elements(instruction.type)):
     source = _through_bitcasts(part, inner)
-    if source is not None and source.opcode == 'dynamic-update-slice':
+    if source is not None and source.opcode == 'dynamic-update-slice':  # in place: what is new is read and written
       update = inner.get(source.operands[1])
-      in_place += 2 * type_bytes(update.type if update else '')
+      written += 2 * type_bytes(update.type if update else '') if type_bytes(kind) else 0.0
       buffer = _through_bitcasts(inner.get(source.operands[0]), inner)
       updated.add(buffer.name if buffer else '')
-    elif part is not None:
-      written += type_bytes(part.type)
+    else:
+      written += type_bytes(kind)
   read = 0.0
-  for position, name in enumerate(instruction.operands):
+  for position, kind in enumerate(outer):
     parameter = parameters.get(position)
-    if parameter is not None and parameter.name in updated:
+    if not type_bytes(kind) or (parameter is not None and parameter.name in updated):
       continue
     users = [i for i in body if parameter is not None and parameter.name in i.operands]
-    if users and all(user.opcode == 'dynamic-slice' for user in users):
-      read += sum(type_bytes(user.type) for user in users)
-    else:
-      read += type_bytes(types.get(name, ''))
-  return read + written + in_place
+    sliced = users and all(user.opcode == 'dynamic-slice' for user in users)
+    read += sum(type_bytes(user.type) for user in users) if sliced else type_bytes(kind)
+  return read + written
 
 
 def _through_bitcasts(instruction, inner):

@@ -18,6 +18,8 @@ def test_bytes_of_types_and_of_their_padding_to_tiles():
   assert hlo.type_bytes('bf16[2,9,64]{2,1,0:T(8,128)(2,1)}') == 2 * 2 * 16 * 128
   assert hlo.type_bytes('bf16[2,9,64]{0,2,1:T(8,128)(2,1)}') == 2 * 128 * 9 * 64
   assert hlo.type_bytes('f32[100]{0:T(256)}') == 4 * 256
+  on_chip = 'bf16[2,9,64]{2,1,0:T(8,128)(2,1)S(1)}'
+  assert hlo.type_bytes(on_chip) == 0 and hlo.type_bytes(on_chip, anywhere=True) == 2 * 2 * 16 * 128
 
 
 def test_one_operation_reads_its_operands_and_writes_its_result():
@@ -71,6 +73,19 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 '''
   traffic = hlo.count_traffic(text)
   assert (traffic.cycles, traffic.accessed) == (1200, 12 * 64)
+
+
+def test_only_main_memory_counts():
+  text = '''HloModule m
+ENTRY %main (a: f32[64,128]) -> f32[8,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:8], [0:128]}
+  %d = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)
+  %n = f32[8,128]{1,0:T(8,128)S(1)} negate(%d)
+  ROOT %c = f32[8,128]{1,0:T(8,128)} copy(%n)
+}
+'''
+  assert hlo.count_traffic(text).accessed == 2 * 8 * 128 * 4  # the slice is read, the copy written
 
 
 def test_what_is_no_program_is_refused():
