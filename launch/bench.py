@@ -45,7 +45,7 @@ from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.flops import count_flops  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
-from m2l2.model.transformer import REMATS  # noqa: E402
+from m2l2.model.layers import REMATS  # noqa: E402
 
 PARTS = ('train', 'encode', 'decode', 'attention')
 SAME = 1e-4  # relative difference up to which torch's loss and gradient are ours

@@ -13,6 +13,7 @@ from flax import nnx
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
+from m2l2.flops import count_flops
 from m2l2.model import patchify
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.denoiser import noise_features, token_grid
@@ -445,7 +446,7 @@ def test_codicodec_has_the_parameter_counts_of_the_original():
   assert _count(params) == 148_519_052 - 5 * 262_656 - 512 - 64 - 2_308
 
 
-@pytest.mark.parametrize('remat, kinds', [('none', set()), ('blocks', {1}), ('full', {1, 2})])
+@pytest.mark.parametrize('remat, kinds', [('none', set()), ('products', {1}), ('blocks', {1}), ('full', {1, 2})])
 def test_remat_wraps_what_it_says(remat, kinds):
   network = _network(remat=remat)
   params = jax.eval_shape(network.init, jax.random.key(0))
@@ -464,3 +465,17 @@ def test_remat_wraps_what_it_says(remat, kinds):
 
   walk(jaxpr, 0)
   assert depths == kinds
+
+
+def test_products_are_kept_and_blocks_computed_again():
+  """FLOPs of an update of the encoder: with 'products' only attention's own logits are multiplied twice."""
+  flops = {}
+  for remat in ('none', 'products', 'blocks'):
+    network = _network(remat=remat)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    loss = lambda params, spec, network=network: jnp.sum(network.encode(params, spec))
+    flops[remat] = count_flops(jax.make_jaxpr(jax.grad(loss))(params, _spec(network, 1, 1)).jaxpr)
+  none, products, blocks = (flops[remat] for remat in flops)
+  assert products.convolutions == none.convolutions and products.products == none.products
+  assert none.attention < products.attention <= blocks.attention
+  assert blocks.convolutions > 1.1 * none.convolutions and blocks.products > 1.1 * none.products

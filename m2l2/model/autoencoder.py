@@ -16,8 +16,7 @@ from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.decoder import Decoder
 from m2l2.model.denoiser import Denoiser, token_grid
 from m2l2.model.encoder import Encoder
-from m2l2.model.layers import groups
-from m2l2.model.transformer import REMATS
+from m2l2.model.layers import REMATS, groups
 
 DTYPES = ('float32', 'bfloat16')
 TILES = (0, 128, 256)
@@ -44,8 +43,8 @@ class Architecture:
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
-    remat: 'none', 'blocks' (each layer and conv block) or 'full' (of encoder, decoder and denoiser nothing
-      but their inputs is kept).
+    remat: what of each layer and conv block the backward pass computes again: 'none', all but its 'products', the whole
+      'blocks'; 'full': of encoder, decoder and denoiser too nothing but their inputs is kept.
     tile: maps narrower than this are packed, frames into channels, see model/packing.py; 0: never.
     attention: implementation of chunk-causal attention, see kernels/chunk_causal.py.
     dtype: of activations; parameters are float32.

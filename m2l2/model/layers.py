@@ -11,6 +11,7 @@ import dataclasses
 
 from flax import nnx
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from m2l2.model import packing
@@ -84,8 +85,8 @@ class Conv3x3(nnx.Module):
     if pack != packing.PLAIN:
       kernel = packing.packed_kernel(kernel, pack, aligned=aligned)
     padding = [(0, 0) if inward and p > 1 else (1, 1) for p in pack]
-    return self._add_bias(jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
+    return self._add_bias(product(jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))))
 
   def enter(self, x, pack):
     if pack == packing.PLAIN:
@@ -182,9 +183,28 @@ class GroupNorm(nnx.Module):
     return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
 
 
-def remat(module: nnx.Module, *args, enabled: bool = True):
-  """module(*args); its activations are recomputed in the backward pass where `enabled`."""
-  if not enabled:
+REMATS = ('none', 'products', 'blocks', 'full')
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names('product'))
+
+
+def product(x):
+  """Marks the result of a convolution or of attention as one that remat='products' keeps."""
+  return checkpoint_name(x, 'product')
+
+
+def rematerialised(function, remat: str):
+  """`function`, of whose inside the backward pass finds all ('none'), the results of convolutions, matrix products and
+  attention ('products'; norms and activations are computed again), or nothing ('blocks', 'full')."""
+  if remat == 'none':
+    return function
+  return jax.checkpoint(function, policy=_PRODUCTS if remat == 'products' else None)
+
+
+def call(module: nnx.Module, *args, remat: str):
+  """module(*args), rematerialised."""
+  if remat == 'none':
     return module(*args)
   graphdef, state = nnx.split(module)
-  return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)
+  return rematerialised(lambda state, *args: nnx.merge(graphdef, state)(*args), remat)(state, *args)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2.model import packing
-from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, param, remat, silu
+from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, call, param, product, silu
 from m2l2.model.packing import PLAIN, depth_to_space, join_patches, space_to_depth, split_patches
 from m2l2.sharding import constrain
 
@@ -65,9 +65,9 @@ class Downsample(nnx.Module):
     kernel = jnp.moveaxis(kernel.reshape(rows, p, frames, q, *kernel.shape[2:]), 1, 2)
     kernel = kernel.reshape(1, rows, frames * c, -1).astype(x.dtype)
     t = t // frames
-    return jax.lax.conv_general_dilated(
+    return product(jax.lax.conv_general_dilated(
         x.reshape(n, f // rows, rows * t, frames * c), kernel, (1, 1), 'VALID', rhs_dilation=(1, t),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC')))
 
 
 class Upsample(nnx.Module):
@@ -117,18 +117,18 @@ class Ladder(nnx.Module):
         setattr(self, name, resample(widths[level], widths[after], stride=stride, packs=packs, rngs=rngs))
         self.steps.append((name, False))
     self.steps = tuple(self.steps)
-    self.remat = remat != 'none'
+    self.remat = remat
 
   def run(self, x, *, features=None, cond=None):
     """-> (x, outputs of every conv block); `features` are merged before the blocks as (x + f) / sqrt 2."""
     outputs = []
     for name, is_block in self.steps:
       if not is_block:
-        x = constrain(remat(getattr(self, name), x, enabled=self.remat), 'batch', None, None, None)
+        x = constrain(call(getattr(self, name), x, remat=self.remat), 'batch', None, None, None)
         continue
       if features is not None:
         x = merge(x, features[len(outputs)])
-      x = constrain(remat(getattr(self, name), x, cond, enabled=self.remat), 'batch', None, None, None)
+      x = constrain(call(getattr(self, name), x, cond, remat=self.remat), 'batch', None, None, None)
       outputs.append(x)
     return x, outputs
 

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 
 from m2l2 import sharding
 from m2l2.kernels.chunk_causal import chunk_causal_attention
-from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, silu
-
-REMATS = ('none', 'blocks', 'full')
+from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, product, rematerialised, silu
 
 
 class Attention(nnx.Module):
@@ -32,7 +30,7 @@ class Attention(nnx.Module):
     qkv = sharding.constrain(qkv, 'batch', None, None, 'heads', None)
     q, k, v = self.q_norm(qkv[:, :, 0]), self.k_norm(qkv[:, :, 1]), qkv[:, :, 2]
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
-    out = chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec)
+    out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
     return jnp.einsum('bphk,hkd->bpd', out, self.out[...].astype(x.dtype)).reshape(b, s, p, d)
 
 
@@ -98,5 +96,4 @@ class Transformer(nnx.Module):
     def layer(x, state):
       return nnx.merge(graphdef, state)(x, cond, dtype=dtype), None
 
-    body = layer if self.remat == 'none' else jax.checkpoint(layer)
-    return jax.lax.scan(body, x, stacked)[0]
+    return jax.lax.scan(rematerialised(layer, self.remat), x, stacked)[0]
