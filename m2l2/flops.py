@@ -6,7 +6,7 @@ XLA's own cost analysis counts the body of a loop once, so a scan over 12 layers
 import dataclasses
 import math
 
-import jax
+import jax.extend
 
 
 @dataclasses.dataclass
@@ -84,9 +84,14 @@ def _conv(eqn, unit) -> Flops:
   taps /= math.prod(eqn.params['lhs_dilation'])  # a strided one's gradient: zeros in between
   places = math.prod(out) / out[dims.out_spec[1]]
   flops = 2.0 * places * taps * features_in * out[dims.out_spec[1]]
-  padded = 2.0 * places * taps * _pad(features_in, unit) * _pad(out[dims.out_spec[1]], unit)
+  channels, batch = out[dims.out_spec[1]], out[dims.out_spec[0]]
+  spots = places / batch
+  if taps > spots:  # a kernel's gradient: the map is the window; of the two channel axes one streams through the unit
+    padded = 2.0 * spots * max(batch, channels) * _pad(min(batch, channels), unit) * _pad(features_in * taps, unit)
+  else:
+    padded = 2.0 * places * taps * _pad(features_in, unit) * _pad(channels, unit)
   return Flops(convolutions=flops, padded=padded)
 
 
 def _pad(size, unit):
-  return -(-size // unit) * unit
+  return math.ceil(size / unit) * unit

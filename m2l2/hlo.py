@@ -206,9 +206,9 @@ def _collectives(instruction, computations):
   if kind in COLLECTIVES:
     output = instruction.type
     if instruction.opcode.endswith('-start') and output.startswith('('):  # (operands, outputs, ...): the larger half
-      sizes = [type_bytes(part) for part in re.findall(r'[a-z]+\d+\[[\d,]*\]', output)]
+      sizes = [type_bytes(part, anywhere=True) for part in _elements(output)]
       return [(kind, max(sizes, default=0.0))]
-    return [(kind, type_bytes(output))]
+    return [(kind, type_bytes(output, anywhere=True))]
   if instruction.opcode == 'fusion':
     body = computations.get(_called(instruction, 'calls'), [])
     return [found for inner in body for found in _collectives(inner, computations)]

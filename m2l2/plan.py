@@ -4,6 +4,7 @@ The whole train step is compiled ahead of time for a named topology. Memory, tra
 program's; FLOPs are counted from the traced one; times are bounds from published peaks, not measurements.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -193,10 +194,8 @@ def _topology(name):
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
-  try:
-    import libtpu  # noqa: F401  (jax would say less clearly that it is not there)
-  except ModuleNotFoundError as error:
-    raise UserError("planning needs the TPU's compiler: pip install 'm2l2[train,tpu]' (no TPU is needed)") from error
+  if importlib.util.find_spec('libtpu') is None:  # jax would say so less clearly
+    raise UserError("planning needs the TPU's compiler: pip install 'm2l2[train,tpu]' (no TPU is needed)")
   cores = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
     topology = topologies.get_topology_desc(platform='tpu', topology_name=name, **cores)

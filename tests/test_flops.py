@@ -31,6 +31,9 @@ def test_padding_to_the_matrix_unit():
   assert flops(jnp.dot, (1000, 64), (64, 100), unit=256).padded == 2 * 1000 * 256 * 256
   assert flops(jnp.dot, (512, 256), (256, 128)).padded == flops(jnp.dot, (512, 256), (256, 128)).total
   assert flops(conv, (2, 8, 6, 64), (3, 3, 64, 64)).padded == 2 * 2 * 8 * 6 * 9 * 128 * 128
+  gradient = jax.grad(lambda kernel, x: jnp.sum(conv(x, kernel) ** 2))  # and that sum's own forward pass
+  both = flops(gradient, (3, 3, 64, 64), (2, 8, 16, 64))
+  assert both.padded == 2 * 2 * 8 * 16 * 9 * (128 * 128 + 64 * 128) and both.total == 2 * 2 * 2 * 8 * 16 * 9 * 64 * 64
 
 
 @pytest.mark.parametrize('function,shapes', [
