@@ -126,6 +126,7 @@ def measure(args) -> dict:
     config['model']['remat'] = args.remat[0]
   batch = args.batch or config['train']['batch_size']
   network = build.network(config['model'])
+  config['model']['dtype'] = network.arch.dtype  # what 'auto' is here
   shapes = jax.eval_shape(network.init, jax.random.key(0))
   device = jax.devices()[0]
   report = {

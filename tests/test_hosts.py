@@ -108,6 +108,7 @@ def train(config, workdir):
   if workdir == 'bug':
     raise ZeroDivisionError('a bug')
   time.sleep(0 if workdir == 'quick' else 200)
+  return config.train.steps
 
 sys.modules['m2l2.train'] = types.SimpleNamespace(train=train)
 sys.exit(main.main(['m2l2 train', *sys.argv[1:]]))
@@ -299,7 +300,7 @@ def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
     assert not soak_resume.LOGGED.search(processes.said(1)), processes.said(1)  # process 0 alone logs
   done = steps_of(moved)[-1]
   assert first < done < STEPS and checkpoints_in(moved)[-1] == done  # complete, or it has another name
-  assert sorted(os.listdir(moved)) == ['checkpoints', 'config.json', 'metrics.jsonl', 'snapshot']
+  assert sorted(os.listdir(moved)) == ['checkpoints', 'config.json', 'goodput.json', 'metrics.jsonl', 'snapshot']
 
   # From there to the end with other processes, on the same mesh and on another.
   ends = {'four': (4, 1, 1e-6), 'one': (1, 1, 1e-5)}
