@@ -6,7 +6,6 @@ program's; FLOPs are counted from the traced one; times are bounds from publishe
 
 import importlib.util
 import json
-import math
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build, chips, flops, hlo, sharding
+from m2l2 import build, chips, hlo, sharding, timing
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 
@@ -78,8 +77,9 @@ def _figures(config, compiled, chip, report) -> dict:
   memory, traffic = compiled.memory_analysis(), hlo.count_traffic(compiled.as_text())
   peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
           - memory.alias_size_in_bytes)
-  nominal = step_flops(config, unit=chip.matrix_unit, plain=True)
-  executed = step_flops(config, unit=chip.matrix_unit)
+  with compiling_for('tpu'):
+    nominal, executed = (timing.step_flops(build.step_functions(variant), batch, unit=chip.matrix_unit)
+                         for variant in (timing.plain_model(config), config))
   seconds = {
       'compute': executed.padded / count / chip.bf16_flops,
       'memory': traffic.accessed / chip.hbm_bytes_per_second,
@@ -95,19 +95,6 @@ def _figures(config, compiled, chip, report) -> dict:
                 'seconds': seconds, 'cycles': traffic.cycles or None},
       'chip_hours': config.train.steps * seconds[by] * count / 3600,
       'crops_per_second_per_host': batch / seconds[by] / report['hosts']}
-
-
-def step_flops(config, *, unit: int = 128, plain: bool = False) -> flops.Flops:
-  """FLOPs of one step over all devices; of the `plain` program: nothing computed twice, no packing, no kernels."""
-  config = config.copy_and_resolve_references().unlock()
-  config.train.accumulate = 1
-  if plain:
-    config.model.remat, config.model.attention, config.model.tile = 'none', 'xla', '0'
-  with compiling_for('tpu'):
-    functions = build.step_functions(config)
-    state = jax.eval_shape(functions.init, jax.random.key(0))
-    audio = jax.ShapeDtypeStruct((config.train.batch_size, functions.channels, functions.crop_samples), jnp.float32)
-    return flops.count_flops(jax.make_jaxpr(functions.train_step)(state, {'audio': audio}).jaxpr, unit=unit)
 
 
 def _compile(config, mesh, say):
@@ -247,10 +234,4 @@ def main(config, *, topology, preset=None, batch=None, max_batch=False):
   say = lambda text: print(text, file=sys.stderr, flush=True)
   report = plan(config, topology, preset=preset, batch=batch, max_batch=max_batch, say=say)
   say(as_text(report))
-  print(json.dumps({name: _finite(value) for name, value in report.items()}, indent=2))
-
-
-def _finite(value):
-  if isinstance(value, dict):
-    return {name: _finite(item) for name, item in value.items()}
-  return None if isinstance(value, float) and not math.isfinite(value) else value
+  print(json.dumps(report, indent=2))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from m2l2 import build
 from m2l2.chips import find_chip
 from m2l2.errors import UserError
-from m2l2.flops import count_flops
+from m2l2.flops import Flops, count_flops
 from m2l2.metrics import write_json
 
 
@@ -71,24 +71,32 @@ class Throughput:
     return out
 
 
-def model_flops(config) -> Callable[[int], float]:
-  """n -> FLOPs that the first n training steps need, over all devices.
-
-  Counted on the plain model: nothing computed twice (model.remat) and attention as matrix products, whatever kernels
-  the run itself takes. So MFU compares machines and settings. Probes are not counted.
-  """
+def plain_model(config):
+  """The config without what changes a step's FLOPs and not its results: nothing computed twice (model.remat), no packed
+  maps (model.tile), attention as matrix products."""
   plain = config.copy_and_resolve_references()
-  plain.model.update(remat='none', attention='xla', dtype='float32')
-  functions = build.step_functions(plain)
+  plain.model.update(remat='none', tile='0', attention='xla', dtype='float32')
+  return plain
+
+
+def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flops:
+  """FLOPs of one step of `build.step_functions` over all devices; `options` go to train_step."""
   state = jax.eval_shape(functions.init, jax.random.key(0))
-  shape = (plain.train.batch_size, functions.channels, functions.crop_samples)
-  batch = {'audio': jax.ShapeDtypeStruct(shape, jnp.float32)}
+  shape = (batch_size, functions.channels, functions.crop_samples)
+  step = lambda *args: functions.train_step(*args, **options)
+  return count_flops(
+      jax.make_jaxpr(step)(state, {'audio': jax.ShapeDtypeStruct(shape, jnp.float32)}).jaxpr, unit=unit)
 
-  def count(**options):
-    return count_flops(jax.make_jaxpr(lambda *args: functions.train_step(*args, **options))(state, batch).jaxpr).total
 
-  step, head_start = count(), functions.head_start
-  head = count(envelope_only=True) if head_start else 0.0
+def model_flops(config) -> Callable[[int], float]:
+  """n -> FLOPs that the first n training steps of the plain model need, over all devices.
+
+  So MFU compares machines and settings. Probes are not counted.
+  """
+  functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
+  head_start = functions.head_start
+  step = step_flops(functions, batch).total
+  head = step_flops(functions, batch, envelope_only=True).total if head_start else 0.0
   return lambda n: head * min(n, head_start) + step * max(n - head_start, 0)
 
 

@@ -42,7 +42,7 @@ def test_flops_of_a_device_and_their_share_of_its_peak():
 def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
 
   def step_functions(config):
-    assert config.model.attention == 'xla'
+    assert (config.model.attention, config.model.tile) == ('xla', '0')
 
     def train_step(state, batch, *, envelope_only=False):
       product = batch['audio'][:, 0] @ state['w']
