@@ -2,7 +2,7 @@
 """Times train step, encoding, decoding and attention on whatever device is there: JSON on stdout.
 
   python launch/bench.py --config=tiny
-  python launch/bench.py --config=base --batch=16 --dtype=bfloat16 --peak-tflops=989 > bench.json
+  python launch/bench.py --config=base --batch=16 --dtype=bfloat16 > bench.json
   python launch/bench.py --config=tiny --only=train,attention --no-pairs
   python launch/bench.py --config=codicodec --only=train --torch --threads=2 --batch=1 --remat=none --steps=3
 
@@ -37,13 +37,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import jax  # noqa: E402  (after the path is set: the checkout's own m2l2 is measured)
-import jax.extend  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from m2l2 import build  # noqa: E402
+from m2l2 import build, timing  # noqa: E402
+from m2l2.chips import find_chip  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
-from m2l2.flops import count_flops  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
 from m2l2.model.layers import REMATS  # noqa: E402
 
@@ -85,7 +84,7 @@ def parse(argv):
   parser.add_argument('--threads', type=int, metavar='N', help='CPU threads (default: all; with --torch 2)')
   parser.add_argument('--seed', type=int, default=0, help='of weights and signals (default 0)')
   parser.add_argument('--peak-tflops', type=float, metavar='X',
-                      help="the device's peak in this dtype: adds the MFU")
+                      help="the device's peak in this dtype, for the MFU (default: m2l2/chips.py)")
   args = parser.parse_args(argv)
   args.only = args.only.split(',')
   args.remat = args.remat.split(',') if args.remat else []
@@ -214,14 +213,17 @@ def time_train(config, *, batch, args, original=None, notes=None) -> dict:
   times = seconds_of(ours, references, count=args.steps)
   per_step = times['median']
   seconds = batch * steps.crop_samples / steps.sample_rate
-  flops = model_flops(config, audio)
+  plain = build.step_functions({**config, 'model': {**config['model'], **timing.PLAIN_MODEL}})
+  flops = timing.step_flops(plain, batch).total
   result = {
       'batch': batch, 'compile_seconds': ours.compile_seconds, 'seconds_per_step': times,
       'crops_per_second': batch / per_step, 'audio_seconds_per_second': seconds / per_step,
       'flops_per_step': flops, 'tflops_per_second': flops / per_step / 1e12,
       'flops_by_xla': xla_flops(ours.compiled), 'temporary_bytes': temporary_bytes(ours.compiled), **checks}
-  if args.peak_tflops:
-    result['mfu'] = flops / per_step / 1e12 / args.peak_tflops
+  chip = find_chip(jax.devices()[0].device_kind)
+  peak = 1e12 * args.peak_tflops if args.peak_tflops else chip and chip.flops(config['model']['dtype'])
+  if peak:
+    result['mfu'] = flops / per_step / peak
   return result
 
 
@@ -363,13 +365,6 @@ def seconds_of(run, references=None, *, count) -> dict:
 
 def summary(times) -> dict:
   return {'min': min(times), 'median': statistics.median(times), 'runs': len(times)}
-
-
-def model_flops(config, audio) -> float:
-  """FLOPs of all matrix products and convolutions of one step, rematerialisation left out."""
-  plain = build.step_functions({**config, 'model': {**config['model'], 'remat': 'none'}})
-  state = jax.eval_shape(plain.init, jax.random.key(0))
-  return count_flops(jax.make_jaxpr(plain.train_step)(state, {'audio': audio}).jaxpr).total
 
 
 def xla_flops(compiled):

@@ -71,11 +71,15 @@ class Throughput:
     return out
 
 
+# Fields of config.model for counting: nothing computed twice, no packed maps, attention as matrix products. What a step
+# needs, so that MFU compares machines and settings; not what a setting makes of it.
+PLAIN_MODEL = {'remat': 'none', 'tile': '0', 'attention': 'xla', 'dtype': 'float32'}
+
+
 def plain_model(config):
-  """The config without what changes a step's FLOPs and not its results: nothing computed twice (model.remat), no packed
-  maps (model.tile), attention as matrix products."""
+  """The config with PLAIN_MODEL."""
   plain = config.copy_and_resolve_references()
-  plain.model.update(remat='none', tile='0', attention='xla', dtype='float32')
+  plain.model.update(PLAIN_MODEL)
   return plain
 
 
@@ -89,10 +93,7 @@ def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flo
 
 
 def model_flops(config) -> Callable[[int], float]:
-  """n -> FLOPs that the first n training steps of the plain model need, over all devices.
-
-  So MFU compares machines and settings. Probes are not counted.
-  """
+  """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
   head_start = functions.head_start
   step = step_flops(functions, batch).total
