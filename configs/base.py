@@ -53,7 +53,7 @@ def get_config(arg=''):
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
   # How it runs.
-  model.remat = 'blocks'               # none, products, blocks, full: how little the backward pass finds kept
+  model.remat = 'products'             # none, products, blocks, full: how little the backward pass finds kept
   model.tile = 'auto'                  # maps narrower than this are packed (model/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast

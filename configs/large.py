@@ -12,4 +12,5 @@ def get_config(arg=''):
   config = base.get_config()
   config.model.widths = (96, 192, 384, 768)
   config.model.layers = 16
+  config.model.remat = 'blocks'
   return base.finish(config, arg)

@@ -12,5 +12,6 @@ def get_config(arg=''):
   config = base.get_config()
   config.model.widths = (128, 256, 512, 1024)
   config.model.layers = 24
+  config.model.remat = 'blocks'
   config.model.cond_dim = 1024
   return base.finish(config, arg)
