@@ -104,12 +104,16 @@ def get_config(arg=''):
   train.init_from = ''                 # snapshot or workdir whose weights a new run starts from
 
   data = config.data = ml_collections.ConfigDict()
-  data.source = 'folder'               # where crops come from: a folder of audio files
-  data.root = ''                       # that folder (or a glob, or one file)
+  data.source = 'auto'                 # auto: root is what is there; folder: one folder, glob or file, commas and all
+  data.root = ''                       # audio files, m2l2 prepare's output, tfds:NAME, or 3*PLACE,1*PLACE: sources.py
+  data.split = 'train'                 # of datasets
   data.rms_floor = 1e-3                # crops below this RMS are drawn again
+  data.gain_db = 0.0                   # each crop is scaled at random within +-gain_db dB
+  data.mix = 0.0                       # chance that a sample is the sum of two crops, clipped (CoDiCodec: 0.5)
   data.num_workers = 0                 # processes that read ahead; 0 reads in threads of this one
   data.num_threads = 4
-  data.prefetch = 8                    # batches read ahead
+  data.prefetch = 8                    # batches read ahead, by each worker
+  data.worker_buffer = 1               # batches that each worker holds ready beside those
   data.device_prefetch = 1             # of them, batches already put on the devices
 
   mesh = config.mesh = ml_collections.ConfigDict()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
 from m2l2.codec import Codec
 from m2l2.data.pipeline import Ahead, make_loader
+from m2l2.data.sources import KINDS
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 
@@ -83,17 +84,17 @@ def train(config, workdir, writers=()) -> int:
     position = restored.position if restored else {'next_index': 0, 'files': None}
 
     block, blocks = sharding.batch_block(mesh)
+    fed = config.data
     loader = make_loader(
-      root=config.data.root, sample_rate=functions.sample_rate,
-      native_rates=functions.native_rates, channels=functions.channels,
-      crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
-      start_index=position['next_index'], process_index=block, process_count=blocks,
-      num_workers=config.data.num_workers, num_threads=config.data.num_threads,
-      prefetch=config.data.prefetch, rms_floor=config.data.rms_floor)
+      root=fed.root, source=fed.source, split=fed.split, sample_rate=functions.sample_rate,
+      native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
+      batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
+      process_index=block, process_count=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
+      prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix)
     stack.callback(loader.close)
     batches = Ahead(
       loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
-      ahead=config.data.device_prefetch)
+      ahead=fed.device_prefetch)
     stack.callback(batches.close)
     offset = position['next_index'] - first * fields.batch_size  # not 0 once batch_size has changed
 
@@ -108,8 +109,8 @@ def train(config, workdir, writers=()) -> int:
       logging.info('going on from step %d in %s', first, workdir)
       for difference in checkpoint.config_differences(restored.config, plain):
         logging.warning('this run differs from the one it continues in %s', difference)
-      if position['files'] != loader.files.fingerprint:
-        logging.warning('the files under data.root are not those of the run so far: '
+      if position['files'] != loader.mixture.fingerprint:
+        logging.warning('the files at data.root are not those of the run so far: '
                         'the order of samples changes from here on')
     else:
       state = jax.jit(functions.init, out_shardings=shardings)(key)
@@ -176,7 +177,7 @@ def train(config, workdir, writers=()) -> int:
         line = None
         with goodput.saving(step, state):
           checkpoints.save(step, state, config=plain, position={
-            'next_index': offset + step * fields.batch_size, 'files': loader.files.fingerprint})
+            'next_index': offset + step * fields.batch_size, 'files': loader.mixture.fingerprint})
           averaged = sharding.fetch(state.ema)
           if main:
             save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
@@ -241,10 +242,10 @@ def _local(workdir) -> str:
 def _check(config, *, shards):
   """Raises UserError on fields that cannot work together, before anything is built."""
   fields = config.train
-  if config.data.source != 'folder':
-    raise UserError(f'data.source={config.data.source!r} is not known: it is folder')
+  if config.data.source not in KINDS:
+    raise UserError(f'data.source={config.data.source!r} is not known: it is {" or ".join(KINDS)}')
   if not config.data.root:
-    raise UserError('data.root is empty: name a folder of audio files, --config.data.root=DIR')
+    raise UserError('data.root is empty: name a folder of audio files or a dataset, --config.data.root=DIR')
   timing.trace_range(fields.profile)
   for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every',
                'max_skipped_in_a_row'):

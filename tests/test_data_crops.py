@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from m2l2.data import audio_io
+from m2l2.data import order
 from m2l2.data import transforms
-from m2l2.data.sources import find_audio_files
+from m2l2.data.sources import Mixture, find_audio_files
 from m2l2.errors import UserError
 
 
@@ -18,31 +19,36 @@ def noise(channels, samples):
   return np.random.default_rng(0).uniform(-.5, .5, (channels, samples)).astype(np.float32)
 
 
+def read_crop(path, **options):
+  with audio_io.AudioReader(path) as item:
+    return transforms.read_crop(item, **options)
+
+
 def test_draws_are_a_fixed_function():
   """Pinned words: a change of them changes the sample order of every run."""
-  bits = transforms.draw_bits(seed=1, index=2, attempt=3)
+  bits = order.draw_bits(seed=1, index=2, attempt=3)
   assert (bits.file, bits.offset, bits.channel) == (
       1170280437898119671, 13051159143091778299, 5120089422708784769)
-  assert transforms.epoch_order(seed=1, epoch=2, count=8).tolist() == [3, 1, 5, 6, 0, 7, 2, 4]
-  draws = {(s, g, a): transforms.draw_bits(seed=s, index=g, attempt=a)
+  assert order.epoch_order(seed=1, epoch=2, count=8).tolist() == [3, 1, 5, 6, 0, 7, 2, 4]
+  draws = {(s, g, a): order.draw_bits(seed=s, index=g, attempt=a)
            for s in (0, 1, 2**64 - 1) for g in (0, 1, 2**61) for a in (0, 1, 63)}
   assert len(set(draws.values())) == len(draws)
 
 
 def test_below_is_uniform_and_in_range():
-  assert transforms.below(0, 7) == 0 and transforms.below(2**64 - 1, 7) == 6
-  values = [transforms.below(transforms.draw_bits(seed=0, index=g, attempt=0).offset, 5)
+  assert order.below(0, 7) == 0 and order.below(2**64 - 1, 7) == 6
+  values = [order.below(order.draw_bits(seed=0, index=g, attempt=0).offset, 5)
             for g in range(2000)]
   counts = np.bincount(values, minlength=5)
   assert counts.min() > 330 and counts.max() < 470
 
 
 def test_every_epoch_holds_every_file_once():
-  orders = [transforms.epoch_order(seed=3, epoch=e, count=50) for e in range(4)]
-  for order in orders:
-    assert sorted(order) == list(range(50))
+  orders = [order.epoch_order(seed=3, epoch=e, count=50) for e in range(4)]
+  for epoch in orders:
+    assert sorted(epoch) == list(range(50))
   assert len({tuple(o) for o in orders}) == 4
-  assert tuple(transforms.epoch_order(seed=4, epoch=0, count=50)) != tuple(orders[0])
+  assert tuple(order.epoch_order(seed=4, epoch=0, count=50)) != tuple(orders[0])
 
 
 def test_channel_policy():
@@ -92,12 +98,12 @@ def test_native_rates_are_cut_from_the_file_as_they_are(tmp_path):
     path = tmp_path / f'{rate}.wav'
     audio_io.write(path, audio, rate)
     full, _ = audio_io.read(path)
-    bits = transforms.draw_bits(seed=0, index=rate, attempt=0)
-    start = transforms.below(bits.offset, 4001)
-    crop = transforms.read_crop(path, spec=spec(channels=2), bits=bits)
+    bits = order.draw_bits(seed=0, index=rate, attempt=0)
+    start = order.below(bits.offset, 4001)
+    crop = read_crop(path, spec=spec(channels=2), bits=bits)
     np.testing.assert_array_equal(crop, full[:, start:start + 1000])
-    mono = transforms.read_crop(path, spec=spec(channels=1), bits=bits)
-    np.testing.assert_array_equal(mono[0], crop[transforms.below(bits.channel, 2)])
+    mono = read_crop(path, spec=spec(channels=1), bits=bits)
+    np.testing.assert_array_equal(mono[0], crop[order.below(bits.channel, 2)])
     assert mono.flags.c_contiguous and mono.dtype == np.float32
 
 
@@ -108,8 +114,8 @@ def test_other_rates_arrive_at_the_right_frequency_and_level(tmp_path, rate):
   audio_io.write(path, 0.5 * np.sin(2 * np.pi * 1234 * t)[None], rate)
   s = spec(crop_samples=20000, native_rates=(44100,))
   for index in range(3):
-    bits = transforms.draw_bits(seed=0, index=index, attempt=0)
-    crop = transforms.read_crop(path, spec=s, bits=bits)[0]
+    bits = order.draw_bits(seed=0, index=index, attempt=0)
+    crop = read_crop(path, spec=s, bits=bits)[0]
     n = np.arange(20000) / 44100
     basis = np.stack([np.sin(2 * np.pi * 1234 * n), np.cos(2 * np.pi * 1234 * n)], axis=1)
     weights, residue, *_ = np.linalg.lstsq(basis, crop.astype(np.float64))
@@ -129,11 +135,11 @@ def test_a_resampled_crop_equals_the_whole_file_resampled(tmp_path, rate):
   needed = -(-3000 * rate // 44100)
   compared = 0
   for bits in range(0, 2**64, 2**64 // 2000):
-    start = transforms.below(bits, 30000 - needed + 1)
+    start = order.below(bits, 30000 - needed + 1)
     window = transforms.crop_window(frames=30000, rate=rate, spec=s, bits=bits)
     if start % period == 0 and window.start % period == 0 and compared < 5:
-      crop = transforms.read_crop(
-          path, spec=s, bits=transforms.DrawBits(file=0, offset=bits, channel=0))
+      crop = read_crop(
+          path, spec=s, bits=order.DrawBits(file=0, offset=bits, channel=0))
       at = start * 44100 // rate
       np.testing.assert_allclose(crop, whole[:, at:at + 3000], atol=2e-6)
       compared += 1
@@ -145,7 +151,7 @@ def folder(tmp_path, **files):
     with audio_io.soundfile.SoundFile(
         tmp_path / f'{name}.wav', 'w', 44100, len(audio), subtype='FLOAT') as f:
       f.write(audio.T)
-  return find_audio_files(tmp_path)
+  return Mixture((find_audio_files(tmp_path),))
 
 
 def test_rejected_draws_are_counted_and_drawn_again(tmp_path, caplog):
@@ -154,14 +160,14 @@ def test_rejected_draws_are_counted_and_drawn_again(tmp_path, caplog):
   files = folder(
       tmp_path, good=noise(1, 5000), nan=nan, scaled=noise(1, 5000) * 32768, short=noise(1, 900),
       silent=1e-4 * noise(1, 5000), half=noise(1, 5000) * (np.arange(5000) > 2500))
-  crop = transforms.RandomCrop(files=files, spec=spec(), seed=0)
+  crop = transforms.RandomCrop(mixture=files, spec=spec(), seed=0)
   samples = [crop(g) for g in range(60)]
   assert all(s['audio'].shape == (1, 1000) for s in samples)
   assert all(np.abs(s['audio']).max() <= .5 for s in samples)
   rejected = np.array([s['rejected'] for s in samples])
   assert rejected.dtype == np.int32 and rejected.min() == 0 and rejected.max() > 1
   text = caplog.text
-  again = transforms.RandomCrop(files=files, spec=spec(), seed=0)(17)
+  again = transforms.RandomCrop(mixture=files, spec=spec(), seed=0)(17)
   np.testing.assert_array_equal(again['audio'], samples[17]['audio'])
   assert again['rejected'] == samples[17]['rejected']
   for name, words in dict(nan='NaN', scaled='reaches 1.6', short='shorter',
@@ -174,7 +180,7 @@ def test_rejected_draws_are_counted_and_drawn_again(tmp_path, caplog):
 def test_a_folder_without_any_good_crop_says_why(tmp_path):
   files = folder(tmp_path, short=noise(1, 10), silent=0 * noise(1, 5000))
   with pytest.raises(UserError) as error:
-    transforms.RandomCrop(files=files, spec=spec(), seed=0)(0)
+    transforms.RandomCrop(mixture=files, spec=spec(), seed=0)(0)
   line = str(error.value)
   assert '64 draws' in line and 'short.wav: is shorter' in line and 'silent.wav: is silent' in line
   assert '\n' not in line

@@ -188,7 +188,9 @@ def test_nothing_usable_ends_with_one_line(tmp_path, num_workers):
     dict(batch_size=6, process_count=4), dict(batch_size=0), dict(channels=3), dict(seed=-1),
     dict(seed=2**64), dict(start_index=-8), dict(process_index=2, process_count=2),
     dict(native_rates=()), dict(native_rates=(48000, 44100)), dict(num_workers=-1),
-    dict(crop_samples=0), dict(prefetch=-1), dict(num_threads=-1)])
+    dict(crop_samples=0), dict(prefetch=-1), dict(num_threads=-1),
+    dict(worker_buffer=0), dict(gain_db=-1), dict(gain_db=61), dict(mix=1.5), dict(mix=-.1),
+    dict(source='tape')])
 def test_bad_arguments(music, options):
   with pytest.raises(UserError) as error:
     loader(music, **options)
@@ -202,9 +204,9 @@ def test_no_files(tmp_path):
 
 def test_the_files_are_told(music):
   with loader(music) as batches:
-    assert batches.files.names == (
-        '0.wav', '1.wav', '2.wav', '3.wav', '4.wav', 'other.flac', 'short.wav')
-    assert len(batches.files.fingerprint) == 16
+    files, = batches.mixture.sources
+    assert files.names == ('0.wav', '1.wav', '2.wav', '3.wav', '4.wav', 'other.flac', 'short.wav')
+    assert files.fingerprint == batches.mixture.fingerprint and len(files.fingerprint) == 16
 
 
 SCRIPT = '''

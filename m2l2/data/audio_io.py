@@ -12,6 +12,7 @@ a FLAC that does not state its length cannot be read.
 
 from collections.abc import Iterator
 import dataclasses
+import io
 import math
 import os
 import secrets
@@ -84,26 +85,29 @@ def _reason(error: Exception) -> str:
 class AudioReader:
   """An open audio file: `info`, and `read` anywhere in it. A context manager.
 
+  Args:
+    path: of the file.
+    data: the file's bytes, for one that lies in memory; `path` is then only what errors call it.
+
+  Attributes:
+    info: the `AudioInfo`.
+    starts: for whoever cuts crops: how many of them begin here, if the file's end belongs to the next
+      segment of a longer one; None: all that fit.
+
   Raises UserError: missing, a directory, not a regular file, no permission, empty, not audio, no
   samples, or no stated length.
   """
 
-  def __init__(self, path):
+  starts: int | None = None
+
+  def __init__(self, path, data: bytes | None = None):
     name = shown(path)
-    try:
-      mode = os.stat(path).st_mode
-    except (OSError, ValueError) as e:
-      raise UserError(f'{name}: there is no such file') from e
-    if stat.S_ISDIR(mode):
-      raise UserError(f'{name}: is a directory, not an audio file')
-    if not stat.S_ISREG(mode):
-      raise UserError(f'{name}: is not a regular file')
-    if os.path.getsize(path) == 0:
+    if data is None:
+      self._check_file(path, name)
+    elif not data:
       raise UserError(f'{name}: is empty (0 bytes)')
-    if not os.access(path, os.R_OK):
-      raise UserError(f'{name}: may not be read (permission denied)')
     try:
-      self._file = soundfile.SoundFile(os.fsencode(path))
+      self._file = soundfile.SoundFile(os.fsencode(path) if data is None else io.BytesIO(data))
     except _FILE_ERRORS as e:
       raise UserError(
           f'{name}: is not audio that can be read here ({_reason(e)}); give {READABLE}, or convert '
@@ -122,6 +126,22 @@ class AudioReader:
     if problem:
       self.close()
       raise UserError(f'{name}: {problem}')
+
+  @staticmethod
+  def _check_file(path, name):
+    try:
+      mode = os.stat(path).st_mode
+      size = os.path.getsize(path)
+    except (OSError, ValueError) as e:
+      raise UserError(f'{name}: there is no such file') from e
+    if stat.S_ISDIR(mode):
+      raise UserError(f'{name}: is a directory, not an audio file')
+    if not stat.S_ISREG(mode):
+      raise UserError(f'{name}: is not a regular file')
+    if size == 0:
+      raise UserError(f'{name}: is empty (0 bytes)')
+    if not os.access(path, os.R_OK):
+      raise UserError(f'{name}: may not be read (permission denied)')
 
   def read(self, *, start: int, frames: int, check_finite: bool = False) -> np.ndarray:
     """Exactly `frames` samples from `start` on, float32 [channels, frames].

@@ -1,6 +1,6 @@
-"""The training data path: a folder of audio files -> batches of random crops, through Grain.
+"""The training data path: audio files or records -> batches of random crops, through Grain.
 
-The sample at global index g is a pure function of (seed, g, sorted files): `transforms.RandomCrop`.
+The sample at global index g is a pure function of (seed, g, sources): `transforms.RandomCrop`.
 Threads, workers, processes and a restart change who reads a sample, never which sample it is.
 """
 
@@ -14,23 +14,24 @@ from absl import flags
 import grain
 import numpy as np
 
-from m2l2.data.sources import AudioFiles, find_audio_files
+from m2l2.data.sources import Mixture, find_mixture
 from m2l2.data.transforms import CropSpec, FaultLog, RandomCrop
 from m2l2.errors import UserError
 
 _ENDLESS = 2**62
+_MOST_GAIN = 60  # dB
 
 
 class Loader:
   """An endless iterator over batches; `close()` it, or use it in a `with` block.
 
   Attributes:
-    files: the `AudioFiles` it draws from (`files.fingerprint` tells whether a resumed run sees the
-      same list).
+    mixture: the `Mixture` it draws from (`mixture.fingerprint` tells whether a resumed run sees the
+      same items).
   """
 
   def __init__(self, dataset: grain.IterDataset, crop: RandomCrop):
-    self.files: AudioFiles = crop.files
+    self.mixture: Mixture = crop.mixture
     self._iterators = [iter(dataset)]
     # Also runs at the interpreter's end, before Grain's modules are torn down under its feet.
     self._close = weakref.finalize(self, _close, self._iterators, crop.faults)
@@ -102,14 +103,16 @@ def _close(iterators: list[grain.DatasetIterator], faults: FaultLog):
 def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channels: int,
                 crop_samples: int, batch_size: int, seed: int, start_index: int = 0,
                 process_index: int = 0, process_count: int = 1, num_workers: int = 0,
-                num_threads: int = 4, prefetch: int = 4, rms_floor: float = 1e-3) -> Loader:
-  """Batches of random crops from the audio files under `root`, from sample `start_index` on.
+                num_threads: int = 4, prefetch: int = 4, worker_buffer: int = 1, rms_floor: float = 1e-3,
+                gain_db: float = 0.0, mix: float = 0.0, source: str = 'auto', split: str = 'train') -> Loader:
+  """Batches of random crops from what is at `root`, from sample `start_index` on.
 
   Batch t holds the samples start_index + t * batch_size ..., and process h of H yields the
   contiguous rows h * B/H .. (h + 1) * B/H of it. To resume after n batches: start_index + n * B.
 
   Args:
-    root: a directory, a glob or one file (`sources.find_audio_files`).
+    root: a folder, glob or file of audio, a prepared or TFDS dataset, shards, or a weighted mixture
+      of these, as text (`sources.find_mixture`); or a `Mixture`.
     sample_rate: Hz, the model's; the first of native_rates.
     native_rates: Hz; files at these rates are fed as they are, others are resampled to the first.
     channels: 1 (one random channel of the file) or 2 (mono doubled; of more, the first two).
@@ -123,7 +126,12 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
       are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
     num_threads: batches read at once, in each worker (or here, without workers); 0 reads in `next`.
     prefetch: batches read ahead, in each worker (or here); their memory is held.
+    worker_buffer: batches that each worker has ready beside those.
     rms_floor: a crop below this RMS is silent and drawn again.
+    gain_db: each crop is scaled by a random gain within +-gain_db dB.
+    mix: the chance that a sample is the sum of two crops, clipped to [-1, 1].
+    source: what `root` is: 'auto' or 'folder' (`sources.find_mixture`).
+    split: of TFDS datasets.
 
   Returns:
     A `Loader` of dicts: 'audio' float32 [B/H, channels, crop_samples]; 'rejected' int32 [B/H], how
@@ -135,11 +143,12 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
   _check(sample_rate=sample_rate, native_rates=native_rates, channels=channels,
          crop_samples=crop_samples, batch_size=batch_size, seed=seed, start_index=start_index,
          process_index=process_index, process_count=process_count, num_workers=num_workers,
-         num_threads=num_threads, prefetch=prefetch)
+         num_threads=num_threads, prefetch=prefetch, worker_buffer=worker_buffer, gain_db=gain_db, mix=mix)
+  mixture = root if isinstance(root, Mixture) else find_mixture(root, kind=source, split=split)
   crop = RandomCrop(
-      files=find_audio_files(root), seed=seed,
-      spec=CropSpec(crop_samples=crop_samples, channels=channels,
-                    native_rates=tuple(native_rates), rms_floor=rms_floor))
+      mixture=mixture, seed=seed,
+      spec=CropSpec(crop_samples=crop_samples, channels=channels, native_rates=tuple(native_rates),
+                    rms_floor=rms_floor, gain_db=gain_db, mix=mix))
 
   samples = grain.MapDataset.range(start_index, _ENDLESS).map(crop)
   # The k-th piece of B/H samples is piece k % H of batch k // H, that is process k % H's.
@@ -152,7 +161,8 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     # as a library (a notebook, a test): their defaults are what is wanted there.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers)).map(_own)
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=worker_buffer)).map(_own)
   return Loader(batches, crop)
 
 
@@ -162,7 +172,7 @@ def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, seed, start_index,
-           process_index, process_count, num_workers, num_threads, prefetch):
+           process_index, process_count, num_workers, num_threads, prefetch, worker_buffer, gain_db, mix):
   """Raises UserError on an argument that cannot work."""
   if not native_rates or native_rates[0] != sample_rate:
     raise UserError(
@@ -181,3 +191,9 @@ def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, see
     raise UserError(f'seed must be in [0, 2**64), not {seed}')
   if min(start_index, num_workers, num_threads, prefetch) < 0:
     raise UserError('start_index, num_workers, num_threads and prefetch must not be negative')
+  if worker_buffer < 1:
+    raise UserError(f'worker_buffer must be 1 or more, not {worker_buffer}')
+  if not 0 <= gain_db <= _MOST_GAIN:
+    raise UserError(f'gain_db must be in [0, {_MOST_GAIN}], not {gain_db}')
+  if not 0 <= mix <= 1:
+    raise UserError(f'mix is a chance in [0, 1], not {mix}')

@@ -1,19 +1,80 @@
-"""Which audio files there are, in an order that depends on their names alone."""
+"""Where crops come from: audio files in an order that depends on their names alone, records, mixtures.
+
+What a place is shows by what is there (`find_mixture`); the order of a source's items depends on
+their names alone, and what is drawn from them is order.py's and transforms.py's business.
+"""
 
 import dataclasses
+from fractions import Fraction
 import glob
 import hashlib
+import math
 import os
+import re
+from typing import Protocol
 
-from m2l2.data.audio_io import shown
+from m2l2.data.audio_io import AudioReader, shown
 from m2l2.errors import UserError
 
+KINDS = ('auto', 'folder')
 EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff')
+
+_SHARD = '.array_record'
+_MOST_SLOTS = 10_000  # the sum of a mixture's weights as whole numbers: samples to a block
+_PART = re.compile(r'\s*(\d+(?:\.\d+)?)\*')
+
+
+class Source(Protocol):
+  """Items from which crops are cut; it travels to worker processes.
+
+  Attributes:
+    fingerprint: 16 hex digits, equal where the items are.
+    place: where it is, for messages.
+  """
+
+  fingerprint: str
+  place: str
+
+  def __len__(self) -> int:
+    ...
+
+  def name(self, number: int) -> str:
+    """What errors call an item, one line."""
+
+  def open(self, number: int) -> AudioReader:
+    """An item's audio, a context manager: `info`, `read`, and `starts`, how many crop starts are this
+    item's own (None: all). Raises UserError, which names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Sources and their shares of the samples.
+
+  Attributes:
+    sources: one or more.
+    weights: whole numbers without a common divisor; of every sum(weights) samples in a row, from a
+      multiple of that on, so many come from each source.
+  """
+
+  sources: tuple[Source, ...]
+  weights: tuple[int, ...] = (1,)
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    return tuple(len(source) for source in self.sources)
+
+  @property
+  def fingerprint(self) -> str:
+    """16 hex digits: equal where the order of training samples is equal. Of one source its own."""
+    if len(self.sources) == 1:
+      return self.sources[0].fingerprint
+    lines = [f'{weight}*{source.fingerprint}' for weight, source in zip(self.weights, self.sources, strict=True)]
+    return hashlib.sha256(','.join(lines).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioFiles:
-  """Audio files under one place, sorted by their relative names.
+  """Audio files under one place, sorted by their relative names; a `Source`.
 
   Attributes:
     base: the directory that the names are relative to.
@@ -30,10 +91,83 @@ class AudioFiles:
     return os.path.join(self.base, self.names[number])
 
   @property
+  def place(self) -> str:
+    return shown(self.base or '.')
+
+  def name(self, number: int) -> str:
+    return shown(self.path(number))
+
+  def open(self, number: int) -> AudioReader:
+    return AudioReader(self.path(number))
+
+  @property
   def fingerprint(self) -> str:
     """16 hex digits of the names: equal where the order of training samples is equal."""
     text = '\0'.join(self.names).encode('utf-8', 'surrogateescape')
     return hashlib.sha256(text).hexdigest()[:16]
+
+
+def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
+  """config.data.root -> what is there.
+
+  Args:
+    root: a place, or 'W*PLACE,W*PLACE,...', two or more places with their weights (as 3 or 0.25).
+      A new part begins only where a comma is followed by a number and '*', so places may hold commas
+      and digits; write such a comma in a place as [,] (a glob). What exists under the very name of
+      the whole text is one place.
+    kind: 'auto', or 'folder' to take the whole text as one folder, glob or file of audio.
+    split: of TFDS datasets.
+
+  Raises UserError: nothing there, or nothing that is understood.
+  """
+  if kind not in KINDS:
+    raise UserError(f'data.source={kind!r} is not known: it is {" or ".join(KINDS)}')
+  text = os.path.expanduser(os.fsdecode(root))
+  if kind == 'folder':
+    return Mixture((find_audio_files(text),))
+  parts = [(1, text)] if os.path.exists(text) else _parts(text)
+  sources = tuple(find_source(place, split=split) for _, place in parts)
+  weights = [Fraction(weight) for weight, _ in parts]
+  if min(weights) <= 0:
+    raise UserError(f'{shown(text)}: weights must be above 0')
+  scale = math.lcm(*(weight.denominator for weight in weights))
+  whole = [int(weight * scale) for weight in weights]
+  whole = tuple(weight // math.gcd(*whole) for weight in whole)
+  if sum(whole) > _MOST_SLOTS:
+    raise UserError(f'{shown(text)}: the weights are {":".join(map(str, whole))} in whole numbers; '
+                    f'their sum may be at most {_MOST_SLOTS}: round them')
+  return Mixture(sources, whole)
+
+
+def _parts(text: str) -> list[tuple[str | int, str]]:
+  """(weight, place) of each part of a mixture; a text that is none is one part."""
+  begins = [0, *(match.start() + 1 for match in re.finditer(rf',(?={_PART.pattern})', text))]
+  parts = [text[begin:end] for begin, end in zip(begins, [*(b - 1 for b in begins[1:]), None])]
+  matches = [_PART.match(part) for part in parts]
+  if len(parts) < 2 or not matches[0]:
+    return [(1, text)]
+  return [(match[1], os.path.expanduser(part[match.end():].strip())) for match, part in zip(matches, parts)]
+
+
+def find_source(place: str, *, split: str) -> Source:
+  """One place -> its items: 'tfds:NAME', a TFDS directory, ArrayRecord shards (a directory, a glob or
+  one file of them), else audio files. Raises UserError."""
+  from m2l2.data import records  # here, so that listing files needs neither Grain nor TFDS
+
+  if place.startswith('tfds:'):
+    return records.open_dataset(records.named_dataset(place.removeprefix('tfds:')), split=split)
+  if os.path.isdir(place):
+    dataset = records.find_dataset(place)
+    if dataset:
+      return records.open_dataset(dataset, split=split)
+    place_of_shards = os.path.join(glob.escape(place), f'*{_SHARD}*')
+  else:
+    place_of_shards = place
+  if _SHARD in os.path.basename(place_of_shards):
+    found = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
+    if found:
+      return records.open_shards(found)
+  return find_audio_files(place)
 
 
 def find_audio_files(root) -> AudioFiles:
@@ -48,33 +182,45 @@ def find_audio_files(root) -> AudioFiles:
   root = os.path.expanduser(os.fsdecode(root))
   name = shown(root)
   if os.path.isdir(root):
-    base, paths = root, _walk(root)
-  elif os.path.isfile(root):
-    base, paths = os.path.dirname(root), [root]
-  elif glob.has_magic(root):
-    base = _glob_base(root)
-    paths = [p for p in glob.glob(root, recursive=True) if os.path.isfile(p)]
+    base, audio = root, _walk(root)
+  elif os.path.isfile(root) or glob.has_magic(root):
+    base = _glob_base(root) if not os.path.isfile(root) else os.path.dirname(root)
+    paths = [root] if os.path.isfile(root) else [p for p in glob.glob(root, recursive=True) if os.path.isfile(p)]
+    audio = {os.path.relpath(p, base or '.') for p in paths if p.lower().endswith(EXTENSIONS)}
   elif not root:
     raise UserError('the root of the data is empty: give a directory, a glob or an audio file')
   else:
     raise UserError(f'{name}: there is no such directory or file')
-  audio = {os.path.relpath(p, base or '.') for p in paths if p.lower().endswith(EXTENSIONS)}
   if not audio:
     raise UserError(f'{name}: no audio files there (looked for *{", *".join(EXTENSIONS)})')
   return AudioFiles(base=base, names=tuple(sorted(n.replace(os.sep, '/') for n in audio)))
 
 
 def _walk(root: str) -> list[str]:
-  paths, seen = [], set()
-  for folder, folders, files in os.walk(root, followlinks=True):
-    real = os.path.realpath(folder)
+  """Relative names of the audio files under a directory: one call a directory, and none a file but for links."""
+  names, seen, waiting = [], set(), ['']
+  while waiting:
+    folder = waiting.pop()
+    real = os.path.realpath(os.path.join(root, folder))
     if real in seen:
-      folders.clear()
       continue
     seen.add(real)
-    folders[:] = sorted(f for f in folders if not f.startswith('.'))
-    paths += [os.path.join(folder, f) for f in files if not f.startswith('.')]
-  return [p for p in paths if os.path.isfile(p)]
+    try:
+      entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+    except OSError:  # not to be read, or gone
+      continue
+    entries = [entry for entry in entries if not entry.name.startswith('.')]
+    names += [folder + entry.name for entry in entries
+              if entry.name.lower().endswith(EXTENSIONS) and _is(entry.is_file)]
+    waiting += [os.path.join(folder, entry.name, '') for entry in reversed(entries) if _is(entry.is_dir)]
+  return names
+
+
+def _is(question) -> bool:
+  try:
+    return question()
+  except OSError:  # a link to itself
+    return False
 
 
 def _glob_base(pattern: str) -> str:

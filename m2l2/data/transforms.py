@@ -1,12 +1,7 @@
-"""From a file to one training crop: pure functions of (seed, index) and of the files.
-
-Random numbers are raw 64-bit words of Philox, a counter-based generator. Its words are fixed by
-definition, so the order of samples outlives versions of NumPy and of Grain.
-"""
+"""From an item of a source to one training crop: pure functions of (seed, index) and of the sources."""
 
 from collections import deque
 import dataclasses
-import functools
 import math
 import threading
 
@@ -14,7 +9,8 @@ from absl import logging
 import numpy as np
 
 from m2l2.data import audio_io
-from m2l2.data.sources import AudioFiles
+from m2l2.data.order import DrawBits, Order, below, draw_bits, partner_bits
+from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
 
 MAX_ATTEMPTS = 64
@@ -26,8 +22,13 @@ _MARGIN = 256
 # A float file scaled to integers (peak 32768) would wreck a run; loud lossy files reach about 2.
 _MAX_PEAK = 100.0
 
-# A file is named as silent when its first draws in this process were all silent.
+# A header may claim 255 channels at 4 GHz: values of one crop, before resampling (128 MB of float32).
+_MOST_VALUES = 2**25
+
+# An item is named as silent when its first draws in this process were all silent.
 _SILENT_DRAWS = 4
+_GOOD, _NAMED = 8, 16  # further bits of an item's state
+_MOST_NAMED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +40,16 @@ class CropSpec:
     channels: 1 (a random channel of the file) or 2 (see `pick_channels`).
     native_rates: Hz; files at these rates are fed as they are, others resampled to the first.
     rms_floor: crops below this RMS (full scale is 1) are rejected as silent.
+    gain_db: each crop is scaled by a uniform random gain within +-gain_db dB; 0 leaves it.
+    mix: the chance that a sample is the sum of two crops, clipped to [-1, 1].
   """
 
   crop_samples: int
   channels: int
   native_rates: tuple[int, ...]
   rms_floor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DrawBits:
-  """Three uniform 64-bit words that decide one draw."""
-
-  file: int
-  offset: int
-  channel: int
+  gain_db: float = 0.0
+  mix: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +65,6 @@ class CropWindow:
 
 class SilentCrop(UserError):
   """A crop below the RMS floor: no fault of its file."""
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(*, seed: int, epoch: int, count: int) -> np.ndarray:
-  """The permutation of `count` files in an epoch, int64 [count]; a pure function.
-
-  Grain's own shuffle is not used: below some thousand files its index cipher walks in circles, for
-  2-6 ms a sample (12 or 4 files) with the interpreter locked, more than reading the crop takes.
-  """
-  # The third counter word keeps these words apart from those of `draw_bits`.
-  return np.argsort(_philox([seed, epoch], [0, 0, 1, 0]).random_raw(count), kind='stable')
-
-
-def draw_bits(*, seed: int, index: int, attempt: int) -> DrawBits:
-  """The random words of one draw; a pure function of its arguments (each < 2**64)."""
-  words = _philox([seed, index], [0, 0, 0, attempt]).random_raw(3)
-  file, offset, channel = words.tolist()
-  return DrawBits(file=file, offset=offset, channel=channel)
-
-
-def _philox(key: list[int], counter: list[int]) -> np.random.Philox:
-  # Arrays, for NumPy would take a list with a word above 2**63 through float64.
-  return np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64))
-
-
-def below(bits: int, limit: int) -> int:
-  """A uniform integer in [0, limit) from a uniform 64-bit word."""
-  return bits * limit >> 64
 
 
 def root_mean_square(audio: np.ndarray) -> float:
@@ -115,16 +83,19 @@ def pick_channels(audio: np.ndarray, *, channels: int, bits: int) -> np.ndarray:
   return audio[:2] if audio.shape[0] > 1 else np.repeat(audio, 2, axis=0)
 
 
-def crop_window(*, frames: int, rate: int, spec: CropSpec, bits: int) -> CropWindow:
-  """A uniform random crop of a file with `frames` samples at `rate` Hz, placed by `bits`.
+def crop_window(*, frames: int, rate: int, spec: CropSpec, bits: int, starts: int | None = None) -> CropWindow:
+  """A uniform random crop of an item with `frames` samples at `rate` Hz, placed by `bits`.
 
-  Raises UserError when the file is shorter than the crop.
+  Only the first `starts` places are drawn: the others are the next segment's.
+
+  Raises UserError when the item is shorter than the crop.
   """
   to_rate = rate if rate in spec.native_rates else spec.native_rates[0]
   needed = math.ceil(spec.crop_samples * rate / to_rate)
   if frames < needed:
     raise UserError(f'is shorter ({frames / rate:.3g} s) than a crop ({needed / rate:.3g} s)')
-  start = below(bits, frames - needed + 1)
+  places = frames - needed + 1
+  start = below(bits, places if starts is None else max(1, min(places, starts)))
   margin = 0 if to_rate == rate else _MARGIN * math.ceil(rate / to_rate)
   first = max(0, start - margin)
   last = min(frames, start + needed + margin)
@@ -132,63 +103,76 @@ def crop_window(*, frames: int, rate: int, spec: CropSpec, bits: int) -> CropWin
       start=first, frames=last - first, skip=(start - first) * to_rate // rate, rate=to_rate)
 
 
-def read_crop(path, *, spec: CropSpec, bits: DrawBits) -> np.ndarray:
-  """One random crop of one file, read by seeking: float32 [channels, crop_samples].
+def read_crop(item, *, spec: CropSpec, bits: DrawBits) -> np.ndarray:
+  """One random crop of one open item (`Source.open`), read by seeking: float32 [channels, crop_samples].
 
-  Raises UserError (one line that names the file) when it cannot be used: unreadable, truncated,
-  too short, NaN or infinite or absurdly large samples, a silent crop.
+  Raises UserError (one line that names the item) when it cannot be used: damaged, truncated, too
+  short, NaN or infinite or absurdly large samples, a silent crop.
   """
-  with audio_io.AudioReader(path) as reader:
-    info = reader.info
-    try:
-      window = crop_window(
-          frames=info.frames, rate=info.sample_rate, spec=spec, bits=bits.offset)
-    except UserError as e:
-      raise UserError(f'{audio_io.shown(path)}: {e}') from e
-    audio = reader.read(start=window.start, frames=window.frames, check_finite=True)
+  info, name = item.info, audio_io.shown(item.info.path)
+  try:
+    window = crop_window(
+        frames=info.frames, rate=info.sample_rate, spec=spec, bits=bits.offset, starts=item.starts)
+  except UserError as e:
+    raise UserError(f'{name}: {e}') from e
+  if window.frames * info.channels > _MOST_VALUES:
+    raise UserError(f'{name}: states {info.channels} channels at {info.sample_rate} Hz; a crop of that would take '
+                    f'{window.frames * info.channels / 2**20:.0f} million values')
+  audio = item.read(start=window.start, frames=window.frames, check_finite=True)
   audio = pick_channels(audio, channels=spec.channels, bits=bits.channel)
   if window.rate != info.sample_rate:
     audio = audio_io.resample(audio, from_rate=info.sample_rate, to_rate=window.rate)
   audio = audio[:, window.skip:window.skip + spec.crop_samples]
   level = root_mean_square(audio)
   if level < spec.rms_floor:
-    raise SilentCrop(f'{audio_io.shown(path)}: is silent (RMS {level:.2g}) where it was drawn')
+    raise SilentCrop(f'{name}: is silent (RMS {level:.2g}) where it was drawn')
   if level > 1 and np.abs(audio).max() > _MAX_PEAK:
-    raise UserError(
-        f'{audio_io.shown(path)}: reaches {np.abs(audio).max():.4g}; float samples must be scaled '
-        'to [-1, 1]')
+    raise UserError(f'{name}: reaches {np.abs(audio).max():.4g}; float samples must be scaled to [-1, 1]')
+  if spec.gain_db:
+    audio = audio * np.float32(10 ** (spec.gain_db * (bits.gain / 2**63 - 1) / 20))
   return np.ascontiguousarray(audio)
 
 
 class FaultLog:
-  """Names each faulty file once in the log of this process. Threads may share it."""
+  """Names each faulty item once in the log of this process. Threads may share it.
 
-  def __init__(self):
+  Holds a byte an item; after _MOST_NAMED lines no more items are named.
+  """
+
+  def __init__(self, mixture: Mixture):
     self._lock = threading.Lock()
-    self._named = set()
-    self._silent = {}
+    self._mixture = mixture
+    # Of each item: how many draws were silent, and whether it was good (_GOOD) or has been named (_NAMED).
+    self._states = [np.zeros(count, np.uint8) for count in mixture.counts]
+    self._named = 0
     self._closed = False
 
   def __reduce__(self):
-    return FaultLog, ()  # a worker process keeps its own
+    return FaultLog, (self._mixture,)  # a worker process keeps its own
 
-  def good(self, path: str):
-    with self._lock:
-      self._silent[path] = -1
+  def good(self, source: int, item: int):
+    self._states[source][item] |= _GOOD
 
-  def fault(self, path: str, error: UserError):
+  def fault(self, source: int, item: int, error: UserError):
     with self._lock:
+      state = int(self._states[source][item])
       if isinstance(error, SilentCrop):
-        count = self._silent.get(path, 0)
-        self._silent[path] = count + (count >= 0)
-        if self._silent[path] != _SILENT_DRAWS:
+        if state >= _SILENT_DRAWS:  # named already, or was good
           return
-        error = f'{audio_io.shown(path)}: was silent in each of its first {_SILENT_DRAWS} draws'
-      elif path in self._named:
+        self._states[source][item] = state = state + 1
+        if state < _SILENT_DRAWS:
+          return
+        error = f'{self._mixture.sources[source].name(item)}: was silent in each of its first {_SILENT_DRAWS} draws'
+      elif state & _NAMED:
         return
-      self._named.add(path)
-      if not self._closed:
-        logging.warning('training data: %s', error)
+      else:
+        self._states[source][item] |= _NAMED
+      self._named += 1
+      if self._closed or self._named > _MOST_NAMED:
+        return
+      logging.warning('training data: %s', error)
+      if self._named == _MOST_NAMED:
+        logging.warning('training data: these are %d; further ones are not named', _MOST_NAMED)
 
   def close(self):
     """Says no more: reads still under way may find their files gone."""
@@ -196,41 +180,56 @@ class FaultLog:
       self._closed = True
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RandomCrop:
   """The training sample at a global index: `self(index) -> {'audio', 'rejected'}`.
 
-  The first attempt takes its file from the epoch's shuffle, so every file once an epoch; when that
-  draw is rejected, file and offset are drawn anew from (seed, index, attempt). Thus the sample is a
-  pure function of (seed, index, sorted files).
+  The first attempt takes its item from the epoch's shuffle (`order.Order`), so every item of a source
+  once in an epoch of it; when that draw is rejected, item and offset are drawn anew from (seed, index,
+  attempt), in the same source. Thus the sample is a pure function of (seed, index, sources, weights).
+
+  With spec.mix another crop, of any item of a source drawn by weight, is added to some samples.
 
   Returns a dict: 'audio' float32 [channels, crop_samples]; 'rejected' int32 [], the number of
   rejected draws. Raises UserError after MAX_ATTEMPTS rejected draws in a row.
   """
 
-  files: AudioFiles
+  mixture: Mixture
   spec: CropSpec
   seed: int
-  faults: FaultLog = dataclasses.field(default_factory=FaultLog)
+  order: Order = dataclasses.field(init=False)
+  faults: FaultLog = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    self.order = Order(counts=self.mixture.counts, weights=self.mixture.weights, seed=self.seed)
+    self.faults = FaultLog(self.mixture)
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    epoch, place = divmod(index, len(self.files))
-    number = epoch_order(seed=self.seed, epoch=epoch, count=len(self.files))[place]
-    reasons = deque(maxlen=3)
+    source, item = self.order(index)
+    audio, rejected = self._draw(index, source, item)
+    if self.spec.mix:
+      chance, which = partner_bits(seed=self.seed, index=index)
+      if chance < self.spec.mix * 2**64:
+        other, more = self._draw(index, self.order.source_of(which), None, partner=True)
+        audio, rejected = np.clip(audio + other, -1, 1), rejected + more
+    return {'audio': audio, 'rejected': np.int32(rejected)}
+
+  def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int]:
+    """(crop, how many draws were rejected before): the first of `item`, all others of drawn ones."""
+    items, reasons = self.mixture.sources[source], deque(maxlen=3)
     for attempt in range(MAX_ATTEMPTS):
-      bits = draw_bits(seed=self.seed, index=index, attempt=attempt)
-      if attempt:
-        number = below(bits.file, len(self.files))
-      path = self.files.path(number)
+      bits = draw_bits(seed=self.seed, index=index, attempt=attempt, partner=partner)
+      if attempt or item is None:
+        item = below(bits.file, len(items))
       try:
-        audio = read_crop(path, spec=self.spec, bits=bits)
+        with items.open(item) as audio:
+          crop = read_crop(audio, spec=self.spec, bits=bits)
       except UserError as e:
-        self.faults.fault(path, e)
+        self.faults.fault(source, item, e)
         if str(e) not in reasons:
           reasons.append(str(e))
         continue
-      self.faults.good(path)
-      return {'audio': audio, 'rejected': np.int32(attempt)}
-    raise UserError(
-        f'{audio_io.shown(self.files.base or ".")}: {MAX_ATTEMPTS} draws in a row gave no crop to '
-        f'train on; the last reasons: {"; ".join(reasons)}')
+      self.faults.good(source, item)
+      return crop, attempt
+    raise UserError(f'{items.place}: {MAX_ATTEMPTS} draws in a row gave no crop to train on; the last reasons: '
+                    f'{"; ".join(reasons)}')
