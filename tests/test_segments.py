@@ -48,4 +48,3 @@ def test_damaged_audio_is_told():
   for audio in (b'', b'fLaC', record['audio'][:2000], bytes(3000)):
     with pytest.raises(UserError, match='at sample 8589934592'):
       segments.read_audio({**record, 'audio': audio})
-
