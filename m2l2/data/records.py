@@ -191,7 +191,8 @@ def open_shards(paths: list[str]) -> Records:
 
 def find_layout(path: str) -> Layout:
   """Where a dataset with this features.json keeps its audio. Raises UserError: nowhere that is understood."""
-  content = _read_json(path).get('content', {})
+  whole = _read_json(path)
+  content = whole.get('featuresDict') or whole.get('content')  # the latter before TFDS 4.9
   features = content.get('features', {}) if isinstance(content, dict) else {}
   described = {name: _describe(feature) for name, feature in features.items()}
   samples = [name for name, layout in described.items() if layout in ('integers', 'floats')]

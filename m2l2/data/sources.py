@@ -21,7 +21,7 @@ EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff')
 
 _SHARD = '.array_record'
 _MOST_SLOTS = 10_000  # the sum of a mixture's weights as whole numbers: samples to a block
-_PART = re.compile(r'\s*(\d+(?:\.\d+)?)\*')
+_PART = re.compile(r'\s*(\d+(?:\.\d+)?|\.\d+)\*')
 
 
 class Source(Protocol):
@@ -108,13 +108,13 @@ class AudioFiles:
 
 
 def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
-  """config.data.root -> what is there.
+  r"""config.data.root -> what is there.
 
   Args:
     root: a place, or 'W*PLACE,W*PLACE,...', two or more places with their weights (as 3 or 0.25).
       A new part begins only where a comma is followed by a number and '*', so places may hold commas
-      and digits; write such a comma in a place as [,] (a glob). What exists under the very name of
-      the whole text is one place.
+      and digits; a comma that would begin a part but is of a place's name is written \, there. What
+      exists under the very name of the whole text is one place.
     kind: 'auto', or 'folder' to take the whole text as one folder, glob or file of audio.
     split: of TFDS datasets.
 
@@ -141,12 +141,12 @@ def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
 
 def _parts(text: str) -> list[tuple[str | int, str]]:
   """(weight, place) of each part of a mixture; a text that is none is one part."""
-  begins = [0, *(match.start() + 1 for match in re.finditer(rf',(?={_PART.pattern})', text))]
-  parts = [text[begin:end] for begin, end in zip(begins, [*(b - 1 for b in begins[1:]), None])]
+  parts = re.split(rf'(?<!\\),(?={_PART.pattern.replace("(", "(?:", 1)})', text)
   matches = [_PART.match(part) for part in parts]
   if len(parts) < 2 or not matches[0]:
     return [(1, text)]
-  return [(match[1], os.path.expanduser(part[match.end():].strip())) for match, part in zip(matches, parts)]
+  places = [part[match.end():].strip().replace('\\,', ',') for match, part in zip(matches, parts, strict=True)]
+  return [(match[1], os.path.expanduser(place)) for match, place in zip(matches, places, strict=True)]
 
 
 def find_source(place: str, *, split: str) -> Source:

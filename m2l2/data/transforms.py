@@ -24,6 +24,7 @@ _MAX_PEAK = 100.0
 
 # A header may claim 255 channels at 4 GHz: values of one crop, before resampling (128 MB of float32).
 _MOST_VALUES = 2**25
+_LEAST_RATE = 1000  # Hz
 
 # An item is named as silent when its first draws in this process were all silent.
 _SILENT_DRAWS = 4
@@ -110,6 +111,8 @@ def read_crop(item, *, spec: CropSpec, bits: DrawBits) -> np.ndarray:
   short, NaN or infinite or absurdly large samples, a silent crop.
   """
   info, name = item.info, audio_io.shown(item.info.path)
+  if info.sample_rate < _LEAST_RATE:  # the margins alone would become millions of samples
+    raise UserError(f'{name}: states a sample rate of {info.sample_rate} Hz')
   try:
     window = crop_window(
         frames=info.frames, rate=info.sample_rate, spec=spec, bits=bits.offset, starts=item.starts)
