@@ -33,8 +33,9 @@ from m2l2.data.pipeline import make_loader  # noqa: E402
 from m2l2.data.sources import find_audio_files, find_mixture  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 
-FORMATS = {'wav': ('WAV', 'PCM_16'), 'f.wav': ('WAV', 'FLOAT'), '24.wav': ('WAV', 'PCM_24'), 'flac': ('FLAC', 'PCM_16'),
-           'ogg': ('OGG', 'VORBIS'), 'opus': ('OGG', 'OPUS'), 'mp3': ('MP3', 'MPEG_LAYER_III'), 'aif': ('AIFF', 'PCM_16')}
+FORMATS = {
+    'wav': ('WAV', 'PCM_16'), 'f.wav': ('WAV', 'FLOAT'), '24.wav': ('WAV', 'PCM_24'), 'flac': ('FLAC', 'PCM_16'),
+    'ogg': ('OGG', 'VORBIS'), 'opus': ('OGG', 'OPUS'), 'mp3': ('MP3', 'MPEG_LAYER_III'), 'aif': ('AIFF', 'PCM_16')}
 CROP = 67072
 
 
