@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--max-batch', action='store_true', help='look for the largest batch that fits')
   made = command('prepare', _prepare, summary='A folder of audio files -> a dataset of segments, to train on.',
                  example='  m2l2 prepare --input=MUSIC --output=data/music --processes=8\n'
-                         "  m2l2 prepare --input='gs://bucket/**.flac' --output=gs://bucket/prepared \\\n"
+                         "  m2l2 prepare --input='gs://bucket/**/*.flac' --output=gs://bucket/prepared \\\n"
                          '    --runner=DataflowRunner --project=... --region=... --temp_location=gs://bucket/tmp')
   made.add_argument('--input', required=True, metavar='PLACE', help='directory, glob or file; local, gs://, s3://, ...')
   made.add_argument('--output', required=True, metavar='DIR', help='new, or of a run to go on with')

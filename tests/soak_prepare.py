@@ -112,12 +112,11 @@ def kills(args, directory):
     output = directory / f'killed-{rounds}'
     while done < args.kills:
       delay = rng.uniform(0, seconds)
-      if killed_run(music, output, *flags, delay=delay) != -signal.SIGKILL:
-        break
+      if killed_run(music, output, *flags, delay=delay) != -signal.SIGKILL or (output / 'manifest.json').exists():
+        break  # too late to do harm
       done += 1
       work = len(list(output.glob('.prepare/*.json')))
-      finished = (output / 'manifest.json').exists()
-      print(f'kill {done}/{args.kills} after {delay:.2f} s: {work} results, manifest {finished}', flush=True)
+      print(f'kill {done}/{args.kills} after {delay:.2f} s: {work} files of work were there', flush=True)
     code, text, _, _ = run(music, output, *flags)
     same = contents(output) == straight
     good &= same and code == 0
@@ -270,7 +269,8 @@ def measure(args, directory):
     for number, path in enumerate(paths):
       (directory / name / f'{number:04d}.ogg').symlink_to(path)
   length = {name: sum(seconds[path] for path in paths) for name, paths in halves.items()}
-  print(f'{len(chosen)} files, {length["whole"] / 60:.1f} min; the half has {length["half"] / length["whole"]:.3f} of it')
+  share = length['half'] / length['whole']
+  print(f'{len(chosen)} files, {length["whole"] / 60:.1f} min; the half has {share:.3f} of it')
 
   number = iter(range(10**6))
 

@@ -437,8 +437,8 @@ class _Work(beam.DoFn):
   def start_bundle(self):
     self._pending = []
 
-  def process(self, item: dict):
-    self._pending.append(self._threads.submit(self._one, item))
+  def process(self, item: str):
+    self._pending.append(self._threads.submit(self._one, json.loads(item)))
 
   def finish_bundle(self):
     try:
@@ -481,8 +481,8 @@ def _run_stage(place, job, stage, items, *, total, unit, runner, processes, beam
         _session = None if runner else session
         options = PipelineOptions([f'--runner={runner}', *beam_arguments] if runner else [])
         with _quiet_beam(), beam.Pipeline(runner=None if runner else FnApiRunner(), options=options) as pipeline:
-          # Reshuffle keeps runners from fusing the items into one: here they are spread over the workers.
-          pipeline | beam.Create(todo) | beam.Reshuffle() | beam.ParDo(work)  # pylint: disable=expression-not-assigned
+          # As JSON, for names may hold bytes that no coder of Beam's takes. Reshuffle: here runners spread them.
+          pipeline | beam.Create([json.dumps(item) for item in todo]) | beam.Reshuffle() | beam.ParDo(work)  # pylint: disable=expression-not-assigned
       except Exception as e:  # Beam wraps what a worker raised, each runner in its own way
         if isinstance(session.fault, UserError):
           raise session.fault from e
