@@ -91,7 +91,7 @@ class Records:
     """The audio of a record: `info`, `starts` and `read`, as a context manager. Raises UserError."""
     name, layout = self.name(number), self._layout
     try:
-      features = tf_example_pb2.Example.FromString(self._records[number]).features.feature
+      features = self._features(number)
       if layout.source:
         name += f' ({audio_io.shown(_values(features, "source")[0])})'
       audio = _values(features, layout.audio)
@@ -105,6 +105,13 @@ class Records:
       item = Samples(audio, channels=layout.channels, rate=rate, name=name)
     item.starts = starts
     return item
+
+  def file_bytes(self, number: int) -> bytes:
+    """The audio file in a record, for records that hold files."""
+    return _values(self._features(number), self._layout.audio)[0]
+
+  def _features(self, number: int):
+    return tf_example_pb2.Example.FromString(self._records[number]).features.feature
 
 
 class Samples:
