@@ -1,4 +1,4 @@
-"""Audio in and out of files, and the training data path over a folder of music.
+"""Audio in and out of files, prepared data, and the training data path.
 
-`audio_io` (no Grain) serves inference as well; `pipeline` is the only file that needs Grain.
+`audio_io` (no Grain) serves inference as well; `pipeline` and `records` are the files that need Grain.
 """
