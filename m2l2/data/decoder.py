@@ -187,7 +187,7 @@ class Decoder:
   """
 
   def __init__(self, *, timeout: float, memory: int, folder=None):
-    self._timeout, self._memory = timeout, memory
+    self._timeout, self._memory, self._folder = timeout, memory, os.fspath(folder or tempfile.gettempdir())
     self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)
     self._child, self._closed = None, False
 
@@ -210,7 +210,7 @@ class Decoder:
       if 'died' not in reply:
         break
     if 'fatal' in reply:
-      raise UserError(f'cannot store what was decoded: {reply["fatal"]}')
+      raise UserError(f'{audio_io.shown(self._folder)}: cannot be written: {reply["fatal"]}')
     if 'died' in reply:
       raise FileFault(f'crashes the decoder ({reply["died"]})')
     if 'error' in reply:
