@@ -12,6 +12,7 @@ import argparse
 from concurrent import futures
 import hashlib
 import json
+import os
 import pathlib
 import random
 import signal
@@ -38,16 +39,17 @@ def start(source, output, *flags, log=None):
 
 
 def run(source, output, *flags):
-  """A run from start to end: exit code, what it printed, seconds, peak MiB of its processes together."""
+  """A run from start to end: exit code, what it printed, seconds, of the processor, and peak MiB in all."""
   with tempfile.TemporaryFile('w+') as log:
-    begun, peak = time.monotonic(), 0
+    begun, before, peak = time.monotonic(), os.times(), 0
     process = start(source, output, *flags, log=log)
     while process.poll() is None:
       peak = max(peak, memory_of_tree(process.pid))
       time.sleep(0.05)
-    seconds = time.monotonic() - begun
+    seconds, after = time.monotonic() - begun, os.times()
+    busy = after.children_user + after.children_system - before.children_user - before.children_system
     log.seek(0)
-    return process.returncode, log.read(), seconds, peak
+    return process.returncode, log.read(), seconds, busy, peak
 
 
 def memory_of_tree(pid):
@@ -85,10 +87,10 @@ def write_tones(directory, *, files, seconds=20, sample_rate=44100):
   return directory
 
 
-def killed_run(source, output, *flags, delay=0.0, after=None):
-  """Starts a run and kills it `delay` seconds after a file matching `after` is there (after the start).
+def killed_run(source, output, *flags, delay=0.0, after=None, number=signal.SIGKILL):
+  """Starts a run and sends it a signal `delay` seconds after a file matching `after` is there (after the start).
 
-  Returns the exit code: -9, or that of a run which was done before.
+  Returns the exit code: -9 of a killed one; 0 of one that was done before.
   """
   process = start(source, output, *flags)
   while after and process.poll() is None and not list(pathlib.Path(output).glob(after)):
@@ -96,14 +98,14 @@ def killed_run(source, output, *flags, delay=0.0, after=None):
   try:
     process.wait(delay)
   except subprocess.TimeoutExpired:
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
   return process.wait()
 
 
 def kills(args, directory):
   music = write_tones(directory / 'music', files=40)
   flags = ('--shard-minutes=0.7', '--validation-fraction=0.2', '--quiet', '--processes=2')
-  code, text, seconds, _ = run(music, directory / 'straight', *flags)
+  code, text, seconds, *_ = run(music, directory / 'straight', *flags)
   straight = contents(directory / 'straight')
   print(f'undisturbed: exit code {code}, {seconds:.1f} s, {len(straight)} files', text)
   rng, done, rounds, good = random.Random(args.seed), 0, 0, code == 0
@@ -117,7 +119,7 @@ def kills(args, directory):
       done += 1
       work = len(list(output.glob('.prepare/*.json')))
       print(f'kill {done}/{args.kills} after {delay:.2f} s: {work} files of work were there', flush=True)
-    code, text, _, _ = run(music, output, *flags)
+    code, text, *_ = run(music, output, *flags)
     same = contents(output) == straight
     good &= same and code == 0
     print(f'round {rounds}: left to finish, exit code {code}, {"the same bytes" if same else "DIFFERENT"}', text)
@@ -205,7 +207,7 @@ def unaccounted(directory, output, good):
 
 def fuzz(args, directory):
   good = write_fuzzed(directory / 'music', files=args.files, seed=args.seed, music=args.music)
-  code, text, seconds, peak = run(directory / 'music', directory / 'out', '--timeout=20', '--processes=2')
+  code, text, seconds, _, peak = run(directory / 'music', directory / 'out', '--timeout=20', '--processes=2')
   print(text.strip(), f'exit code {code}, {seconds:.1f} s, peak {peak:.0f} MiB', sep='\n')
   if code:
     return False
@@ -238,12 +240,25 @@ def bare(paths):
 
 
 def bare_seconds(paths, processes):
-  """Wall time of `processes` independent loops over equal shares of the files."""
+  """Time and processor time of `processes` independent loops over equal shares of the files (and no peak)."""
+  before = os.times()
   with futures.ProcessPoolExecutor(processes) as pool:
     list(pool.map(len, [()] * processes))  # started
     begun = time.monotonic()
-    list(pool.map(bare, [paths[number::processes] for number in range(processes)]))
-    return time.monotonic() - begun
+    list(pool.map(bare, shares(paths, processes)))
+    wall = time.monotonic() - begun
+  after = os.times()
+  return wall, after.children_user + after.children_system - before.children_user - before.children_system, 0
+
+
+def shares(paths, count):
+  """The files in `count` parts of about equal length."""
+  parts, lengths = [[] for _ in range(count)], [0.] * count
+  for path in sorted(paths, key=lambda path: -soundfile.info(path).duration):
+    least = lengths.index(min(lengths))
+    parts[least].append(path)
+    lengths[least] += soundfile.info(path).duration
+  return parts
 
 
 def sparse_wav(path, gigabytes):
@@ -262,8 +277,7 @@ def measure(args, directory):
     if sum(seconds.values()) < args.minutes * 60:
       seconds[path] = soundfile.info(path).duration
       chosen.append(path)
-  chosen.sort(key=lambda path: -seconds[path])
-  halves = {'half': chosen[::2], 'whole': chosen}
+  halves = {'half': shares(chosen, 2)[0], 'whole': chosen}
   for name, paths in halves.items():
     (directory / name).mkdir()
     for number, path in enumerate(paths):
@@ -275,30 +289,29 @@ def measure(args, directory):
   number = iter(range(10**6))
 
   def once(name, *flags):
-    code, text, wall, peak = run(directory / name, directory / f'out-{next(number)}', '--shard-minutes=6', *flags)
+    code, text, *figures = run(directory / name, directory / f'out-{next(number)}', '--shard-minutes=6', *flags)
     assert code == 0, text
-    return wall, peak
+    return figures
 
-  best = {}
   measurements = {
-    'bare x 1': lambda: (bare_seconds(chosen, 1), 0), 'bare x 2': lambda: (bare_seconds(chosen, 2), 0),
+    'bare x 1': lambda: bare_seconds(chosen, 1), 'bare x 2': lambda: bare_seconds(chosen, 2),
     'prepare x 1': lambda: once('whole', '--processes=1'), 'prepare x 2': lambda: once('whole', '--processes=2'),
     'prepare half x 2': lambda: once('half', '--processes=2')}
+  best = {}
   for _ in range(args.repeats):  # in turn, so that other load meets all alike
     for name, do in measurements.items():
-      wall, peak = do()
-      print(f'{name}: {wall:.1f} s' + (f', peak {peak:.0f} MiB' if peak else ''), flush=True)
-      best[name] = min(best.get(name, (wall, peak)), (wall, peak))
-  times = {name: wall for name, (wall, _) in best.items()}
-  growth = (times['prepare x 2'] / times['prepare half x 2']) / (length['whole'] / length['half'])
-  ours, theirs = times['prepare x 1'] / times['prepare x 2'], times['bare x 1'] / times['bare x 2']
-  print(f'twice the input: {2 * growth:.2f} times the time (aim 2 within 15 %)')
+      wall, busy, peak = do()
+      print(f'{name}: {wall:.1f} s, {busy:.1f} s of processors', f'peak {peak:.0f} MiB' if peak else '', flush=True)
+      best[name] = [min(pair) for pair in zip(best.get(name, (wall, busy, peak)), (wall, busy, peak))]
+  growth, busy_growth = ((best['prepare x 2'][kind] / best['prepare half x 2'][kind]) * share for kind in (0, 1))
+  ours, theirs = (best[f'{what} x 1'][0] / best[f'{what} x 2'][0] for what in ('prepare', 'bare'))
+  print(f'twice the input: {2 * growth:.2f} times the time, {2 * busy_growth:.2f} that of processors (2 within 15 %)')
   print(f'speed-up by 2 processes {ours:.2f}, of bare loops {theirs:.2f}: {ours / theirs:.2f} of it (aim 0.9)')
-  print(f'time of 1 process against the bare loop: {times["prepare x 1"] / times["bare x 1"]:.2f}')
+  print(f'processor time against the bare loop: {best["prepare x 1"][1] / best["bare x 1"][1]:.2f}')
   (directory / 'long').mkdir()
   sparse_wav(directory / 'long' / 'long.wav', args.gigabytes)
-  wall, peak = once('long', '--processes=1', '--silence-dbfs=-inf')
-  small = best['prepare x 1'][1]
+  wall, _, peak = once('long', '--processes=1', '--silence-dbfs=-inf')
+  small = best['prepare x 1'][2]
   print(f'one file of {args.gigabytes:g} GiB: {wall:.1f} s, peak {peak:.0f} MiB against {small:.0f} MiB for songs')
   return abs(growth - 1) < 0.15 and ours / theirs >= 0.9 and peak < small + 100
 
@@ -310,7 +323,7 @@ def main():
   parser.add_argument('--files', type=int, default=1000, help='to damage')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--music', help='to take the audio from (fuzz: else tones)')
-  parser.add_argument('--minutes', type=float, default=60, help='of music to measure with')
+  parser.add_argument('--minutes', type=float, default=180, help='of music to measure with')
   parser.add_argument('--repeats', type=int, default=1, help='of the measurements, of which the best counts')
   parser.add_argument('--gigabytes', type=float, default=4.5, help='of the longest file')
   parser.add_argument('--scratch', help='where to work (default: the temporary directory)')

@@ -37,6 +37,7 @@ BANS = {
 # These may be imported only by what is named.
 KEEPERS = {
     'soundfile': ('m2l2.data.audio_io',),
+    'apache_beam': ('m2l2.data.prepare',),
     'torch': ('m2l2.interop.codicodec',),
     'codicodec': ('m2l2.interop.codicodec',),
     # What turns a config into networks is called by build alone.

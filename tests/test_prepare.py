@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -249,6 +250,19 @@ def test_hostile_files_are_named_and_others_used(tmp_path):
                   'long.wav'}
 
 
+def test_a_file_that_lacks_its_last_moment_is_used(tmp_path):
+  for name, lost in (('most.ogg', 0.5), ('half.ogg', 2.5)):
+    data = write(tmp_path / 'in' / name, noise(5)).read_bytes()
+    pages = [place for place in range(len(data)) if data[place:place + 4] == b'OggS']
+    kept = next(page for page in reversed(pages[:-1]) if page < len(data) * (1 - lost / 5))
+    # The last page, which states the length, follows on a hole.
+    (tmp_path / 'in' / name).write_bytes(data[:kept] + data[pages[-1]:])
+  run(tmp_path / 'in', tmp_path / 'out')
+  assert list(skipped(tmp_path / 'out')) == ['half.ogg']
+  (record,) = records(tmp_path / 'out')
+  assert 4 * 44100 < record['samples'] == record['source_samples'] < 5 * 44100
+
+
 CODEC = '''
 import os, signal, time, soundfile
 class SoundFile(soundfile.SoundFile):
@@ -313,7 +327,8 @@ def test_kills_leave_no_trace(tmp_path):
   output = tmp_path / 'killed'
   assert killed_run(music, output, *flags, after='.prepare/probe-*.json') == -9
   assert not (output / 'manifest.json').exists()
-  assert killed_run(music, output, *flags, after='.prepare/write-*.json') == -9
+  assert killed_run(music, output, *flags, after='.prepare/write-*0.json', number=signal.SIGTERM) == 143
+  assert killed_run(music, output, *flags, after='.prepare/write-*3.json') == -9
   before = {path: path.stat().st_mtime_ns for path in output.glob('audio-*')}
   assert before and not (output / 'manifest.json').exists()
   run(music, output, options=options, processes=2)

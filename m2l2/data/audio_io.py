@@ -169,11 +169,12 @@ class AudioReader:
       self._check_finite(audio, start)
     return audio
 
-  def blocks(self, *, block_samples: int, check_finite: bool = False) -> Iterator[np.ndarray]:
+  def blocks(self, *, block_samples: int, check_finite: bool = False,
+             missing: int = 0) -> Iterator[np.ndarray]:
     """The whole file, float32 [channels, block_samples] a time (the last may be shorter).
 
-    Raises UserError as `read` does. An MP3 that ends before its stated length is taken as it is
-    (the length may be an estimate), with a warning in the log.
+    Raises UserError as `read` does. A file that ends up to `missing` samples before its stated
+    length, and any MP3 (whose length may be an estimate), is taken as it is, with a warning in the log.
     """
     start = 0
     try:
@@ -192,7 +193,7 @@ class AudioReader:
       if check_finite:
         self._check_finite(block, start - block.shape[1])
       if ended:
-        if self.info.format != 'MP3' or start == 0:
+        if start == 0 or self.info.format != 'MP3' and self.info.frames - start > missing:
           raise self._truncated(start)
         logging.warning('%s: ends after %d of %d stated samples; taken as it is', self._name, start,
                         self.info.frames)

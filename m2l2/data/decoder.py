@@ -25,6 +25,7 @@ from m2l2.errors import UserError
 _BLOCK = 2**18  # samples decoded at once: 6 s
 _HEAD = 2**16  # samples that stand for a file while possible duplicates are looked for
 _MAX_PEAK = 100.0  # as in training: a float file scaled to integers is no audio
+_MISSING = 1.  # seconds: what music in the wild (Ogg, mostly) may lack of its stated length
 _RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _CHANNELS = 8  # FLAC takes no more
 _READY = 60.  # seconds for a child to start
@@ -42,7 +43,7 @@ def probe(path) -> dict:
   the first block that is not all zero. Files of equal audio have equal heads."""
   with _open(path) as reader:
     digest = hashlib.sha256(f'{reader.info.sample_rate} {reader.info.channels}'.encode())
-    for number, block in enumerate(reader.blocks(block_samples=_HEAD)):
+    for number, block in enumerate(reader.blocks(block_samples=_HEAD, missing=_missing(reader))):
       _alive()
       if block.any():
         digest.update(f' {number}'.encode() + block.tobytes())
@@ -54,7 +55,7 @@ def content_hash(path) -> dict:
   """'content': a hash of the rate, the channels and every decoded sample."""
   with _open(path) as reader:
     digest = hashlib.sha256(f'{reader.info.sample_rate} {reader.info.channels}'.encode())
-    for block in reader.blocks(block_samples=_BLOCK):
+    for block in reader.blocks(block_samples=_BLOCK, missing=_missing(reader)):
       _alive()
       digest.update(np.ascontiguousarray(block.T))  # interleaved: blocks of any size give the same bytes
     return {'content': digest.hexdigest()}
@@ -73,7 +74,7 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
 
     def resampled():
       nonlocal taken
-      for block in reader.blocks(block_samples=_BLOCK, check_finite=True):
+      for block in reader.blocks(block_samples=_BLOCK, check_finite=True, missing=_missing(reader)):
         _alive()
         taken += block.shape[1]
         if (peak := np.abs(block).max()) > _MAX_PEAK:
@@ -128,6 +129,10 @@ def _open(path) -> audio_io.AudioReader:
   if channels > _CHANNELS:
     raise UserError(f'has {channels} channels, more than {_CHANNELS}')
   raise UserError(f'states a sample rate of {rate} Hz, not within {_RATES[0]} to {_RATES[1]}')
+
+
+def _missing(reader) -> int:
+  return round(_MISSING * reader.info.sample_rate)
 
 
 _replies = None  # the child's pipe to its parent
@@ -187,7 +192,7 @@ class Decoder:
   """
 
   def __init__(self, *, timeout: float, memory: int, folder=None):
-    self._timeout, self._memory = timeout, memory
+    self._timeout, self._memory, self._folder = timeout, memory, os.fspath(folder or tempfile.gettempdir())
     self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)
     self._child, self._closed = None, False
 
@@ -210,7 +215,7 @@ class Decoder:
       if 'died' not in reply:
         break
     if 'fatal' in reply:
-      raise UserError(f'cannot store what was decoded: {reply["fatal"]}')
+      raise UserError(f'{audio_io.shown(self._folder)}: cannot be written: {reply["fatal"]}')
     if 'died' in reply:
       raise FileFault(f'crashes the decoder ({reply["died"]})')
     if 'error' in reply:

@@ -406,8 +406,8 @@ class _Session:
   """What the embedded runner's workers, threads of this process, share with `prepare`."""
 
   def __init__(self, advance: Callable):
-    self.advance, self.fault = advance, None
-    self.decoders = []
+    self.advance, self.decoders = advance, []
+    self.fault = None  # what ended it, before Beam wrapped it
 
   def stop(self):
     for decoder in self.decoders:
@@ -415,6 +415,11 @@ class _Session:
 
 
 _session = None  # while the embedded runner runs
+
+
+def _note(error: BaseException):
+  if _session and not _session.fault:
+    _session.fault = error
 
 
 class _Work(beam.DoFn):
@@ -444,7 +449,8 @@ class _Work(beam.DoFn):
     try:
       for done in futures.as_completed(self._pending):
         done.result()
-    except BaseException:
+    except BaseException as e:
+      _note(e)  # Ctrl-C and SIGTERM come here, too
       self._stop()
       raise
 
@@ -456,8 +462,7 @@ class _Work(beam.DoFn):
     try:
       _do(self._job, self._stage, item, decoder, _session.advance if _session else lambda amount: None)
     except BaseException as e:
-      if _session and not _session.fault:
-        _session.fault = e
+      _note(e)
       raise
     finally:
       self._free.put(decoder)
@@ -482,12 +487,13 @@ def _run_stage(place, job, stage, items, *, total, unit, runner, processes, beam
         options = PipelineOptions([f'--runner={runner}', *beam_arguments] if runner else [])
         with _quiet_beam(), beam.Pipeline(runner=None if runner else FnApiRunner(), options=options) as pipeline:
           # As JSON, for names may hold bytes that no coder of Beam's takes. Reshuffle: here runners spread them.
-          pipeline | beam.Create([json.dumps(item) for item in todo]) | beam.Reshuffle() | beam.ParDo(work)  # pylint: disable=expression-not-assigned
-      except Exception as e:  # Beam wraps what a worker raised, each runner in its own way
-        if isinstance(session.fault, UserError):
-          raise session.fault from e
+          keys = pipeline | beam.Create([json.dumps(item) for item in todo])
+          keys | beam.Reshuffle() | beam.ParDo(work)
+      except BaseException as e:  # Beam wraps what a worker raised, each runner in its own way
         if session.fault:
-          raise session.fault
+          raise session.fault from e
+        if not isinstance(e, Exception):
+          raise
         raise UserError(f'the pipeline failed: {_last_line(e)}') from e
       finally:
         _session = None
