@@ -120,6 +120,16 @@ def test_the_manifest_counts(music, prepared):
   assert report(prepared) == {'files': 5, 'used': 5, 'skipped': [], 'silent_segments': []}
 
 
+@pytest.mark.parametrize('samples', [1, 30, 31, 99, 100, 101, 170, 171, 1234, 99_999])
+def test_segments_are_even(samples):
+  length = decoder.even_length(samples, longest=100, overlap=30)
+  assert length <= 100
+  starts = [starts for _, starts, _ in decoder.split([np.zeros((1, samples))], length=length, overlap=30)]
+  assert len(starts) == max(1, -(-(samples - 30) // 70))  # no more than they must be
+  own = [*starts[:-1], starts[-1] - 30] if samples > 30 else [1]  # that a crop of the overlap's length can begin at
+  assert sum(starts) == samples and max(own) - min(own) < len(own) + 1
+
+
 @pytest.mark.parametrize('samples', [1, 29, 30, 31, 69, 70, 71, 100, 101, 139, 140, 141, 170, 171, 1000])
 @pytest.mark.parametrize('block', [1, 7, 100, 1000])
 def test_no_crop_is_lost(samples, block):

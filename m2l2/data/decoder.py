@@ -82,13 +82,21 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
         yield stream.process(block)
       yield stream.finish()
 
-    for offset, starts, audio in split(resampled(), length=round(seconds * rate), overlap=round(overlap * rate)):
+    stated = audio_io.resampled_length(info.frames, from_rate=info.sample_rate, to_rate=rate)
+    length = even_length(stated, longest=round(seconds * rate), overlap=round(overlap * rate))
+    for offset, starts, audio in split(resampled(), length=length, overlap=round(overlap * rate)):
       audio = to_int16(audio)
       data = audio_io.flac_bytes(audio, rate)
       _write_all(spool, data)
       segments.append([offset, starts, audio.shape[1], loudness(audio), len(data)])
   return {'rate': rate, 'channels': info.channels, 'source_rate': info.sample_rate, 'source_samples': taken,
           'segments': segments}
+
+
+def even_length(samples: int, *, longest: int, overlap: int) -> int:
+  """The length of segments that cut `samples` evenly: training takes each as often as any other, so none is short."""
+  count = max(1, -(-(samples - overlap) // (longest - overlap)))
+  return min(longest, overlap + max(1, -(-(samples - overlap) // count)))
 
 
 def split(blocks: Iterable[np.ndarray], *, length: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
