@@ -12,6 +12,7 @@ a FLAC that does not state its length cannot be read.
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import io
 import math
 import os
 import secrets
@@ -280,6 +281,34 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
     os.unlink(trial)
   except OSError as e:
     raise UserError(f'{name}: cannot be written: {e.strerror or e}') from e
+
+
+def flac_bytes(audio: np.ndarray, sample_rate: int) -> bytes:
+  """int16 [channels, samples] as a FLAC file in memory. Raises UserError: more than 8 channels, or a
+  rate that FLAC cannot state."""
+  file = io.BytesIO()
+  try:
+    soundfile.write(file, np.ascontiguousarray(audio.T), sample_rate, format='FLAC', subtype='PCM_16')
+  except (*_FILE_ERRORS, OverflowError) as e:
+    raise UserError(f'{audio.shape[0]} channels at {sample_rate} Hz cannot be stored as FLAC ({_reason(e)})') from e
+  return file.getvalue()
+
+
+def read_bytes(data: bytes, *, start: int, frames: int, name: str) -> np.ndarray:
+  """The samples [start, start + frames) of an audio file in memory, float32 [channels, frames].
+
+  Seeks, so that little else is decoded. `name` is what errors call it. Raises UserError: not audio,
+  damaged, or shorter than that.
+  """
+  try:
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
+      file.seek(start)
+      audio = file.read(frames, dtype='float32', always_2d=True) if frames > 0 else np.zeros((0, file.channels))
+  except _FILE_ERRORS as e:
+    raise UserError(f'{shown(name)}: cannot be decoded ({_reason(e)})') from e
+  if len(audio) != frames:
+    raise UserError(f'{shown(name)}: has no {frames} samples from {start} on')
+  return np.ascontiguousarray(audio.T, np.float32)
 
 
 def _extension(path) -> str:
