@@ -25,10 +25,10 @@ from test_codec import make_snapshot, music
 from test_hosts import flags, started
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-SHARDS = 12
+SHARDS = 24
 
 
-def write_songs(folder, *, count=48):
+def write_songs(folder, *, count=72):
   """Files of different lengths, rates and channel counts, a damaged one in eight."""
   folder.mkdir(parents=True)
   rng = np.random.default_rng(0)
@@ -85,8 +85,8 @@ def killed(base, output, *, processes, kills, rng):
         running.all[victim].kill()
 
     statuses, text = run(base, output, processes=processes, kill=kill)
-    print(f'kill {i + 1}/{kills} of process {" and ".join(map(str, victims))} of {processes}: {done(output)} of {SHARDS} '
-          f'shards done, statuses {statuses}', flush=True)
+    print(f'kill {i + 1}/{kills} of process {" and ".join(map(str, victims))} of {processes}: {done(output)} of '
+          f'{SHARDS} shards done, statuses {statuses}', flush=True)
     if not any(status == -signal.SIGKILL for status in statuses):
       if done(output) == SHARDS:
         print('  (it was done before the kill)')

@@ -212,6 +212,7 @@ def test_hostile_files_are_named_and_the_others_used(m2l2, models, tmp_path, cap
   soundfile.write(folder / 'cut.flac', music(600000)[0], 44100)
   whole = (folder / 'cut.flac').read_bytes()
   (folder / 'cut.flac').write_bytes(whole[:-1000])  # its first 12 s are well
+  (folder / 'head.flac').write_bytes(whole[:80])
   liar = bytearray((folder / 'good.wav').read_bytes())
   liar[24:28] = (4 * 10 ** 9).to_bytes(4, 'little')
   (folder / 'liar.wav').write_bytes(liar)
@@ -222,7 +223,7 @@ def test_hostile_files_are_named_and_the_others_used(m2l2, models, tmp_path, cap
   report = json.loads((out / 'report.json').read_text())
   skipped = {entry['source']: entry['reason'] for entry in report['skipped']}
   assert {'good.wav', r'new\nline.wav', r'no-\udcff-utf8.wav', 'short.wav', 'eight.wav', 'fast.wav'} <= set(found)
-  assert {'many.wav', 'nan.wav', 'loud.wav', 'empty.flac', 'text.mp3', 'cut.flac'} <= set(skipped)
+  assert {'many.wav', 'nan.wav', 'loud.wav', 'empty.flac', 'text.mp3', 'cut.flac', 'head.flac'} <= set(skipped)
   assert set(found) | set(skipped) == {audio_io.shown(name) for name in os.listdir(folder) if name != 'loop'}
   assert not set(found) & set(skipped) and f'{len(skipped)} skipped' in said
   for source, reason in skipped.items():

@@ -157,7 +157,10 @@ class AudioReader:
     (the length may be an estimate), with a warning in the log.
     """
     start = 0
-    self._file.seek(0)
+    try:
+      self._file.seek(0)
+    except _FILE_ERRORS as e:
+      raise self._truncated(0, e) from e
     while start < self.info.frames:
       parts, wanted, ended = [], min(block_samples, self.info.frames - start), False
       while wanted and not ended:
