@@ -1,4 +1,4 @@
-"""The `m2l2` command: train, plan, encode, encode-dataset, decode, reconstruct, info, import-codicodec.
+"""The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, info, import-codicodec.
 
 Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
 """
@@ -35,7 +35,7 @@ def main(argv=None) -> int:
     if argv[:1] == ['train']:  # its flags are absl's, made from the config
       return _train(argv[1:])
     args, rest = _parser().parse_known_args(argv)
-    if rest and args.run is not _plan:  # there they are fields of the config
+    if rest and not (args.run is _plan or getattr(args, 'runner', None)):  # fields of the config; the runner's options
       _parser().error(f'unrecognized arguments: {" ".join(rest)}')
     args.rest = rest
     _quiet_libraries()
@@ -102,9 +102,30 @@ def _parser() -> argparse.ArgumentParser:
                          '  m2l2 plan --config=configs/xl.py --topology=v5p:4x8x8 --max-batch --config.mesh.fsdp=8')
   made.add_argument('--topology', required=True, metavar='KIND:SHAPE', help='v5e:16x16, v5p:4x8x8, v6e:16x16, ...')
   made.add_argument('--preset', metavar='NAME', help="dp, fsdp, hsdp or tp instead of the config's")
-  made.add_argument('--batch', type=int, metavar='N',
-                    help="crops a step instead of the config's")
+  made.add_argument('--batch', type=int, metavar='N', help="crops a step instead of the config's")
   made.add_argument('--max-batch', action='store_true', help='look for the largest batch that fits')
+  made = command('prepare', _prepare, summary='A folder of audio files -> a dataset of segments, to train on.',
+                 example='  m2l2 prepare --input=MUSIC --output=data/music --processes=8\n'
+                         "  m2l2 prepare --input='gs://bucket/**/*.flac' --output=gs://bucket/prepared \\\n"
+                         '    --runner=DataflowRunner --project=... --region=... --temp_location=gs://bucket/tmp')
+  made.add_argument('--input', required=True, metavar='PLACE', help='directory, glob or file; local, gs://, s3://, ...')
+  made.add_argument('--output', required=True, metavar='DIR', help='new, or of a run to go on with')
+  made.add_argument('--runner', metavar='NAME', help="Beam's, as DataflowRunner (default: here); gets other options")
+  made.add_argument('--processes', type=int, metavar='N', help='that decode at once (default: one a core; with '
+                    '--runner one in each of its workers)')
+  made.add_argument('--segment-seconds', type=float, default=20., metavar='X', help='(default 20)')
+  made.add_argument('--overlap-seconds', type=float, default=2., metavar='X',
+                    help='longest crop that lies in one segment wherever it begins (default 2)')
+  made.add_argument('--rates', default='44100,48000', metavar='HZ,...',
+                    help='stored as they are; others are resampled to the first (default 44100,48000)')
+  made.add_argument('--validation-fraction', type=float, default=.05, metavar='X', help='of the files (default 0.05)')
+  made.add_argument('--silence-dbfs', type=float, default=-72., metavar='X',
+                    help='segments of a lower RMS are left out (default -72; -inf keeps all)')
+  made.add_argument('--shard-minutes', type=float, default=30., metavar='X', help='of audio, about (default 30)')
+  made.add_argument('--timeout', type=float, default=60., metavar='SECONDS',
+                    help='a file that gives no audio for so long is passed over (default 60)')
+  made.add_argument('--memory-mb', type=int, default=1024, metavar='N', help='for decoding one file (default 1024)')
+  made.add_argument('--quiet', action='store_true', help='no progress bar, no last lines')
   made = command('encode', _encode, summary='Audio file -> file of latents.',
                  example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny')
   files(made, audio_in, latents)
@@ -185,6 +206,34 @@ def _plan(args):
       raise
     raise UserError(f"planning needs {error.name}, which is not installed: pip install 'm2l2[train,tpu]'") from error
   plan.main(values.config, topology=args.topology, preset=args.preset, batch=args.batch, max_batch=args.max_batch)
+
+
+def _prepare(args):
+  try:
+    logging.disable(logging.WARNING)  # Beam's, about parts of itself that nobody asked for
+    from m2l2.data import prepare
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f"preparing needs {error.name}, which is not installed: pip install 'm2l2[beam]'") from error
+  finally:
+    logging.disable(logging.NOTSET)
+  try:
+    rates = tuple(int(rate) for rate in args.rates.split(','))
+  except ValueError as error:
+    raise UserError(f'--rates={args.rates}: give numbers in Hz with commas between') from error
+  manifest = prepare.prepare(
+      args.input, args.output, runner=args.runner, processes=args.processes, beam_arguments=tuple(args.rest),
+      quiet=args.quiet, limits=prepare.Limits(timeout=args.timeout, memory=args.memory_mb << 20),
+      options=prepare.Options(
+          segment_seconds=args.segment_seconds, overlap_seconds=args.overlap_seconds, rates=rates,
+          validation_fraction=args.validation_fraction, silence_dbfs=args.silence_dbfs,
+          shard_minutes=args.shard_minutes))
+  for name, split in manifest['splits'].items():
+    _say(args, f'{args.output}: {name}: {split["sources"]:,} files, {split["seconds"] / 3600:,.2f} h, '
+         f'{split["records"]:,} segments, {split["bytes"] / 1e6:,.0f} MB, {len(split["shards"])} shards')
+  if manifest['skipped']:
+    _say(args, f'{manifest["skipped"]:,} of {manifest["files"]:,} files skipped; {args.output}/report.json says why')
 
 
 def _encode(args):

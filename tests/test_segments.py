@@ -1,5 +1,10 @@
 """Records of prepared data: encoded and decoded, whole or in part."""
 
+import hashlib
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -26,6 +31,14 @@ def test_a_record_comes_back(channels):
   np.testing.assert_array_equal(segments.read_audio(decoded) * 2**15, audio)
 
 
+def test_every_process_writes_the_same_bytes():
+  code = ('import hashlib; from test_segments import make_record; from m2l2.data import segments; '
+          'print(hashlib.sha256(segments.encode(make_record()[1])).hexdigest())')
+  got = {subprocess.run([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parent, capture_output=True,
+                        text=True, check=True).stdout for _ in range(3)}
+  assert got == {hashlib.sha256(segments.encode(make_record()[1])).hexdigest() + '\n'}
+
+
 def test_a_part_is_the_same_as_in_the_whole():
   audio, record = make_record()
   rng = np.random.default_rng(1)
@@ -48,4 +61,3 @@ def test_damaged_audio_is_told():
   for audio in (b'', b'fLaC', record['audio'][:2000], bytes(3000)):
     with pytest.raises(UserError, match='at sample 8589934592'):
       segments.read_audio({**record, 'audio': audio})
-

@@ -38,7 +38,9 @@ def features() -> tfds.features.FeaturesDict:
 def encode(record: Mapping) -> bytes:
   """A dict with the keys of `features()` -> the serialised example; equal records give equal bytes."""
   schema = features()
-  return schema.serialize_example(schema.encode_example(dict(record)))
+  serializer = tfds.core.example_serializer.ExampleSerializer(schema.get_serialized_info())
+  # Not schema.serialize_example: a map's entries come in an order that changes from process to process.
+  return serializer.get_tf_example(schema.encode_example(dict(record))).SerializeToString(deterministic=True)
 
 
 def decode(example: bytes) -> dict:
