@@ -23,7 +23,7 @@ import numpy as np
 
 from m2l2 import encoding, hosts, sharding
 from m2l2.codec import Codec
-from m2l2.data import audio_io, latents, records
+from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
 from m2l2.errors import UserError
 
@@ -48,7 +48,7 @@ class Shard:
 
   @property
   def name(self) -> str:
-    return records.shard_name(latents.NAME, split=self.split, number=self.number, count=self.count)
+    return storage.shard_name(latents.NAME, split=self.split, number=self.number, count=self.count)
 
   @property
   def sidecar(self) -> str:
@@ -176,7 +176,7 @@ def _begin(output, manifest):
       os.makedirs(os.path.join(output, _SIDECARS), exist_ok=True)
     except OSError as error:
       raise UserError(f'{name}: cannot be made ({error.strerror})') from error
-    records.write_json(os.path.join(output, latents.MANIFEST), manifest)
+    storage.write_json(os.path.join(output, latents.MANIFEST), manifest)
     return
   for field, now in manifest.items():
     if field != 'source' and begun.get(field) != now:  # the same music may be elsewhere today
@@ -362,7 +362,7 @@ def _write(encoded, shards, *, output, features, manifest, told):
   for shard in shards:
     path = os.path.join(output, shard.name)
     sizes, skipped, seconds, group = [], [], 0.0, None
-    with records.ShardWriter(path) as writer:
+    with storage.ShardWriter(path) as writer:
       while group is None or group.closes is None:
         group, z, finite = next(encoded)
         start = 0
@@ -375,7 +375,7 @@ def _write(encoded, shards, *, output, features, manifest, told):
         for item in group.done:
           record, length = _record(item), 0.0
           if record:
-            writer.write(records.serialise(features, record))
+            writer.write(storage.serialise(features, record))
             sizes.append([record['streams'], record['chunks']])
             length = record['num_samples'] / record['rate']
           else:
@@ -387,7 +387,7 @@ def _write(encoded, shards, *, output, features, manifest, told):
           item.parts = []
           seconds += length
           told(length)
-    records.write_json(os.path.join(output, shard.sidecar), {
+    storage.write_json(os.path.join(output, shard.sidecar), {
         'sizes': sizes, 'skipped': skipped, 'seconds': seconds, 'bytes': os.path.getsize(path)})
 
 
@@ -423,13 +423,13 @@ def _finish(output, plan, manifest) -> dict:
     report['encoded'] += len(sizes)
     report['chunks'] += int(sizes[:, 1].sum())
     report['bytes'] += num_bytes[split]
-    records.write_file(os.path.join(output, latents.index_name(split)), lambda file: np.save(file, sizes))
-  records.write_json(os.path.join(output, REPORT), report)
+    storage.write_file(os.path.join(output, latents.index_name(split)), lambda file: np.save(file, sizes))
+  storage.write_json(os.path.join(output, REPORT), report)
   if not splits:
     raise UserError(f'{audio_io.shown(output)}: nothing could be encoded, all {report["signals"]} files were skipped; '
                     f'{REPORT} says why')
-  records.write_metadata(output, name=latents.NAME, features=_features(manifest), splits=splits, num_bytes=num_bytes,
+  storage.write_metadata(output, name=latents.NAME, features=_features(manifest), splits=splits, num_bytes=num_bytes,
                          description=f'Latents of {manifest["source"]} by the m2l2 model {manifest["model"]}.')
   for folder in (output, os.path.join(output, _SIDECARS)):
-    records.remove_leftovers(os.path.join(folder, '*'))
+    storage.remove_leftovers(os.path.join(folder, '*'))
   return report

@@ -12,7 +12,7 @@ import time
 import grain
 import jax
 from m2l2 import bulk, cli, codec as codec_lib
-from m2l2.data import audio_io, latents, records, segments
+from m2l2.data import audio_io, latents, segments, storage
 from m2l2.errors import UserError
 import numpy as np
 import pytest
@@ -132,13 +132,13 @@ def test_segments_of_prepared_data(models, tmp_path):
   made = {'train': [('x.wav', 0, 3000), ('x.wav', 3000, 2500), ('y.wav', 0, 4000)],
           'validation': [('v.wav', 0, 900)]}
   for split, parts in made.items():
-    with records.ShardWriter(folder / records.shard_name('music', split=split, number=0, count=1)) as shard:
+    with storage.ShardWriter(folder / storage.shard_name('music', split=split, number=0, count=1)) as shard:
       for source, offset, samples in parts:
         audio = np.round(2 ** 15 * music(samples, channels=2, seed=offset)).astype(np.int16)
-        shard.write(records.serialise(segments.features(), dict(
+        shard.write(storage.serialise(segments.features(), dict(
             audio=audio_io.flac_bytes(audio, 48000), source=source, offset=offset, starts=samples - 1, samples=samples,
             rate=48000, channels=2, loudness=-20., source_rate=96000, source_samples=1, source_channels=2)))
-  records.write_metadata(folder, name='music', features=segments.features(), description='made here',
+  storage.write_metadata(folder, name='music', features=segments.features(), description='made here',
                          splits={split: [len(parts)] for split, parts in made.items()},
                          num_bytes=dict.fromkeys(made, 1))
   out = tmp_path / 'out'
@@ -179,7 +179,7 @@ def test_killed_and_gone_on_with(models, songs, straight, tmp_path):
   process.kill()
   process.communicate()
   assert process.returncode == -signal.SIGKILL
-  (out / f'.{records.shard_name("latents", split="train", number=3, count=4)}.0.part').write_text('half a shard')
+  (out / f'.{storage.shard_name("latents", split="train", number=3, count=4)}.0.part').write_text('half a shard')
   done = {path: path.stat().st_mtime_ns for path in out.glob('latents-*') if (
       out / 'shards' / f'train-{path.name[-14:]}.json').exists()}
   assert 1 <= len(done) < 4 and not (out / 'dataset_info.json').exists()

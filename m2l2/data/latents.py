@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2l2.data import records
+from m2l2.data import storage
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 
@@ -100,7 +100,7 @@ class LatentSource:
     self.manifest = read_manifest(directory)
     if self.manifest is None:
       raise UserError(f'{name}: there are no latents there (make them with m2l2 encode-dataset)')
-    if not os.path.isfile(os.path.join(directory, records.METADATA)):
+    if not os.path.isfile(os.path.join(directory, storage.METADATA)):
       raise UserError(f'{name}: is not finished: run the same m2l2 encode-dataset again')
     builder = tfds.builder_from_directory(os.fspath(directory))
     if split not in builder.info.splits:

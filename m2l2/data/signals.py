@@ -9,7 +9,7 @@ import os
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2l2.data import audio_io, records, segments
+from m2l2.data import audio_io, segments, storage
 from m2l2.data.sources import find_audio_files
 from m2l2.errors import UserError
 
@@ -71,7 +71,7 @@ class Prepared:
                       'segments)')
     self._splits = {split: builder.as_data_source(split=split) for split in sorted(builder.info.splits)}
     self.lengths = {split: len(source) for split, source in self._splits.items()}
-    with open(os.path.join(directory, records.METADATA), 'rb') as file:
+    with open(os.path.join(directory, storage.METADATA), 'rb') as file:
       self.fingerprint = hashlib.sha256(file.read()).hexdigest()[:16]
 
   def name(self, split: str, number: int) -> str:
@@ -89,6 +89,6 @@ def find_signals(source) -> Folder | Prepared:
 
   Raises UserError: nothing there, or no audio.
   """
-  if os.path.isfile(os.path.join(source, records.METADATA)):
+  if os.path.isfile(os.path.join(source, storage.METADATA)):
     return Prepared(os.fspath(source))
   return Folder(source)
