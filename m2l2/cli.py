@@ -1,4 +1,4 @@
-"""The `m2l2` command: train, plan, prepare, encode, decode, reconstruct, info, import-codicodec.
+"""The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, info, import-codicodec.
 
 Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
 """
@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 
 from m2l2.errors import UserError
 
@@ -130,6 +131,32 @@ def _parser() -> argparse.ArgumentParser:
   files(made, audio_in, latents)
   made.add_argument('--discrete', action='store_true',
                     help='store int32 tokens (models with an FSQ bottleneck)')
+  made = command('encode-dataset', _encode_dataset,
+                 summary='A corpus -> shards of latents, on all devices of all hosts; goes on where it was stopped.',
+                 example='  m2l2 encode-dataset --source=data/music/train --checkpoint=runs/small --output=latents\n'
+                         '  for batch in grain.MapDataset.source(m2l2.data.latents.latent_source("latents", window=64))'
+                         '.shuffle(0).batch(32)')
+  made.add_argument('--source', metavar='MUSIC', required=True,
+                    help='directory, glob or file of audio, or a directory that m2l2 prepare wrote')
+  made.add_argument('--checkpoint', metavar='DIR', required=True,
+                    help='snapshot, workdir of a training run, or name of a model in the box')
+  made.add_argument('--output', metavar='DIR', required=True, help='directory to make; all hosts share it')
+  made.add_argument('--dtype', choices=('float16', 'bfloat16', 'float32'), help='of what is stored (default float16)')
+  made.add_argument('--discrete', action='store_true', help='store int32 tokens (models with an FSQ bottleneck)')
+  made.add_argument('--batch', type=int, metavar='N',
+                    help='chunks that a device takes at once (default: 8 on CPUs, else 64)')
+  made.add_argument('--shards', type=int, metavar='N',
+                    help='files to write (default: one for 64 signals, at most 1024)')
+  made.add_argument('--threads', type=int, default=4, metavar='N', help='files read at once (default 4)')
+  made.add_argument('--multihost', action='store_true',
+                    help='this is one of several processes; JAX finds the others on TPU pods, GKE and Slurm')
+  made.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0, where JAX does not find the others')
+  made.add_argument('--num_processes', type=int, metavar='N', help='likewise')
+  made.add_argument('--process_id', type=int, metavar='I', help='likewise')
+  made.add_argument('--start_timeout', type=int, default=300, metavar='S', help='seconds in which all must have come')
+  made.add_argument('--peer_timeout', type=int, default=100, metavar='S',
+                    help='seconds of silence after which a process counts as lost, which ends the others')
+  made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
   made = command('decode', _decode, summary='File of latents -> audio file as long as the source.',
                  example='  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny --seed=1')
   files(made, latents, audio_out)
@@ -217,6 +244,39 @@ def _encode(args):
   latents = _encode_file(codec, info, discrete=args.discrete, quiet=args.quiet)
   latents.save(args.target)
   _say(args, f'{args.target}: {_latents_line(latents)}')
+
+
+def _encode_dataset(args):
+  try:
+    from m2l2 import bulk, hosts
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f"encode-dataset needs {error.name}, which is not installed: pip install 'm2l2[train]'") from error
+  if args.discrete and args.dtype:
+    raise UserError('--discrete stores int32 tokens: leave --dtype out')
+  place = dict(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+  hosts.check(multihost=args.multihost, **place)
+  # Before anything touches a device.
+  several = args.multihost and hosts.join(
+      **place, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout)
+  try:
+    with contextlib.ExitStack() as stack:
+      report = bulk.encode_dataset(
+          _load(args.checkpoint), source=args.source, output=args.output, dtype=args.dtype or 'float16',
+          discrete=args.discrete, batch=args.batch, shards=args.shards, threads=args.threads,
+          progress=lambda total: stack.enter_context(_corpus_progress(total, quiet=args.quiet)))
+  except (Exception, KeyboardInterrupt, SystemExit) as error:
+    if several:  # `fail` does not return
+      several.fail(UserError(f'stopped by SIGTERM: {hosts.AGAIN}') if isinstance(error, SystemExit) else error)
+    raise
+  if several:
+    several.leave()
+  if report:
+    hours = report['seconds'] / 3600
+    _say(args, f'{args.output}: {report["encoded"]:,} of {report["signals"]:,} signals, {hours:.2f} h of audio, '
+         f'{report["chunks"]:,} chunks, {report["bytes"] / 2 ** 20:.1f} MiB; {len(report["skipped"])} skipped '
+         f'(report.json says why)')
 
 
 def _decode(args):
@@ -429,6 +489,21 @@ def _progress(name, signal_info, *, quiet):
       bar_format='{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s, {remaining} left',
   ) as bar:
     yield lambda block: bar.update(block.shape[1] / signal_info.sample_rate)
+
+
+@contextlib.contextmanager
+def _corpus_progress(total, *, quiet):
+  """A bar in signals, with the speed, on a terminal only; gives a function of each one's seconds of audio."""
+  import tqdm
+  began, done = time.monotonic(), 0.0
+  with tqdm.tqdm(total=total, desc='encode', unit='file', leave=False, disable=True if quiet else None) as bar:
+    def advance(seconds):
+      nonlocal done
+      done += seconds
+      bar.set_postfix_str(f'{done / 3600:.2f} h of audio, {done / (time.monotonic() - began):.0f}x real time',
+                          refresh=False)
+      bar.update()
+    yield advance
 
 
 def _counted(blocks, done) -> Iterator:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build
+from m2l2 import build, encoding
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.latents import Latents
@@ -22,7 +22,6 @@ from m2l2.model import envelope
 from m2l2.model.bottleneck import FSQ
 from m2l2.snapshot import load_snapshot
 
-_MOST_CHANNELS = 64  # more is a transposed array
 # Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
 # what is put on it before its second denoising, its third and so on.
 FIRST, REFINE, AGAIN = 0, 1, 2
@@ -82,7 +81,7 @@ class Codec:
     expected = jax.eval_shape(self.network.init, jax.random.key(0))
     _check_params(params, expected)
     self.params = jax.tree.map(jnp.asarray, params)
-    self._encode_block = jax.jit(self._encode_fn)
+    self._encode_block = jax.jit(self.encode_fn)
     self._start = jax.jit(self._start_fn, static_argnames=('sigmas', 'refine'))
     self._advance = jax.jit(self._advance_fn, static_argnames=('sigmas', 'refine'))
     self._finish = jax.jit(self._finish_fn)
@@ -97,12 +96,7 @@ class Codec:
 
   def check_source(self, *, channels: int, discrete: bool = False):
     """Raises UserError where this model cannot encode `channels` channels, or to tokens."""
-    most = self.representation.channels
-    if channels > _MOST_CHANNELS:
-      raise UserError(f'the audio has {channels} channels: is it [samples, channels]? Give its transpose')
-    if channels > most > 1:
-      raise UserError(f'the audio has {channels} channels, this model takes at most {most}: mix it '
-                      'down first')
+    encoding.check_channels(channels, most=self.representation.channels)
     if discrete and not self._discrete:
       raise UserError('this model has no tokens, only continuous latents: encode without discrete')
 
@@ -111,6 +105,15 @@ class Codec:
     """Whether the latents have a form as int32 tokens."""
     return (isinstance(self._bottleneck, FSQ)
             and self._bottleneck.levels ** self.network.arch.latent_dim <= 2 ** 31)
+
+  def encode_fn(self, params, audio, frames):
+    """`encoding.encode_chunks` of this model, to be compiled: audio [B, C, crop_samples(S)] -> z [B, S, K, d]."""
+    return encoding.encode_chunks(params, audio, frames, representation=self.representation, network=self.network,
+                                  bottleneck=self._bottleneck)
+
+  def tokens(self, z):
+    """Latents float [..., K, d] -> int32 [..., K], for a model that has tokens."""
+    return self._bottleneck.tokens(z)
 
   def encode(self, audio, sample_rate: int, *, discrete: bool = False) -> Latents:
     """Audio float32 [channels, samples] or [samples] in [-1, 1] -> Latents.
@@ -134,67 +137,21 @@ class Codec:
   def encode_blocks(self, blocks: Iterable, *, sample_rate: int, channels: int,
                     discrete: bool = False) -> Latents:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
-    rep = self.representation
     self.check_source(channels=channels, discrete=discrete)
-    resampler = audio_io.StreamResampler(
-        from_rate=sample_rate, to_rate=self.model_rate(sample_rate), channels=channels)
-    step = _BLOCK_CHUNKS * rep.chunk_samples
-    lead = rep.layout(1).lead
-    pending = np.zeros((channels, lead), np.float32)
-    parts = []
-    received = taken = num_samples = 0
-
-    def counted():
-      nonlocal num_samples
-      for block in blocks:
-        num_samples += block.shape[1]
-        yield block
-
-    def encode_pending(chunks, valid_frames):
-      streams = self._to_streams(pending[:, :chunks * rep.chunk_samples + rep.overlap])
-      parts.append(np.asarray(self._encode_block(self.params, streams, valid_frames)))
-
-    for piece in _resampled(counted(), resampler):
-      if not np.isfinite(piece).all():
-        raise UserError('the audio holds NaN or infinite samples')
-      received += piece.shape[1]
-      pending = np.concatenate([pending, piece], axis=1)
-      # One block is kept back: only the end tells how many of its frames hold signal.
-      while pending.shape[1] >= 2 * step + rep.overlap:
-        encode_pending(_BLOCK_CHUNKS, _BLOCK_CHUNKS * rep.frames)
-        pending, taken = pending[:, step:], taken + _BLOCK_CHUNKS
-    if not received:
-      raise UserError('the audio holds no samples')
-    layout = rep.layout(received)
-    while taken < layout.chunks:
-      left = layout.chunks - taken
-      chunks = min(_BLOCK_CHUNKS, 1 << (left - 1).bit_length())  # few shapes, few compilations
-      missing = chunks * rep.chunk_samples + rep.overlap - pending.shape[1]
-      pending = np.pad(pending, ((0, 0), (0, max(missing, 0))))
-      encode_pending(chunks, min(layout.frames - taken * rep.frames, chunks * rep.frames))
-      pending, taken = pending[:, chunks * rep.chunk_samples:], taken + chunks
-    z = np.concatenate(parts, axis=1)[:, :layout.chunks]
+    windows = encoding.Windows(
+        blocks, representation=self.representation, from_rate=sample_rate, to_rate=self.model_rate(sample_rate),
+        channels=channels, width=_BLOCK_CHUNKS)
+    parts = [np.asarray(self._encode_block(
+        self.params, encoding.to_streams(window.audio, channels=self.representation.channels), window.frames))
+        for window in windows]
+    z = np.concatenate(parts, axis=1)[:, :windows.layout.chunks]
     if not np.isfinite(z).all():
       raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
                       'or the weights are broken')
     if discrete:
-      z = np.asarray(self._bottleneck.tokens(z))
-    return Latents(z=z, sample_rate=int(sample_rate), num_samples=num_samples, channels=channels,
+      z = np.asarray(self.tokens(z))
+    return Latents(z=z, sample_rate=int(sample_rate), num_samples=windows.num_samples, channels=channels,
                    model=self.fingerprint)
-
-  def _to_streams(self, audio):
-    """[channels, N] -> [streams, model channels, N]."""
-    if self.representation.channels == 1:
-      return audio[:, None]
-    return np.broadcast_to(audio, (self.representation.channels, audio.shape[1]))[None]
-
-  def _encode_fn(self, params, audio, valid_frames):
-    """audio [streams, C, crop] -> z [streams, S, K, d]; frames past `valid_frames` are silence."""
-    spec = self.representation.analyse(audio)
-    s, _, t = spec.shape[1:4]
-    frame = jnp.arange(s * t).reshape(1, s, 1, t, 1)
-    spec = jnp.where(frame < valid_frames, spec, 0.0)
-    return self._bottleneck(self.network.encode(params, spec))
 
   # Decoding.
 
@@ -260,7 +217,7 @@ class Codec:
         from_rate=rate, to_rate=latents.sample_rate, channels=latents.channels)
     pieces = map(self._from_streams(latents.channels), pieces)
     pieces = _window(pieces, start=layout.lead, length=layout.num_samples)
-    pieces = _window(_resampled(pieces, resampler), start=0, length=latents.num_samples)
+    pieces = _window(resampler.stream(pieces), start=0, length=latents.num_samples)
     return (np.clip(piece, -1.0, 1.0) for piece in pieces)
 
   def stream(self, latent_chunks: Iterable, seed: int = 0, *, steps: int | None = None,
@@ -534,12 +491,6 @@ def _of_steps(noise, sigmas):
 def _join(audio):
   """[streams, n, C, samples of a chunk] -> [streams, C, n times that]."""
   return np.moveaxis(audio, 1, 2).reshape(audio.shape[0], audio.shape[2], -1)
-
-
-def _resampled(blocks, resampler):
-  for block in blocks:
-    yield resampler.process(block)
-  yield resampler.finish()
 
 
 def _window(pieces, *, start, length=None):

@@ -223,7 +223,7 @@ def constrain(x, *names):
 def activation_spec(shape, *names) -> P | None:
   """How an activation of that shape lies on the mesh of `jax.set_mesh`; None without one."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.empty or mesh.manual_axes:  # the latter inside a shard_map, where each device has its own rows
     return None
   if len(names) != len(shape):
     raise ValueError(f'{len(names)} names {names} for an array of shape {shape}')

@@ -30,8 +30,9 @@ FLOORS = {
 BANS = {
     'm2l2.train_step': ('m2l2.codec',),
     'm2l2.codec': ('m2l2.train_step', 'm2l2.train'),
+    'm2l2.bulk': ('m2l2.train_step', 'm2l2.train', 'm2l2.model', 'm2l2.build'),
     'm2l2.data': ('m2l2.model', 'm2l2.kernels', 'm2l2.representation', 'm2l2.consistency',
-                  'm2l2.build', 'm2l2.codec', 'm2l2.train_step', 'm2l2.train', 'flax'),
+                  'm2l2.build', 'm2l2.bulk', 'm2l2.codec', 'm2l2.encoding', 'm2l2.train_step', 'm2l2.train', 'flax'),
 }
 
 # These may be imported only by what is named.
@@ -49,7 +50,7 @@ INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.train_step')
 # What encoding and decoding execute, and what that must never pull in. flax imports optax
 # by itself, so optax is forbidden to our files but may be in memory.
 INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec', 'm2l2.consistency',
-             'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
+             'm2l2.data.audio_io', 'm2l2.encoding', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
              'm2l2.latents', 'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
 TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')

@@ -10,7 +10,7 @@ a Xing header is its estimate, which may be too long or too short (what lies bey
 a FLAC that does not state its length cannot be read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import io
 import math
@@ -479,6 +479,12 @@ class StreamResampler:
     zeros = np.zeros((self._channels, math.ceil(self._from_rate / self._to_rate)), np.float32)
     given = self._given
     return self._run(zeros, last=True)[:, :total - given]
+
+  def stream(self, blocks: Iterable) -> Iterator[np.ndarray]:
+    """The whole signal, block by block: `process` of each, then `finish`."""
+    for block in blocks:
+      yield self.process(block)
+    yield self.finish()
 
   def _run(self, audio: np.ndarray, *, last: bool) -> np.ndarray:
     if self._soxr is not None:

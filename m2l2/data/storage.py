@@ -1,0 +1,147 @@
+"""Shards of records that TFDS reads without TensorFlow, written whole or not at all, equal bytes for equal records.
+
+  with ShardWriter(path) as shard:
+    shard.write(serialise(features, example))
+  write_metadata(directory, name=, features=, splits={'train': [records of each shard]}, ...)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import glob
+import json
+import os
+import secrets
+import shutil
+import tempfile
+
+from array_record.python.array_record_module import ArrayRecordWriter
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from m2l2.data.audio_io import shown
+from m2l2.errors import UserError
+
+METADATA = 'dataset_info.json'  # is written last: where it is, the dataset is complete
+
+
+def shard_name(name: str, *, split: str, number: int, count: int) -> str:
+  """As TFDS calls it."""
+  return f'{name}-{split}.array_record-{number:05d}-of-{count:05d}'
+
+
+def serialise(features: tfds.features.FeaturesDict, example: Mapping) -> bytes:
+  """The bytes of a record; TFDS's own `serialize_example` puts the fields in another order in each process."""
+  serializer = ExampleSerializer(features.get_serialized_info())
+  return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
+class ShardWriter:
+  """An ArrayRecord file that appears under its name when the `with` block ends well; else nothing is left of it.
+
+  Attributes:
+    records: how many were written.
+
+  Raises UserError: a full disk, a place that cannot be written.
+  """
+
+  def __init__(self, path):
+    self.records = 0
+    self._path = os.fspath(path)
+    remove_leftovers(self._path)
+    self._temporary = _temporary(self._path)
+    self._writer = self._try(ArrayRecordWriter, self._temporary, 'group_size:1')  # random access, record by record
+
+  def _try(self, act, *args):
+    try:
+      return act(*args)
+    except (OSError, RuntimeError, ValueError) as error:  # array_record's errors are of these two
+      reason = ' '.join(str(error).split()).split('; ')[0]
+      raise UserError(f'{shown(self._path)}: could not be written ({reason})') from error
+
+  def write(self, record: bytes):
+    self._try(self._writer.write, record)
+    self.records += 1
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, error, *unused):
+    try:
+      if error is None:
+        self._try(self._writer.close)
+        self._try(_replace, self._temporary, self._path)
+      elif self._writer.is_open():
+        try:
+          self._writer.close()
+        except RuntimeError:  # the disk is full, most likely, and `error` says so
+          pass
+    finally:
+      if os.path.exists(self._temporary):
+        os.unlink(self._temporary)
+
+
+def write_json(path, value):
+  """Writes JSON whole or not at all. Raises UserError where it cannot."""
+  write_file(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b'\n'))
+
+
+def write_file(path, write: Callable):
+  """`write(file)`, whole or not at all. Raises UserError where it cannot."""
+  temporary = _temporary(path)
+  try:
+    with open(temporary, 'wb') as file:
+      write(file)
+    _replace(temporary, path)
+  except OSError as error:
+    raise UserError(f'{shown(path)}: could not be written ({error.strerror or error})') from error
+  finally:
+    if os.path.exists(temporary):
+      os.unlink(temporary)
+
+
+def remove_leftovers(path):
+  """Removes what processes left that were killed while they wrote `path`; the last part of it may be '*'."""
+  folder, base = os.path.split(path)
+  for leftover in glob.glob(os.path.join(glob.escape(folder), f'.{base}.*.part')):
+    shutil.rmtree(leftover) if os.path.isdir(leftover) else os.unlink(leftover)
+
+
+def _temporary(path) -> str:
+  """A free hidden name beside it: hosts that write the same file do not meet."""
+  folder, base = os.path.split(path)
+  return os.path.join(folder, f'.{base}.{secrets.token_hex(4)}.part')
+
+
+def _replace(source, target):
+  """Renames, once the bytes are on the disk: after a crash the name never stands for half a file."""
+  handle = os.open(source, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+  os.replace(source, target)
+
+
+def write_metadata(directory, *, name: str, features: tfds.features.FeaturesDict, description: str,
+                   splits: Mapping[str, Sequence[int]], num_bytes: Mapping[str, int]):
+  """Writes what `tfds.builder_from_directory` reads: features.json, then dataset_info.json.
+
+  splits: for each split how many records each of its shards has; num_bytes: for each split.
+  """
+  directory = os.fspath(directory)
+  info = tfds.core.DatasetInfo(
+      builder=tfds.core.dataset_info.DatasetIdentity(
+          name=name, version=tfds.core.Version('1.0.0'), data_dir=directory, module_name='m2l2'),
+      features=features, description=description)
+  info.set_file_format('array_record')
+  info.set_splits(tfds.core.SplitDict([
+      tfds.core.SplitInfo(name=split, shard_lengths=list(lengths), num_bytes=num_bytes[split],
+                          filename_template=tfds.core.ShardedFileTemplate(
+                              data_dir=directory, dataset_name=name, split=split, filetype_suffix='array_record'))
+      for split, lengths in splits.items()]))
+  try:
+    with tempfile.TemporaryDirectory(prefix='.metadata.', suffix='.part', dir=directory) as aside:
+      info.write_to_directory(aside)
+      for file in ('features.json', METADATA):
+        _replace(os.path.join(aside, file), os.path.join(directory, file))
+  except OSError as error:
+    raise UserError(f'{shown(directory)}: could not be written ({error.strerror or error})') from error

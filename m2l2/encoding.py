@@ -1,0 +1,104 @@
+"""Audio to latents, the parts that one file (`codec`) and a whole corpus (`bulk`) share.
+
+A signal that comes in blocks of any size is resampled and cut into windows of whole chunks. Encoding is
+chunk-local, so a window's latents do not depend on which other windows are encoded with it.
+"""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2.data.audio_io import StreamResampler
+from m2l2.errors import UserError
+from m2l2.representation import Representation
+
+MOST_CHANNELS = 64  # more is a transposed array
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """`chunks` consecutive chunks of a signal, the first `frames` frames of which hold signal.
+
+  Attributes:
+    audio: float32 [channels, crop_samples(chunks)] at the model's rate.
+    chunks, frames: counts. The last window may have more chunks than the signal.
+  """
+  audio: np.ndarray
+  chunks: int
+  frames: int
+
+
+class Windows:
+  """The windows of a signal that comes as blocks [channels, any number of samples]; to be iterated once.
+
+  Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, but the
+  last few have the powers of two that cover what is left: few shapes, few compilations.
+
+  Attributes, once iterated:
+    num_samples: the signal's length at its own rate.
+    layout: representation.Layout at the model's rate; layout.chunks of the windows' chunks are the signal's.
+
+  Raises UserError, while iterating: no samples, or NaN or infinity among them.
+  """
+
+  def __init__(self, blocks: Iterable, *, representation: Representation, from_rate: int, to_rate: int, channels: int,
+               width: int):
+    self.num_samples, self.layout = 0, None
+    self._blocks, self._representation, self._channels, self._width = blocks, representation, channels, width
+    self._resampler = StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=channels)
+
+  def _counted(self):
+    for block in self._blocks:
+      self.num_samples += block.shape[1]
+      yield block
+
+  def __iter__(self) -> Iterator[Window]:
+    rep, width = self._representation, self._width
+    step = width * rep.chunk_samples
+    pending = np.zeros((self._channels, rep.layout(1).lead), np.float32)
+    received = taken = 0
+    for piece in self._resampler.stream(self._counted()):
+      if not np.isfinite(piece).all():
+        raise UserError('the audio holds NaN or infinite samples')
+      received += piece.shape[1]
+      pending = np.concatenate([pending, piece], axis=1)
+      # One window is kept back: only the end tells how many of its frames hold signal.
+      while pending.shape[1] >= 2 * step + rep.overlap:
+        yield Window(pending[:, :step + rep.overlap], width, width * rep.frames)
+        pending, taken = pending[:, step:], taken + width
+    if not received:
+      raise UserError('the audio holds no samples')
+    self.layout = layout = rep.layout(received)
+    while taken < layout.chunks:
+      chunks = min(width, 1 << (layout.chunks - taken - 1).bit_length())
+      missing = chunks * rep.chunk_samples + rep.overlap - pending.shape[1]
+      pending = np.pad(pending, ((0, 0), (0, max(missing, 0))))
+      frames = min(layout.frames - taken * rep.frames, chunks * rep.frames)
+      yield Window(pending[:, :chunks * rep.chunk_samples + rep.overlap], chunks, frames)
+      pending, taken = pending[:, chunks * rep.chunk_samples:], taken + chunks
+
+
+def check_channels(channels: int, *, most: int):
+  """Raises UserError where a model of `most` channels cannot encode a signal of `channels`."""
+  if channels > MOST_CHANNELS:
+    raise UserError(f'the audio has {channels} channels: is it [samples, channels]? Give its transpose')
+  if channels > most > 1:
+    raise UserError(f'the audio has {channels} channels, this model takes at most {most}: mix it down first')
+
+
+def to_streams(audio: np.ndarray, *, channels: int) -> np.ndarray:
+  """[source's channels, N] -> [streams, the model's channels, N]: a mono model's streams are the channels."""
+  if channels == 1:
+    return audio[:, None]
+  return np.broadcast_to(audio, (channels, audio.shape[1]))[None]
+
+
+def encode_chunks(params, audio, frames, *, representation, network, bottleneck):
+  """audio [B, C, crop_samples(S)] -> z float32 [B, S, K, d]; frames past `frames` (int, or int [B]) are silence."""
+  spec = representation.analyse(audio)
+  s, _, t = spec.shape[1:4]
+  frame = jnp.arange(s * t).reshape(1, s, 1, t, 1)
+  spec = jnp.where(frame < jnp.reshape(frames, (-1, 1, 1, 1, 1)), spec, 0.0)
+  return bottleneck(network.encode(params, spec))
