@@ -12,9 +12,10 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, codec as codec_lib
-from m2l2.codec import FIRST, REFINE, Codec
+from m2l2 import build, codec as codec_lib, decoding
+from m2l2.codec import Codec
 from m2l2.data import audio_io
+from m2l2.decoding import FIRST, REFINE
 from m2l2.errors import UserError
 from m2l2.latents import Latents
 from m2l2.model import envelope
@@ -553,8 +554,15 @@ def perfect(words='debug', **changes):
       encode=lambda params, spec: spec.reshape(*spec.shape[:2], -1, rep.spec_channels) / 64,
       decode=lambda params, z: 64 * z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
   codec._bottleneck = lambda pre: pre
-  codec._denoiser = lambda params, features: lambda x, sigma: features
+  codec.sampler = Perfect(representation=rep, network=codec.network, consistency=codec.consistency)
+  codec.compile()
   return codec
+
+
+class Perfect(decoding.Sampler):
+
+  def denoiser(self, params, features):
+    return lambda x, sigma: features
 
 
 @pytest.fixture(scope='module')
