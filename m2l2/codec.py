@@ -5,7 +5,8 @@ network call refines the chunk before and makes a first estimate of the next) or
 Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks gives the same sound.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
 from importlib import resources
 import os
 
@@ -140,20 +141,49 @@ class Codec:
                     discrete: bool = False) -> Latents:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
     self.check_source(channels=channels, discrete=discrete)
-    windows = encoding.Windows(
-        blocks, representation=self.representation, from_rate=sample_rate, to_rate=self.model_rate(sample_rate),
-        channels=channels, width=_BLOCK_CHUNKS)
-    parts = [np.asarray(self._encode_block(
-        self.params, encoding.to_streams(window.audio, channels=self.representation.channels), window.frames))
-        for window in windows]
-    z = np.concatenate(parts, axis=1)[:, :windows.layout.chunks]
-    if not np.isfinite(z).all():
-      raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
-                      'or the weights are broken')
+    windows = self._windows(blocks, sample_rate, channels=channels, width=_BLOCK_CHUNKS)
+    z = np.concatenate([self._encode_window(window) for window in windows], axis=1)[:, :windows.layout.chunks]
     if discrete:
       z = np.asarray(self.tokens(z))
     return Latents(z=z, sample_rate=int(sample_rate), num_samples=windows.num_samples, channels=channels,
                    model=self.fingerprint)
+
+  def stream_encode(self, audio_blocks: Iterable, sample_rate: int, *, channels: int,
+                    discrete: bool = False) -> Iterator[np.ndarray]:
+    """Encodes a signal as it comes: a chunk's latents are out as soon as its last sample is in.
+
+    Together they are the `encode(...).z` of the whole signal, to rounding. (Where the rate is not native, the
+    resampler holds some hundred samples more; models whose edges are not padded need `overlap` samples beyond.)
+
+    Args:
+      audio_blocks: float32 [channels, any number of samples] each.
+      sample_rate: Hz. channels: of the signal. discrete: tokens instead, for a model with an FSQ bottleneck.
+
+    Returns:
+      An iterator of float32 [streams, K, d], or int32 [streams, K] tokens, one per chunk: what `stream` takes.
+
+    Raises UserError as `encode_blocks` does.
+    """
+    self.check_source(channels=channels, discrete=discrete)
+    return self._stream_encode(self._windows(audio_blocks, sample_rate, channels=channels, width=1), discrete)
+
+  def _stream_encode(self, windows, discrete):
+    for window in windows:
+      z = self._encode_window(window)[:, 0]
+      yield np.asarray(self.tokens(z)) if discrete else z
+
+  def _windows(self, blocks, sample_rate, *, channels, width):
+    return encoding.Windows(blocks, representation=self.representation, from_rate=sample_rate,
+                            to_rate=self.model_rate(sample_rate), channels=channels, width=width)
+
+  def _encode_window(self, window):
+    """-> z float32 [streams, chunks, K, d]."""
+    streams = encoding.to_streams(window.audio, channels=self.representation.channels)
+    z = np.asarray(self._encode_block(self.params, streams, window.frames))
+    if not np.isfinite(z).all():
+      raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
+                      'or the weights are broken')
+    return z
 
   # Decoding.
 
@@ -257,6 +287,57 @@ class Codec:
     pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in pieces)
     pieces = _window(pieces, start=rep.layout(1).lead)
     return (np.clip(piece, -1.0, 1.0) for piece in pieces)
+
+  # Latents at chunk borders.
+
+  def features(self, latents: Latents, *, per: str = 'chunk') -> np.ndarray:
+    """The latents as vectors for music information retrieval (paper, section 5.5: mean-pooled over time).
+
+    Returns float32 [chunks, K d], or [K d] with per='file'; the mean over the streams of a mono model.
+    Raises UserError: latents of another model, or an unknown `per`.
+    """
+    if per not in ('chunk', 'file'):
+      raise UserError(f"per is {per!r}; choose 'chunk' or 'file'")
+    z = self._continuous(latents).mean(axis=0)
+    z = z.reshape(len(z), -1)
+    return z if per == 'chunk' else z.mean(axis=0)
+
+  def cut(self, latents: Latents, start: int, stop: int) -> Latents:
+    """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.
+
+    With padded edges that is `stop - start` chunks less the overlap of frames. Raises UserError: no such chunks.
+    """
+    chunks = latents.z.shape[1]
+    if not 0 <= start < stop <= chunks:
+      raise UserError(f'there are no chunks {start} to {stop} in latents of {chunks}')
+    left = self._most_samples(chunks, latents.sample_rate) - latents.num_samples if stop == chunks else 0
+    return dataclasses.replace(latents, z=latents.z[:, start:stop],
+                               num_samples=max(1, self._most_samples(stop - start, latents.sample_rate) - left))
+
+  def join(self, parts: Sequence[Latents]) -> Latents:
+    """Latents after each other, chunk by chunk: the inverse of `cut`; what the last chunk of a part lacks is silence.
+
+    Raises UserError: no parts, or parts of other models, rates, channels or forms.
+    """
+    kinds = {(p.model, p.sample_rate, p.channels, p.z.dtype, p.z.shape[0], *p.z.shape[2:]) for p in parts}
+    if len(kinds) != 1:
+      raise UserError('latents to join must be of one model, rate, number of channels and form' if kinds else
+                      'there are no latents to join')
+    last = parts[-1]
+    missing = self._most_samples(last.z.shape[1], last.sample_rate) - last.num_samples
+    z = np.concatenate([part.z for part in parts], axis=1)
+    return dataclasses.replace(last, z=z, num_samples=self._most_samples(z.shape[1], last.sample_rate) - missing)
+
+  def _most_samples(self, chunks, sample_rate):
+    """Samples of the longest signal at `sample_rate` that takes `chunks` chunks."""
+    rep = self.representation
+    samples = chunks * rep.chunk_samples + (-rep.overlap if rep.edges == 'pad' else rep.window - 1)
+    samples = samples * sample_rate // self.model_rate(sample_rate)
+    while self.layout(samples + 1, sample_rate).chunks <= chunks:
+      samples += 1
+    while self.layout(samples, sample_rate).chunks > chunks:
+      samples -= 1
+    return samples
 
   def _layout(self, latents):
     """Where the signal behind the latents lies, at the model's rate."""
