@@ -5,8 +5,8 @@ network call refines the chunk before and makes a first estimate of the next) or
 Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks gives the same sound.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
 from importlib import resources
 import os
 
@@ -16,15 +16,12 @@ import numpy as np
 
 from m2l2 import build, encoding
 from m2l2.data import audio_io
+from m2l2.decoding import REFINE, Sampler
 from m2l2.errors import UserError
 from m2l2.latents import Latents
-from m2l2.model import envelope
 from m2l2.model.bottleneck import FSQ
 from m2l2.snapshot import load_snapshot
 
-# Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
-# what is put on it before its second denoising, its third and so on.
-FIRST, REFINE, AGAIN = 0, 1, 2
 MODES = ('autoregressive', 'parallel')
 _BLOCK_CHUNKS = 8  # chunks per device call: about 6 s
 _MOST_STEPS = 16
@@ -59,7 +56,7 @@ class Codec:
 
   Attributes:
     config: the resolved config (nested dict); fingerprint: of the weights.
-    network, representation, consistency: the parts built from it.
+    network, representation, consistency: the parts built from it; sampler: what decodes with them.
   """
 
   def __init__(self, *, config, params, fingerprint: str):
@@ -81,12 +78,18 @@ class Codec:
     expected = jax.eval_shape(self.network.init, jax.random.key(0))
     _check_params(params, expected)
     self.params = jax.tree.map(jnp.asarray, params)
+    self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
+    self.compile()
+
+  def compile(self):
+    """The jitted functions, each compiled when a shape first comes."""
+    sampler = self.sampler
     self._encode_block = jax.jit(self.encode_fn)
-    self._start = jax.jit(self._start_fn, static_argnames=('sigmas', 'refine'))
-    self._advance = jax.jit(self._advance_fn, static_argnames=('sigmas', 'refine'))
-    self._finish = jax.jit(self._finish_fn)
-    self._parallel_block = jax.jit(self._parallel_block_fn, static_argnames='sigmas')
-    self._noise = jax.jit(self._noise_fn, static_argnames='roles')
+    self._start = jax.jit(sampler.start, static_argnames=('sigmas', 'refine'))
+    self._advance = jax.jit(sampler.advance, static_argnames=('sigmas', 'refine'))
+    self._finish = jax.jit(sampler.finish)
+    self._parallel_block = jax.jit(sampler.parallel_block, static_argnames='sigmas')
+    self._noise = jax.jit(sampler.noise, static_argnames='roles')
 
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
@@ -138,20 +141,49 @@ class Codec:
                     discrete: bool = False) -> Latents:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
     self.check_source(channels=channels, discrete=discrete)
-    windows = encoding.Windows(
-        blocks, representation=self.representation, from_rate=sample_rate, to_rate=self.model_rate(sample_rate),
-        channels=channels, width=_BLOCK_CHUNKS)
-    parts = [np.asarray(self._encode_block(
-        self.params, encoding.to_streams(window.audio, channels=self.representation.channels), window.frames))
-        for window in windows]
-    z = np.concatenate(parts, axis=1)[:, :windows.layout.chunks]
-    if not np.isfinite(z).all():
-      raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
-                      'or the weights are broken')
+    windows = self._windows(blocks, sample_rate, channels=channels, width=_BLOCK_CHUNKS)
+    z = np.concatenate([self._encode_window(window) for window in windows], axis=1)[:, :windows.layout.chunks]
     if discrete:
       z = np.asarray(self.tokens(z))
     return Latents(z=z, sample_rate=int(sample_rate), num_samples=windows.num_samples, channels=channels,
                    model=self.fingerprint)
+
+  def stream_encode(self, audio_blocks: Iterable, sample_rate: int, *, channels: int,
+                    discrete: bool = False) -> Iterator[np.ndarray]:
+    """Encodes a signal as it comes: a chunk's latents are out as soon as its last sample is in.
+
+    Together they are the `encode(...).z` of the whole signal, to rounding. (Where the rate is not native, the
+    resampler holds some hundred samples more; models whose edges are not padded need `overlap` samples beyond.)
+
+    Args:
+      audio_blocks: float32 [channels, any number of samples] each.
+      sample_rate: Hz. channels: of the signal. discrete: tokens instead, for a model with an FSQ bottleneck.
+
+    Returns:
+      An iterator of float32 [streams, K, d], or int32 [streams, K] tokens, one per chunk: what `stream` takes.
+
+    Raises UserError as `encode_blocks` does.
+    """
+    self.check_source(channels=channels, discrete=discrete)
+    return self._stream_encode(self._windows(audio_blocks, sample_rate, channels=channels, width=1), discrete)
+
+  def _stream_encode(self, windows, discrete):
+    for window in windows:
+      z = self._encode_window(window)[:, 0]
+      yield np.asarray(self.tokens(z)) if discrete else z
+
+  def _windows(self, blocks, sample_rate, *, channels, width):
+    return encoding.Windows(blocks, representation=self.representation, from_rate=sample_rate,
+                            to_rate=self.model_rate(sample_rate), channels=channels, width=width)
+
+  def _encode_window(self, window):
+    """-> z float32 [streams, chunks, K, d]."""
+    streams = encoding.to_streams(window.audio, channels=self.representation.channels)
+    z = np.asarray(self._encode_block(self.params, streams, window.frames))
+    if not np.isfinite(z).all():
+      raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
+                      'or the weights are broken')
+    return z
 
   # Decoding.
 
@@ -256,6 +288,57 @@ class Codec:
     pieces = _window(pieces, start=rep.layout(1).lead)
     return (np.clip(piece, -1.0, 1.0) for piece in pieces)
 
+  # Latents at chunk borders.
+
+  def features(self, latents: Latents, *, per: str = 'chunk') -> np.ndarray:
+    """The latents as vectors for music information retrieval (paper, section 5.5: mean-pooled over time).
+
+    Returns float32 [chunks, K d], or [K d] with per='file'; the mean over the streams of a mono model.
+    Raises UserError: latents of another model, or an unknown `per`.
+    """
+    if per not in ('chunk', 'file'):
+      raise UserError(f"per is {per!r}; choose 'chunk' or 'file'")
+    z = self._continuous(latents).mean(axis=0)
+    z = z.reshape(len(z), -1)
+    return z if per == 'chunk' else z.mean(axis=0)
+
+  def cut(self, latents: Latents, start: int, stop: int) -> Latents:
+    """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.
+
+    With padded edges that is `stop - start` chunks less the overlap of frames. Raises UserError: no such chunks.
+    """
+    chunks = latents.z.shape[1]
+    if not 0 <= start < stop <= chunks:
+      raise UserError(f'there are no chunks {start} to {stop} in latents of {chunks}')
+    left = self._most_samples(chunks, latents.sample_rate) - latents.num_samples if stop == chunks else 0
+    return dataclasses.replace(latents, z=latents.z[:, start:stop],
+                               num_samples=max(1, self._most_samples(stop - start, latents.sample_rate) - left))
+
+  def join(self, parts: Sequence[Latents]) -> Latents:
+    """Latents after each other, chunk by chunk: the inverse of `cut`; what the last chunk of a part lacks is silence.
+
+    Raises UserError: no parts, or parts of other models, rates, channels or forms.
+    """
+    kinds = {(p.model, p.sample_rate, p.channels, p.z.dtype, p.z.shape[0], *p.z.shape[2:]) for p in parts}
+    if len(kinds) != 1:
+      raise UserError('latents to join must be of one model, rate, number of channels and form' if kinds else
+                      'there are no latents to join')
+    last = parts[-1]
+    missing = self._most_samples(last.z.shape[1], last.sample_rate) - last.num_samples
+    z = np.concatenate([part.z for part in parts], axis=1)
+    return dataclasses.replace(last, z=z, num_samples=self._most_samples(z.shape[1], last.sample_rate) - missing)
+
+  def _most_samples(self, chunks, sample_rate):
+    """Samples of the longest signal at `sample_rate` that takes `chunks` chunks."""
+    rep = self.representation
+    samples = chunks * rep.chunk_samples + (-rep.overlap if rep.edges == 'pad' else rep.window - 1)
+    samples = samples * sample_rate // self.model_rate(sample_rate)
+    while self.layout(samples + 1, sample_rate).chunks <= chunks:
+      samples += 1
+    while self.layout(samples, sample_rate).chunks > chunks:
+      samples -= 1
+    return samples
+
   def _layout(self, latents):
     """Where the signal behind the latents lies, at the model's rate."""
     return self.layout(latents.num_samples, latents.sample_rate)
@@ -316,8 +399,8 @@ class Codec:
       key = jax.random.key(seed)
       return lambda index: self._noise(key, np.maximum(index, 0), roles=roles), self.consistency.schedule(steps)
     noise = np.asarray(noise, np.float32)
-    if noise.shape[1:] != (roles, *self._chunk_shape) or chunks not in (None, len(noise)):
-      wanted = ['chunks' if chunks is None else chunks, roles, *self._chunk_shape]
+    if noise.shape[1:] != (roles, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
+      wanted = ['chunks' if chunks is None else chunks, roles, *self.sampler.chunk_shape]
       raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
 
     def draw(index):
@@ -325,35 +408,6 @@ class Codec:
         raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
       return noise[np.clip(index, 0, len(noise) - 1)]
     return draw, self.consistency.schedule(steps)
-
-  @property
-  def _chunk_shape(self):
-    rep = self.representation
-    return (rep.bins, rep.frames, rep.spec_channels)
-
-  def _noise_fn(self, key, chunk, *, roles):
-    """chunk int [n] -> unit noise [n, roles, F, T, C]: a function of (seed, chunk, role) alone.
-
-    All streams get the same noise, so that equal channels stay equal.
-    """
-    def one(chunk, role):
-      key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
-      return jax.random.normal(key_here, self._chunk_shape)
-    return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
-
-  def _denoiser(self, params, features):
-    """The consistency function bound to features whose leaves are [B, S, ...]."""
-    process = self.consistency
-    data = None
-    if process.local:
-      data = envelope.deviation(features['log_magnitude'], floor=process.local_floor)
-
-    def network(x, sigma):
-      return self.network.denoise(params, x, sigma, features)
-    return lambda x, sigma: process.denoise(network, x, sigma, sigma_data=data)
-
-  # Autoregressive decoding. Its state: 'x' the last chunk's estimate [B, F, T, C], its 'features' (leaves
-  # [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, C, overlap].
 
   def _autoregressive(self, blocks, draw, *, sigmas, sigma_cond, refine, width):
     """blocks of z [streams, n <= width, K, d], the first of one chunk -> audio [streams, C, samples]."""
@@ -376,60 +430,6 @@ class Codec:
     eps = draw(np.asarray([position - 1]))[0, REFINE]
     yield np.asarray(self._finish(self.params, state, eps, sigma_cond) if refine else state['tail'])
 
-  def _start_fn(self, params, z, noise, *, sigmas, refine):
-    """Chunk 0, sampled alone: z [B, K, d], noise [roles, F, T, C] -> (audio [B, C, samples], state).
-
-    The audio is empty where the chunk is yet to be refined.
-    """
-    rep, process = self.representation, self.consistency
-    features = self.network.decode(params, z[:, None])
-    noises = [jnp.broadcast_to(eps, (z.shape[0], 1, *eps.shape)) for eps in _of_steps(noise, sigmas)]
-    x = process.sample(self._denoiser(params, features), noises, sigmas)
-    tail = jnp.zeros((z.shape[0], rep.channels, rep.overlap), jnp.float32)
-    audio, tail = (tail[..., :0], tail) if refine else rep.synthesise(x, tail)
-    return audio, {'x': x[:, 0], 'features': features, 'tail': tail}
-
-  def _advance_fn(self, params, state, z, count, noise, sigma_cond, *, sigmas, refine):
-    """The next `count` <= n chunks: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one before on.
-
-    -> (audio [B, n, C, chunk_samples], of which `count` are filled: of these chunks or, with `refine`, of
-    the chunks before each; state).
-    """
-    rep, process = self.representation, self.consistency
-    b, n = z.shape[:2]
-
-    def spread(eps):
-      return jnp.broadcast_to(eps, (b, *eps.shape))
-
-    def body(i, carry):
-      state, audio = carry
-      current = self.network.decode(params, jax.lax.dynamic_slice_in_dim(z, i, 1, axis=1))
-      pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
-      refined, x = process.sample_pair(
-          self._denoiser(params, pair), state['x'], left_noise=spread(noise[i, REFINE]),
-          right_noises=[spread(eps) for eps in _of_steps(noise[i + 1], sigmas)], sigma_cond=sigma_cond,
-          sigmas=sigmas)
-      done = refined if refine else x
-      out, tail = rep.synthesise(done[:, None], state['tail'])
-      return {'x': x, 'features': current, 'tail': tail}, audio.at[:, i].set(out)
-
-    audio = jnp.zeros((b, n, rep.channels, rep.chunk_samples), jnp.float32)
-    state, audio = jax.lax.fori_loop(0, count, body, (state, audio))
-    return audio, state
-
-  def _finish_fn(self, params, state, noise, sigma_cond):
-    """The last chunk, refined by a one-chunk call: exact, as a left chunk never sees its right one.
-
-    -> audio [B, C, chunk_samples + overlap].
-    """
-    x = state['x'][:, None]
-    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
-    x = self._denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
-    return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
-
-  # Parallel decoding. Its state: what `sample_staggered` carries, the 'features' of the last chunks (those that
-  # later steps still need), and the 'tail' of the synthesis.
-
   def _parallel(self, z, draw, *, sigmas):
     """z [streams, chunks, K, d] -> blocks of audio [streams, C, samples], then the tail."""
     rep, lag = self.representation, len(sigmas) - 1
@@ -437,7 +437,7 @@ class Codec:
     # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
     widths = range(lag + 1 + (lag + 1) % 2, max(_BLOCK_CHUNKS, lag + 2) + 1, 2)
     width = min(widths, key=lambda width: (-(-(chunks + lag) // width) * width, -width))
-    state = self._parallel_state(z.shape, lag)
+    state = self.sampler.parallel_state(self.params, z.shape, lag)
     for start in range(0, chunks + lag, width):
       block = z[:, start:start + width]
       block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
@@ -446,46 +446,6 @@ class Codec:
       skip = max(lag - start, 0) * rep.chunk_samples  # what lies before chunk 0
       yield np.asarray(audio)[:, :, skip:]
     yield np.asarray(state['tail'])
-
-  def _parallel_state(self, shape, lag):
-    """Nothing yet, for latents of `shape`."""
-    rep = self.representation
-    streams, _, *embeddings = shape
-    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
-    features = jax.eval_shape(self.network.decode, self.params, one)
-    return {'carried': tuple(np.zeros((streams, *self._chunk_shape), np.float32) for _ in range(lag)),
-            'features': jax.tree.map(lambda leaf: np.zeros((streams, lag, *leaf.shape[2:]), leaf.dtype), features),
-            'tail': np.zeros((streams, rep.channels, rep.overlap), np.float32)}
-
-  def _parallel_block_fn(self, params, state, z, start, chunks, noise, *, sigmas):
-    """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
-
-    -> (audio [B, C, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1; state).
-    """
-    rep, lag = self.representation, len(sigmas) - 1
-    b, m = z.shape[:2]
-    features = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'],
-                            self.network.decode(params, z))
-    noises = [jnp.broadcast_to(noise[lag - k:lag - k + m, role], (b, m, *noise.shape[2:]))
-              for k, role in enumerate(_roles(sigmas))]
-    x, carried = self.consistency.sample_staggered(
-        functools.partial(self._denoiser, params), features, noises, sigmas, carried=state['carried'],
-        first=start == 0)
-    position = (start - lag + jnp.arange(m)).reshape(1, m, 1, 1, 1)
-    x = jnp.where((position >= 0) & (position < chunks), x, 0.0)
-    audio, tail = rep.synthesise(x, state['tail'])
-    last = jax.tree.map(lambda leaf: leaf[:, m:], features)
-    return audio, {'carried': carried, 'features': last, 'tail': tail}
-
-
-def _roles(sigmas):
-  """The roles of the noise that each step starts with."""
-  return [FIRST, *range(AGAIN, AGAIN + len(sigmas) - 1)]
-
-
-def _of_steps(noise, sigmas):
-  """noise [roles, ...] -> that of each step."""
-  return [noise[role] for role in _roles(sigmas)]
 
 
 def _join(audio):

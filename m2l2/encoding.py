@@ -64,8 +64,7 @@ class Windows:
         raise UserError('the audio holds NaN or infinite samples')
       received += piece.shape[1]
       pending = np.concatenate([pending, piece], axis=1)
-      # One window is kept back: only the end tells how many of its frames hold signal.
-      while pending.shape[1] >= 2 * step + rep.overlap:
+      while pending.shape[1] >= step + rep.overlap:  # then all frames of the window hold signal
         yield Window(pending[:, :step + rep.overlap], width, width * rep.frames)
         pending, taken = pending[:, step:], taken + width
     if not received:

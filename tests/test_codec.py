@@ -12,9 +12,10 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, codec as codec_lib
-from m2l2.codec import FIRST, REFINE, Codec
+from m2l2 import build, codec as codec_lib, decoding
+from m2l2.codec import Codec
 from m2l2.data import audio_io
+from m2l2.decoding import FIRST, REFINE
 from m2l2.errors import UserError
 from m2l2.latents import Latents
 from m2l2.model import envelope
@@ -470,6 +471,53 @@ def test_streaming_is_decoding(request, which, streams, steps, refine):
   np.testing.assert_allclose(streamed[:, :latents.num_samples], decoded, atol=1e-5)
 
 
+@pytest.mark.parametrize('which,channels,rate,samples', [
+    ('mono', 2, 44100, 12345), ('stereo', 1, 44100, 7000), ('ancestor', 2, 48000, 9000), ('mono', 1, 32000, 5000)])
+def test_streaming_encode_is_encoding_and_waits_for_no_more_than_a_chunk(request, which, channels, rate, samples):
+  codec = request.getfixturevalue(which)
+  rep = codec.representation
+  audio = music(samples, channels=channels, sample_rate=rate)
+  given = 0
+
+  def blocks():
+    nonlocal given
+    while given < samples:
+      given += 100
+      yield audio[:, given - 100:given]
+
+  came, pieces = [], []
+  for z in codec.stream_encode(blocks(), rate, channels=channels):
+    pieces.append(z)
+    came.append(given)
+  whole = codec.encode(audio, rate)
+  np.testing.assert_allclose(np.stack(pieces, axis=1), whole.z, atol=2e-6)
+  if rate in codec.native_rates:
+    wait = rep.overlap if rep.edges == 'none' else 0
+    for i, at in enumerate(came[:-1]):
+      assert at < (i + 1) * rep.chunk_samples + wait + 100
+
+
+def test_latents_cut_and_joined(mono, ancestor):
+  for codec, channels, rate in ((mono, 1, 44100), (ancestor, 2, 22050)):
+    latents = codec.encode(music(9000, channels=channels, sample_rate=rate), rate)
+    chunks = latents.z.shape[1]
+    parts = [codec.cut(latents, i, i + 1) for i in range(chunks)]
+    whole = codec.join(parts)
+    assert whole.num_samples == latents.num_samples
+    np.testing.assert_array_equal(whole.z, latents.z)
+    part = codec.cut(latents, 1, chunks)
+    assert codec.decode(part).shape == (channels, part.num_samples)
+    vectors = codec.features(latents)
+    assert vectors.shape == (chunks, latents.z[0, 0].size)
+    np.testing.assert_allclose(codec.features(latents, per='file'), latents.z.mean(axis=(0, 1)).reshape(-1), atol=1e-6)
+  with pytest.raises(UserError, match='there are no chunks 3 to 3'):
+    mono.cut(latents, 3, 3)
+  with pytest.raises(UserError, match='of one model'):
+    mono.join([latents, dataclasses.replace(latents, sample_rate=48000)])
+  with pytest.raises(UserError, match='per is'):
+    ancestor.features(latents, per='song')
+
+
 def test_streaming_of_tokens_of_nothing_and_of_what_does_not_fit(ancestor, mono):
   tokens = np.arange(8, dtype=np.int32) * 1000
   (first, rest) = ancestor.stream([tokens], refine=False)
@@ -553,8 +601,15 @@ def perfect(words='debug', **changes):
       encode=lambda params, spec: spec.reshape(*spec.shape[:2], -1, rep.spec_channels) / 64,
       decode=lambda params, z: 64 * z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
   codec._bottleneck = lambda pre: pre
-  codec._denoiser = lambda params, features: lambda x, sigma: features
+  codec.sampler = Perfect(representation=rep, network=codec.network, consistency=codec.consistency)
+  codec.compile()
   return codec
+
+
+class Perfect(decoding.Sampler):
+
+  def denoiser(self, params, features):
+    return lambda x, sigma: features
 
 
 @pytest.fixture(scope='module')

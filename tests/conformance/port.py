@@ -46,7 +46,7 @@ def calls(dtype='float32'):
   codec = compiled(dtype)
   net = codec.network
   return (jax.jit(lambda params, spec: codec._bottleneck(net.encode(params, spec))), jax.jit(net.decode),
-          jax.jit(lambda params, x, sigma, features: codec._denoiser(params, features)(x, sigma)))
+          jax.jit(lambda params, x, sigma, features: codec.sampler.denoiser(params, features)(x, sigma)))
 
 
 def make_codec(seed):

@@ -1,0 +1,172 @@
+"""Latents to audio: what the device does, as pure functions of (weights, state, latents, noise).
+
+Decoding goes chunk after chunk (`start`, `advance`, `finish`) or, as CoDiCodec's parallel mode, over all chunks at once
+(`parallel_block`). Either way a call takes the state that the call before left, so that decoding a file, a stream or an
+exported program are the same few functions. Noise belongs to (seed, chunk, role): any way of cutting the work into
+calls gives the same sound.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2.consistency import Consistency
+from m2l2.model import envelope
+from m2l2.representation import Representation
+
+# Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
+# what is put on it before its second denoising, its third and so on.
+FIRST, REFINE, AGAIN = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Samples chunks of audio given their latents.
+
+  Letters: B streams, n chunks, F bins, T frames, C channels of the spectrogram, K x d latents of a chunk; `roles` is
+  the number of steps + 1. `sigmas` are the noise levels that the steps start from, a tuple.
+
+  The state of autoregressive decoding is a dict: 'x' the last chunk's estimate [B, F, T, C], its 'features' (leaves
+  [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, channels, overlap].
+  """
+  representation: Representation
+  network: object  # model.autoencoder.Network, whose functions take the weights
+  consistency: Consistency
+
+  @property
+  def chunk_shape(self):
+    """(F, T, C)."""
+    rep = self.representation
+    return (rep.bins, rep.frames, rep.spec_channels)
+
+  def noise(self, key, chunk, *, roles):
+    """chunk int [n] -> unit noise [n, roles, F, T, C]: a function of (key, chunk, role) alone.
+
+    All streams get the same noise, so that equal channels stay equal.
+    """
+    def one(chunk, role):
+      key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
+      return jax.random.normal(key_here, self.chunk_shape)
+    return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
+
+  def denoiser(self, params, features):
+    """The consistency function bound to features whose leaves are [B, S, ...]."""
+    process = self.consistency
+    data = None
+    if process.local:
+      data = envelope.deviation(features['log_magnitude'], floor=process.local_floor)
+
+    def network(x, sigma):
+      return self.network.denoise(params, x, sigma, features)
+    return lambda x, sigma: process.denoise(network, x, sigma, sigma_data=data)
+
+  # Chunk after chunk.
+
+  def start(self, params, z, noise, *, sigmas, refine):
+    """Chunk 0, sampled alone: z [B, K, d], noise [roles, F, T, C] -> (audio [B, channels, samples], state).
+
+    The audio is empty where the chunk is yet to be refined.
+    """
+    rep, process = self.representation, self.consistency
+    features = self.network.decode(params, z[:, None])
+    noises = [jnp.broadcast_to(eps, (z.shape[0], 1, *eps.shape)) for eps in _of_steps(noise, sigmas)]
+    x = process.sample(self.denoiser(params, features), noises, sigmas)
+    tail = jnp.zeros((z.shape[0], rep.channels, rep.overlap), jnp.float32)
+    audio, tail = (tail[..., :0], tail) if refine else rep.synthesise(x, tail)
+    return audio, {'x': x[:, 0], 'features': features, 'tail': tail}
+
+  def step(self, params, state, z, left_noise, noise, sigma_cond, *, sigmas, refine):
+    """The next chunk: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
+
+    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state).
+    """
+    rep = self.representation
+    b = z.shape[0]
+
+    def spread(eps):
+      return jnp.broadcast_to(eps, (b, *eps.shape))
+
+    current = self.network.decode(params, z[:, None])
+    pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
+    refined, x = self.consistency.sample_pair(
+        self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
+        right_noises=[spread(eps) for eps in _of_steps(noise, sigmas)], sigma_cond=sigma_cond, sigmas=sigmas)
+    done = refined if refine else x
+    audio, tail = rep.synthesise(done[:, None], state['tail'])
+    return audio, {'x': x, 'features': current, 'tail': tail}
+
+  def advance(self, params, state, z, count, noise, sigma_cond, *, sigmas, refine):
+    """The next `count` <= n chunks: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one before on.
+
+    -> (audio [B, n, channels, chunk_samples], of which `count` are filled, as by `step`; state).
+    """
+    rep = self.representation
+    b, n = z.shape[:2]
+
+    def body(i, carry):
+      state, audio = carry
+      here = jax.lax.dynamic_index_in_dim(z, i, axis=1, keepdims=False)
+      out, state = self.step(
+          params, state, here, noise[i, REFINE], noise[i + 1], sigma_cond, sigmas=sigmas, refine=refine)
+      return state, audio.at[:, i].set(out)
+
+    audio = jnp.zeros((b, n, rep.channels, rep.chunk_samples), jnp.float32)
+    state, audio = jax.lax.fori_loop(0, count, body, (state, audio))
+    return audio, state
+
+  def finish(self, params, state, noise, sigma_cond):
+    """The last chunk, refined by a one-chunk call: exact, as a left chunk never sees its right one.
+
+    -> audio [B, channels, chunk_samples + overlap].
+    """
+    x = state['x'][:, None]
+    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
+    x = self.denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
+    return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
+
+  # All chunks at once. The state: what `sample_staggered` carries, the 'features' of the last chunks (those that
+  # later steps still need), and the 'tail' of the synthesis.
+
+  def parallel_state(self, params, shape, lag):
+    """Nothing yet, for latents of `shape` [B, chunks, K, d] and `lag` + 1 steps."""
+    rep = self.representation
+    streams, _, *embeddings = shape
+    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
+    features = jax.eval_shape(self.network.decode, params, one)
+    return {'carried': tuple(np.zeros((streams, *self.chunk_shape), np.float32) for _ in range(lag)),
+            'features': jax.tree.map(lambda leaf: np.zeros((streams, lag, *leaf.shape[2:]), leaf.dtype), features),
+            'tail': np.zeros((streams, rep.channels, rep.overlap), np.float32)}
+
+  def parallel_block(self, params, state, z, start, chunks, noise, *, sigmas):
+    """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
+
+    -> (audio [B, channels, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1;
+    state).
+    """
+    rep, lag = self.representation, len(sigmas) - 1
+    b, m = z.shape[:2]
+    features = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'],
+                            self.network.decode(params, z))
+    noises = [jnp.broadcast_to(noise[lag - k:lag - k + m, role], (b, m, *noise.shape[2:]))
+              for k, role in enumerate(_roles(sigmas))]
+    x, carried = self.consistency.sample_staggered(
+        functools.partial(self.denoiser, params), features, noises, sigmas, carried=state['carried'],
+        first=start == 0)
+    position = (start - lag + jnp.arange(m)).reshape(1, m, 1, 1, 1)
+    x = jnp.where((position >= 0) & (position < chunks), x, 0.0)
+    audio, tail = rep.synthesise(x, state['tail'])
+    last = jax.tree.map(lambda leaf: leaf[:, m:], features)
+    return audio, {'carried': carried, 'features': last, 'tail': tail}
+
+
+def _roles(sigmas):
+  """The roles of the noise that each step starts with."""
+  return [FIRST, *range(AGAIN, AGAIN + len(sigmas) - 1)]
+
+
+def _of_steps(noise, sigmas):
+  """noise [roles, ...] -> that of each step."""
+  return [noise[role] for role in _roles(sigmas)]

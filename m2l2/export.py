@@ -1,0 +1,164 @@
+"""A snapshot as portable programs: StableHLO and weights that JAX alone runs, without m2l2.
+
+A folder holds four programs (encode, start, step, finish: those of `encoding` and `decoding`, lowered for CPU, CUDA and
+TPU, for any batch), weights.npz, about.json with the few numbers it takes to call them, and load.py, which does.
+"""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2 import decoding, encoding
+from m2l2.data.audio_io import shown
+from m2l2.errors import UserError
+from m2l2.kernels.chunk_causal import compiling_for
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+LOADER = '''\
+"""Runs an exported Music2Latent2 model; needs JAX alone. Audio is float32 [batch, channels, samples] at about['sample_rate']."""
+import json, pathlib
+import jax, jax.export, jax.numpy as jnp, numpy as np
+
+
+class Model:
+  def __init__(self, folder):
+    folder = pathlib.Path(folder)
+    self.about = json.loads((folder / 'about.json').read_text())
+    self.weights = {name: jnp.asarray(array) for name, array in np.load(folder / 'weights.npz').items()}
+    self.run = {name: jax.jit(jax.export.deserialize((folder / f'{name}.stablehlo').read_bytes()).call)
+                for name in ('encode', 'start', 'step', 'finish')}
+
+  def encode(self, audio):  # -> [batch, chunks, K, d]
+    a, n = self.about, audio.shape[-1] + self.about['lead']
+    frames = -(-n // a['hop']) if a['lead'] else max(1, (n - a['overlap']) // a['hop'])
+    chunks = -(-frames // a['frames'])
+    size = a['chunk_samples'] + a['overlap']
+    audio = jnp.pad(audio, ((0, 0), (0, 0), (a['lead'], chunks * a['chunk_samples'] + a['overlap'])))
+    windows = [audio[..., i * a['chunk_samples']:][..., :size] for i in range(chunks)]
+    return jnp.stack([self.run['encode'](self.weights, w, np.int32(min(a['frames'], frames - i * a['frames'])))
+                      for i, w in enumerate(windows)], axis=1)
+
+  def decode(self, z, seed=0):  # any number of samples may be cut off its end
+    seed, sigma = np.uint32(seed), np.float32(self.about['sigma_cond'])
+    audio, state = self.run['start'](self.weights, z[:, 0], seed)
+    pieces = [audio]
+    for i in range(1, z.shape[1]):  # one chunk a call: play each piece as it comes
+      audio, state = self.run['step'](self.weights, state, z[:, i], seed, np.int32(i), sigma)
+      pieces.append(audio)
+    pieces.append(self.run['finish'](self.weights, state, seed, np.int32(z.shape[1] - 1), sigma))
+    return jnp.clip(jnp.concatenate(pieces, axis=-1)[..., self.about['lead']:], -1, 1)
+'''
+
+
+def portable(config) -> dict:
+  """The config of the same model, lowered the same way for every platform."""
+  return {**config, 'model': {**config['model'], 'attention': 'xla', 'dtype': 'float32', 'tile': '0'}}
+
+
+def programs(codec, *, platforms=PLATFORMS) -> dict:
+  """{name: jax.export.Exported} of a codec made from a `portable` config, for any batch b.
+
+  weights is a flat dict of float32 arrays, state a pytree; seed uint32, index int32 and sigma_cond float32 are scalars.
+
+    encode(weights, audio [b, channels, chunk_samples + overlap], frames int32) -> z [b, K, d]
+    start(weights, z [b, K, d], seed) -> (audio [b, channels, n], state)
+    step(weights, state, z [b, K, d], seed, index, sigma_cond) -> (audio [b, channels, chunk_samples], state)
+    finish(weights, state, seed, index of the last chunk, sigma_cond) -> audio [b, channels, n]
+  """
+  sampler, process, arch = codec.sampler, codec.consistency, codec.network.arch
+  names, treedef = [name for name, _ in _leaves(codec.params)], jax.tree.structure(codec.params)
+  sigmas, refine = process.schedule(process.steps), bool(process.refine)
+  roles = len(sigmas) + 1
+
+  def nested(weights):
+    return jax.tree.unflatten(treedef, [weights[name] for name in names])
+
+  def noise(seed, index):
+    return sampler.noise(jax.random.key(seed), index[None], roles=roles)[0]
+
+  def encode(weights, audio, frames):
+    return codec.encode_fn(nested(weights), audio, frames)[:, 0]
+
+  def start(weights, z, seed):
+    return sampler.start(nested(weights), z, noise(seed, jnp.int32(0)), sigmas=sigmas, refine=refine)
+
+  def step(weights, state, z, seed, index, sigma_cond):
+    return sampler.step(nested(weights), state, z, noise(seed, index - 1)[decoding.REFINE], noise(seed, index),
+                        sigma_cond, sigmas=sigmas, refine=refine)
+
+  def finish(weights, state, seed, index, sigma_cond):
+    if not refine:
+      return state['tail']
+    return sampler.finish(nested(weights), state, noise(seed, index)[decoding.REFINE], sigma_cond)
+
+  rep = codec.representation
+  batch, = jax.export.symbolic_shape('b')
+  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  weights = {name: f32(*leaf.shape) for name, leaf in _leaves(codec.params)}
+  audio, z = f32(batch, rep.channels, rep.crop_samples(1)), f32(batch, arch.num_latents, arch.latent_dim)
+  seed, index, sigma = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32), f32()
+  made = {}
+
+  def export(function, *args):
+    made[function.__name__] = jax.export.export(jax.jit(function), platforms=platforms)(*args)
+
+  with compiling_for('cpu'):
+    export(encode, weights, audio, index)
+    export(start, weights, z, seed)
+    state = made['start'].out_tree.unflatten(made['start'].out_avals)[1]
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    export(step, weights, state, z, seed, index, sigma)
+    export(finish, weights, state, seed, index, sigma)
+  return made
+
+
+def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLATFORMS):
+  """Writes the folder `target`. Raises UserError: it is there already, or cannot be written."""
+  check_target(target)
+  rep, process = codec.representation, codec.consistency
+  about = {
+      'fingerprint': codec.fingerprint, 'sample_rate': codec.native_rates[0], 'native_rates': list(codec.native_rates),
+      'channels': rep.channels, 'latents': [codec.network.arch.num_latents, codec.network.arch.latent_dim],
+      'chunk_samples': rep.chunk_samples, 'overlap': rep.overlap, 'hop': rep.hop, 'frames': rep.frames,
+      'lead': rep.layout(1).lead, 'sigma_cond': process.sigma_cond, 'steps': process.steps, 'refine': process.refine,
+      'platforms': list(platforms), **(extra or {})}
+  made = programs(codec, platforms=platforms)
+  temporary = f'{os.fspath(target).rstrip("/")}.{os.getpid()}.part'
+  try:
+    os.makedirs(temporary)
+    for name, program in made.items():
+      _write(temporary, f'{name}.stablehlo', program.serialize())
+    np.savez(os.path.join(temporary, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
+    _write(temporary, 'about.json', (json.dumps(about, indent=2) + '\n').encode())
+    _write(temporary, 'load.py', LOADER.encode())
+    os.rename(temporary, target)
+  except OSError as error:
+    raise UserError(f'{shown(target)}: could not be written ({error.strerror or error})') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target):
+  """Raises UserError where `export_stablehlo` could not write."""
+  if os.path.lexists(target):
+    raise UserError(f'{shown(target)}: is there already; name another folder, or remove it')
+  folder = os.path.dirname(os.path.realpath(target))
+  if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+    raise UserError(f'{shown(target)}: cannot be written: {shown(folder)} is no directory that may be written to')
+
+
+def _leaves(params):
+  """[(name, leaf)] in the order of the tree."""
+  return [('/'.join(str(entry.key) for entry in path), leaf)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _write(folder, name, data: bytes):
+  with open(os.path.join(folder, name), 'wb') as file:
+    file.write(data)
