@@ -33,9 +33,14 @@ def visqol(reference, estimate, *, sample_rate: int) -> float:
     raise UserError(f'visqol cannot measure this pair: {error}') from error
 
 
+def require():
+  """Raises UserError: visqol-python is not installed."""
+  _measure()
+
+
 def is_installed() -> bool:
   try:
-    _measure()
+    require()
   except UserError:
     return False
   return True
