@@ -87,18 +87,27 @@ def mel_filterbank() -> np.ndarray:
   return np.maximum(0, np.minimum(rising, falling))
 
 
-@jax.jit
 def network(params, examples: jax.Array) -> jax.Array:
   """Log-mel examples [B, 96, 64] -> [B, 128]."""
+  # Compiled apart: as one, XLA on CPUs computes the last pooling anew for each of the 4096 outputs, and takes 50 times as long.
+  return _dense_layers(params, _features(params, examples))
+
+
+@jax.jit
+def _features(params, examples):
   x = examples[..., None]
   for layer in _LAYERS:
     if layer == 'M':
       x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), 'VALID')
     else:
-      kernel = params[f'features.{layer}.weight'].transpose(2, 3, 1, 0)  # XLA is slow on CPUs with torch's order
+      kernel = params[f'features.{layer}.weight'].transpose(2, 3, 1, 0)
       x = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
       x = jax.nn.relu(x + params[f'features.{layer}.bias'])
-  x = x.reshape(len(x), -1)
+  return x.reshape(len(x), -1)
+
+
+@jax.jit
+def _dense_layers(params, x):
   for layer in (0, 2, 4):
     x = x @ params[f'embeddings.{layer}.weight'].T + params[f'embeddings.{layer}.bias']
     x = jax.nn.relu(x) if layer < 4 else x
