@@ -117,21 +117,28 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny')
   files(made, audio_in, audio_out)
   decoding(made)
-  made = command('evaluate', _evaluate, summary='Metrics of reconstructions against their originals, in pairs by file name.',
+  made = command('evaluate', _evaluate,
+                 summary='Metrics of reconstructions against their originals, in pairs by file name.',
                  example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
-                         '  m2l2 evaluate --reference=DIR --checkpoint=runs/tiny --output=report.json --metrics=si_sdr,musicnn_mtt')
+                         '  m2l2 evaluate --reference=DIR --checkpoint=runs/tiny --output=report.json '
+                         '--metrics=si_sdr,musicnn_mtt')
   made.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
   made.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
-  made.add_argument('--checkpoint', metavar='DIR', help='reconstruct first, with this snapshot, workdir or model in the box')
+  made.add_argument('--checkpoint', metavar='DIR',
+                    help='reconstruct first, with this snapshot, workdir or model in the box')
   made.add_argument('--output', required=True, metavar='*.json', help='the report')
   made.add_argument('--csv', metavar='*.csv', help='one row a file')
   made.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
   made.add_argument('--metrics', metavar='A,B,...',
-                    help='some of si_sdr, mel_l1_db, lsd_db, mrstft, ratio, si_sdr_left, si_sdr_right, side_mid_db, seam_db, visqol, and '
-                    'Frechet distances over musicnn_mtt, musicnn_msd, vggish, clap (default: all that need no file; visqol if installed)')
-  made.add_argument('--vggish', metavar='FILE', help='weights of VGGish: vggish-10086976.pth of torchvggish, or its tensors as *.safetensors')
-  made.add_argument('--clap', metavar='FILE', help='weights of LAION-CLAP: 630k-audioset-best.pt, or its tensors as *.safetensors')
-  made.add_argument('--workers', type=int, default=os.cpu_count(), metavar='N', help='processes for the signal metrics (default: all cores)')
+                    help='some of si_sdr, mel_l1_db, lsd_db, mrstft, ratio, si_sdr_left, si_sdr_right, side_mid_db, '
+                    'seam_db, visqol, and Frechet distances over musicnn_mtt, musicnn_msd, vggish, clap '
+                    '(default: all that need no file; visqol if it is installed)')
+  made.add_argument('--vggish', metavar='FILE',
+                    help='weights of VGGish: vggish-10086976.pth of torchvggish, or its tensors as *.safetensors')
+  made.add_argument('--clap', metavar='FILE',
+                    help='weights of LAION-CLAP: 630k-audioset-best.pt, or its tensors as *.safetensors')
+  made.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N',
+                    help='processes for the signal metrics (default: all cores)')
   made.add_argument('--chunk-seconds', type=float, metavar='X',
                     help="length of the model's chunks, for seam_db (default: the checkpoint's, else 0.743)")
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
@@ -245,8 +252,8 @@ def _evaluate(args):
     if args.chunk_seconds:
       chunks = seams.Chunks(period=args.chunk_seconds)
     with _bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
-      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks, seed=args.seed,
-                               progress=progress)
+      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
+                               seed=args.seed, progress=progress)
     made['warnings'] = warnings + made['warnings']
     report.write_json(args.output, made)
     if args.csv:

@@ -1,13 +1,15 @@
-"""Dumps musicnn's weights to m2l2/assets/musicnn and what TensorFlow's graph makes of five clips to tests/goldens.
+"""Dumps musicnn's weights to m2l2/assets/musicnn, and what TensorFlow's graph makes of clips to tests/goldens.
 
 Run once, by hand, in a throw-away environment; m2l2 itself needs none of it:
 
-  pip download --no-deps musicnn==0.1.0 && unzip musicnn-0.1.0-py3-none-any.whl -d WHEEL   (its pins are of 2019: do not install it)
+  pip download --no-deps musicnn==0.1.0   (its pins are of 2019: do not install it)
+  unzip musicnn-0.1.0-py3-none-any.whl -d WHEEL
   pip install tensorflow-cpu==2.16.2 'numpy<2' librosa==0.11.0 soundfile soxr
   python tests/dump_musicnn.py WHEEL
 
-The graph is the wheel's own: its MetaGraphDef is cut to what leads to the penultimate layer and to the tags, and run with every variable
-fed from the checkpoint. The golden's input is made by librosa, so the test also holds our log-mel input.
+The graph is the wheel's own: its MetaGraphDef is cut to what leads to the penultimate layer and to the tags, and run
+with every variable fed from the checkpoint. The golden's input is made by librosa, so the test also holds our log-mel
+input.
 """
 
 import pathlib
@@ -22,8 +24,8 @@ import soxr
 import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLIPS = ('train/crystan-credits', 'train/macklin-geoscape-theme', 'train/marino-main-theme', 'train/obsidian-shell-ezer-ev',
-         'heldout/maxstack-through-space')
+CLIPS = ('train/crystan-credits', 'train/macklin-geoscape-theme', 'train/marino-main-theme',
+         'train/obsidian-shell-ezer-ev', 'heldout/maxstack-through-space')
 PENULTIMATE, TAGS = 'model/dense/Relu', 'model/Sigmoid'
 
 

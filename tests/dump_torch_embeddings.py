@@ -1,4 +1,4 @@
-"""Runs the reference implementations of VGGish and LAION-CLAP on made-up weights; writes tests/goldens/torch_embeddings.npz.
+"""Runs the reference VGGish and LAION-CLAP on made-up weights; writes tests/goldens/torch_embeddings.npz.
 
 Run once, by hand, in a throw-away environment; m2l2 itself needs none of it:
 
@@ -6,7 +6,8 @@ Run once, by hand, in a throw-away environment; m2l2 itself needs none of it:
   git clone https://github.com/LAION-AI/CLAP
   python tests/dump_torch_embeddings.py CLAP/src/laion_clap/clap_module
 
-The golden holds the embeddings, and names and shapes of the references' tensors, so that m2l2's loaders are held to both.
+The golden holds the embeddings, and names and shapes of the references' tensors, so that m2l2's loaders are held to
+both.
 """
 
 import importlib.util
@@ -48,8 +49,10 @@ def resampled(rate):
 
 def shapes_of(module):
   """Those of the tensors that are learned or that the embedding is computed from, the STFT's matrices apart."""
-  unused = ('spectrogram_extractor', 'relative_position_index', 'attn_mask', 'num_batches_tracked', 'tscam_conv', 'head.')
-  return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if not any(part in name for part in unused)}
+  unused = ('spectrogram_extractor', 'relative_position_index', 'attn_mask', 'num_batches_tracked', 'tscam_conv',
+            'head.')
+  return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()
+          if not any(part in name for part in unused)}
 
 
 def load_made(module, torch):
@@ -75,7 +78,8 @@ def vggish(torch):
 def clap(torch, folder):
   sys.modules['clap_module'] = package = types.ModuleType('clap_module')
   package.__path__ = [str(folder)]
-  with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ('torchvision', 'torchvision.ops', 'torchvision.ops.misc', 'h5py')}):
+  unneeded = ('torchvision', 'torchvision.ops', 'torchvision.ops.misc', 'h5py')
+  with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in unneeded}):
     spec = importlib.util.spec_from_file_location('clap_module.htsat', folder / 'htsat.py')
     htsat = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(htsat)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -25,7 +26,8 @@ QUICK = ('si_sdr', 'mel_l1_db', 'lsd_db')
 @pytest.fixture(scope='module')
 def music():
   """Two clips, float32 [2, 4 s]."""
-  return [audio_io.read(CLIPS / f'{name}.ogg', frames=4 * RATE)[0] for name in ('obsidian-shell-ezer-ev', 'marino-main-theme')]
+  names = ('obsidian-shell-ezer-ev', 'marino-main-theme')
+  return [audio_io.read(CLIPS / f'{name}.ogg', frames=4 * RATE)[0] for name in names]
 
 
 def noisy(audio, amount=.5, seed=0):
@@ -38,7 +40,8 @@ def late(audio, samples):
 
 
 def found(reference, estimate, estimate_rate=RATE):
-  return checks.check_pair(reference, np.ascontiguousarray(estimate, np.float32), reference_rate=RATE, estimate_rate=estimate_rate)
+  estimate = np.ascontiguousarray(estimate, np.float32)
+  return checks.check_pair(reference, estimate, reference_rate=RATE, estimate_rate=estimate_rate)
 
 
 # ---- mix-ups -------------------------------------------------------------------------------------
@@ -46,14 +49,16 @@ def found(reference, estimate, estimate_rate=RATE):
 
 @pytest.mark.parametrize('mix_up, expected', [
     (lambda x: late(x, 3), ['delay: the estimate is 3 samples at 44.1 kHz (0.07 ms) late']),
-    (lambda x: np.pad(x[:, 1105:], ((0, 0), (0, 1105))), ['delay: the estimate is 1105 samples at 44.1 kHz (25.06 ms) early']),
+    (lambda x: np.pad(x[:, 1105:], ((0, 0), (0, 1105))),
+     ['delay: the estimate is 1105 samples at 44.1 kHz (25.06 ms) early']),
     (lambda x: -x, ['polarity: the estimate is upside down (all samples negated)']),
     (lambda x: x * np.float32([[1], [-1]]), ['polarity: channel 2 of the estimate is upside down']),
     (lambda x: x[::-1], ['channels: left and right of the estimate are swapped']),
     (lambda x: -late(x[::-1], 7), ['delay: the estimate is 7 samples at 44.1 kHz (0.16 ms) late',
                                    'channels: left and right of the estimate are swapped and upside down']),
     (lambda x: x / 2, ['gain: the estimate is 6.0 dB softer than the reference']),
-    (lambda x: x[:, :-100], ['length: the estimate is 100 samples (0.002 s) shorter than the reference; compared over what both have']),
+    (lambda x: x[:, :-100],
+     ['length: the estimate is 100 samples (0.002 s) shorter than the reference; compared over what both have']),
     (lambda x: x[:1], ['channels: the reference has 2 channels, the estimate 1; stereo metrics are left out']),
     (lambda x: 0 * x, ['silence: the estimate is silent']),
     (lambda x: x, []),
@@ -117,7 +122,8 @@ def test_stereo_metrics():
   assert stereo.side_mid_db(np.stack([mid, mid])) == -60
   noise = rng.standard_normal(5000)
   values = stereo.channel_si_sdr(audio, np.stack([audio[0], audio[1] + noise]))
-  assert values['si_sdr_left'] == 150 and values['si_sdr_right'] == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
+  assert values['si_sdr_left'] == 150
+  assert values['si_sdr_right'] == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
 
 
 def test_visqol_equals_the_package(music):
@@ -125,7 +131,8 @@ def test_visqol_equals_the_package(music):
   reference, estimate = music[0][:, :RATE], noisy(music[0][:, :RATE], .1)
   api = VisqolApi()
   api.create(mode='audio')
-  r, x = (soxr.resample(audio.astype(np.float64).mean(axis=0), RATE, 48000, quality='HQ') for audio in (reference, estimate))
+  r, x = (soxr.resample(audio.astype(np.float64).mean(axis=0), RATE, 48000, quality='HQ')
+          for audio in (reference, estimate))
   expected = api.measure_from_arrays(r, x, 48000).moslqo
   assert 1 < expected < 5
   assert visqol.visqol(reference, estimate, sample_rate=RATE) == expected
@@ -163,21 +170,24 @@ def run(*args):
 
 def test_the_command_writes_the_report(folders, tmp_path, capsys):
   reference, estimate = folders
-  assert run(f'--reference={reference}', f'--estimate={estimate}', f'--output={tmp_path}/report.json', f'--csv={tmp_path}/report.csv',
-             f'--html={tmp_path}/report.html', '--metrics=musicnn_msd,lsd_db,si_sdr,side_mid_db', '--workers=2') == 0
+  assert run(f'--reference={reference}', f'--estimate={estimate}', f'--output={tmp_path}/report.json',
+             f'--csv={tmp_path}/report.csv', f'--html={tmp_path}/report.html', '--workers=2',
+             '--metrics=musicnn_msd,lsd_db,si_sdr,side_mid_db') == 0
   made = json.loads((tmp_path / 'report.json').read_text())
   assert made['pairs'] == 3
   assert list(made['metrics']) == ['si_sdr', 'lsd_db', 'side_mid_db'] and list(made['frechet']) == ['musicnn_msd']
   si_sdr = made['metrics']['si_sdr']
   values = list(si_sdr['per_file'].values())
   assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # the silent one is in no mean
-  assert si_sdr['mean'] == pytest.approx(np.mean(values)) and si_sdr['sem'] == pytest.approx(np.std(values, ddof=1) / 2 ** .5)
+  assert si_sdr['mean'] == pytest.approx(np.mean(values))
+  assert si_sdr['sem'] == pytest.approx(np.std(values, ddof=1) / 2 ** .5)
   assert values == pytest.approx([20, 20], abs=3)
   distance = made['frechet']['musicnn_msd']
   assert distance['clips'] == 3 and distance['windows'] == 6 and distance['value'] > 0 and distance['bootstrap_sd'] >= 0
   text = '\n'.join(made['warnings'])
-  for line in ('lonely.wav: partner: no estimate', 'stranger.wav: partner: an estimate without a reference', 'broken.wav: unreadable:',
-               'silent.wav: silence: the reference is silent', 'silent.wav: si_sdr is undefined', 'si_sdr: only 2 of 3 pairs have it'):
+  for line in ('lonely.wav: partner: no estimate', 'stranger.wav: partner: an estimate without a reference',
+               'broken.wav: unreadable:', 'silent.wav: silence: the reference is silent',
+               'silent.wav: si_sdr is undefined', 'si_sdr: only 2 of 3 pairs have it'):
     assert line in text
   shown = capsys.readouterr().out
   assert 'frechet musicnn_msd' in shown and 'warning: lonely.wav' in shown
@@ -196,9 +206,11 @@ def test_identical_folders(folders, tmp_path):
   assert run(f'--reference={reference}/a.flac', f'--estimate={reference}/a.flac', f'--output={tmp_path}/report.json',
              '--metrics=si_sdr,mel_l1_db,mrstft,musicnn_mtt', '--quiet', '--workers=1') == 0
   made = json.loads((tmp_path / 'report.json').read_text())
-  assert made['warnings'] == [] and made['metrics']['si_sdr']['mean'] > 100 and made['metrics']['si_sdr']['sem'] is None
+  assert made['warnings'] == []
+  assert made['metrics']['si_sdr']['mean'] > 100 and made['metrics']['si_sdr']['sem'] is None
   assert made['metrics']['mel_l1_db']['mean'] == made['metrics']['mrstft']['mean'] == 0
-  assert made['frechet']['musicnn_mtt']['value'] <= 1e-3 and made['frechet']['musicnn_mtt']['bootstrap_sd'] is None
+  distance = made['frechet']['musicnn_mtt']
+  assert distance['value'] <= 1e-3 and distance['bootstrap_sd'] is None
 
 
 def test_a_checkpoint_reconstructs_first(folders, tmp_path, music):
@@ -207,13 +219,14 @@ def test_a_checkpoint_reconstructs_first(folders, tmp_path, music):
   (reference / 'bad.wav').write_bytes(b'RIFF')
   make_snapshot(tmp_path / 'model')
   keep = tmp_path / 'kept'
-  assert run(f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--estimate={keep}', f'--output={tmp_path}/report.json',
-             '--metrics=mel_l1_db', '--seed=3', '--quiet') == 0
+  assert run(f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--estimate={keep}',
+             f'--output={tmp_path}/report.json', '--metrics=mel_l1_db', '--seed=3', '--quiet') == 0
   made = json.loads((tmp_path / 'report.json').read_text())
   assert list(made['metrics']['mel_l1_db']['per_file']) == ['a.flac']
   assert made['warnings'][0].startswith('bad.wav: unreadable:')
   again = tmp_path / 'again.wav'
-  assert cli.main(['reconstruct', str(reference / 'a.flac'), str(again), f'--checkpoint={tmp_path}/model', '--seed=3', '--quiet']) == 0
+  assert cli.main(['reconstruct', str(reference / 'a.flac'), str(again), f'--checkpoint={tmp_path}/model',
+                   '--seed=3', '--quiet']) == 0
   np.testing.assert_array_equal(audio_io.read(keep / 'a.wav')[0], audio_io.read(again)[0])
 
 
@@ -233,7 +246,6 @@ def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args
   assert run(f'--reference={reference}', f'--output={tmp_path}/report.json', *args) == 1
   error = capsys.readouterr().err.strip()
   assert len(error.splitlines()) == 1
-  import re
   assert re.search(message, error)
   assert not (tmp_path / 'report.json').exists()
 
@@ -241,8 +253,10 @@ def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args
 def test_arrays_can_be_evaluated_in_training(music):
   items = [evaluate.Pair(str(i), audio, noisy(audio, .2), sample_rate=RATE) for i, audio in enumerate(music)]
   steps = []
-  made = evaluate.evaluate(items, metrics=QUICK, embedders={'level': lambda audio, sample_rate: audio.T[:500]}, progress=steps.append)
-  assert made['pairs'] == 2 and list(made['metrics']) == list(QUICK) and sum(steps) == evaluate.steps_of(items, ['level']) == 4
+  embedders = {'level': lambda audio, sample_rate: audio.T[:500]}
+  made = evaluate.evaluate(items, metrics=QUICK, embedders=embedders, progress=steps.append)
+  assert made['pairs'] == 2 and list(made['metrics']) == list(QUICK)
+  assert sum(steps) == evaluate.steps_of(items, embedders) == 4
   expected = pairs.pair_metrics(music[1], items[1].estimate, sample_rate=RATE, names=QUICK)
   assert {name: made['metrics'][name]['per_file']['1'] for name in QUICK} == pytest.approx(expected)
   assert report.table(made)[-1][0] == 'frechet level'

@@ -153,7 +153,7 @@ def test_weights_of_clap_are_told_from_others(tmp_path):
   def save(tensors):
     safetensors.numpy.save_file(tensors, file)
     return file
-  read = clap.load(save({**{f'module.{name}': tensor for name, tensor in made.items()}, 'module.text_branch.x': np.zeros(3)}))
+  read = clap.load(save({f'module.{name}': tensor for name, tensor in {**made, 'text_branch.x': np.zeros(3)}.items()}))
   assert set(read) == set(made)
   with pytest.raises(UserError, match='with fusion'):
     clap.load(save({**made, 'audio_branch.patch_embed.fusion_model.x': np.zeros(3)}))

@@ -1,9 +1,9 @@
-"""Mix-ups that make metrics lie, each told by name: a delay, a flipped polarity, swapped channels, another level, 44.1 kHz taken for 48 kHz,
-unequal lengths, silence.
+"""Mix-ups that make metrics lie, each told by name: a delay, a flipped polarity, swapped channels, another level,
+44.1 kHz taken for 48 kHz, unequal lengths, silence.
 
-Nothing is corrected: a warning says what was found, and the metrics are computed as the files are. What is found by correlation needs an
-estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about -5 dB); of others only headers, lengths
-and levels are checked.
+Nothing is corrected: a warning says what was found, and the metrics are computed as the files are. What is found by
+correlation needs an estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about
+-5 dB); of others only headers, lengths and levels are checked.
 """
 
 import numpy as np
@@ -24,7 +24,8 @@ RATE_RATIO = 48000 / 44100
 
 
 def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) -> list[str]:
-  """What is wrong with a pair, one line each, 'name: what'; the names are silence, rate, length, channels, delay, polarity and gain.
+  """What is wrong with a pair, one line each, 'name: what'; the names are silence, rate, length, channels, delay,
+  polarity and gain.
 
   Args:
     reference, estimate: float [channels, samples] in [-1, 1].
@@ -41,8 +42,8 @@ def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) 
   if len(r) != len(x):
     r, x = r.mean(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
   # By the channel that is followed best: the mean of two vanishes where one of them is upside down.
-  lag, peak = max((_best_lag(a, b) for a, b in zip([*r, r.mean(axis=0), r[0]], [*x, x.mean(axis=0), x[-1]])),
-                  key=lambda found: abs(found[1]))
+  candidates = zip([*r, r.mean(axis=0), r[0]], [*x, x.mean(axis=0), x[-1]])
+  lag, peak = max((_best_lag(a, b) for a, b in candidates), key=lambda best: abs(best[1]))
   if abs(peak) < FOLLOWS:
     found += _wrong_rate(r, x)
   else:
@@ -65,7 +66,8 @@ def _differing_headers(reference, estimate, reference_rate, estimate_rate) -> li
   found = []
   seconds = max(reference.shape[1], 1) / reference_rate, max(estimate.shape[1], 1) / estimate_rate
   if reference_rate != estimate_rate:
-    found.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at 44100 Hz')
+    found.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at '
+                 '44100 Hz')
   difference = round((seconds[1] - seconds[0]) * reference_rate)
   if any(abs(seconds[1] / seconds[0] * ratio - 1) < 1e-3 for ratio in (RATE_RATIO, 1 / RATE_RATIO)):
     found.append('rate: the lengths are as 44.1 to 48 kHz: one was taken for the other')
@@ -73,7 +75,8 @@ def _differing_headers(reference, estimate, reference_rate, estimate_rate) -> li
     found.append(f'length: the estimate is {abs(difference)} samples ({abs(difference) / reference_rate:.3f} s) '
                  f'{"longer" if difference > 0 else "shorter"} than the reference; compared over what both have')
   if len(reference) != len(estimate):
-    found.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo metrics are left out')
+    found.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo '
+                 'metrics are left out')
   return found
 
 

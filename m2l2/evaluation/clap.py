@@ -1,10 +1,12 @@
-"""LAION-CLAP's audio embedding (Wu et al., 2023), without fusion, as in the published CLAP distances: 512 numbers of unit length a clip.
+"""LAION-CLAP's audio embedding (Wu et al., 2023), without fusion, as in the published CLAP distances: 512 numbers of
+unit length a clip.
 
-The weights are the user's: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of that file is HTS-AT
-"tiny" (width 96, depths 2 2 6 2); the music checkpoints hold "base" (width 128, depths 2 2 12 2). Which one it is, is read from the shapes.
+The weights are the user's: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of
+that file is HTS-AT "tiny" (width 96, depths 2 2 6 2); the music checkpoints hold "base" (width 128, depths 2 2 12 2).
+Which one it is, is read from the shapes.
 
-A clip is 10 s at 48 kHz. Longer ones are cropped in their middle (the original crops at random), shorter ones repeated as often as they fit
-and filled with zeros.
+A clip is 10 s at 48 kHz. Longer ones are cropped in their middle (the original crops at random), shorter ones repeated
+as often as they fit and filled with zeros.
 """
 
 import functools
@@ -22,8 +24,9 @@ SAMPLES = 10 * SAMPLE_RATE
 WIDTH = 512
 N_FFT, HOP, BANDS = 1024, 480, 64
 FLOOR = 1e-10
-SIZE, PATCH, WINDOW = 256, 4, 8  # the spectrogram folded to 256 x 256, patches of 4 x 4, attention in windows of 8 x 8 patches
+SIZE, PATCH, WINDOW = 256, 4, 8  # the spectrogram folded to 256 x 256; patches of 4 x 4; windows of 8 x 8 patches
 HEADS = (4, 8, 16, 32)
+_MOST_BLOCKS = 64
 _BATCH_NORM_EPSILON = _LAYER_NORM_EPSILON = 1e-5
 
 
@@ -40,13 +43,13 @@ def load(path) -> dict[str, jax.Array]:
   first = state.get('audio_branch.patch_embed.proj.weight')
   if first is None:
     raise UserError(f'{path}: holds no tensor audio_branch.patch_embed.proj.weight: not the weights of LAION-CLAP')
-  depths = [1 + max((int(name.split('.')[4]) for name in state if name.startswith(f'audio_branch.layers.{layer}.blocks.')), default=-1)
+  depths = [sum(f'audio_branch.layers.{layer}.blocks.{block}.norm1.weight' in state for block in range(_MOST_BLOCKS))
             for layer in range(len(HEADS))]
   return check_shapes(state, shapes(width=first.shape[0], depths=depths), path=path, of='LAION-CLAP')
 
 
 def shapes(*, width: int = 96, depths=(2, 2, 6, 2)) -> dict[str, tuple[int, ...]]:
-  """Shapes of all that the audio embedding is computed from, by laion_clap's names; the defaults are of 630k-audioset."""
+  """Shapes of all tensors behind the audio embedding, by laion_clap's names; the defaults are 630k-audioset's."""
   made = {'logmel_extractor.melW': (N_FFT // 2 + 1, BANDS),
           **{f'bn0.{name}': (BANDS,) for name in ('weight', 'bias', 'running_mean', 'running_var')},
           'patch_embed.proj.weight': (width, 1, PATCH, PATCH), 'patch_embed.proj.bias': (width,),
@@ -60,7 +63,8 @@ def shapes(*, width: int = 96, depths=(2, 2, 6, 2)) -> dict[str, tuple[int, ...]
                **_linear(f'{at}.attn.qkv', d, 3 * d), **_linear(f'{at}.attn.proj', d, d),
                **_linear(f'{at}.mlp.fc1', d, 4 * d), **_linear(f'{at}.mlp.fc2', 4 * d, d)}
     if layer < len(HEADS) - 1:
-      made |= {**_norm(f'layers.{layer}.downsample.norm', 4 * d), f'layers.{layer}.downsample.reduction.weight': (2 * d, 4 * d)}
+      made |= {**_norm(f'layers.{layer}.downsample.norm', 4 * d),
+               f'layers.{layer}.downsample.reduction.weight': (2 * d, 4 * d)}
   made |= _norm('norm', 8 * width)
   return {**{f'audio_branch.{name}': shape for name, shape in made.items()},
           **_linear('audio_projection.0', 8 * width, WIDTH), **_linear('audio_projection.2', WIDTH, WIDTH)}
@@ -93,7 +97,7 @@ def network(params, audio: jax.Array) -> jax.Array:
   branch = {name.removeprefix('audio_branch.'): value for name, value in params.items()}
   x = _patches(branch, _image(branch, audio))
   for layer, heads in enumerate(HEADS):
-    depth = sum(f'layers.{layer}.blocks.{block}.norm1.weight' in branch for block in range(64))
+    depth = sum(f'layers.{layer}.blocks.{block}.norm1.weight' in branch for block in range(_MOST_BLOCKS))
     for block in range(depth):
       x = _block(branch, f'layers.{layer}.blocks.{block}', x, heads=heads, shift=WINDOW // 2 * (block % 2))
     if layer < len(HEADS) - 1:
@@ -104,7 +108,8 @@ def network(params, audio: jax.Array) -> jax.Array:
 
 
 def _image(params, audio):
-  """Log-mel spectrogram in dB, normalised, stretched to 1024 frames and cut into four strips, one under another: [B, 256, 256]."""
+  """Log-mel spectrogram in dB, normalised, stretched to 1024 frames, as four strips one under another: [B, 256,
+  256]."""
   padded = jnp.pad(audio, ((0, 0), (N_FFT // 2, N_FFT // 2)), mode='reflect')
   starts = HOP * np.arange(1 + SAMPLES // HOP)
   frames = padded[:, starts[:, None] + np.arange(N_FFT)]
@@ -120,7 +125,7 @@ def _image(params, audio):
 
 @functools.cache
 def _stretch(size: int, target: int) -> np.ndarray:
-  """Bicubic interpolation (a = -.75, first and last sample kept, edges repeated) as a matrix: float32 [target, size]."""
+  """Bicubic interpolation (a = -.75, ends kept, edges repeated) as a matrix: float32 [target, size]."""
   place = np.arange(target) * (size - 1) / (target - 1)
   first = np.floor(place).astype(int)
   matrix = np.zeros((target, size))
@@ -129,14 +134,16 @@ def _stretch(size: int, target: int) -> np.ndarray:
     a = -.75
     near_weight = (a + 2) * far ** 3 - (a + 3) * far ** 2 + 1
     far_weight = a * far ** 3 - 5 * a * far ** 2 + 8 * a * far - 4 * a
-    np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, size - 1)), np.where(far <= 1, near_weight, far_weight))
+    weight = np.where(far <= 1, near_weight, far_weight)
+    np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, size - 1)), weight)
   return matrix.astype(np.float32)
 
 
 def _patches(params, image):
   """[B, 256, 256] -> [B, 64, 64, D]."""
   kernel = params['patch_embed.proj.weight'].transpose(2, 3, 1, 0)
-  x = jax.lax.conv_general_dilated(image[..., None], kernel, (PATCH, PATCH), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  x = jax.lax.conv_general_dilated(image[..., None], kernel, (PATCH, PATCH), 'VALID',
+                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
   return _layer_norm(params, 'patch_embed.norm', x + params['patch_embed.proj.bias'])
 
 
@@ -180,7 +187,8 @@ def _mask(height: int, width: int, shift: int) -> np.ndarray:
     for i, rows in enumerate(edges):
       for j, columns in enumerate(edges):
         region[rows, columns] = 3 * i + j
-  region = region.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW).transpose(0, 2, 1, 3).reshape(-1, WINDOW ** 2)
+  region = region.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW).transpose(0, 2, 1, 3)
+  region = region.reshape(-1, WINDOW ** 2)
   return np.where(region[:, None] == region[:, :, None], 0, -100).astype(np.float32)
 
 

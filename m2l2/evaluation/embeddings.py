@@ -12,7 +12,8 @@ EMBEDDINGS = IN_THE_BOX + BY_FILE
 
 
 def make_embedder(name: str, weights_file=None) -> Callable[..., np.ndarray]:
-  """A function (audio float [channels, samples], sample_rate=Hz) -> float32 [windows, width]; it raises UserError for clips too short.
+  """A function (audio float [channels, samples], sample_rate=Hz) -> float32 [windows, width]; it raises UserError for
+  clips too short.
 
   Args:
     name: one of EMBEDDINGS. weights_file: of those in BY_FILE, see `vggish.load` and `clap.load`.

@@ -1,7 +1,7 @@
 """Metrics over many pairs: the report behind `m2l2 evaluate`, and behind evaluations in training.
 
-Signal metrics run in other processes, clip by clip, while this one embeds. A metric that a pair cannot have (silence, too short, mono) is
-left out of the mean and named in the report's warnings.
+Signal metrics run in other processes, clip by clip, while this one embeds. A metric that a pair cannot have (silence,
+too short, mono) is left out of the mean and named in the report's warnings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +44,7 @@ class Loaded:
 
 
 def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
-  """Pairs of the audio files in two folders, by relative name, else by the name without its extension; two files are a pair.
+  """Pairs of the audio files in two folders, by relative name, else without its extension; two files are a pair.
 
   Returns (pairs in the order of their names, one warning for each file without a partner).
   Raises UserError: a folder without audio, or nothing pairs.
@@ -67,7 +67,8 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
       warnings.append(f'{name}: partner: {why}; left out')
   warnings += [f'{name}: partner: an estimate without a reference; left out' for name in sorted(set(by_name) - used)]
   if not found:
-    raise UserError(f'no file of {audio_io.shown(estimate)} has the name of one in {audio_io.shown(reference)}: nothing to compare')
+    raise UserError(f'no file of {audio_io.shown(estimate)} has the name of one in {audio_io.shown(reference)}: '
+                    'nothing to compare')
   return found, warnings
 
 
@@ -122,9 +123,9 @@ def measure(loaded: Loaded, names: Sequence[str], *, chunks: seams.Chunks = seam
   return {name: values[name] for name in names if name in values}, warnings
 
 
-def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS, embedders: Mapping[str, Callable] | None = None,
-             workers: int = 1, chunks: seams.Chunks = seams.Chunks(), seed: int = 0,
-             progress: Callable[[int], None] = lambda steps: None) -> dict:
+def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS,
+             embedders: Mapping[str, Callable] | None = None, workers: int = 1, chunks: seams.Chunks = seams.Chunks(),
+             seed: int = 0, progress: Callable[[int], None] = lambda steps: None) -> dict:
   """The report on all pairs, a tree of JSON types.
 
   Args:
@@ -134,8 +135,9 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS, embedde
     chunks: where the model's chunks meet, for seam_db. seed: of the noise in `ratio`, and of the bootstrap.
     progress: called with the number of steps done since; `steps_of` says how many there are.
   Returns:
-    {'pairs': n measured, 'metrics': {name: {'mean', 'sem', 'per_file'}}, 'frechet': {embedding: {'value', 'bootstrap_sd', 'clips',
-    'windows'}}, 'warnings': ['file: what: ...']}. A metric that no pair has is absent; sem is null for one pair.
+    {'pairs': n measured, 'metrics': {name: {'mean', 'sem', 'per_file'}},
+     'frechet': {embedding: {'value', 'bootstrap_sd', 'clips', 'windows'}}, 'warnings': ['file: what: ...']}.
+    A metric that no pair has is absent; sem is None for one pair.
   Raises:
     UserError: unknown name, or no pair can be measured.
   """
@@ -253,8 +255,8 @@ def _summary(per_file, metrics) -> dict:
 
 
 def split_names(names: str | None, *, with_files: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-  """(signal metrics, embeddings) of a comma-separated list; of None: all that are in the box, ViSQOL where it is installed, and the
-  embeddings in `with_files`, whose weights were given.
+  """(signal metrics, embeddings) of a comma-separated list; of None: all that are in the box, ViSQOL where it is
+  installed, and the embeddings in `with_files`, whose weights were given.
 
   Raises UserError: an unknown name.
   """
@@ -264,7 +266,8 @@ def split_names(names: str | None, *, with_files: Iterable[str] = ()) -> tuple[l
   picked = [name.strip() for name in names.split(',') if name.strip()]
   unknown = [name for name in picked if name not in (*METRICS, *EMBEDDINGS)]
   if unknown or not picked:
-    raise UserError(f'unknown metric {unknown[0] if unknown else names!r}: pick from {", ".join((*METRICS, *EMBEDDINGS))}')
+    raise UserError(f'unknown metric {unknown[0] if unknown else names!r}: pick from '
+                    f'{", ".join((*METRICS, *EMBEDDINGS))}')
   if 'visqol' in picked:
     visqol.require()
   return [name for name in METRICS if name in picked], [name for name in EMBEDDINGS if name in picked]

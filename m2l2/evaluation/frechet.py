@@ -2,9 +2,9 @@
 
   |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2)
 
-in float64. The last trace is the sum of the roots of that symmetrised product's eigenvalues; with C = X^T X (X: the centred rows over
-sqrt(n - 1)) these roots are the singular values of X_a X_b^T, which is how they are computed: no root of a small eigenvalue is taken, so
-fewer windows than dimensions (singular covariances) are as exact as many.
+in float64. The last trace is the sum of the roots of that symmetrised product's eigenvalues; with C = X^T X (X: the
+centred rows over sqrt(n - 1)) these roots are the singular values of X_a X_b^T, which is how they are computed: no root
+of a small eigenvalue is taken, so fewer windows than dimensions (singular covariances) are as exact as many.
 
 Over few clips it means something only paired: the same clips on both sides.
 """
@@ -48,7 +48,7 @@ def bootstrap_sd(a: Sequence, b: Sequence, *, draws: int = DRAWS, seed: int = 0)
     return None
   rng = np.random.default_rng(seed)
   picks = rng.integers(len(a), size=(draws, len(a)))
-  distances = [frechet_distance(np.concatenate([a[i] for i in pick]), np.concatenate([b[i] for i in pick])) for pick in picks]
+  distances = [frechet_distance(*(np.concatenate([side[i] for i in pick]) for side in (a, b))) for pick in picks]
   return float(np.std(distances, ddof=1))
 
 
@@ -56,7 +56,8 @@ def _moments(embeddings) -> tuple[np.ndarray, np.ndarray]:
   """Mean [d] and a factor X [min(n, d), d] of the unbiased covariance X^T X, float64."""
   x = np.asarray(embeddings, np.float64)
   if x.ndim != 2 or len(x) < 2:
-    raise UserError(f'a Frechet distance needs two or more embeddings [n, d] a side, not {list(x.shape)}: give more or longer clips')
+    raise UserError(f'a Frechet distance needs two or more embeddings [n, d] a side, not {list(x.shape)}: '
+                    'give more or longer clips')
   if not np.isfinite(x).all():
     raise UserError('embeddings that are NaN or infinite have no Frechet distance')
   mean = x.mean(axis=0)

@@ -1,9 +1,10 @@
 """musicnn (Pons and Serra, 2019): embeddings of music from a small network trained to tag it.
 
-The weights of the PyPI package musicnn 0.1.0 (ISC licence, see m2l2/assets/musicnn) were dumped once by tests/dump_musicnn.py; the network
-is written here in JAX. Two of them: 'mtt' was trained on MagnaTagATune, 'msd' on the Million Song Dataset. Input: 3 s windows of the
-log-mel spectrogram at 16 kHz. Two kinds of kernels read it: timbral ones, 7 frames wide over 40 or 70 % of the bands, and temporal ones of
-one band and up to 128 frames; a few layers of width 64 over time, the maximum and mean of everything over the window, and two dense layers.
+The weights of the PyPI package musicnn 0.1.0 (ISC licence, see m2l2/assets/musicnn) were dumped once by
+tests/dump_musicnn.py; the network is written here in JAX. Two of them: 'mtt' was trained on MagnaTagATune, 'msd' on the
+Million Song Dataset. Input: 3 s windows of the log-mel spectrogram at 16 kHz. Two kinds of kernels read it: timbral
+ones, 7 frames wide over 40 or 70 % of the bands, and temporal ones of one band and up to 128 frames; a few layers of
+width 64 over time, the maximum and mean of everything over the window, and two dense layers.
 """
 
 import functools
@@ -53,8 +54,8 @@ def embed_log_mel(frames: np.ndarray, *, name: str) -> np.ndarray:
 
 
 def log_mel(audio, *, sample_rate: int) -> np.ndarray:
-  """log10(1 + 10^4 S) of the mel power spectrogram S (librosa's: 512-point centred Hann frames every 256, 96 Slaney bands to 8 kHz), with S
-  rounded to float16 as the authors do.
+  """log10(1 + 10^4 S) of the mel power spectrogram S (librosa's: 512-point centred Hann frames every 256, 96 Slaney
+  bands to 8 kHz), with S rounded to float16 as the authors do.
 
   Args:
     audio: float [channels, samples] or [samples] at `sample_rate` (Hz).
@@ -81,7 +82,8 @@ def weights(name: str) -> dict[str, jax.Array]:
 def penultimate(params, windows: jax.Array) -> jax.Array:
   """The network up to the layer before the tags: log-mel windows float32 [B, 187, 96] -> [B, 200]."""
   normal = _batch_norm(params, 0, windows[..., None])
-  # Zeros before and after in time (behind the batch norm); all places on the frequency axis, of which the strongest answer counts.
+  # Zeros before and after in time (behind the batch norm); all places on the frequency axis, of which the strongest
+  # answer counts.
   padded = jnp.pad(normal, ((0, 0), (3, 3), (0, 0), (0, 0)))
   timbral = [_convolve(params, index, padded, 'VALID').max(axis=2) for index in (0, 1)]
   temporal = [_convolve(params, index, normal, 'SAME').max(axis=2) for index in (2, 3, 4)]

@@ -241,7 +241,8 @@ def _decibel(magnitude: np.ndarray, floor: float) -> np.ndarray:
 
 def magnitudes(mono: np.ndarray, *, n_fft: int = N_FFT, hop: int = HOP, window_length: int | None = None,
                bins: int | None = None) -> Iterator[np.ndarray]:
-  """Blocks [frames, bins] of |STFT|, the first `bins` (by default those up to 16 kHz at 44.1 kHz); a shorter window is centred."""
+  """Blocks [frames, bins] of |STFT|, the first `bins` (by default those up to 16 kHz at 44.1 kHz); a shorter window is
+  centred."""
   window_length = window_length or n_fft
   bins = bins or int(MAX_HZ * n_fft / SAMPLE_RATE) + 1
   # Outside of its window a frame is zero, and magnitudes do not see the shift: only the window's

@@ -18,9 +18,11 @@ PAGE_FILES = 6  # pairs with spectrograms and players
 EXCERPT_SECONDS = 10.
 _STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% } audio { width: 24rem; vertical-align: middle }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .pair audio { width: 100% } .scroll { overflow-x: auto } li { color: #a00 }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .pair audio { width: 100% }
 '''
 
 
@@ -47,12 +49,12 @@ def write_csv(path, report):
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(['file', *metrics])
   for file in _files(report):
-    writer.writerow([file, *(repr(metric['per_file'][file]) if file in metric['per_file'] else '' for metric in metrics.values())])
+    writer.writerow([file, *(metric['per_file'].get(file, '') for metric in metrics.values())])
   _write(path, text.getvalue())
 
 
 def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
-  """The page: tables, a plot of every metric over the files, and spectrograms and players of PAGE_FILES pairs from best to worst.
+  """The page: tables, a plot of every metric over the files, spectrograms and players of PAGE_FILES pairs.
 
   items: the `evaluate.Pair`s of the report.
   """
@@ -64,11 +66,13 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
     body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
   if report['metrics']:
     body.append(f'<h2>Over the files</h2>{_image(_plot_metrics(report), "every metric over the files")}')
-  body += [f'<h2>Listen</h2><p>From best to worst mel_l1_db where there are more than {PAGE_FILES}; at most {EXCERPT_SECONDS:.0f} s.</p>'] + [
-      _listen(item) for item in shown]
+  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from the best mel_l1_db to the worst; '
+              f'{EXCERPT_SECONDS:.0f} s of each.</p>')
+  body += [_listen(item) for item in shown]
   names = list(report['metrics'])
-  rows = [(file, *(f'{report["metrics"][name]["per_file"][file]:.4g}' if file in report['metrics'][name]['per_file'] else '-'
-                   for name in names)) for file in _files(report)]
+  values = {name: report['metrics'][name]['per_file'] for name in names}
+  rows = [(file, *(f'{values[name][file]:.4g}' if file in values[name] else '-' for name in names))
+          for file in _files(report)]
   body.append(f'<h2>Files</h2><div class="scroll">{_html_table(("file", *names), rows)}</div>')
   _write(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
                f'<style>{_STYLE}</style><body>{"".join(body)}</body></html>\n')
@@ -96,7 +100,8 @@ def _from_best_to_worst(report, items):
   ranking = report['metrics'].get('mel_l1_db') or next(iter(report['metrics'].values()), None)
   if ranking is None:
     return items[:PAGE_FILES]
-  measured = sorted((item for item in items if item.name in ranking['per_file']), key=lambda item: ranking['per_file'][item.name])
+  values = ranking['per_file']
+  measured = sorted((item for item in items if item.name in values), key=lambda item: values[item.name])
   picks = np.unique(np.linspace(0, len(measured) - 1, PAGE_FILES).round().astype(int))
   return [measured[i] for i in picks]
 
@@ -112,8 +117,9 @@ def _listen(item) -> str:
   length = int(EXCERPT_SECONDS * loaded.sample_rate)
   sides = (('reference', loaded.reference[:, :length]), ('estimate', loaded.estimate[:, :length]))
   cells = ''.join(
-      f'<div>{name}<br><audio controls preload="none" src="data:audio/flac;base64,{_flac(audio, loaded.sample_rate)}"></audio>'
-      f'{_image(_plot_spectrogram(audio, loaded.sample_rate), f"spectrogram of the {name}")}</div>' for name, audio in sides)
+      f'<div>{name}<br><audio controls src="data:audio/flac;base64,{_flac(audio, loaded.sample_rate)}"></audio>'
+      f'{_image(_plot_spectrogram(audio, loaded.sample_rate), f"spectrogram of the {name}")}</div>'
+      for name, audio in sides)
   return f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}</div>'
 
 
@@ -142,7 +148,8 @@ def _plot_spectrogram(audio, sample_rate):
   axes = figure.subplots()
   log_mel = pairs.log_mel_db(audio, sample_rate=sample_rate)
   seconds = log_mel.shape[1] * pairs.HOP / pairs.SAMPLE_RATE
-  axes.imshow(log_mel, origin='lower', aspect='auto', extent=(0, seconds, 0, len(log_mel)), vmin=-40, vmax=40, cmap='magma')
+  axes.imshow(log_mel, origin='lower', aspect='auto', extent=(0, seconds, 0, len(log_mel)), cmap='magma',
+              vmin=-40, vmax=40)
   axes.set(xlabel='s', ylabel='mel band')
   return figure
 

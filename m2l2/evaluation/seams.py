@@ -30,8 +30,8 @@ def of_model(representation, *, sample_rate: int) -> Chunks:
 
 
 def seam_db(reference, estimate, *, sample_rate: int, chunks: Chunks = Chunks()) -> float:
-  """Mean |log-mel difference| (dB, as in `pairs.mel_l1_db`) of the frames within 2 of a chunk border, less that of those within 2
-  of a chunk's centre: 0 where borders are no worse.
+  """Mean |log-mel difference| (dB, as in `pairs.mel_l1_db`) of the frames within 2 of a chunk border, less that of
+  those within 2 of a chunk's centre: 0 where borders are no worse.
 
   Args:
     reference, estimate: float [channels, samples] or [samples], both at `sample_rate` (Hz).

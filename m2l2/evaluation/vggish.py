@@ -1,6 +1,8 @@
-"""VGGish (Hershey et al., 2017) as in the published Frechet audio distances: 128 numbers a .96 s, no PCA, no activation after the last layer.
+"""VGGish (Hershey et al., 2017) as in the published Frechet audio distances: 128 numbers a .96 s, no PCA, no activation
+after the last layer.
 
-The weights are the user's: the state dict of torchvggish (vggish-10086976.pth, or its tensors as .safetensors), which holds Google's.
+The weights are the user's: the state dict of torchvggish (vggish-10086976.pth, or its tensors as .safetensors), which
+holds Google's.
 """
 
 import functools
@@ -52,7 +54,8 @@ def check_shapes(state, shapes, *, path, of: str) -> dict[str, jax.Array]:
 
 
 def embed(params, audio, *, sample_rate: int) -> np.ndarray:
-  """float [channels, samples] or [samples] in [-1, 1] at `sample_rate` (Hz) -> float32 [examples, 128], one every .96 s.
+  """float [channels, samples] or [samples] in [-1, 1] at `sample_rate` (Hz) -> float32 [examples, 128], one every .96
+  s.
 
   Raises UserError: shorter than an example.
   """
@@ -66,7 +69,8 @@ def embed(params, audio, *, sample_rate: int) -> np.ndarray:
 
 
 def log_mel(audio, *, sample_rate: int) -> np.ndarray:
-  """ln(.01 + mel magnitudes), float32 [1 + (samples - 400) // 160, 64], samples counted at 16 kHz; frames are not centred."""
+  """ln(.01 + mel magnitudes), float32 [1 + (samples - 400) // 160, 64], samples counted at 16 kHz; frames are not
+  centred."""
   mono = pairs.prepared(audio, sample_rate=sample_rate, to_rate=SAMPLE_RATE, what='audio')
   if len(mono) < WINDOW:
     return np.zeros((0, BANDS), np.float32)
@@ -89,7 +93,8 @@ def mel_filterbank() -> np.ndarray:
 
 def network(params, examples: jax.Array) -> jax.Array:
   """Log-mel examples [B, 96, 64] -> [B, 128]."""
-  # Compiled apart: as one, XLA on CPUs computes the last pooling anew for each of the 4096 outputs, and takes 50 times as long.
+  # Compiled apart: as one, XLA on CPUs computes the last pooling anew for each of the 4096 outputs, and takes 50 times
+  # as long.
   return _dense_layers(params, _features(params, examples))
 
 

@@ -314,7 +314,8 @@ def read_state_dict(path, *, nested: str = STATE_DICT, of: str = 'CoDiCodec',
   """Tensors by name from a .safetensors file, or from a torch checkpoint; nothing in the file is executed.
 
   Args:
-    nested: the state dict's place in a torch checkpoint that holds more. of, published: the model and its file, for messages.
+    nested: the state dict's place in a torch checkpoint that holds more. of, published: the model and its file, for
+      messages.
   Raises UserError: no such file, damaged, not a checkpoint of the model, or torch is needed and not installed.
   """
   path = os.fspath(path)
