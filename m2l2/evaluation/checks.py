@@ -48,7 +48,8 @@ def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) 
     found += _wrong_rate(r, x)
   else:
     if abs(lag) >= MIN_LAG or (lag and abs(peak) >= NEAR_COPY):
-      found.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({abs(lag) / pairs.SAMPLE_RATE * 1e3:.2f} ms) '
+      milliseconds = abs(lag) / pairs.SAMPLE_RATE * 1e3
+      found.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({milliseconds:.2f} ms) '
                    f'{"late" if lag > 0 else "early"}')
     found += _polarity_and_channels(r[:, max(-lag, 0):], x[:, max(lag, 0):])
   length = min(r.shape[1], x.shape[1])

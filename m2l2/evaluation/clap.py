@@ -114,10 +114,10 @@ def _image(params, audio):
   starts = HOP * np.arange(1 + SAMPLES // HOP)
   frames = padded[:, starts[:, None] + np.arange(N_FFT)]
   hann = .5 - .5 * np.cos(2 * np.pi * np.arange(N_FFT) / N_FFT)
-  power = jnp.abs(jnp.fft.rfft(frames * hann.astype(np.float32))) ** 2
+  power = jnp.abs(jnp.fft.rfft(frames * hann[None, None].astype(np.float32))) ** 2
   x = 10 * jnp.log10(jnp.maximum(power @ params['logmel_extractor.melW'], FLOOR))
   scale = params['bn0.weight'] / jnp.sqrt(params['bn0.running_var'] + _BATCH_NORM_EPSILON)
-  x = (x - params['bn0.running_mean']) * scale + params['bn0.bias']
+  x = _affine(x, scale, params['bn0.bias'] - params['bn0.running_mean'] * scale)
   strips = SIZE // BANDS
   x = jnp.einsum('ts,bsf->btf', _stretch(x.shape[1], SIZE * strips), x)
   return x.reshape(-1, strips, SIZE, BANDS).transpose(0, 1, 3, 2).reshape(-1, SIZE, SIZE)
@@ -144,7 +144,7 @@ def _patches(params, image):
   kernel = params['patch_embed.proj.weight'].transpose(2, 3, 1, 0)
   x = jax.lax.conv_general_dilated(image[..., None], kernel, (PATCH, PATCH), 'VALID',
                                    dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  return _layer_norm(params, 'patch_embed.norm', x + params['patch_embed.proj.bias'])
+  return _layer_norm(params, 'patch_embed.norm', x + jnp.broadcast_to(params['patch_embed.proj.bias'], x.shape))
 
 
 def _block(params, name, x, *, heads, shift):
@@ -165,7 +165,8 @@ def _attention(params, name, x, *, heads, mask):
   """Of [B, windows, 64, D]."""
   q, k, v = jnp.moveaxis(_dense(params, f'{name}.qkv', x).reshape(*x.shape[:-1], 3, heads, -1), -3, 0)
   bias = params[f'{name}.relative_position_bias_table'][_relative_positions()]  # [64, 64, heads]
-  scores = jnp.einsum('bwqhk,bwshk->bwhqs', q * q.shape[-1] ** -.5, k) + bias.transpose(2, 0, 1) + mask[:, None]
+  bias = bias.transpose(2, 0, 1)[None] + mask[:, None]  # [windows, heads, 64, 64]
+  scores = jnp.einsum('bwqhk,bwshk->bwhqs', q * q.shape[-1] ** -.5, k) + bias[None]
   mixed = jnp.einsum('bwhqs,bwshk->bwqhk', jax.nn.softmax(scores), v)
   return _dense(params, f'{name}.proj', mixed.reshape(x.shape))
 
@@ -201,8 +202,14 @@ def _merge(params, name, x):
 def _layer_norm(params, name, x):
   x = x - x.mean(axis=-1, keepdims=True)
   x = x / jnp.sqrt(jnp.mean(x ** 2, axis=-1, keepdims=True) + _LAYER_NORM_EPSILON)
-  return x * params[f'{name}.weight'] + params[f'{name}.bias']
+  return _affine(x, params[f'{name}.weight'], params[f'{name}.bias'])
+
+
+def _affine(x, scale, offset):
+  """The last axis of x times [D] plus [D]."""
+  return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(offset, x.shape)
 
 
 def _dense(params, name, x):
-  return x @ params[f'{name}.weight'].T + params[f'{name}.bias']
+  y = x @ params[f'{name}.weight'].T
+  return y + jnp.broadcast_to(params[f'{name}.bias'], y.shape)

@@ -95,7 +95,7 @@ def penultimate(params, windows: jax.Array) -> jax.Array:
     layers.append(x)
   features = jnp.concatenate(layers, axis=2)
   pooled = jnp.stack([features.max(axis=1), features.mean(axis=1)], axis=2).reshape(len(features), -1)
-  return jax.nn.relu(_batch_norm(params, 9, pooled) @ params['dense.kernel'] + params['dense.bias'])
+  return jax.nn.relu(_batch_norm(params, 9, pooled) @ params['dense.kernel'] + params['dense.bias'][None])
 
 
 def _convolve_time(params, index, x):
@@ -107,14 +107,14 @@ def _convolve_time(params, index, x):
 def _convolve(params, index, x, padding, kernel=None):
   kernel = _of_layer(params, 'conv2d', index, 'kernel') if kernel is None else kernel
   y = jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  return _batch_norm(params, index + 1, jax.nn.relu(y + _of_layer(params, 'conv2d', index, 'bias')))
+  return _batch_norm(params, index + 1, jax.nn.relu(y + jnp.broadcast_to(_of_layer(params, 'conv2d', index, 'bias'), y.shape)))
 
 
 def _batch_norm(params, index, x):
   mean, variance, gamma, beta = (_of_layer(params, 'batch_normalization', index, name)
                                  for name in ('moving_mean', 'moving_variance', 'gamma', 'beta'))
   scale = gamma / jnp.sqrt(variance + _BATCH_NORM_EPSILON)
-  return x * scale + (beta - mean * scale)
+  return x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(beta - mean * scale, x.shape)
 
 
 def _of_layer(params, kind, index, name):

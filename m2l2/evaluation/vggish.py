@@ -107,13 +107,13 @@ def _features(params, examples):
     else:
       kernel = params[f'features.{layer}.weight'].transpose(2, 3, 1, 0)
       x = jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-      x = jax.nn.relu(x + params[f'features.{layer}.bias'])
+      x = jax.nn.relu(x + jnp.broadcast_to(params[f'features.{layer}.bias'], x.shape))
   return x.reshape(len(x), -1)
 
 
 @jax.jit
 def _dense_layers(params, x):
   for layer in (0, 2, 4):
-    x = x @ params[f'embeddings.{layer}.weight'].T + params[f'embeddings.{layer}.bias']
+    x = x @ params[f'embeddings.{layer}.weight'].T + params[f'embeddings.{layer}.bias'][None]
     x = jax.nn.relu(x) if layer < 4 else x
   return x
