@@ -107,7 +107,8 @@ def _convolve_time(params, index, x):
 def _convolve(params, index, x, padding, kernel=None):
   kernel = _of_layer(params, 'conv2d', index, 'kernel') if kernel is None else kernel
   y = jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-  return _batch_norm(params, index + 1, jax.nn.relu(y + jnp.broadcast_to(_of_layer(params, 'conv2d', index, 'bias'), y.shape)))
+  bias = jnp.broadcast_to(_of_layer(params, 'conv2d', index, 'bias'), y.shape)
+  return _batch_norm(params, index + 1, jax.nn.relu(y + bias))
 
 
 def _batch_norm(params, index, x):

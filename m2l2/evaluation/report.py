@@ -66,7 +66,7 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
     body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
   if report['metrics']:
     body.append(f'<h2>Over the files</h2>{_image(_plot_metrics(report), "every metric over the files")}')
-  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from the best mel_l1_db to the worst; '
+  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from best to worst by {_ranking(report)}; '
               f'{EXCERPT_SECONDS:.0f} s of each.</p>')
   body += [_listen(item) for item in shown]
   names = list(report['metrics'])
@@ -97,13 +97,17 @@ def _files(report) -> list[str]:
 
 def _from_best_to_worst(report, items):
   """PAGE_FILES pairs, evenly over the ranking by the mel distance (by another metric where there is none)."""
-  ranking = report['metrics'].get('mel_l1_db') or next(iter(report['metrics'].values()), None)
-  if ranking is None:
+  if not report['metrics']:
     return items[:PAGE_FILES]
-  values = ranking['per_file']
-  measured = sorted((item for item in items if item.name in values), key=lambda item: values[item.name])
+  name = _ranking(report)
+  values, sign = report['metrics'][name]['per_file'], -1 if name in HIGHER_IS_BETTER else 1
+  measured = sorted((item for item in items if item.name in values), key=lambda item: sign * values[item.name])
   picks = np.unique(np.linspace(0, len(measured) - 1, PAGE_FILES).round().astype(int))
   return [measured[i] for i in picks]
+
+
+def _ranking(report) -> str:
+  return 'mel_l1_db' if 'mel_l1_db' in report['metrics'] else next(iter(report['metrics']), 'name')
 
 
 def _html_table(head, rows) -> str:
@@ -126,7 +130,8 @@ def _listen(item) -> str:
 def _flac(audio, sample_rate) -> str:
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'audio.flac')
-    audio_io.write(path, audio, sample_rate)
+    # 16 bits' worth, which FLAC packs into half the size; and within them, which is no news worth a log line.
+    audio_io.write(path, np.clip(np.round(audio * 2 ** 15), -2 ** 15, 2 ** 15 - 1) / 2 ** 15, sample_rate)
     with open(path, 'rb') as file:
       return base64.b64encode(file.read()).decode()
 
@@ -149,7 +154,7 @@ def _plot_spectrogram(audio, sample_rate):
   log_mel = pairs.log_mel_db(audio, sample_rate=sample_rate)
   seconds = log_mel.shape[1] * pairs.HOP / pairs.SAMPLE_RATE
   axes.imshow(log_mel, origin='lower', aspect='auto', extent=(0, seconds, 0, len(log_mel)), cmap='magma',
-              vmin=-40, vmax=40)
+              vmin=-50, vmax=30)
   axes.set(xlabel='s', ylabel='mel band')
   return figure
 
