@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import shutil
+import sys
+import types
 
 import jax
 import numpy as np
@@ -134,6 +136,44 @@ def test_stereo_metrics():
   assert values['si_sdr_right'] == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
 
 
+@pytest.fixture
+def forget_visqol():
+  visqol._measure.cache_clear()
+  yield
+  visqol._measure.cache_clear()
+
+
+def test_visqol_is_called_as_defined(music, monkeypatch, forget_visqol):
+  class StandIn:
+    def create(self, mode):
+      assert mode == 'audio'
+
+    def measure_from_arrays(self, reference, estimate, sample_rate):
+      assert sample_rate == 48000 and reference.dtype == estimate.dtype == np.float64
+      assert reference.shape == estimate.shape == (round(48000 * 40000 / RATE),)
+      if len(np.unique(reference - estimate)) == 1:
+        raise ValueError('too short')
+      return types.SimpleNamespace(moslqo=np.float64(4.25))
+
+  monkeypatch.setitem(sys.modules, 'visqol', types.SimpleNamespace(VisqolApi=StandIn))
+  reference = music[0][:, :40000]
+  assert visqol.visqol(reference, music[1], sample_rate=RATE) == 4.25
+  with pytest.raises(UserError, match='visqol cannot measure this pair: too short'):
+    visqol.visqol(reference, reference, sample_rate=RATE)
+  with pytest.raises(UserError, match='one side is silent'):
+    visqol.visqol(reference, 0 * reference, sample_rate=RATE)
+  assert 'visqol' in evaluate.split_names(None)[0]
+
+
+def test_without_visqol_the_rest_is_measured(monkeypatch, forget_visqol):
+  monkeypatch.setitem(sys.modules, 'visqol', None)  # as if not installed
+  assert evaluate.split_names(None, with_files=['clap']) == (
+      [name for name in evaluate.METRICS if name != 'visqol'], ['musicnn_mtt', 'musicnn_msd', 'clap'])
+  with pytest.raises(UserError, match=r"pip install 'm2l2\[visqol\]'"):
+    evaluate.split_names('visqol')
+
+
+@pytest.mark.visqol
 def test_visqol_equals_the_package(music):
   from visqol import VisqolApi
   reference, estimate = music[0][:, :RATE], noisy(music[0][:, :RATE], .1)
