@@ -184,6 +184,9 @@ class _Job:
     return values, [*loaded.warnings, *warnings]
 
 
+_THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+
+
 class _mapped:
   """Context of an iterator over job(item), in order, computed by `workers` processes from the start."""
 
@@ -195,7 +198,14 @@ class _mapped:
       return map(self.job, self.items)
     # Not forked: this process may hold JAX's threads.
     self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context('spawn'))
-    return self._results([self.pool.submit(self.job, item) for item in self.items])
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, '1'))  # a worker a core: their matrix products must not fight for all
+    try:
+      futures = [self.pool.submit(self.job, item) for item in self.items]  # which starts the processes
+    finally:
+      for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return self._results(futures)
 
   def _results(self, futures):
     try:
