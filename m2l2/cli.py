@@ -1,4 +1,4 @@
-"""The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, info, import-codicodec.
+"""The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, evaluate, info, ...
 
 Whatever a command needs is imported when it runs, so that `m2l2 --help` answers at once.
 """
@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 
 from m2l2.errors import UserError
@@ -165,6 +166,32 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny')
   files(made, audio_in, audio_out)
   decoding(made)
+  made = command('evaluate', _evaluate,
+                 summary='Metrics of reconstructions against their originals, in pairs by file name.',
+                 example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
+                         '  m2l2 evaluate --reference=DIR --checkpoint=runs/tiny --output=report.json '
+                         '--metrics=si_sdr,musicnn_mtt')
+  made.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
+  made.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
+  made.add_argument('--checkpoint', metavar='DIR',
+                    help='reconstruct first, with this snapshot, workdir or model in the box')
+  made.add_argument('--output', required=True, metavar='*.json', help='the report')
+  made.add_argument('--csv', metavar='*.csv', help='one row a file')
+  made.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
+  made.add_argument('--metrics', metavar='A,B,...',
+                    help='some of si_sdr, mel_l1_db, lsd_db, mrstft, ratio, si_sdr_left, si_sdr_right, side_mid_db, '
+                    'seam_db, visqol, and Frechet distances over musicnn_mtt, musicnn_msd, vggish, clap '
+                    '(default: all that need no file; visqol if it is installed)')
+  made.add_argument('--vggish', metavar='FILE',
+                    help='weights of VGGish: vggish-10086976.pth of torchvggish, or its tensors as *.safetensors')
+  made.add_argument('--clap', metavar='FILE',
+                    help='weights of LAION-CLAP: 630k-audioset-best.pt, or its tensors as *.safetensors')
+  made.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N',
+                    help='processes for the signal metrics (default: all cores)')
+  made.add_argument('--chunk-seconds', type=float, metavar='X',
+                    help="length of the model's chunks, for seam_db (default: the checkpoint's, else 0.743)")
+  made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
+  decoding(made)
   made = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
                  example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
   made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
@@ -303,6 +330,78 @@ def _reconstruct(args):
     latents = _encode_file(codec, info, discrete=False, quiet=args.quiet)
     _decode_file(codec, latents, writer, args)
   _say(args, _decoded_line(args.target, latents))
+
+
+def _evaluate(args):
+  try:
+    from m2l2.evaluation import embeddings, evaluate, report, seams
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f"evaluation needs {error.name}, which is not installed: pip install 'm2l2[eval]'") from error
+  from m2l2.data import audio_io
+  if not (args.estimate or args.checkpoint):
+    raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
+  if args.workers < 0 or (args.chunk_seconds is not None and not args.chunk_seconds > 0):
+    raise UserError('--workers must not be negative, and --chunk-seconds must be positive')
+  for path, extension in ((args.output, '.json'), (args.csv, '.csv'), (args.html, '.html')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
+  metrics, names = evaluate.split_names(args.metrics, with_files=files)
+  embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
+  with contextlib.ExitStack() as stack:
+    chunks = seams.Chunks()
+    if args.checkpoint:
+      codec = _load(args.checkpoint)
+      chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
+      folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
+      items, warnings = _reconstruct_all(codec, folder, args)
+    else:
+      items, warnings = evaluate.find_pairs(args.reference, args.estimate)
+    if args.chunk_seconds:
+      chunks = seams.Chunks(period=args.chunk_seconds)
+    with _bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
+      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
+                               seed=args.seed, progress=progress)
+    made['warnings'] = warnings + made['warnings']
+    report.write_json(args.output, made)
+    if args.csv:
+      report.write_csv(args.csv, made)
+    if args.html:
+      report.write_html(args.html, made, items)
+  for name, value, count in report.table(made):
+    _say(args, f'{name:20} {value:22} n={count}')
+  for line in made['warnings']:
+    _say(args, f'warning: {line}')
+
+
+def _reconstruct_all(codec, folder, args):
+  """Reconstructs every reference into `folder`, as WAV under its own name: (pairs, warnings)."""
+  from m2l2.data import audio_io, sources
+  from m2l2.evaluation.evaluate import Pair
+  codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
+  found, items, warnings = sources.find_audio_files(args.reference), [], []
+  quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
+  with _bar('reconstruct', len(found), quiet=args.quiet) as progress:
+    for number, name in enumerate(found.names):
+      target = os.path.join(folder, f'{os.path.splitext(name)[0]}.wav')
+      if any(item.estimate == target for item in items):
+        raise UserError(f'{name}: another reference has that name with another extension; give it a name of its own')
+      if os.path.exists(target) and os.path.samefile(target, found.path(number)):
+        raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
+      try:
+        info = audio_io.probe(found.path(number))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
+          _decode_file(codec, _encode_file(codec, info, discrete=False, quiet=True), writer, quiet)
+        items.append(Pair(name, found.path(number), target))
+      except UserError as error:
+        warnings.append(f'{name}: unreadable: {error}; left out')
+      progress(1)
+  if not items:
+    raise UserError(f'nothing could be reconstructed; the first: {warnings[0]}')
+  return items, warnings
 
 
 def _load(checkpoint):
@@ -504,6 +603,14 @@ def _corpus_progress(total, *, quiet):
                           refresh=False)
       bar.update()
     yield advance
+
+
+@contextlib.contextmanager
+def _bar(name, steps, *, quiet):
+  """A bar in steps on stderr, on a terminal only; gives a function to advance it."""
+  import tqdm
+  with tqdm.tqdm(total=steps, desc=name, leave=False, disable=True if quiet else None) as bar:
+    yield bar.update
 
 
 def _counted(blocks, done) -> Iterator:

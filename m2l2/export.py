@@ -13,7 +13,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import decoding, encoding
+from m2l2 import decoding
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
@@ -21,7 +21,7 @@ from m2l2.kernels.chunk_causal import compiling_for
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 LOADER = '''\
-"""Runs an exported Music2Latent2 model; needs JAX alone. Audio is float32 [batch, channels, samples] at about['sample_rate']."""
+"""Runs an exported Music2Latent2 model; needs jax and flatbuffers. Audio: [batch, channels, samples], float32."""
 import json, pathlib
 import jax, jax.export, jax.numpy as jnp, numpy as np
 

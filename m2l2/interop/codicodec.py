@@ -309,19 +309,23 @@ def _more(items) -> str:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def read_state_dict(path) -> dict[str, np.ndarray]:
+def read_state_dict(path, *, nested: str = STATE_DICT, of: str = 'CoDiCodec',
+                    published: str = 'codicodec.pt') -> dict[str, np.ndarray]:
   """Tensors by name from a .safetensors file, or from a torch checkpoint; nothing in the file is executed.
 
-  Raises UserError: no such file, damaged, not a checkpoint of CoDiCodec, or torch is needed and not installed.
+  Args:
+    nested: the state dict's place in a torch checkpoint that holds more. of, published: the model and its file, for
+      messages.
+  Raises UserError: no such file, damaged, not a checkpoint of the model, or torch is needed and not installed.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
-    raise UserError(f'{audio_io.shown(path)}: there is no such file (the published one is codicodec.pt)')
+    raise UserError(f'{audio_io.shown(path)}: there is no such file (the published one is {published})')
   try:
     open(path, 'rb').close()
   except OSError as error:
     raise UserError(f'{audio_io.shown(path)}: cannot be read ({error.strerror})') from error
-  return (_read_safetensors if is_safetensors(path) else _read_torch)(path)
+  return _read_safetensors(path) if is_safetensors(path) else _read_torch(path, nested, of)
 
 
 def _read_safetensors(path):
@@ -332,7 +336,7 @@ def _read_safetensors(path):
                     f'({_first_line(error)})') from error
 
 
-def _read_torch(path):
+def _read_torch(path, nested, of):
   shown = audio_io.shown(path)
   try:
     import torch
@@ -352,11 +356,11 @@ def _read_torch(path):
     raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
   except Exception as error:  # whatever a damaged archive makes torch raise
     raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint ({_first_line(error)})') from error
-  if isinstance(checkpoint, Mapping) and STATE_DICT in checkpoint:
-    checkpoint = checkpoint[STATE_DICT]
+  if isinstance(checkpoint, Mapping) and nested in checkpoint:
+    checkpoint = checkpoint[nested]
   if not isinstance(checkpoint, Mapping) or not checkpoint or not all(
       isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in checkpoint.items()):
-    raise UserError(f'{shown}: has no {STATE_DICT!r} and is not a state dict itself: not a checkpoint of CoDiCodec')
+    raise UserError(f'{shown}: has no {nested!r} and is not a state dict itself: not a checkpoint of {of}')
   for name, tensor in checkpoint.items():
     if not _is_plain(torch, tensor):
       raise UserError(f'{shown}: {_shown(name)} is not a plain tensor with all its numbers in the file')

@@ -1,0 +1,283 @@
+"""Metrics over many pairs: the report behind `m2l2 evaluate`, and behind evaluations in training.
+
+Signal metrics run in other processes, clip by clip, while this one embeds. A metric that a pair cannot have (silence,
+too short, mono) is left out of the mean and named in the report's warnings.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+
+import numpy as np
+import soxr
+
+from m2l2.data import audio_io, sources
+from m2l2.errors import UserError
+from m2l2.evaluation import checks, frechet, pairs, seams, stereo, visqol
+from m2l2.evaluation.embeddings import EMBEDDINGS, IN_THE_BOX
+
+STEREO_METRICS = ('si_sdr_left', 'si_sdr_right', 'side_mid_db')
+METRICS = (*pairs.PAIR_METRICS, *STEREO_METRICS, 'seam_db', 'visqol')
+# What lower and higher values mean, for tables.
+HIGHER_IS_BETTER = ('si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A reference and its estimate: two audio files, or two float arrays [channels, samples] at `sample_rate` (Hz)."""
+  name: str
+  reference: str | np.ndarray
+  estimate: str | np.ndarray
+  sample_rate: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """float32 [channels, samples] each, at one rate (the reference's); and what is wrong with them."""
+  reference: np.ndarray
+  estimate: np.ndarray
+  sample_rate: int
+  warnings: tuple[str, ...] = ()
+
+
+def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
+  """Pairs of the audio files in two folders, by relative name, else without its extension; two files are a pair.
+
+  Returns (pairs in the order of their names, one warning for each file without a partner).
+  Raises UserError: a folder without audio, or nothing pairs.
+  """
+  if os.path.isfile(reference) and os.path.isfile(estimate):
+    return [Pair(os.path.basename(reference), os.fspath(reference), os.fspath(estimate))], []
+  references, estimates = sources.find_audio_files(reference), sources.find_audio_files(estimate)
+  by_name = {name: estimates.path(i) for i, name in enumerate(estimates.names)}
+  by_stem = {}
+  for name in by_name:
+    by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+  found, warnings, used = [], [], set()
+  for i, name in enumerate(references.names):
+    partners = [name] if name in by_name else by_stem.get(os.path.splitext(name)[0], [])
+    if len(partners) == 1 and partners[0] not in used:
+      used.add(partners[0])
+      found.append(Pair(name, references.path(i), by_name[partners[0]]))
+    else:
+      why = f'several estimates ({", ".join(sorted(partners))})' if len(partners) > 1 else 'no estimate'
+      warnings.append(f'{name}: partner: {why}; left out')
+  warnings += [f'{name}: partner: an estimate without a reference; left out' for name in sorted(set(by_name) - used)]
+  if not found:
+    raise UserError(f'no file of {audio_io.shown(estimate)} has the name of one in {audio_io.shown(reference)}: '
+                    'nothing to compare')
+  return found, warnings
+
+
+def load_pair(pair: Pair, *, check: bool = True) -> Loaded:
+  """Raises UserError: a file cannot be read, or a side is empty or not finite."""
+  if pair.sample_rate is None:
+    (r, rate), (x, estimate_rate) = (audio_io.read(path, check_finite=True) for path in (pair.reference, pair.estimate))
+  else:
+    r, x = (np.atleast_2d(np.asarray(audio, np.float32)) for audio in (pair.reference, pair.estimate))
+    rate = estimate_rate = pair.sample_rate
+  for audio, what in ((r, 'reference'), (x, 'estimate')):
+    if not audio.shape[1]:
+      raise UserError(f'the {what} is empty: there is nothing to compare')
+    if not np.isfinite(audio).all():
+      raise UserError(f'the {what} holds NaN or infinite samples: it cannot be measured')
+  warnings = checks.check_pair(r, x, reference_rate=rate, estimate_rate=estimate_rate) if check else []
+  if estimate_rate != rate:
+    x = soxr.resample(x.T, estimate_rate, rate, quality='HQ').T
+  length = min(r.shape[1], x.shape[1])
+  return Loaded(r[:, :length], x[:, :length], rate, tuple(warnings))
+
+
+def measure(loaded: Loaded, names: Sequence[str], *, chunks: seams.Chunks = seams.Chunks(),
+            seed: int = 0) -> tuple[dict[str, float], list[str]]:
+  """The signal metrics called `names` of one pair that are defined for it, and a warning for each that is not.
+
+  Metrics of stereo are left out without a warning where a side is not stereo.
+  """
+  r, x, rate = loaded.reference, loaded.estimate, loaded.sample_rate
+  values, warnings = {}, []
+
+  def attempt(computed):
+    try:
+      values.update(computed())
+    except UserError as error:
+      warnings.append(str(error))
+
+  attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed,
+                                     names=[name for name in ('mel_l1_db', 'lsd_db') if name in names]))
+  for name in ('si_sdr', 'mrstft', 'ratio'):
+    if name in names:
+      attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed, names=[name]))
+  if len(r) == len(x) == 2:
+    if {'si_sdr_left', 'si_sdr_right'} & set(names):
+      attempt(lambda: {name: value for name, value in stereo.channel_si_sdr(r, x).items() if name in names})
+    if 'side_mid_db' in names:
+      attempt(lambda: {'side_mid_db': stereo.side_mid_error_db(r, x)})
+  if 'seam_db' in names:
+    attempt(lambda: {'seam_db': seams.seam_db(r, x, sample_rate=rate, chunks=chunks)})
+  if 'visqol' in names:
+    attempt(lambda: {'visqol': visqol.visqol(r, x, sample_rate=rate)})
+  return {name: values[name] for name in names if name in values}, warnings
+
+
+def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS,
+             embedders: Mapping[str, Callable] | None = None, workers: int = 1, chunks: seams.Chunks = seams.Chunks(),
+             seed: int = 0, progress: Callable[[int], None] = lambda steps: None) -> dict:
+  """The report on all pairs, a tree of JSON types.
+
+  Args:
+    items: what to compare; names are unique.
+    metrics: names from METRICS. embedders: name -> function, see `embeddings.make_embedder`.
+    workers: processes for the signal metrics; up to 1, they run in this one.
+    chunks: where the model's chunks meet, for seam_db. seed: of the noise in `ratio`, and of the bootstrap.
+    progress: called with the number of steps done since; `steps_of` says how many there are.
+  Returns:
+    {'pairs': n measured, 'metrics': {name: {'mean', 'sem', 'per_file'}},
+     'frechet': {embedding: {'value', 'bootstrap_sd', 'clips', 'windows'}}, 'warnings': ['file: what: ...']}.
+    A metric that no pair has is absent; sem is None for one pair.
+  Raises:
+    UserError: unknown name, or no pair can be measured.
+  """
+  unknown = [name for name in metrics if name not in METRICS]
+  if unknown:
+    raise UserError(f'unknown metric {unknown[0]!r}: pick from {", ".join((*METRICS, *EMBEDDINGS))}')
+  embedders = embedders or {}
+  job = _Job(tuple(metrics), chunks, seed)
+  with _mapped(job, items, workers) as results:
+    embedded, embedding_warnings = _embed_all(items, embedders, progress)
+    per_file, warnings = {}, []
+    for item, (values, found) in zip(items, results):
+      progress(1)
+      warnings += [f'{item.name}: {line}' for line in found]
+      if values is not None:
+        per_file[item.name] = values
+  if not per_file:
+    raise UserError(f'no pair can be measured; the first: {warnings[0]}')
+  distances, frechet_warnings = _distances(embedded, seed)
+  absent = [f'{name}: only {count} of {len(per_file)} pairs have it' for name in metrics
+            if 0 < (count := sum(name in values for values in per_file.values())) < len(per_file)]
+  return {'pairs': len(per_file), 'metrics': _summary(per_file, metrics), 'frechet': distances,
+          'warnings': warnings + embedding_warnings + frechet_warnings + absent}
+
+
+def steps_of(items, embedders) -> int:
+  return len(items) * (1 + len(embedders or {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """Measures a pair; picklable."""
+  metrics: tuple[str, ...]
+  chunks: seams.Chunks
+  seed: int
+
+  def __call__(self, pair: Pair) -> tuple[dict[str, float] | None, list[str]]:
+    """(values, warnings); values is None for a pair that cannot be read."""
+    try:
+      loaded = load_pair(pair)
+    except UserError as error:
+      return None, [f'unreadable: {error}; left out']
+    values, warnings = measure(loaded, self.metrics, chunks=self.chunks, seed=self.seed)
+    return values, [*loaded.warnings, *warnings]
+
+
+_THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+
+
+class _mapped:
+  """Context of an iterator over job(item), in order, computed by `workers` processes from the start."""
+
+  def __init__(self, job, items, workers):
+    self.job, self.items, self.workers, self.pool = job, items, min(workers, len(items)), None
+
+  def __enter__(self) -> Iterable:
+    if self.workers <= 1:
+      return map(self.job, self.items)
+    # Not forked: this process may hold JAX's threads.
+    self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context('spawn'))
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, '1'))  # a worker a core: their matrix products must not fight for all
+    try:
+      futures = [self.pool.submit(self.job, item) for item in self.items]  # which starts the processes
+    finally:
+      for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return self._results(futures)
+
+  def _results(self, futures):
+    try:
+      for future in futures:
+        yield future.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise UserError('a worker died, most likely for lack of memory: try --workers=1') from error
+
+  def __exit__(self, *unused):
+    if self.pool:
+      self.pool.shutdown(cancel_futures=True)
+
+
+def _embed_all(items, embedders, progress):
+  """({embedding: [(reference [windows, d], estimate [windows, d]), ...] by clip}, warnings)."""
+  embedded, warnings = {name: [] for name in embedders}, []
+  for item in items if embedders else ():
+    try:
+      loaded = load_pair(item, check=False)
+    except UserError:  # told by the worker
+      progress(len(embedders))
+      continue
+    for name, embed in embedders.items():
+      try:
+        embedded[name].append(tuple(embed(audio, loaded.sample_rate) for audio in (loaded.reference, loaded.estimate)))
+      except UserError as error:
+        warnings.append(f'{item.name}: {name}: {error}')
+      progress(1)
+  return embedded, warnings
+
+
+def _distances(embedded, seed):
+  distances, warnings = {}, []
+  for name, clips in embedded.items():
+    try:
+      if not clips:
+        raise UserError('no clip could be embedded')
+      references, estimates = zip(*clips)
+      distances[name] = {
+          'value': frechet.frechet_distance(np.concatenate(references), np.concatenate(estimates)),
+          'bootstrap_sd': frechet.bootstrap_sd(references, estimates, seed=seed),
+          'clips': len(clips), 'windows': sum(map(len, references))}
+    except UserError as error:
+      warnings.append(f'{name}: {error}')
+  return distances, warnings
+
+
+def _summary(per_file, metrics) -> dict:
+  summary = {}
+  for name in metrics:
+    values = {file: values[name] for file, values in per_file.items() if name in values}
+    if values:
+      array = np.array(list(values.values()))
+      sem = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
+      summary[name] = {'mean': float(array.mean()), 'sem': sem, 'per_file': values}
+  return summary
+
+
+def split_names(names: str | None, *, with_files: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+  """(signal metrics, embeddings) of a comma-separated list; of None: all that are in the box, ViSQOL where it is
+  installed, and the embeddings in `with_files`, whose weights were given.
+
+  Raises UserError: an unknown name.
+  """
+  if names is None:
+    metrics = [name for name in METRICS if name != 'visqol' or visqol.is_installed()]
+    return metrics, [*IN_THE_BOX, *with_files]
+  picked = [name.strip() for name in names.split(',') if name.strip()]
+  unknown = [name for name in picked if name not in (*METRICS, *EMBEDDINGS)]
+  if unknown or not picked:
+    raise UserError(f'unknown metric {unknown[0] if unknown else names!r}: pick from '
+                    f'{", ".join((*METRICS, *EMBEDDINGS))}')
+  if 'visqol' in picked:
+    visqol.require()
+  return [name for name in METRICS if name in picked], [name for name in EMBEDDINGS if name in picked]

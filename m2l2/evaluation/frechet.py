@@ -1,0 +1,65 @@
+"""Frechet distance between two sets of embeddings, each taken for a normal distribution.
+
+  |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2)
+
+in float64. The last trace is the sum of the roots of that symmetrised product's eigenvalues; with C = X^T X (X: the
+centred rows over sqrt(n - 1)) these roots are the singular values of X_a X_b^T, which is how they are computed: no root
+of a small eigenvalue is taken, so fewer windows than dimensions (singular covariances) are as exact as many.
+
+Over few clips it means something only paired: the same clips on both sides.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from m2l2.errors import UserError
+
+DRAWS = 40
+
+
+def frechet_distance(a, b) -> float:
+  """Of two sets of embeddings, float [n, d] and [m, d]; 0 for equal sets.
+
+  Raises:
+    UserError: fewer than two embeddings on a side, not finite, or of different widths.
+  """
+  mean_a, factor_a = _moments(a)
+  mean_b, factor_b = _moments(b)
+  if mean_a.shape != mean_b.shape:
+    raise UserError(f'embeddings of {len(mean_a)} and of {len(mean_b)} numbers cannot be compared')
+  traces = np.sum(factor_a ** 2) + np.sum(factor_b ** 2)
+  cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+  return float(max(0., np.sum((mean_a - mean_b) ** 2) + traces - 2 * cross))
+
+
+def bootstrap_sd(a: Sequence, b: Sequence, *, draws: int = DRAWS, seed: int = 0) -> float | None:
+  """Standard deviation of the distance when the clips are drawn anew, the same ones on both sides.
+
+  Args:
+    a, b: one array [windows, d] a clip, in the same order on both sides.
+    draws: sets of clips drawn, each as many clips as there are, with replacement.
+  Returns:
+    None with fewer than two clips, where it is unknown.
+  """
+  if len(a) != len(b):
+    raise UserError(f'{len(a)} clips cannot be paired with {len(b)}')
+  if len(a) < 2:
+    return None
+  rng = np.random.default_rng(seed)
+  picks = rng.integers(len(a), size=(draws, len(a)))
+  distances = [frechet_distance(*(np.concatenate([side[i] for i in pick]) for side in (a, b))) for pick in picks]
+  return float(np.std(distances, ddof=1))
+
+
+def _moments(embeddings) -> tuple[np.ndarray, np.ndarray]:
+  """Mean [d] and a factor X [min(n, d), d] of the unbiased covariance X^T X, float64."""
+  x = np.asarray(embeddings, np.float64)
+  if x.ndim != 2 or len(x) < 2:
+    raise UserError(f'a Frechet distance needs two or more embeddings [n, d] a side, not {list(x.shape)}: '
+                    'give more or longer clips')
+  if not np.isfinite(x).all():
+    raise UserError('embeddings that are NaN or infinite have no Frechet distance')
+  mean = x.mean(axis=0)
+  x = (x - mean) / np.sqrt(len(x) - 1)
+  return mean, np.linalg.qr(x, mode='r') if len(x) > x.shape[1] else x

@@ -1,0 +1,324 @@
+"""`m2l2 evaluate` end to end, and each mix-up found and named."""
+
+import csv
+import json
+import re
+import shutil
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from test_codec import load_once, make_snapshot
+from test_layering import ROOT
+
+from m2l2 import cli, codec
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation import checks, evaluate, pairs, report, seams, stereo, visqol
+from m2l2.representation import Representation
+
+CLIPS = ROOT / 'm2l2' / 'assets' / 'clips' / 'train'
+RATE = 44100
+QUICK = ('si_sdr', 'mel_l1_db', 'lsd_db')
+
+
+@pytest.fixture(scope='module')
+def music():
+  """Two clips, float32 [2, 4 s]."""
+  names = ('obsidian-shell-ezer-ev', 'marino-main-theme')
+  return [audio_io.read(CLIPS / f'{name}.ogg', frames=4 * RATE)[0] for name in names]
+
+
+def noisy(audio, amount=.5, seed=0):
+  noise = np.random.default_rng(seed).standard_normal(audio.shape)
+  return (audio + amount * audio.std() * noise).astype(np.float32)
+
+
+@pytest.fixture
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def late(audio, samples):
+  return np.pad(audio, ((0, 0), (samples, 0)))[:, :audio.shape[1]]
+
+
+def found(reference, estimate, estimate_rate=RATE):
+  estimate = np.ascontiguousarray(estimate, np.float32)
+  return checks.check_pair(reference, estimate, reference_rate=RATE, estimate_rate=estimate_rate)
+
+
+# ---- mix-ups -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mix_up, expected', [
+    (lambda x: late(x, 3), ['delay: the estimate is 3 samples at 44.1 kHz (0.07 ms) late']),
+    (lambda x: np.pad(x[:, 1105:], ((0, 0), (0, 1105))),
+     ['delay: the estimate is 1105 samples at 44.1 kHz (25.06 ms) early']),
+    (lambda x: -x, ['polarity: the estimate is upside down (all samples negated)']),
+    (lambda x: x * np.float32([[1], [-1]]), ['polarity: channel 2 of the estimate is upside down']),
+    (lambda x: x[::-1], ['channels: left and right of the estimate are swapped']),
+    (lambda x: -late(x[::-1], 7), ['delay: the estimate is 7 samples at 44.1 kHz (0.16 ms) late',
+                                   'channels: left and right of the estimate are swapped and upside down']),
+    (lambda x: x / 2, ['gain: the estimate is 6.0 dB softer than the reference']),
+    (lambda x: x[:, :-100],
+     ['length: the estimate is 100 samples (0.002 s) shorter than the reference; compared over what both have']),
+    (lambda x: x[:1], ['channels: the reference has 2 channels, the estimate 1; stereo metrics are left out']),
+    (lambda x: 0 * x, ['silence: the estimate is silent']),
+    (lambda x: x, []),
+])
+def test_each_mix_up_is_named_and_nothing_else(music, mix_up, expected):
+  for audio in music:
+    assert found(audio, mix_up(audio)) == expected
+  if 'gain' not in str(expected) and 'length' not in str(expected):  # also of an estimate that is not a copy
+    for audio in music:
+      heard = [line for line in found(audio, mix_up(noisy(audio))) if not line.startswith('gain')]
+      assert heard == expected
+
+
+def test_44100_taken_for_48000_is_named(music):
+  for audio in music:
+    fast, slow = soxr.resample(audio.T, 48000, RATE).T, soxr.resample(audio.T, RATE, 48000).T
+    high, low = found(audio, noisy(fast)), found(audio, noisy(slow[:, :audio.shape[1]]))
+    assert high[0] == 'rate: the lengths are as 44.1 to 48 kHz: one was taken for the other'
+    assert any('44.1 kHz were played at 48 kHz' in line for line in high)
+    assert any('48 kHz were played at 44.1 kHz' in line for line in low)
+    assert found(audio, slow, estimate_rate=48000) == [
+        'rate: the reference is at 44100 Hz, the estimate at 48000 Hz; compared at 44100 Hz']
+
+
+def test_other_music_is_no_mix_up(music):
+  assert not [line for line in found(music[0], music[1]) if not line.startswith('gain')]
+
+
+# ---- seams and stereo ----------------------------------------------------------------------------
+
+
+def test_seams_are_found_where_the_chunks_meet(music):
+  period = 32768
+  clicks = music[0].copy()
+  rng = np.random.default_rng(0)
+  for border in range(period, clicks.shape[1], period):
+    clicks[:, border - 600:border + 600] += .1 * rng.standard_normal(1200).astype(np.float32)
+  assert seams.seam_db(music[0], clicks, sample_rate=RATE) > 3
+  shifted = seams.Chunks(first=period / 2 / RATE)
+  assert seams.seam_db(music[0], clicks, sample_rate=RATE, chunks=shifted) < -3
+  assert abs(seams.seam_db(music[0], noisy(music[0], .01), sample_rate=RATE)) < 1
+  with pytest.raises(UserError, match='no chunk border'):
+    seams.seam_db(music[0][:, :20000], clicks[:, :20000], sample_rate=RATE)
+
+
+def test_borders_of_a_model_lie_between_its_frames():
+  chunks = seams.of_model(Representation(), sample_rate=RATE)
+  # Frame j is centred on sample 512 j - 1536 + 1024; chunk 1 starts with frame 64.
+  assert chunks.period * RATE == pytest.approx(32768)
+  assert (chunks.first + chunks.period) * RATE == pytest.approx((512 * 63 - 512 + 512 * 64 - 512) / 2)
+
+
+def test_stereo_metrics():
+  rng = np.random.default_rng(0)
+  mid, side = rng.standard_normal((2, 5000))
+  audio = np.stack([mid + side / 10, mid - side / 10])
+  expected = 10 * np.log10(np.sum(side ** 2) / np.sum(mid ** 2)) - 20
+  assert stereo.side_mid_db(audio) == pytest.approx(expected)
+  wider = np.stack([mid + side / 5, mid - side / 5])
+  assert stereo.side_mid_error_db(audio, wider) == pytest.approx(20 * np.log10(2))
+  assert stereo.side_mid_db(np.stack([mid, mid])) == -60
+  noise = rng.standard_normal(5000)
+  values = stereo.channel_si_sdr(audio, np.stack([audio[0], audio[1] + noise]))
+  assert values['si_sdr_left'] == 150
+  assert values['si_sdr_right'] == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
+
+
+@pytest.fixture
+def forget_visqol():
+  visqol._measure.cache_clear()
+  yield
+  visqol._measure.cache_clear()
+
+
+def test_visqol_is_called_as_defined(music, monkeypatch, forget_visqol):
+  class StandIn:
+    def create(self, mode):
+      assert mode == 'audio'
+
+    def measure_from_arrays(self, reference, estimate, sample_rate):
+      assert sample_rate == 48000 and reference.dtype == estimate.dtype == np.float64
+      assert reference.shape == estimate.shape == (round(48000 * 40000 / RATE),)
+      if len(np.unique(reference - estimate)) == 1:
+        raise ValueError('too short')
+      return types.SimpleNamespace(moslqo=np.float64(4.25))
+
+  monkeypatch.setitem(sys.modules, 'visqol', types.SimpleNamespace(VisqolApi=StandIn))
+  reference = music[0][:, :40000]
+  assert visqol.visqol(reference, music[1], sample_rate=RATE) == 4.25
+  with pytest.raises(UserError, match='visqol cannot measure this pair: too short'):
+    visqol.visqol(reference, reference, sample_rate=RATE)
+  with pytest.raises(UserError, match='one side is silent'):
+    visqol.visqol(reference, 0 * reference, sample_rate=RATE)
+  assert 'visqol' in evaluate.split_names(None)[0]
+
+
+def test_without_visqol_the_rest_is_measured(monkeypatch, forget_visqol):
+  monkeypatch.setitem(sys.modules, 'visqol', None)  # as if not installed
+  assert evaluate.split_names(None, with_files=['clap']) == (
+      [name for name in evaluate.METRICS if name != 'visqol'], ['musicnn_mtt', 'musicnn_msd', 'clap'])
+  with pytest.raises(UserError, match=r"pip install 'm2l2\[visqol\]'"):
+    evaluate.split_names('visqol')
+
+
+@pytest.mark.visqol
+def test_visqol_equals_the_package(music):
+  from visqol import VisqolApi
+  reference, estimate = music[0][:, :RATE], noisy(music[0][:, :RATE], .1)
+  api = VisqolApi()
+  api.create(mode='audio')
+  r, x = (soxr.resample(audio.astype(np.float64).mean(axis=0), RATE, 48000, quality='HQ')
+          for audio in (reference, estimate))
+  expected = api.measure_from_arrays(r, x, 48000).moslqo
+  assert 1 < expected < 5
+  assert visqol.visqol(reference, estimate, sample_rate=RATE) == expected
+  with pytest.raises(UserError, match='visqol cannot measure'):
+    visqol.visqol(reference[:, :9000], estimate[:, :9000], sample_rate=RATE)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def write(path, audio, rate=RATE):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  soundfile.write(path, audio.T, rate, subtype='FLOAT' if path.suffix == '.wav' else None)
+
+
+@pytest.fixture
+def folders(tmp_path, music):
+  """reference/ and estimate/ with two good pairs, and one file of each sort that is trouble."""
+  reference, estimate = tmp_path / 'reference', tmp_path / 'estimate'
+  for name, audio in zip(('a', 'deep/b'), music):
+    write(reference / f'{name}.flac', audio)
+    write(estimate / f'{name}.wav', noisy(audio, .1))
+  write(reference / 'lonely.wav', music[0])
+  write(estimate / 'stranger.wav', music[0])
+  write(reference / 'silent.wav', 0 * music[0])
+  write(estimate / 'silent.wav', music[0])
+  write(reference / 'broken.wav', music[0])
+  (estimate / 'broken.wav').write_bytes(b'RIFF')
+  return reference, estimate
+
+
+def run(*args):
+  return cli.main(['evaluate', *(str(arg) for arg in args)])
+
+
+def test_the_command_writes_the_report(folders, tmp_path, capsys):
+  reference, estimate = folders
+  assert run(f'--reference={reference}', f'--estimate={estimate}', f'--output={tmp_path}/report.json',
+             f'--csv={tmp_path}/report.csv', f'--html={tmp_path}/report.html', '--workers=2',
+             '--metrics=musicnn_msd,lsd_db,si_sdr,side_mid_db') == 0
+  made = json.loads((tmp_path / 'report.json').read_text())
+  assert made['pairs'] == 3
+  assert list(made['metrics']) == ['si_sdr', 'lsd_db', 'side_mid_db'] and list(made['frechet']) == ['musicnn_msd']
+  si_sdr = made['metrics']['si_sdr']
+  values = list(si_sdr['per_file'].values())
+  assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # the silent one is in no mean
+  assert si_sdr['mean'] == pytest.approx(np.mean(values))
+  assert si_sdr['sem'] == pytest.approx(np.std(values, ddof=1) / 2 ** .5)
+  assert values == pytest.approx([20, 20], abs=3)
+  distance = made['frechet']['musicnn_msd']
+  assert distance['clips'] == 3 and distance['windows'] == 6 and distance['value'] > 0 and distance['bootstrap_sd'] >= 0
+  text = '\n'.join(made['warnings'])
+  for line in ('lonely.wav: partner: no estimate', 'stranger.wav: partner: an estimate without a reference',
+               'broken.wav: unreadable:', 'silent.wav: silence: the reference is silent',
+               'silent.wav: si_sdr is undefined', 'si_sdr: only 2 of 3 pairs have it'):
+    assert line in text
+  shown = capsys.readouterr().out
+  assert 'frechet musicnn_msd' in shown and 'warning: lonely.wav' in shown
+  rows = list(csv.DictReader((tmp_path / 'report.csv').open()))
+  assert [row['file'] for row in rows] == ['a.flac', 'deep/b.flac', 'silent.wav'] and rows[2]['si_sdr'] == ''
+  assert float(rows[1]['si_sdr']) == values[1]
+  page = (tmp_path / 'report.html').read_text()
+  assert page.count('data:audio/flac;base64,') == 4 and page.count('data:image/png;base64,') == 5
+  assert 'http' not in page and 'lonely.wav: partner' in page
+  assert not list(tmp_path.glob('*.part'))
+
+
+def test_identical_folders(folders, tmp_path):
+  reference, _ = folders
+  shutil.rmtree(reference / 'deep')
+  assert run(f'--reference={reference}/a.flac', f'--estimate={reference}/a.flac', f'--output={tmp_path}/report.json',
+             '--metrics=si_sdr,mel_l1_db,mrstft,musicnn_mtt', '--quiet', '--workers=1') == 0
+  made = json.loads((tmp_path / 'report.json').read_text())
+  assert made['warnings'] == []
+  assert made['metrics']['si_sdr']['mean'] > 100 and made['metrics']['si_sdr']['sem'] is None
+  assert made['metrics']['mel_l1_db']['mean'] == made['metrics']['mrstft']['mean'] == 0
+  distance = made['frechet']['musicnn_mtt']
+  assert distance['value'] <= 1e-3 and distance['bootstrap_sd'] is None
+
+
+def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch, quick_compilation):
+  monkeypatch.setattr(codec, 'load', load_once)
+  reference = tmp_path / 'short'
+  write(reference / 'a.flac', music[0][:, :RATE // 2])
+  (reference / 'bad.wav').write_bytes(b'RIFF')
+  make_snapshot(tmp_path / 'model')
+  keep = tmp_path / 'kept'
+  assert run(f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--estimate={keep}',
+             f'--output={tmp_path}/report.json', '--metrics=mel_l1_db', '--seed=3', '--quiet') == 0
+  made = json.loads((tmp_path / 'report.json').read_text())
+  assert list(made['metrics']['mel_l1_db']['per_file']) == ['a.flac']
+  assert made['warnings'][0].startswith('bad.wav: unreadable:')
+  again = tmp_path / 'again.wav'
+  assert cli.main(['reconstruct', str(reference / 'a.flac'), str(again), f'--checkpoint={tmp_path}/model',
+                   '--seed=3', '--quiet']) == 0
+  np.testing.assert_array_equal(audio_io.read(keep / 'a.wav')[0], audio_io.read(again)[0])
+
+
+@pytest.mark.parametrize('args, message', [
+    (('--estimate={e}', '--metrics=si_sdr,visqual'), "unknown metric 'visqual': pick from si_sdr,"),
+    (('--estimate={e}', '--metrics=vggish'), 'vggish needs its weights.*--vggish=FILE'),
+    (('--estimate={e}', '--html={t}/page.htm'), r'name it \*.html'),
+    (('--estimate={t}/none',), 'no such directory'),
+    (('--estimate={t}/others',), 'nothing to compare'),
+    (('--estimate={e}', '--workers=-1'), '--workers must not be negative'),
+    ((), 'give --estimate=DIR, or --checkpoint=DIR'),
+])
+def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args, message):
+  reference, estimate = folders
+  write(tmp_path / 'others' / 'z.wav', np.zeros((1, 100), np.float32))
+  args = [arg.format(e=estimate, t=tmp_path) for arg in args]
+  assert run(f'--reference={reference}', f'--output={tmp_path}/report.json', *args) == 1
+  error = capsys.readouterr().err.strip()
+  assert len(error.splitlines()) == 1
+  assert re.search(message, error)
+  assert not (tmp_path / 'report.json').exists()
+
+
+def test_arrays_can_be_evaluated_in_training(music):
+  items = [evaluate.Pair(str(i), audio, noisy(audio, .2), sample_rate=RATE) for i, audio in enumerate(music)]
+  steps = []
+  embedders = {'level': lambda audio, sample_rate: audio.T[:500]}
+  made = evaluate.evaluate(items, metrics=QUICK, embedders=embedders, progress=steps.append)
+  assert made['pairs'] == 2 and list(made['metrics']) == list(QUICK)
+  assert sum(steps) == evaluate.steps_of(items, embedders) == 4
+  expected = pairs.pair_metrics(music[1], items[1].estimate, sample_rate=RATE, names=QUICK)
+  assert {name: made['metrics'][name]['per_file']['1'] for name in QUICK} == pytest.approx(expected)
+  assert report.table(made)[-1][0] == 'frechet level'
+  with pytest.raises(UserError, match='no pair can be measured'):
+    evaluate.evaluate([evaluate.Pair('x', np.zeros((1, 0), np.float32), music[0], sample_rate=RATE)], metrics=QUICK)
+
+
+def test_pairs_by_name_and_by_stem(tmp_path):
+  tone = np.zeros((1, 10), np.float32)
+  for name in ('r/a.wav', 'r/b.flac', 'r/c.wav', 'r/d.wav', 'e/a.wav', 'e/a.flac', 'e/b.ogg', 'e/c.flac', 'e/c.ogg'):
+    write(tmp_path / name, tone)
+  items, warnings = evaluate.find_pairs(tmp_path / 'r', tmp_path / 'e')
+  assert [(item.name, item.estimate.rsplit('/', 1)[1]) for item in items] == [('a.wav', 'a.wav'), ('b.flac', 'b.ogg')]
+  assert [line.split(';')[0] for line in warnings] == [
+      'c.wav: partner: several estimates (c.flac, c.ogg)', 'd.wav: partner: no estimate',
+      *(f'{name}: partner: an estimate without a reference' for name in ('a.flac', 'c.flac', 'c.ogg'))]
