@@ -108,9 +108,8 @@ def test_training_is_stopped_and_goes_on(executed, folder):
   executed('train_on_your_music')
   steps = [json.loads(line)['step'] for line in (folder / 'runs' / 'mine' / 'metrics.jsonl').read_text().splitlines()]
   assert steps == sorted(set(steps)) and steps[-1] == 300
-  assert len(json.loads((folder / 'runs' / 'mine' / 'goodput.json').read_text())) > 0
-  assert {int(path.name) for path in (folder / 'runs' / 'mine' / 'checkpoints').iterdir() if path.name.isdecimal()} & {
-      *range(150, 200)}  # where it was stopped
+  checkpoints = [int(path.name) for path in (folder / 'runs' / 'mine' / 'checkpoints').iterdir() if path.name.isdecimal()]
+  assert any(150 <= step < 200 for step in checkpoints)  # where it was stopped, between the planned 100, 200 and 300
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -134,7 +133,6 @@ def test_it_opens_in_colab(name):
   assert install.splitlines()[2] == "if importlib.util.find_spec('m2l2') is None:"
   assert all(line.startswith('  ') for line in install.splitlines()[3:])
   assert '-c jax.txt' in install and 'upgrade' not in install  # the jax that is there stays
-  assert (ROOT / 'CITATION.cff').read_text(encoding='utf-8').count(f' {REPOSITORY}\n') == 2
 
 
 @pytest.mark.parametrize('name', NAMES)
