@@ -6,7 +6,6 @@ colabs/ share one such model.
 
 from importlib import resources
 import json
-import os
 from pathlib import Path
 
 from m2l2.codec import Codec, load, locate
@@ -52,14 +51,16 @@ def model(path, arg: str = '', *, steps: int = STEPS) -> Codec:
 
 
 def _is_to_be_trained(path, arg, steps):
-  """Whether nothing is there, or a sketch of ours, of fewer steps."""
+  """Whether nothing is there, what is left of training stopped before its first step, or a sketch of fewer steps."""
   try:
-    locate(path)
+    path = Path(locate(path))
   except UserError:
     return True
+  if path.is_dir() and {entry.name for entry in path.iterdir()} <= {'checkpoints'}:
+    return True
   try:
-    run = json.loads((Path(path) / 'config.json').read_text(encoding='utf-8'))
+    run = json.loads((path / 'config.json').read_text(encoding='utf-8'))
     ours = run == json.loads(json.dumps(get_config(arg, steps=run['train']['steps']).to_dict()))
   except (OSError, ValueError, KeyError, TypeError):  # in the box, a bare snapshot or none at all: `load` will tell
     return False
-  return ours and (not os.path.isdir(os.path.join(path, 'snapshot')) or load_snapshot(path).step < steps)
+  return ours and (not (path / 'snapshot').is_dir() or load_snapshot(path).step < steps)

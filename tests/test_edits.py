@@ -137,6 +137,9 @@ def test_a_sketch_is_trained_only_where_none_is(tmp_path, monkeypatch):
   run['train']['learning_rate'] = 1.0  # somebody's own run on the same clips
   (tmp_path / 'a' / 'config.json').write_text(json.dumps(run))
   sketch.model(tmp_path / 'a', 'debug', steps=50)
-  (tmp_path / 'bare').mkdir()
+  (tmp_path / 'bare' / 'snapshot').mkdir(parents=True)
   sketch.model(tmp_path / 'bare', 'debug')
   assert trained == [20, 30]
+  (tmp_path / 'interrupted' / 'checkpoints').mkdir(parents=True)
+  sketch.model(tmp_path / 'interrupted', 'debug', steps=40)
+  assert trained == [20, 30, 40]
