@@ -44,7 +44,7 @@ def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
   scale = dict(vmin=-1, vmax=1, cmap='RdBu') if z.ndim == 3 else dict(cmap='viridis')
   image = axis.imshow(rows, aspect='auto', interpolation='nearest', extent=(0, chunks, embeddings, 0), **scale)
   for border in range(1, embeddings):
-    axis.axhline(border, color='black', linewidth=.5)
+    axis.axhline(border, color='black', linewidth=1.5)
   axis.set_yticks(np.arange(embeddings) + .5, range(embeddings))
   axis.set_ylabel('embedding')
   axis.set_xlabel('chunk')
