@@ -13,21 +13,17 @@ from pathlib import Path
 import sys
 
 import jax
-import matplotlib
 import numpy as np
 
 from m2l2.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation.pairs import log_mel_db, pair_metrics
+from m2l2.evaluation import pictures
+from m2l2.evaluation.pairs import pair_metrics
 from m2l2.latents import Latents
+from m2l2.sketch import HELD_OUT, TRAINING
 from m2l2.snapshot import load_snapshot
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
-
-CLIPS = Path(__file__).parent.parent / 'm2l2' / 'assets' / 'clips'
-TRAINING, HELD_OUT = CLIPS / 'train' / 'crystan-credits.ogg', CLIPS / 'heldout' / 'maxstack-through-space.ogg'
 SEED = 0
 
 
@@ -46,20 +42,6 @@ def measure(codec: Codec, audio, sample_rate):
       'latents': {'saturated': float(np.mean(np.abs(latents.z) > 0.99)),
                   'spread_over_chunks': float(np.mean(np.std(latents.z, axis=1)))}}
   return one_step, figures
-
-
-def draw(rows, path):
-  """rows: {title: (sound [channels, samples], sample rate)}; log-mel spectrograms under each other."""
-  figure, axes = plt.subplots(len(rows), 1, figsize=(11, 2.3 * len(rows)), constrained_layout=True)
-  for axis, (title, (audio, rate)) in zip(axes, rows.items(), strict=True):
-    axis.imshow(log_mel_db(audio, sample_rate=rate), origin='lower', aspect='auto', vmin=-70, vmax=20, cmap='magma',
-                extent=(0, audio.shape[1] / rate, 0, 128))
-    axis.set_title(title, fontsize=10)
-    axis.set_ylabel('mel band')
-  axes[-1].set_xlabel('seconds')
-  temporary = path.with_suffix('.part')
-  figure.savefig(temporary, dpi=90, format='png')
-  os.replace(temporary, path)
 
 
 def main(workdir):
@@ -82,7 +64,7 @@ def main(workdir):
     rows |= {f'{name}: {path.stem}': (audio, rate),
              f'{name}: reconstruction (ratio {ratio:.2f})': (sound, rate),
              f'{name}: by the untrained model': (before, rate)}
-  draw(rows, Path(workdir) / 'comparison.png')
+  pictures.save(pictures.spectrograms(rows), Path(workdir) / 'comparison.png')
   temporary = Path(workdir) / 'report.json.part'
   temporary.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
   os.replace(temporary, Path(workdir) / 'report.json')

@@ -10,6 +10,7 @@ import tomllib
 
 import m2l2
 import pytest
+import yaml
 from test_layering import INFERENCE, LAZY, ROOT, reached, read_house
 
 # What `pip install m2l2` must never pull in by our own wish.
@@ -123,6 +124,15 @@ def test_scripts_are_executable():
 def test_version_has_one_source():
   assert SETUP['metadata']['version'] == 'attr: m2l2.__version__'
   assert re.fullmatch(r'\d+\.\d+\.\d+', m2l2.__version__)
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper():
+  citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+  assert citation['version'] == m2l2.__version__ and citation['license'] == SETUP['metadata']['license']
+  assert citation['url'] == citation['repository-code'] == SETUP['metadata']['url']
+  paper = citation['preferred-citation']
+  assert [author['family-names'] for author in paper['authors']] == ['Pasini', 'Lattner', 'Fazekas']
+  assert paper['url'].endswith('/2501.17578') and 'doi' not in paper
 
 
 def test_the_public_names():

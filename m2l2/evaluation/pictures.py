@@ -1,0 +1,114 @@
+"""Pictures of sounds, latents and runs, as matplotlib figures: a notebook shows them, `save` writes them.
+
+Figures are made without pyplot, so that nothing is global and no backend is chosen here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+import numpy as np
+
+from m2l2.errors import UserError
+from m2l2.evaluation.pairs import log_mel_db
+from m2l2.latents import Latents
+
+# What tells whether a run learns: README, "Train".
+CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')
+WIDTH = 11  # inches
+
+
+def spectrograms(sounds) -> Figure:
+  """Log-mel spectrograms under each other, all on one scale from -70 to 20 dB.
+
+  Args:
+    sounds: {title: (float [channels, samples], sample rate in Hz)}.
+  """
+  figure, axes = _panels(rows=len(sounds), height=2.3)
+  for axis, (title, (audio, rate)) in zip(axes, sounds.items(), strict=True):
+    axis.imshow(log_mel_db(audio, sample_rate=rate), origin='lower', aspect='auto', vmin=-70, vmax=20, cmap='magma',
+                extent=(0, audio.shape[1] / rate, 0, 128))
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel('mel band')
+  axes[-1].set_xlabel('seconds')
+  return figure
+
+
+def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
+  """One stream of latents: a column is a chunk, a block of rows is an embedding; tokens by their number."""
+  z = latents.z[stream]
+  chunks, embeddings = z.shape[:2]
+  figure, (axis,) = _panels(rows=1, height=4)
+  rows = z.reshape(chunks, -1).T
+  scale = dict(vmin=-1, vmax=1, cmap='RdBu') if z.ndim == 3 else dict(cmap='viridis')
+  image = axis.imshow(rows, aspect='auto', interpolation='nearest', extent=(0, chunks, embeddings, 0), **scale)
+  for border in range(1, embeddings):
+    axis.axhline(border, color='black', linewidth=1.5)
+  axis.set_yticks(np.arange(embeddings) + .5, range(embeddings))
+  axis.set_ylabel('embedding')
+  axis.set_xlabel('chunk')
+  figure.colorbar(image, ax=axis)
+  return figure
+
+
+def curves(workdir, names=CURVES) -> Figure:
+  """The named figures of a run over its steps, read from its metrics.jsonl; empty before the first line.
+
+  Raises UserError: the workdir has no metrics.jsonl.
+  """
+  lines = read_metrics(workdir)
+  figure, axes = _panels(columns=len(names), height=2.6)
+  for axis, name in zip(axes, names, strict=True):
+    points = [(line['step'], line[name]) for line in lines if line.get(name) is not None]
+    axis.plot(*zip(*points) if points else ((), ()), marker='.', markersize=3)
+    axis.set_title(name, fontsize=10)
+    axis.set_xlabel('step')
+  return figure
+
+
+def read_metrics(workdir) -> list[dict]:
+  """The lines of a workdir's metrics.jsonl; one that is still being written is left out.
+
+  Raises UserError: there is no such file.
+  """
+  path = Path(workdir) / 'metrics.jsonl'
+  if not path.is_file():
+    raise UserError(f'{workdir}: no metrics.jsonl there: it is not the workdir of a run, or its run has not begun')
+  with open(path, encoding='utf-8') as file:
+    return [json.loads(line) for line in file if line.endswith('\n')]
+
+
+def change_map(change, *, seconds: float) -> Figure:
+  """What each embedding carries, over frequency (left) and over time (right): mean |change| in dB.
+
+  Args:
+    change: float [K, mel bands, frames], of `edits.carried`.
+    seconds: length of the sound.
+  """
+  size = np.abs(change)
+  embeddings, bands, _ = size.shape
+  over_bands, over_frames = size.mean(axis=2), size.mean(axis=1)
+  figure, axes = _panels(columns=2, height=3)
+  for axis, rows, end, label in ((axes[0], over_bands, bands, 'mel band'), (axes[1], over_frames, seconds, 'seconds')):
+    image = axis.imshow(rows, aspect='auto', interpolation='nearest', cmap='magma', vmin=0,
+                        extent=(0, end, embeddings, 0))
+    axis.set_yticks(np.arange(embeddings) + .5, range(embeddings))
+    axis.set_xlabel(label)
+    figure.colorbar(image, ax=axis, label='dB')
+  axes[0].set_ylabel('embedding')
+  return figure
+
+
+def save(figure: Figure, path):
+  """Writes a PNG; nothing half-written is left."""
+  path = Path(path)
+  temporary = path.with_suffix('.part')
+  figure.savefig(temporary, dpi=90, format='png')
+  os.replace(temporary, path)
+
+
+def _panels(*, rows=1, columns=1, height):
+  """A figure and its axes, row by row; `height` of a row in inches."""
+  figure = Figure(figsize=(WIDTH, height * rows), layout='constrained')
+  return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

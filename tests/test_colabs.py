@@ -1,0 +1,148 @@
+"""The notebooks run from top to bottom; here with a model shrunk by M2L2_COLAB_WORDS=debug.
+
+As they are, in minutes: M2L2_COLAB_WORDS= python -m pytest tests/test_colabs.py -k runs
+"""
+
+import configparser
+import json
+import os
+import sys
+import types
+
+import nbclient
+import nbformat
+import pytest
+from test_layering import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
+SETUP = configparser.ConfigParser(interpolation=None)
+SETUP.read(ROOT / 'setup.cfg')
+REPOSITORY = SETUP['metadata']['url']
+WORDS = os.environ.get('M2L2_COLAB_WORDS', 'debug')
+# Compiling is nearly all of the work then: done in a hurry, and once for the same program.
+QUICK = {'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
+
+
+def read(name):
+  return nbformat.read(ROOT / 'colabs' / f'{name}.ipynb', as_version=4)
+
+
+def code_cells(notebook):
+  return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
+def cell_with(notebook, text):
+  (cell,) = (cell for cell in code_cells(notebook) if text in cell.source)
+  return cell.source
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where the notebooks run, one after the other: the first trains the model, the others find it.
+
+  The kernel is this Python, from a specification that lies here, whatever kernels the user has registered.
+  """
+  folder = tmp_path_factory.mktemp('colabs')
+  kernel = folder / 'kernels' / 'm2l2-tests'
+  kernel.mkdir(parents=True)
+  argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+  (kernel / 'kernel.json').write_text(json.dumps({'argv': argv, 'display_name': 'tests', 'language': 'python'}))
+  environment = {'JUPYTER_PATH': folder, 'IPYTHONDIR': folder / 'ipython', 'JUPYTER_RUNTIME_DIR': folder / 'jupyter',
+                 'M2L2_COLAB_WORDS': WORDS}
+  if WORDS == 'debug':
+    cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or folder / 'compiled'
+    environment |= {**QUICK, 'JAX_COMPILATION_CACHE_DIR': cache}
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in environment.items():
+      patch.setenv(name, str(value))
+    yield folder
+
+
+@pytest.fixture(scope='module')
+def executed(folder):
+  """name -> the executed notebook."""
+  done = {}
+
+  def execute(name):
+    if name not in done:
+      done[name] = read(name)
+      nbclient.NotebookClient(done[name], kernel_name='m2l2-tests', timeout=900, startup_timeout=120,
+                              resources={'metadata': {'path': str(folder)}}).execute()
+    return done[name]
+  return execute
+
+
+def outputs(notebook, kind):
+  return [output for cell in code_cells(notebook) for output in cell.outputs if kind in output.get('data', {})]
+
+
+def printed(notebook):
+  return ''.join(output['text'] for cell in code_cells(notebook) for output in cell.outputs
+                 if output.output_type == 'stream' and output.name == 'stdout')
+
+
+def test_there_are_three():
+  assert NAMES == ['encode_decode', 'inspect_latents', 'train_on_your_music']
+
+
+@pytest.mark.parametrize('name, pictures, players', [
+    ('encode_decode', 2, 3), ('inspect_latents', 6, 8), ('train_on_your_music', 3, 2)])
+def test_it_runs(executed, name, pictures, players):
+  notebook = executed(name)
+  cells = code_cells(notebook)
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+  assert not [output for cell in cells for output in cell.outputs if output.output_type == 'error']
+  assert len(outputs(notebook, 'image/png')) == pictures
+  assert sum('<audio' in output.data['text/html'] for output in outputs(notebook, 'text/html')) == players
+
+
+def test_what_encode_decode_prints(executed, folder):
+  text = printed(executed('encode_decode'))
+  assert float(text.partition('difference from decode: ')[2].split()[0]) < 1e-5
+  assert 'equal: True' in text
+  assert (folder / 'song.safetensors').is_file()
+
+
+def test_training_is_stopped_and_goes_on(executed, folder):
+  executed('train_on_your_music')
+  steps = [json.loads(line)['step'] for line in (folder / 'runs' / 'mine' / 'metrics.jsonl').read_text().splitlines()]
+  assert steps == sorted(set(steps)) and steps[-1] == 300
+  saved = [path.name for path in (folder / 'runs' / 'mine' / 'checkpoints').iterdir()]
+  assert any(150 <= int(name) < 200 for name in saved if name.isdecimal())  # the stop, between planned saves
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_is_tidy(name):
+  text = (ROOT / 'colabs' / f'{name}.ipynb').read_text(encoding='utf-8')
+  notebook = read(name)
+  nbformat.validate(notebook)
+  assert nbformat.writes(notebook) + '\n' == text
+  for cell in code_cells(notebook):
+    assert cell.outputs == [] and cell.execution_count is None
+    assert not any(line.startswith(('def ', 'class ')) for line in cell.source.splitlines()), 'logic is the package\'s'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_opens_in_colab(name):
+  owner_and_name = REPOSITORY.removeprefix('https://github.com/')
+  link = f'https://colab.research.google.com/github/{owner_and_name}/blob/main/colabs/{name}.ipynb'
+  assert read(name).cells[0].source.partition('\n')[0].endswith(f']({link})')
+  install = cell_with(read(name), 'pip install')
+  assert f"'m2l2[train] @ git+{REPOSITORY}'" in install
+  assert install.splitlines()[2] == "if importlib.util.find_spec('m2l2') is None:"
+  assert all(line.startswith('  ') for line in install.splitlines()[3:])
+  assert '-c jax.txt' in install and 'upgrade' not in install  # the jax that is there stays
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_on_colab_it_works_on_drive(name, monkeypatch):
+  """The cell alone, with a stand-in for Colab's module."""
+  done = []
+  drive = types.SimpleNamespace(mount=lambda place: done.append(('mount', place)))
+  monkeypatch.setitem(sys.modules, 'google.colab', types.SimpleNamespace(drive=drive))
+  monkeypatch.setattr(os, 'makedirs', lambda place, exist_ok: done.append(('make', place)))
+  monkeypatch.setattr(os, 'chdir', lambda place: done.append(('enter', place)))
+  exec(cell_with(read(name), 'drive.mount'), {})
+  folder = '/content/drive/MyDrive/m2l2'
+  assert done == [('mount', '/content/drive'), ('make', folder), ('enter', folder)]
