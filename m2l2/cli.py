@@ -196,6 +196,14 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
   made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
   made.add_argument('--json', action='store_true', help='one JSON object')
+  made = command('export', _export, summary='Checkpoint -> programs and weights that JAX runs without m2l2.',
+                 example='  m2l2 export runs/tiny --format=stablehlo --output=exported\n'
+                         '  cd exported && python -c "import load; print(load.Model(\'.\').about)"')
+  made.add_argument('checkpoint', metavar='DIR',
+                    help='snapshot, workdir of a training run, or name of a model in the box')
+  made.add_argument('--format', choices=('stablehlo',), default='stablehlo', help='the only one there is')
+  made.add_argument('--output', metavar='DIR', required=True, help='the folder to write; it must not be there yet')
+  made.add_argument('--quiet', action='store_true', help='no last line')
   made = command('import-codicodec', _import_codicodec,
                  summary="CoDiCodec's published weights -> snapshot.",
                  example='  m2l2 import-codicodec codicodec.pt runs/codicodec\n'
@@ -438,6 +446,20 @@ def _decode_file(codec, latents, writer, args):
 
 def _decoding_options(args):
   return dict(mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond, refine=args.refine)
+
+
+def _export(args):
+  try:
+    import flatbuffers  # noqa: F401  (jax.export writes with it)
+  except ModuleNotFoundError as error:
+    raise UserError("exporting needs flatbuffers, which is not installed: pip install 'm2l2[export]'") from error
+  from m2l2 import codec, export
+  export.check_target(args.output)
+  snapshot = codec.load_snapshot(codec.locate(args.checkpoint))
+  portable = codec.Codec(config=export.portable(snapshot.config), params=snapshot.params,
+                         fingerprint=snapshot.fingerprint)
+  export.export_stablehlo(portable, args.output)
+  _say(args, f'{args.output}: encode, start, step and finish for {", ".join(export.PLATFORMS)}; load.py runs them')
 
 
 def _import_codicodec(args):

@@ -1,0 +1,55 @@
+"""A snapshot as programs: what an exported folder gives, in a process that has no m2l2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+from m2l2 import build, cli, codec as codec_lib
+from m2l2.configs import tiny
+from m2l2.snapshot import save_snapshot
+import numpy as np
+
+# What a user of the folder does. m2l2 is made impossible to import.
+RUN = """
+import sys
+sys.modules['m2l2'] = None
+folder = sys.argv[1]
+sys.path.insert(0, folder)
+import numpy as np
+import load
+model = load.Model(folder)
+audio = np.load(sys.argv[2])
+z = model.encode(np.concatenate([audio[None], 0.5 * audio[None]]))  # any batch
+np.savez(sys.argv[3], z=z, audio=model.decode(z[:1], seed=3))
+"""
+
+
+def test_an_exported_folder_is_the_model(tmp_path, capsys):
+  config = tiny.get_config('debug').to_dict()
+  params = build.network(config['model']).init(jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))  # heads are zero at first: the output would be, too
+  params = jax.tree.unflatten(tree, [x + 0.03 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+  save_snapshot(tmp_path / 'model', params=params, config=json.loads(json.dumps(config)), step=1)
+  assert cli.main(['export', str(tmp_path / 'model'), f'--output={tmp_path / "out"}']) == 0
+  programs = [f'{name}.stablehlo' for name in ('encode', 'finish', 'start', 'step')]
+  assert sorted(os.listdir(tmp_path / 'out')) == sorted(['about.json', 'load.py', 'weights.npz', *programs])
+  capsys.readouterr()
+  assert cli.main(['export', str(tmp_path / 'model'), f'--output={tmp_path / "out"}']) == 1
+  assert 'is there already' in capsys.readouterr().err
+
+  codec = codec_lib.load(tmp_path / 'model')
+  audio = np.random.default_rng(0).normal(0, 0.1, (codec.representation.channels, 9000)).astype(np.float32)
+  np.save(tmp_path / 'audio.npy', audio)
+  subprocess.run([sys.executable, '-c', RUN, tmp_path / 'out', tmp_path / 'audio.npy', tmp_path / 'result.npz'],
+  leaves = [x + 0.03 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+  params = jax.tree.unflatten(tree, leaves)
+  result = np.load(tmp_path / 'result.npz')
+  latents = codec.encode(audio, 44100)
+  np.testing.assert_allclose(result['z'][0], latents.z[0], atol=2e-6)
+  assert result['z'].shape[0] == 2 and np.abs(result['z'][1] - result['z'][0]).max() > 1e-3
+  decoded = codec.decode(latents, seed=3)
+  assert np.abs(decoded).max() > 1e-3
+  np.testing.assert_allclose(result['audio'][0][:, :9000], decoded, atol=2e-5)
