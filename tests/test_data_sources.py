@@ -439,3 +439,32 @@ def test_files_that_vanish_are_named_and_passed_over(tmp_path, caplog):
     later = [next(batches) for _ in range(3)]
   assert sum(int(batch['rejected'].sum()) for batch in later) >= 6
   assert [r.getMessage() for r in caplog.records] == [f'training data: {tmp_path}/2.wav: there is no such file']
+
+
+def test_what_is_half_prepared_or_of_several_splits_is_not_mixed(tmp_path):
+  from m2l2.data.sources import find_source
+  half = tmp_path / 'half'
+  (half / '.prepare').mkdir(parents=True)
+  (half / 'audio-train.array_record-00000-of-00001').write_bytes(b'')
+  with pytest.raises(UserError, match='is not finished'):
+    find_source(str(half), split='train')
+  both = tmp_path / 'both'
+  both.mkdir()
+  for split in ('train', 'validation'):
+    (both / f'audio-{split}.array_record-00000-of-00001').write_bytes(b'')
+  with pytest.raises(UserError, match='none of nonsense'):
+    find_source(str(both / '*.array_record*'), split='nonsense')
+
+
+def test_a_glob_in_a_loop_of_links_ends(tmp_path):
+  from m2l2.data.sources import find_audio_files
+  folder = tmp_path / 'music'
+  folder.mkdir()
+  for name in ('a.wav', '.hidden.wav', 'b.txt'):
+    (folder / name).write_bytes(b'')
+  for name in ('one', 'two'):
+    (folder / name).symlink_to(folder)
+  assert find_audio_files(str(folder / '**' / '*.wav')).names == ('a.wav',)
+  assert find_audio_files(str(folder / '*.wav')).names == ('a.wav',)
+  with pytest.raises(UserError, match='a mixture is written'):
+    find_audio_files('2*' + str(folder))

@@ -203,8 +203,8 @@ def test_equal_audio_is_taken_once_and_silence_not_at_all(tmp_path):
   assert {r['source'] for r in found} == {b'b.wav', b'other.wav', b'shifted.wav', b'rate.wav'}
   assert min(r['offset'] for r in found if r['source'] == b'shifted.wav') == 59_752  # two of five even segments
   assert {row['file']: row['segments'] for row in report(tmp_path / 'out')['silent_segments']} == {
-      'shifted.wav': 1, 'silent too.flac': 4}
-  assert manifest['silent_segments'] == 5
+      'shifted.wav': 2, 'silent too.flac': 4}
+  assert manifest['silent_segments'] == 6
 
 
 # ---- hostile input -------------------------------------------------------------------------------

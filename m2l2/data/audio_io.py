@@ -35,6 +35,7 @@ WRITE_FORMATS = {
     '.ogg': ('OGG', 'VORBIS'),
 }
 
+RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
 _WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack: never hand it a whole song
 _WAV_LIMIT = 2**32 - 2**16  # bytes; a WAV's sizes are 32-bit
@@ -133,7 +134,8 @@ class AudioReader:
       mode = os.stat(path).st_mode
       size = os.path.getsize(path)
     except (OSError, ValueError) as e:
-      raise UserError(f'{name}: there is no such file') from e
+      why = 'may not be read (permission denied)' if isinstance(e, PermissionError) else 'there is no such file'
+      raise UserError(f'{name}: {why}') from e
     if stat.S_ISDIR(mode):
       raise UserError(f'{name}: is a directory, not an audio file')
     if not stat.S_ISREG(mode):

@@ -26,7 +26,6 @@ _BLOCK = 2**18  # samples decoded at once: 6 s
 _HEAD = 2**16  # samples that stand for a file while possible duplicates are looked for
 _MAX_PEAK = 100.0  # as in training: a float file scaled to integers is no audio
 _MISSING = 1.  # seconds: what music in the wild (Ogg, mostly) may lack of its stated length
-_RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _CHANNELS = 8  # FLAC takes no more
 _READY = 60.  # seconds for a child to start
 
@@ -39,7 +38,7 @@ class FileFault(UserError):
 
 
 def probe(path) -> dict:
-  """What tells at little cost: 'seconds' by the header, and 'head', a hash of the rate, the channels and
+  """What tells at little cost: 'seconds' by the header, 'format', and 'head', a hash of the rate, the channels and
   the first block that is not all zero. Files of equal audio have equal heads."""
   with _open(path) as reader:
     digest = hashlib.sha256(f'{reader.info.sample_rate} {reader.info.channels}'.encode())
@@ -48,7 +47,7 @@ def probe(path) -> dict:
       if block.any():
         digest.update(f' {number}'.encode() + block.tobytes())
         break
-    return {'seconds': reader.info.seconds, 'head': digest.hexdigest()[:16]}
+    return {'seconds': reader.info.seconds, 'format': reader.info.format, 'head': digest.hexdigest()[:16]}
 
 
 def content_hash(path) -> dict:
@@ -131,12 +130,12 @@ def loudness(audio: np.ndarray) -> float:
 def _open(path) -> audio_io.AudioReader:
   reader = audio_io.AudioReader(path)
   rate, channels = reader.info.sample_rate, reader.info.channels
-  if _RATES[0] <= rate <= _RATES[1] and channels <= _CHANNELS:
+  if audio_io.RATES[0] <= rate <= audio_io.RATES[1] and channels <= _CHANNELS:
     return reader
   reader.close()
   if channels > _CHANNELS:
     raise UserError(f'has {channels} channels, more than {_CHANNELS}')
-  raise UserError(f'states a sample rate of {rate} Hz, not within {_RATES[0]} to {_RATES[1]}')
+  raise UserError(f'states a sample rate of {rate} Hz, not within {audio_io.RATES[0]} to {audio_io.RATES[1]}')
 
 
 def _missing(reader) -> int:

@@ -6,6 +6,7 @@ definition, so the order of samples outlives versions of NumPy and of Grain.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import threading
 
@@ -54,6 +55,7 @@ def epoch_order(*, seed: int, epoch: int, count: int, source: int = 0) -> np.nda
   return np.argsort(words, kind='stable').astype(np.uint32 if count <= 2**32 else np.int64)
 
 
+@functools.lru_cache(maxsize=64)  # a sample's neighbours in the order ask for the same block
 def block_order(*, seed: int, block: int, weights: tuple[int, ...]) -> np.ndarray:
   """The sources of a block of sum(weights) samples: each as often as its weight; a pure function."""
   words = _philox([seed, block], [0, 0, _BLOCK, 0]).random_raw(sum(weights))

@@ -51,6 +51,7 @@ MANIFEST, REPORT, JOB = 'manifest.json', 'report.json', f'{WORK}/job.json'
 SPLITS = ('train', 'validation')
 
 _HEAD_BYTES = 2**22  # of a remote file, for the probe
+_SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the bytes that are there
 _LEAST_BYTES = 500  # a second, for planning: a header that states more samples is not believed
 
 
@@ -132,6 +133,7 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
   if processes is not None and processes < 1:
     raise UserError(f'--processes={processes}: it must be 1 or more')
   processes = processes or (1 if runner else os.cpu_count())
+  output = output if '://' in output else os.path.expanduser(output)
   base, names, sizes = _find(source)
   place = Place(output)
   identity = {'format': FORMAT, 'options': dataclasses.asdict(options) | {'rates': list(options.rates)},
@@ -241,7 +243,7 @@ def _write_metadata(place, splits):
                 data_dir=folder, dataset_name=NAME, split=split, filetype_suffix='array_record'))
         for split, of in splits.items()]))
     info.write_to_directory(folder)
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder), reverse=True):  # dataset_info.json last: readers look for it
       with open(os.path.join(folder, name), 'rb') as file:
         place.write(name, file.read())
 
@@ -341,7 +343,9 @@ def _probe(job, name, decoder) -> dict:
   if '://' in job.base:  # the beginning mostly does
     with contextlib.suppress(FileFault), _local(job.base, name, most=_HEAD_BYTES) as path:
       facts = decoder.call('probe', path)
-      return facts | {'seconds': facts['seconds'] * max(1, _remote_size(job.base, name) / _HEAD_BYTES)}
+      if facts['format'] in _SIZED:  # else the header told the whole length
+        facts['seconds'] *= max(1, _remote_size(job.base, name) / _HEAD_BYTES)
+      return facts
   with _local(job.base, name) as path:
     return decoder.call('probe', path)
 
@@ -498,7 +502,11 @@ def _run_stage(place, job, stage, items, *, total, unit, runner, processes, beam
       finally:
         _session = None
         session.stop()
-  return [place.read_json(_result_name(stage, item)) for item in items]
+  results = [place.read_json(_result_name(stage, item)) for item in items]
+  if None in results:
+    raise UserError(f'{shown(place.root)}: results of the {stage} stage are missing; is --output on storage that all '
+                    'workers share? Run the same command again to go on')
+  return results
 
 
 def _last_line(error) -> str:
@@ -572,7 +580,7 @@ def _file_system(url: str):
   """fsspec's file system of a URL, and the path in it."""
   try:
     import fsspec
-    return fsspec.core.url_to_fs(url)
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # others write there, too
   except (ImportError, ValueError) as e:
     raise UserError(f'{shown(url)}: cannot be reached ({" ".join(str(e).split())})') from e
 
@@ -709,4 +717,6 @@ class Place:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as e:
         raise UserError(f'{shown(self.root)}: another m2l2 prepare is writing there') from e
+      except OSError as e:  # some network file systems have no locks
+        absl_logging.warning('%s: cannot be locked (%s): start no other m2l2 prepare there', shown(self.root), e.strerror)
       yield

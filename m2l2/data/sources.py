@@ -10,8 +10,11 @@ import glob
 import hashlib
 import math
 import os
+import pathlib
 import re
 from typing import Protocol
+
+from absl import logging
 
 from m2l2.data.audio_io import AudioReader, shown
 from m2l2.errors import UserError
@@ -160,11 +163,17 @@ def find_source(place: str, *, split: str) -> Source:
     dataset = records.find_dataset(place)
     if dataset:
       return records.open_dataset(dataset, split=split)
+    if os.path.isdir(os.path.join(place, '.prepare')):
+      raise UserError(f'{shown(place)}: is not finished; run the same m2l2 prepare again')
     place_of_shards = os.path.join(glob.escape(place), f'*{_SHARD}*')
   else:
     place_of_shards = place
   if _SHARD in os.path.basename(place_of_shards):
     found = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
+    if len({os.path.basename(path).partition(_SHARD)[0] for path in found}) > 1:  # a glob over several splits
+      found = [path for path in found if os.path.basename(path).partition(_SHARD)[0].endswith(f'-{split}')]
+      if not found:
+        raise UserError(f'{shown(place)}: holds shards of several splits, but none of {shown(split)} (data.split)')
     if found:
       return records.open_shards(found)
   return find_audio_files(place)
@@ -174,8 +183,8 @@ def find_audio_files(root) -> AudioFiles:
   """The audio files under a directory (at any depth), matching a glob (** allowed), or one file.
 
   Files are known by their extension (EXTENSIONS, in any case); whether one can be read shows when
-  it is read. Hidden files and directories are passed over. Links are followed; a directory that is
-  reached twice (a loop of links) is taken once, where it is met first in sorted order.
+  it is read. Hidden files and directories are passed over. Links are followed (but not by **); a directory
+  that is reached twice (a loop of links) is taken once, where it is met first in sorted order.
 
   Raises UserError: nothing there, or no audio among it.
   """
@@ -185,14 +194,15 @@ def find_audio_files(root) -> AudioFiles:
     base, audio = root, _walk(root)
   elif os.path.isfile(root) or glob.has_magic(root):
     base = _glob_base(root) if not os.path.isfile(root) else os.path.dirname(root)
-    paths = [root] if os.path.isfile(root) else [p for p in glob.glob(root, recursive=True) if os.path.isfile(p)]
+    paths = [root] if os.path.isfile(root) else _glob(root, base)
     audio = {os.path.relpath(p, base or '.') for p in paths if p.lower().endswith(EXTENSIONS)}
   elif not root:
     raise UserError('the root of the data is empty: give a directory, a glob or an audio file')
   else:
     raise UserError(f'{name}: there is no such directory or file')
   if not audio:
-    raise UserError(f'{name}: no audio files there (looked for *{", *".join(EXTENSIONS)})')
+    hint = "; a mixture is written 'W*PLACE,W*PLACE'" if _PART.match(root) else ''
+    raise UserError(f'{name}: no audio files there (looked for *{", *".join(EXTENSIONS)}){hint}')
   return AudioFiles(base=base, names=tuple(sorted(n.replace(os.sep, '/') for n in audio)))
 
 
@@ -207,13 +217,25 @@ def _walk(root: str) -> list[str]:
     seen.add(real)
     try:
       entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
-    except OSError:  # not to be read, or gone
+    except OSError as e:  # not to be read, or gone
+      logging.warning('%s: cannot be listed (%s); passed over', shown(os.path.join(root, folder)), e.strerror)
       continue
     entries = [entry for entry in entries if not entry.name.startswith('.')]
     names += [folder + entry.name for entry in entries
               if entry.name.lower().endswith(EXTENSIONS) and _is(entry.is_file)]
     waiting += [os.path.join(folder, entry.name, '') for entry in reversed(entries) if _is(entry.is_dir)]
   return names
+
+
+def _glob(pattern: str, base: str) -> list[str]:
+  """The files that match. pathlib's ** does not follow links: in a loop of two, glob's would not end."""
+  inner = os.path.relpath(pattern, base or '.')
+  try:
+    paths = list(pathlib.Path(base or '.').glob(inner))
+  except ValueError as e:  # ** beside other characters
+    raise UserError(f'{shown(pattern)}: is not a pattern ({e})') from e
+  hidden = lambda path: any(part.startswith('.') for part in os.path.relpath(path, base or '.').split(os.sep))
+  return [os.fspath(path) for path in paths if _is(path.is_file) and not hidden(path)]
 
 
 def _is(question) -> bool:
