@@ -230,6 +230,8 @@ def _walk(root: str) -> list[str]:
 def _glob(pattern: str, base: str) -> list[str]:
   """The files that match. pathlib's ** does not follow links: in a loop of two, glob's would not end."""
   inner = os.path.relpath(pattern, base or '.')
+  if os.path.basename(inner) == '**':  # of files, too: to pathlib, a last ** means directories
+    inner = os.path.join(inner, '*')
   try:
     paths = list(pathlib.Path(base or '.').glob(inner))
   except ValueError as e:  # ** beside other characters
