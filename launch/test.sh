@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SECONDS=0
 source launch/environment.sh
 
-make_environment .venv-test train,beam,dev
+make_environment .venv-test train,beam,av,dev
 bin=$PWD/.venv-test/bin
 export PYTHONUNBUFFERED=1
 

@@ -73,11 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
   def files(made, source, target):
-    made.add_argument('source', metavar='IN', help=source)
-    made.add_argument('target', metavar='OUT', help=target)
+    made.add_argument('source', metavar='IN', nargs='+', help=f'{source}; several, a directory, a glob; - is a pipe')
+    made.add_argument('target', metavar='OUT', help=f'{target}; for several a directory; - is a pipe')
     made.add_argument('--checkpoint', metavar='DIR', required=True,
                       help='snapshot, workdir of a training run, or name of a model in the box')
+    made.add_argument('--device', metavar='KIND[:N]', help='cpu, gpu or tpu, the N-th of them (default: the best)')
     made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
+
+  def sound(made):
+    made.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',
+                      help='of several files, or of what goes to a pipe (default wav)')
+    made.add_argument('--normalize', action='store_true',
+                      help='scale the whole file down where it would pass full scale (default: clip, and say so)')
+    made.add_argument('--batch', type=int, metavar='N',
+                      help='files to decode at once (default: 1 on CPUs, else 8)')
 
   def decoding(made):
     made.add_argument('--seed', type=int, default=0, metavar='N',
@@ -93,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="denoise each chunk once more, as the next one's left neighbour (default: the "
                       "model's own; autoregressive only)")
 
-  audio_in, audio_out = 'WAV, FLAC, OGG, Opus, MP3 or AIFF file', '*.wav, *.flac or *.ogg'
+  audio_in, audio_out = 'WAV, FLAC, OGG, Opus, MP3, AIFF file (M4A, AAC: extra av)', '*.wav, *.flac or *.ogg'
   latents = '*.safetensors'
   command('train', None, summary='Trains a model, or goes on with a run that was stopped.',
           example='  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC '
@@ -128,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--memory-mb', type=int, default=1024, metavar='N', help='for decoding one file (default 1024)')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no last lines')
   made = command('encode', _encode, summary='Audio file -> file of latents.',
-                 example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny')
+                 example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny\n'
+                         '  m2l2 encode albums/ latents/ --checkpoint=runs/tiny')
   files(made, audio_in, latents)
   made.add_argument('--discrete', action='store_true',
                     help='store int32 tokens (models with an FSQ bottleneck)')
@@ -159,12 +169,16 @@ def _parser() -> argparse.ArgumentParser:
                     help='seconds of silence after which a process counts as lost, which ends the others')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
   made = command('decode', _decode, summary='File of latents -> audio file as long as the source.',
-                 example='  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny --seed=1')
+                 example='  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny --seed=1\n'
+                         '  m2l2 decode song.safetensors - --checkpoint=runs/tiny | aplay')
   files(made, latents, audio_out)
+  sound(made)
   decoding(made)
   made = command('reconstruct', _reconstruct, summary='Audio file -> latents -> audio file.',
-                 example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny')
+                 example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny\n'
+                         "  m2l2 reconstruct 'albums/**/*.mp3' again/ --checkpoint=runs/tiny --format=flac")
   files(made, audio_in, audio_out)
+  sound(made)
   decoding(made)
   made = command('evaluate', _evaluate,
                  summary='Metrics of reconstructions against their originals, in pairs by file name.',
@@ -272,13 +286,47 @@ def _prepare(args):
 
 
 def _encode(args):
+  from m2l2 import jobs
   from m2l2.data import audio_io
-  info = audio_io.probe(args.source)
-  audio_io.check_writable(args.target, extensions=('.safetensors',))
-  codec = _load(args.checkpoint)
-  latents = _encode_file(codec, info, discrete=args.discrete, quiet=args.quiet)
-  latents.save(args.target)
-  _say(args, f'{args.target}: {_latents_line(latents)}')
+  planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output='.safetensors')
+  with _over(planned, 'encode', args) as (done, passing):
+    codec = None
+    for job in planned:
+      with passing(job), jobs.reading(job) as path:
+        info = audio_io.probe(path)
+        with jobs.writing(job, output='.safetensors', check=_check_latents) as target:
+          codec = codec or _load(args)
+          latents = _encode_file(codec, info, discrete=args.discrete, quiet=args.quiet)
+          latents.save(target)
+        _say(args, f'{audio_io.shown(job.target)}: {_latents_line(latents)}')
+      done(1)
+
+
+def _check_latents(path):
+  from m2l2.data import audio_io
+  audio_io.check_writable(path, extensions=('.safetensors',))
+
+
+@contextlib.contextmanager
+def _over(planned, name, args):
+  """Gives (a bar's function, passing). `passing(job)` tells of a fault, then goes on; that of a lone file ends all."""
+  faults = 0
+
+  @contextlib.contextmanager
+  def passing(job):
+    nonlocal faults
+    try:
+      yield
+    except UserError as error:
+      if len(planned) == 1:
+        raise
+      faults += 1
+      print('m2l2:', ' '.join(str(error).split()), file=sys.stderr)
+
+  with _bar(f'{name} files', len(planned), quiet=args.quiet or len(planned) == 1) as done:
+    yield done, passing
+  if faults:
+    raise UserError(f'{faults} of {len(planned)} files were passed over; the others are done')
 
 
 def _encode_dataset(args):
@@ -298,7 +346,7 @@ def _encode_dataset(args):
   try:
     with contextlib.ExitStack() as stack:
       report = bulk.encode_dataset(
-          _load(args.checkpoint), source=args.source, output=args.output, dtype=args.dtype or 'float16',
+          _load(args), source=args.source, output=args.output, dtype=args.dtype or 'float16',
           discrete=args.discrete, batch=args.batch, shards=args.shards, threads=args.threads,
           progress=lambda total: stack.enter_context(_corpus_progress(total, quiet=args.quiet)))
   except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -315,29 +363,78 @@ def _encode_dataset(args):
 
 
 def _decode(args):
+  from m2l2 import jobs
   from m2l2.latents import Latents
-  from m2l2.data import audio_io
-  latents = Latents.load(args.source)
-  audio_io.check_writable(args.target)
-  codec = _load(args.checkpoint)
-  with audio_io.AudioWriter(args.target, latents.sample_rate, latents.channels) as writer:
-    _decode_file(codec, latents, writer, args)
-  _say(args, _decoded_line(args.target, latents))
+
+  def opened(path):
+    latents = Latents.load(path)
+    return latents, lambda codec: latents
+  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.LATENTS, output=f'.{args.format}'), opened)
 
 
 def _reconstruct(args):
+  from m2l2 import jobs
   from m2l2.data import audio_io
-  info = audio_io.probe(args.source)
-  audio_io.check_writable(args.target)
-  if os.path.exists(args.target) and os.path.samefile(args.source, args.target):
-    raise UserError(f'{audio_io.shown(args.target)}: is the input too; name another output')
-  codec = _load(args.checkpoint)
+
+  def opened(path):
+    info = audio_io.probe(path)
+    return info, lambda codec: _encode_file(codec, info, discrete=False, quiet=args.quiet)
+  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
+
+
+def _decode_jobs(args, planned, opened):
+  """Decodes `--batch` files at a time. opened(path) -> (what has rate, channels and tags; codec -> latents)."""
+  from m2l2 import jobs
+  from m2l2.data import audio_io
+  if args.batch is not None and args.batch < 1:
+    raise UserError(f'--batch={args.batch}: decode at least one file at once')
+  codec = None
+  with _over(planned, 'decode', args) as (done, passing):
+    waiting = list(planned)
+    while waiting:
+      size = 1 if len(planned) == 1 else args.batch or (1 if codec is None else _batch())
+      group, waiting = waiting[:size], waiting[size:]
+      with contextlib.ExitStack() as all_files:
+        ready = []
+        for job in group:
+          with passing(job), contextlib.ExitStack() as files:
+            source, latents_by = opened(files.enter_context(jobs.reading(job)))
+            target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=_other_than(job.source)))
+            codec = codec or _decoder(args)
+            # Opened first: that the format does not take these channels is told before the work.
+            writer = files.enter_context(audio_io.AudioWriter(
+                target, source.sample_rate, source.channels, tags=source.tags, normalize=args.normalize))
+            latents = latents_by(codec)
+            codec.check_latents(latents)
+            ready.append((job, latents, writer))
+            all_files.enter_context(files.pop_all())
+        if ready:
+          _decode_files(codec, [latents for _, latents, _ in ready], [writer for *_, writer in ready], args)
+      for job, latents, _ in ready:
+        _say(args, _decoded_line(audio_io.shown(job.target), latents))
+      done(len(group))
+
+
+def _batch():
+  import jax
+  return 1 if jax.default_backend() == 'cpu' else 8
+
+
+def _decoder(args):
+  codec = _load(args)
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
-  # Opened first: that the format does not take these channels is told before the work.
-  with audio_io.AudioWriter(args.target, info.sample_rate, info.channels) as writer:
-    latents = _encode_file(codec, info, discrete=False, quiet=args.quiet)
-    _decode_file(codec, latents, writer, args)
-  _say(args, _decoded_line(args.target, latents))
+  return codec
+
+
+def _other_than(source):
+  """A check of where audio is to be written."""
+  from m2l2.data import audio_io
+
+  def check(path):
+    audio_io.check_writable(path)
+    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
+      raise UserError(f'{audio_io.shown(path)}: is the input too; name another output')
+  return check
 
 
 def _evaluate(args):
@@ -361,7 +458,7 @@ def _evaluate(args):
   with contextlib.ExitStack() as stack:
     chunks = seams.Chunks()
     if args.checkpoint:
-      codec = _load(args.checkpoint)
+      codec = _load(args)
       chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
       folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
       items, warnings = _reconstruct_all(codec, folder, args)
@@ -402,7 +499,7 @@ def _reconstruct_all(codec, folder, args):
         info = audio_io.probe(found.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
-          _decode_file(codec, _encode_file(codec, info, discrete=False, quiet=True), writer, quiet)
+          _decode_files(codec, [_encode_file(codec, info, discrete=False, quiet=True)], [writer], quiet)
         items.append(Pair(name, found.path(number), target))
       except UserError as error:
         warnings.append(f'{name}: unreadable: {error}; left out')
@@ -412,36 +509,72 @@ def _reconstruct_all(codec, folder, args):
   return items, warnings
 
 
-def _load(checkpoint):
-  """The Codec; that there is no device to run on is the user's to mend, too."""
+def _load(args):
+  """The Codec, on the device that is asked for. Programs that XLA compiled once are kept for the next start."""
   import jax
   from m2l2 import codec
-  path = codec.locate(checkpoint)
+  path = codec.locate(args.checkpoint)
+  kind, _, number = (getattr(args, 'device', None) or '').partition(':')
+  if number and not number.isdecimal():
+    raise UserError(f'--device={args.device}: give KIND or KIND:N, as gpu:1')
+  if kind == 'cpu':
+    jax.config.update('jax_platforms', 'cpu')  # nothing of a GPU is touched, its memory least of all
   try:
-    jax.devices()
+    devices = jax.devices(kind or None)
   except RuntimeError as error:
-    raise UserError(f'JAX finds no device: {" ".join(str(error).split())}') from error
+    raise UserError(f'JAX finds no {kind or "device"}: {" ".join(str(error).split())}') from error
+  if kind:
+    if int(number or 0) >= len(devices):
+      raise UserError(f'--device={args.device}: there are {len(devices)}, counted from 0')
+    jax.config.update('jax_default_device', devices[int(number or 0)])
+  _keep_compiled()
   return codec.load(path)
+
+
+def _keep_compiled():
+  """JAX's cache of compiled programs in the user's cache directory, where nobody has set another.
+
+  One for each kind of processor: a CPU's programs use its own instructions.
+  """
+  import hashlib
+  import jax
+  if jax.config.jax_compilation_cache_dir:
+    return
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as file:
+      processor = next((line for line in file if line.startswith(('flags', 'Features'))), '')
+  except OSError:
+    import platform
+    processor = ' '.join(platform.uname())
+  name = f'xla-{hashlib.sha256(processor.encode()).hexdigest()[:12]}'
+  jax.config.update('jax_compilation_cache_dir', os.path.join(base, 'm2l2', name))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def _encode_file(codec, info, *, discrete, quiet):
   """The latents of an audio file, read block by block."""
+  import dataclasses
   from m2l2.data import audio_io
   codec.check_source(channels=info.channels, discrete=discrete)
   blocks = audio_io.read_blocks(
       info.path, block_samples=_SECONDS * info.sample_rate, check_finite=True)
   with _progress('encode', info, quiet=quiet) as done:
-    return codec.encode_blocks(
+    latents = codec.encode_blocks(
         _counted(blocks, done), sample_rate=info.sample_rate, channels=info.channels,
         discrete=discrete)
+  return dataclasses.replace(latents, tags=dict(info.tags))
 
 
-def _decode_file(codec, latents, writer, args):
-  """Writes the audio of latents block by block."""
-  blocks = codec.decode_blocks(latents, args.seed, **_decoding_options(args))
-  with _progress('decode', latents, quiet=args.quiet) as done:
-    for block in _counted(blocks, done):
-      writer.write(block)
+def _decode_files(codec, many, writers, args):
+  """Writes the audio of several files' latents block by block; `_counted` goes by the longest."""
+  longest = max(range(len(many)), key=lambda i: many[i].num_samples / many[i].sample_rate)
+  pieces = codec.decode_together(many, args.seed, clip=False, **_decoding_options(args))
+  with _progress('decode', many[longest], quiet=args.quiet) as done:
+    for blocks in pieces:
+      for writer, block in zip(writers, blocks):
+        writer.write(block)
+      done(blocks[longest])
 
 
 def _decoding_options(args):
@@ -473,100 +606,15 @@ def _import_codicodec(args):
        f'{report["fingerprint"]}')
 
 
-# ---- info ----------------------------------------------------------------------------------------
-
-
 def _info(args):
-  facts = _facts(args.path)
+  from m2l2 import info
+  facts = info.facts(args.path)
   if args.json:
     print(json.dumps(facts, indent=2))
     return
   width = max(map(len, facts))
   for name, value in facts.items():
     print(f'{name.replace("_", " "):{width}}  {_readable(value)}')
-
-
-def _facts(path) -> dict:
-  """What is known of a file or a directory, as a flat dict of JSON types."""
-  from m2l2.data import audio_io
-  if not os.path.exists(path):
-    from m2l2 import codec
-    try:
-      return _checkpoint_facts(codec.locate(path))
-    except UserError as error:
-      raise UserError(f'{audio_io.shown(path)}: there is no such file, snapshot, workdir or model '
-                      'in the box') from error
-  if os.path.isdir(path):
-    return _checkpoint_facts(path)
-  from m2l2.latents import is_safetensors
-  if is_safetensors(path):
-    return _latents_facts(path)
-  info = audio_io.probe(path)
-  return {'path': info.path, 'kind': 'audio', 'format': info.format, 'encoding': info.subtype,
-          'sample_rate': info.sample_rate, 'channels': info.channels, 'samples': info.frames,
-          'seconds': info.seconds}
-
-
-def _latents_facts(path) -> dict:
-  from m2l2.latents import Latents
-  latents = Latents.load(path)
-  seconds = latents.num_samples / latents.sample_rate
-  facts = {'path': path, 'kind': 'latents',
-           'form': 'tokens' if latents.z.ndim == 3 else 'continuous', 'version': latents.version,
-           'model': latents.model, 'streams': latents.z.shape[0], 'chunks': latents.z.shape[1],
-           'embeddings_per_chunk': latents.z.shape[2]}
-  if latents.z.ndim == 4:
-    facts['numbers_per_embedding'] = latents.z.shape[3]
-  return {**facts, 'sample_rate': latents.sample_rate, 'channels': latents.channels,
-          'samples': latents.num_samples, 'seconds': seconds,
-          'numbers_per_second': latents.z.size / seconds,
-          'samples_per_number': latents.num_samples * latents.channels / latents.z.size,
-          'bytes': os.path.getsize(path)}
-
-
-def _checkpoint_facts(path) -> dict:
-  """A snapshot; or a workdir, with how far its run has come."""
-  from m2l2.snapshot import load_snapshot
-  facts = {'path': os.fspath(path), 'kind': 'snapshot'}
-  if os.path.isfile(os.path.join(path, 'metrics.jsonl')):
-    facts |= {'kind': 'workdir', **_run_facts(path)}
-    if not os.path.isdir(os.path.join(path, 'snapshot')):
-      return {**facts, 'snapshot': 'none yet (training writes one when it saves)'}
-  snapshot = load_snapshot(path)
-  model = snapshot.config.get('model', {})
-  facts |= {'fingerprint': snapshot.fingerprint, 'snapshot_step': snapshot.step}
-  facts |= {name: snapshot.extra[name] for name in ('source', 'licence') if name in snapshot.extra}
-  facts |= {'parameters': _count(snapshot.params),
-            **{f'parameters_{name}': _count(part) for name, part in snapshot.params.items()}}
-  try:
-    rate, chunk = model['native_rates'][0], model['hop'] * model['frames']
-    numbers = model['num_latents'] * model['latent_dim']
-    facts |= {'channels': model['channels'], 'native_rates': model['native_rates'],
-              'chunk_seconds': chunk / rate, 'embeddings_per_chunk': model['num_latents'],
-              'numbers_per_embedding': model['latent_dim'], 'bottleneck': model['bottleneck'],
-              'numbers_per_second': numbers * rate / chunk,
-              'samples_per_number': chunk * model['channels'] / numbers}
-  except (KeyError, IndexError, TypeError) as error:
-    raise UserError(f'{path}: its config is not of an m2l2 model ({error!r})') from error
-  return facts
-
-
-def _run_facts(workdir) -> dict:
-  """The last line of metrics.jsonl that holds a loss, and the checkpoints there are."""
-  last = {}
-  with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
-    for line in file:
-      with contextlib.suppress(ValueError):  # a line that a crash cut short
-        row = json.loads(line)
-        last = row if isinstance(row, dict) and 'loss' in row else last
-  folder = os.path.join(workdir, 'checkpoints')
-  steps = sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(
-      folder) else []
-  return {'step': last.get('step'), 'loss': last.get('loss'), 'checkpoints': steps}
-
-
-def _count(tree) -> int:
-  return sum(map(_count, tree.values())) if isinstance(tree, dict) else int(tree.size)
 
 
 # ---- what the user sees --------------------------------------------------------------------------
@@ -595,8 +643,9 @@ def _decoded_line(path, latents) -> str:
 
 
 def _say(args, line):
+  """On standard output, unless that is where the result goes."""
   if not args.quiet:
-    print(line)
+    print(line, file=sys.stderr if getattr(args, 'target', None) == '-' else sys.stdout)
 
 
 @contextlib.contextmanager

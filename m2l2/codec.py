@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build, encoding
+from m2l2 import build, encoding, output
 from m2l2.data import audio_io
 from m2l2.decoding import REFINE, Sampler
 from m2l2.errors import UserError
@@ -25,6 +25,7 @@ from m2l2.snapshot import load_snapshot
 MODES = ('autoregressive', 'parallel')
 _BLOCK_CHUNKS = 8  # chunks per device call: about 6 s
 _MOST_STEPS = 16
+_ENDLESS = 2 ** 31 - 1
 
 
 def locate(path):
@@ -75,21 +76,45 @@ class Codec:
     self.consistency = build.consistency(config['consistency'])
     self.native_rates = build.native_rates(config['model'])
     self._bottleneck = self.network.arch.make_bottleneck()
-    expected = jax.eval_shape(self.network.init, jax.random.key(0))
+    expected = jax.eval_shape(lambda: self.network.init(jax.random.key(0)))
     _check_params(params, expected)
-    self.params = jax.tree.map(jnp.asarray, params)
+    self.params = jax.device_put(params)
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
     self.compile()
 
   def compile(self):
-    """The jitted functions, each compiled when a shape first comes."""
+    """The jitted functions, each compiled when a shape first comes: two for encoding, three for decoding.
+
+    `source` is a seed (uint32) or the noise itself, of the chunks that the call needs.
+    """
     sampler = self.sampler
+
+    def noise(source, first, count, roles):
+      if source.ndim:
+        return source
+      return sampler.noise(jax.random.key(source), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
+
+    def start(params, z, source, *, sigmas, refine):
+      return sampler.start(params, z, noise(source, 0, 1, len(sigmas) + 1)[0], sigmas=sigmas, refine=refine)
+
+    def advance(params, state, z, source, first, count, chunks, sigma_cond, *, sigmas, refine):
+      eps = noise(source, first - 1, z.shape[1] + 1, len(sigmas) + 1)
+      return sampler.advance(params, state, z, first, count, chunks, eps, sigma_cond, sigmas=sigmas, refine=refine)
+
+    def finish(params, state, source, last, chunks, sigma_cond, *, sigmas):
+      eps = noise(source, last, 1, len(sigmas) + 1)[0, REFINE]
+      return sampler.finish(params, state, eps, sigma_cond, last < chunks)
+
+    def parallel_block(params, state, z, source, first, chunks, *, sigmas):
+      lag = len(sigmas) - 1
+      eps = noise(source, first - lag, z.shape[1] + lag, len(sigmas) + 1)
+      return sampler.parallel_block(params, state, z, first, chunks, eps, sigmas=sigmas)
+
     self._encode_block = jax.jit(self.encode_fn)
-    self._start = jax.jit(sampler.start, static_argnames=('sigmas', 'refine'))
-    self._advance = jax.jit(sampler.advance, static_argnames=('sigmas', 'refine'))
-    self._finish = jax.jit(sampler.finish)
-    self._parallel_block = jax.jit(sampler.parallel_block, static_argnames='sigmas')
-    self._noise = jax.jit(sampler.noise, static_argnames='roles')
+    self._start = jax.jit(start, static_argnames=('sigmas', 'refine'))
+    self._advance = jax.jit(advance, static_argnames=('sigmas', 'refine'))
+    self._finish = jax.jit(finish, static_argnames='sigmas')
+    self._parallel_block = jax.jit(parallel_block, static_argnames='sigmas')
 
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
@@ -142,9 +167,10 @@ class Codec:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
     self.check_source(channels=channels, discrete=discrete)
     windows = self._windows(blocks, sample_rate, channels=channels, width=_BLOCK_CHUNKS)
-    z = np.concatenate([self._encode_window(window) for window in windows], axis=1)[:, :windows.layout.chunks]
+    z = [_finite(block) for block in output.on_host(map(self._encode_window, windows))]
+    z = np.concatenate(z, axis=1)[:, :windows.layout.chunks]
     if discrete:
-      z = np.asarray(self.tokens(z))
+      z = self.tokens(z)
     return Latents(z=z, sample_rate=int(sample_rate), num_samples=windows.num_samples, channels=channels,
                    model=self.fingerprint)
 
@@ -169,27 +195,23 @@ class Codec:
 
   def _stream_encode(self, windows, discrete):
     for window in windows:
-      z = self._encode_window(window)[:, 0]
-      yield np.asarray(self.tokens(z)) if discrete else z
+      z = _finite(np.asarray(self._encode_window(window)))[:, 0]
+      yield self.tokens(z) if discrete else z
 
   def _windows(self, blocks, sample_rate, *, channels, width):
     return encoding.Windows(blocks, representation=self.representation, from_rate=sample_rate,
                             to_rate=self.model_rate(sample_rate), channels=channels, width=width)
 
   def _encode_window(self, window):
-    """-> z float32 [streams, chunks, K, d]."""
+    """-> z float32 [streams, chunks, K, d] on the device."""
     streams = encoding.to_streams(window.audio, channels=self.representation.channels)
-    z = np.asarray(self._encode_block(self.params, streams, window.frames))
-    if not np.isfinite(z).all():
-      raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
-                      'or the weights are broken')
-    return z
+    return self._encode_block(self.params, streams, np.int32(window.frames))
 
   # Decoding.
 
   def decode(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
              steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
-             noise=None) -> np.ndarray:
+             clip: bool = True, noise=None) -> np.ndarray:
     """Latents -> audio float32 [channels, samples], exactly the source's channels, samples, rate.
 
     Args:
@@ -202,13 +224,14 @@ class Codec:
       sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
       refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
         one more call at the end. The config's by default (true but in CoDiCodec's). Parallel decoding has none.
+      clip: to [-1, 1], where a file of integers would clip anyway.
       noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise of each chunk's roles: first
         estimate, left neighbour, then one before each further step.
 
     Raises UserError: latents of another model or shape, an unknown mode, a bad seed, steps or sigma_cond.
     """
     blocks = self.decode_blocks(latents, seed, mode=mode, steps=steps, sigma_cond=sigma_cond,
-                                refine=refine, noise=noise)
+                                refine=refine, clip=clip, noise=noise)
     return np.concatenate(list(blocks), axis=1)
 
   def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
@@ -227,30 +250,49 @@ class Codec:
       raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
                       f'{process.sigma_min}..{process.sigma_max}')
 
-  def decode_blocks(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
-                    steps: int | None = None, sigma_cond: float | None = None,
-                    refine: bool | None = None, noise=None) -> Iterator[np.ndarray]:
+  def check_latents(self, latents: Latents):
+    """Raises UserError for latents that `decode` would refuse: of another model or shape, or no numbers."""
+    self._continuous(latents)
+
+  def decode_blocks(self, latents: Latents, seed: int = 0, **options) -> Iterator[np.ndarray]:
     """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
+    pieces = self.decode_together([latents], seed, **options)
+    return (piece for (piece,) in pieces if piece.shape[1])
+
+  def decode_together(self, many: Sequence[Latents], seed: int = 0, *, mode: str = 'autoregressive',
+                      steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
+                      clip: bool = True, noise=None) -> Iterator[list[np.ndarray]]:
+    """Decodes several signals at once, each as `decode` alone would (to rounding); GPUs and TPUs gain by it.
+
+    Returns an iterator of lists: of each signal, the next block float32 [channels, any number of samples].
+    Mistakes raise at the call.
+    """
     self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond)
-    z = self._continuous(latents)
-    chunks = z.shape[1]
-    draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=chunks)
+    values = [self._continuous(latents) for latents in many]
+    if not values:
+      raise UserError('there are no latents to decode')
+    outputs = [self._output(latents, clip=clip) for latents in many]
+    ends = np.cumsum([len(z) for z in values])
+    chunks = np.repeat([z.shape[1] for z in values], [len(z) for z in values]).astype(np.int32)
+    streams = 1 << (len(chunks) - 1).bit_length()  # as many as a power of two: few shapes
+    chunks = np.pad(chunks, (0, streams - len(chunks)))
+    z = np.zeros((streams, chunks.max(), *values[0].shape[2:]), np.float32)
+    for value, end in zip(values, ends):
+      z[end - len(value):end, :value.shape[1]] = value
+    draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=z.shape[1])
     if mode == 'parallel':
-      pieces = self._parallel(z, draw, sigmas=sigmas)
+      pieces = self._parallel(z, draw, chunks, sigmas=sigmas)
     else:
-      sizes = [1] + (chunks - 1) // _BLOCK_CHUNKS * [_BLOCK_CHUNKS] + [(chunks - 1) % _BLOCK_CHUNKS]
-      ends = np.cumsum(sizes)
-      blocks = (z[:, end - size:end] for size, end in zip(sizes, ends) if size)
-      pieces = self._autoregressive(blocks, draw, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
+      sizes = [1] + (z.shape[1] - 1) // _BLOCK_CHUNKS * [_BLOCK_CHUNKS] + [(z.shape[1] - 1) % _BLOCK_CHUNKS]
+      blocks = (z[:, end - size:end] for size, end in zip(sizes, np.cumsum(sizes)) if size)
+      pieces = self._autoregressive(blocks, draw, chunks, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
                                     width=_BLOCK_CHUNKS)
-    rate = self.model_rate(latents.sample_rate)
-    layout = self._layout(latents)
-    resampler = audio_io.StreamResampler(
-        from_rate=rate, to_rate=latents.sample_rate, channels=latents.channels)
-    pieces = map(self._from_streams(latents.channels), pieces)
-    pieces = _window(pieces, start=layout.lead, length=layout.num_samples)
-    pieces = _window(resampler.stream(pieces), start=0, length=latents.num_samples)
-    return (np.clip(piece, -1.0, 1.0) for piece in pieces)
+
+    def written():
+      for piece in output.on_host(pieces):
+        yield [out.take(piece[end - len(value):end]) for out, value, end in zip(outputs, values, ends)]
+      yield [out.finish() for out in outputs]
+    return written()
 
   def stream(self, latent_chunks: Iterable, seed: int = 0, *, steps: int | None = None,
              sigma_cond: float | None = None, refine: bool | None = None,
@@ -282,11 +324,11 @@ class Codec:
       streams = streams or len(z)
       return self._values(z[:, None], (streams, 1))
 
-    pieces = self._autoregressive(map(continuous, latent_chunks), draw, sigmas=sigmas,
+    pieces = self._autoregressive(map(continuous, latent_chunks), draw, np.int32([_ENDLESS]), sigmas=sigmas,
                                   sigma_cond=sigma_cond, refine=refine, width=1)
-    pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in pieces)
-    pieces = _window(pieces, start=rep.layout(1).lead)
-    return (np.clip(piece, -1.0, 1.0) for piece in pieces)
+    pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in map(np.asarray, pieces))
+    cut = output.Cut(start=rep.layout(1).lead)
+    return (np.clip(piece, -1.0, 1.0) for piece in map(cut.take, pieces) if piece.shape[1])
 
   # Latents at chunk borders.
 
@@ -382,90 +424,76 @@ class Codec:
       z = np.asarray(self._bottleneck.codes(z, width=arch.latent_dim))
     return z.astype(np.float32)
 
-  def _from_streams(self, channels):
-    """[streams, model channels, N] -> [channels, N]; mono stays mono through a stereo model."""
-    def merge(audio):
-      if self.representation.channels == 1:
-        return audio[:, 0]
-      return audio[0] if channels > 1 else audio[0].mean(axis=0, keepdims=True)
-    return merge
+  def _output(self, latents, *, clip):
+    return output.Output(layout=self._layout(latents), model_channels=self.representation.channels,
+                         model_rate=self.model_rate(latents.sample_rate), channels=latents.channels,
+                         sample_rate=latents.sample_rate, num_samples=latents.num_samples, clip=clip)
 
   def _sampling(self, seed, *, mode, steps, noise, chunks):
-    """-> (draw: chunk indices [n] -> unit noise [n, roles, F, T, C], the noise levels of the steps)."""
+    """-> (draw, the noise levels of the steps). draw(first, count) is the `source` of that many chunks' noise."""
     if steps is None:
       steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
-    roles = steps + 1
     if noise is None:
-      key = jax.random.key(seed)
-      return lambda index: self._noise(key, np.maximum(index, 0), roles=roles), self.consistency.schedule(steps)
+      return lambda first, count: np.uint32(seed), self.consistency.schedule(steps)
     noise = np.asarray(noise, np.float32)
-    if noise.shape[1:] != (roles, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
-      wanted = ['chunks' if chunks is None else chunks, roles, *self.sampler.chunk_shape]
+    if noise.shape[1:] != (steps + 1, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
+      wanted = ['chunks' if chunks is None else chunks, steps + 1, *self.sampler.chunk_shape]
       raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
 
-    def draw(index):
-      if chunks is None and max(index) >= len(noise):
+    def draw(first, count):
+      if chunks is None and first + count > len(noise):
         raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
-      return noise[np.clip(index, 0, len(noise) - 1)]
+      return noise[np.clip(first + np.arange(count), 0, len(noise) - 1)]
     return draw, self.consistency.schedule(steps)
 
-  def _autoregressive(self, blocks, draw, *, sigmas, sigma_cond, refine, width):
-    """blocks of z [streams, n <= width, K, d], the first of one chunk -> audio [streams, C, samples]."""
-    sigma_cond = self.consistency.sigma_cond if sigma_cond is None else float(sigma_cond)
+  def _autoregressive(self, blocks, draw, chunks, *, sigmas, sigma_cond, refine, width):
+    """blocks of z [streams, n <= width, K, d], the first of one chunk; chunks int32 [streams] -> audio [streams, C,
+    samples] on the device."""
+    sigma_cond = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
     refine = self.consistency.refine if refine is None else bool(refine)
+    how = dict(sigmas=sigmas, refine=refine)
     blocks = iter(blocks)
     first = next(blocks, None)
     if first is None:
       return
-    audio, state = self._start(self.params, first[:, 0], draw(np.asarray([0]))[0], sigmas=sigmas, refine=refine)
-    yield np.asarray(audio)
+    audio, state = self._start(self.params, first[:, 0], draw(0, 1), **how)
+    yield audio
     position = 1
     for z in blocks:
       count = z.shape[1]
-      eps = draw(position - 1 + np.arange(width + 1))
       z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
-      audio, state = self._advance(self.params, state, z, count, eps, sigma_cond, sigmas=sigmas, refine=refine)
-      yield _join(np.asarray(audio)[:, :count])
+      audio, state = self._advance(self.params, state, z, draw(position - 1, width + 1), np.int32(position),
+                                   np.int32(count), chunks, sigma_cond, **how)
+      yield output.Blocks(audio, count)
       position += count
-    eps = draw(np.asarray([position - 1]))[0, REFINE]
-    yield np.asarray(self._finish(self.params, state, eps, sigma_cond) if refine else state['tail'])
+    if refine:
+      yield self._finish(self.params, state, draw(position - 1, 1), np.int32(position - 1), chunks, sigma_cond,
+                         sigmas=sigmas)
+    else:
+      yield state['tail']
 
-  def _parallel(self, z, draw, *, sigmas):
-    """z [streams, chunks, K, d] -> blocks of audio [streams, C, samples], then the tail."""
+  def _parallel(self, z, draw, chunks, *, sigmas):
+    """z [streams, n, K, d], chunks int32 [streams] -> blocks of audio [streams, C, samples], then the tail."""
     rep, lag = self.representation, len(sigmas) - 1
-    streams, chunks = z.shape[:2]
+    longest = z.shape[1]
     # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
     widths = range(lag + 1 + (lag + 1) % 2, max(_BLOCK_CHUNKS, lag + 2) + 1, 2)
-    width = min(widths, key=lambda width: (-(-(chunks + lag) // width) * width, -width))
+    width = min(widths, key=lambda width: (-(-(longest + lag) // width) * width, -width))
     state = self.sampler.parallel_state(self.params, z.shape, lag)
-    for start in range(0, chunks + lag, width):
+    for start in range(0, longest + lag, width):
       block = z[:, start:start + width]
       block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
-      eps = draw(start - lag + np.arange(width + lag))
-      audio, state = self._parallel_block(self.params, state, block, start, chunks, eps, sigmas=sigmas)
-      skip = max(lag - start, 0) * rep.chunk_samples  # what lies before chunk 0
-      yield np.asarray(audio)[:, :, skip:]
-    yield np.asarray(state['tail'])
+      audio, state = self._parallel_block(self.params, state, block, draw(start - lag, width + lag), np.int32(start),
+                                          chunks, sigmas=sigmas)
+      yield output.Blocks(audio, skip=max(lag - start, 0) * rep.chunk_samples)  # what lies before chunk 0
+    yield state['tail']
 
 
-def _join(audio):
-  """[streams, n, C, samples of a chunk] -> [streams, C, n times that]."""
-  return np.moveaxis(audio, 1, 2).reshape(audio.shape[0], audio.shape[2], -1)
-
-
-def _window(pieces, *, start, length=None):
-  """The samples start .. start + length of a signal in pieces [channels, n]; to its end without a length.
-
-  With edges 'none' up to hop - 1 samples lie past the last frame: they come back as zeros.
-  """
-  position, end = 0, float('inf') if length is None else start + length
-  for piece in pieces:
-    low, high = max(start - position, 0), min(end - position, piece.shape[1])
-    position += piece.shape[1]
-    if high > low:
-      yield piece[:, low:high]
-  if length is not None and position < end:
-    yield np.zeros((piece.shape[0], end - max(position, start)), np.float32)
+def _finite(z):
+  if not np.isfinite(z).all():
+    raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
+                    'or the weights are broken')
+  return z
 
 
 def _check_params(params, expected):

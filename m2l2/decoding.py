@@ -78,10 +78,11 @@ class Sampler:
     audio, tail = (tail[..., :0], tail) if refine else rep.synthesise(x, tail)
     return audio, {'x': x[:, 0], 'features': features, 'tail': tail}
 
-  def step(self, params, state, z, left_noise, noise, sigma_cond, *, sigmas, refine):
+  def step(self, params, state, z, left_noise, noise, sigma_cond, *, sigmas, refine, sounding=None):
     """The next chunk: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
 
-    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state).
+    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state). The audio is
+    silence where `sounding`, bool [B], is false: past the end of a stream that is shorter than others.
     """
     rep = self.representation
     b = z.shape[0]
@@ -95,11 +96,14 @@ class Sampler:
         self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
         right_noises=[spread(eps) for eps in _of_steps(noise, sigmas)], sigma_cond=sigma_cond, sigmas=sigmas)
     done = refined if refine else x
+    if sounding is not None:
+      done = jnp.where(sounding[:, None, None, None], done, 0.0)
     audio, tail = rep.synthesise(done[:, None], state['tail'])
     return audio, {'x': x, 'features': current, 'tail': tail}
 
-  def advance(self, params, state, z, count, noise, sigma_cond, *, sigmas, refine):
-    """The next `count` <= n chunks: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one before on.
+  def advance(self, params, state, z, start, count, chunks, noise, sigma_cond, *, sigmas, refine):
+    """The next `count` <= n chunks, from chunk `start` on: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one
+    before on; the streams have chunks int [B].
 
     -> (audio [B, n, channels, chunk_samples], of which `count` are filled, as by `step`; state).
     """
@@ -110,21 +114,24 @@ class Sampler:
       state, audio = carry
       here = jax.lax.dynamic_index_in_dim(z, i, axis=1, keepdims=False)
       out, state = self.step(
-          params, state, here, noise[i, REFINE], noise[i + 1], sigma_cond, sigmas=sigmas, refine=refine)
+          params, state, here, noise[i, REFINE], noise[i + 1], sigma_cond, sigmas=sigmas, refine=refine,
+          sounding=start + i - bool(refine) < chunks)
       return state, audio.at[:, i].set(out)
 
     audio = jnp.zeros((b, n, rep.channels, rep.chunk_samples), jnp.float32)
     state, audio = jax.lax.fori_loop(0, count, body, (state, audio))
     return audio, state
 
-  def finish(self, params, state, noise, sigma_cond):
+  def finish(self, params, state, noise, sigma_cond, sounding=None):
     """The last chunk, refined by a one-chunk call: exact, as a left chunk never sees its right one.
 
-    -> audio [B, channels, chunk_samples + overlap].
+    -> audio [B, channels, chunk_samples + overlap]; `sounding` as for `step`.
     """
     x = state['x'][:, None]
     noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
     x = self.denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
+    if sounding is not None:
+      x = jnp.where(sounding[:, None, None, None, None], x, 0.0)
     return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
 
   # All chunks at once. The state: what `sample_staggered` carries, the 'features' of the last chunks (those that
@@ -143,8 +150,8 @@ class Sampler:
   def parallel_block(self, params, state, z, start, chunks, noise, *, sigmas):
     """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
 
-    -> (audio [B, channels, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1;
-    state).
+    -> (audio [B, channels, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1, with
+    chunks an int or int [B]; state).
     """
     rep, lag = self.representation, len(sigmas) - 1
     b, m = z.shape[:2]
@@ -156,7 +163,7 @@ class Sampler:
         functools.partial(self.denoiser, params), features, noises, sigmas, carried=state['carried'],
         first=start == 0)
     position = (start - lag + jnp.arange(m)).reshape(1, m, 1, 1, 1)
-    x = jnp.where((position >= 0) & (position < chunks), x, 0.0)
+    x = jnp.where((position >= 0) & (position < jnp.reshape(chunks, (-1, 1, 1, 1, 1))), x, 0.0)
     audio, tail = rep.synthesise(x, state['tail'])
     last = jax.tree.map(lambda leaf: leaf[:, m:], features)
     return audio, {'carried': carried, 'features': last, 'tail': tail}

@@ -33,8 +33,8 @@ class Window:
 class Windows:
   """The windows of a signal that comes as blocks [channels, any number of samples]; to be iterated once.
 
-  Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, but the
-  last few have the powers of two that cover what is left: few shapes, few compilations.
+  Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, but the last
+  has two where that covers what is left: two shapes, two compilations.
 
   Attributes, once iterated:
     num_samples: the signal's length at its own rate.
@@ -71,7 +71,7 @@ class Windows:
       raise UserError('the audio holds no samples')
     self.layout = layout = rep.layout(received)
     while taken < layout.chunks:
-      chunks = min(width, 1 << (layout.chunks - taken - 1).bit_length())
+      chunks = min(width, 2) if layout.chunks - taken <= 2 else width
       missing = chunks * rep.chunk_samples + rep.overlap - pending.shape[1]
       pending = np.pad(pending, ((0, 0), (0, max(missing, 0))))
       frames = min(layout.frames - taken * rep.frames, chunks * rep.frames)

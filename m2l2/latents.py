@@ -1,5 +1,6 @@
 """Latents: the summary embeddings of one signal, in memory and as a file."""
 
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ class Latents:
     sample_rate, num_samples, channels: the source's.
     model: fingerprint of the model that made them.
     version: of the file format.
+    tags: the source's title, artist and so on, as text by name.
   """
   z: np.ndarray
   sample_rate: int
@@ -33,12 +35,13 @@ class Latents:
   channels: int
   model: str
   version: int = _VERSION
+  tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def save(self, path):
     """Writes a safetensors file, the fields as metadata. Raises UserError where it cannot."""
     audio_io.check_writable(path, extensions=None)
     fields = {'sample_rate': self.sample_rate, 'num_samples': self.num_samples,
-              'channels': self.channels, 'model': self.model}
+              'channels': self.channels, 'model': self.model, 'tags': dict(self.tags)}
     metadata = {'format': _FORMAT, 'version': str(self.version), 'latents': json.dumps(fields)}
     data = safetensors.numpy.save({'z': np.ascontiguousarray(self.z)}, metadata)
     temporary = f'{os.fspath(path)}.{os.getpid()}.part'
@@ -70,6 +73,7 @@ class Latents:
         z = file.get_tensor('z')
         fields = json.loads(metadata['latents'])
       latents = cls(z=z, **fields)
+      latents = dataclasses.replace(latents, tags=dict(latents.tags))
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
       if isinstance(error, UserError):
         raise
@@ -77,7 +81,8 @@ class Latents:
       raise UserError(f'{name}: is not a file of latents, or a damaged one ({reason})') from error
     counts = (latents.sample_rate, latents.num_samples, latents.channels)
     if ((z.dtype, z.ndim) not in ((np.float32, 4), (np.int32, 3)) or not z.size
-        or not all(isinstance(count, int) and count > 0 for count in counts)):
+        or not all(isinstance(count, int) and count > 0 for count in counts)
+        or not all(isinstance(text, str) for pair in latents.tags.items() for text in pair)):
       raise UserError(f'{name}: its latents or its metadata make no sense (z is {z.dtype} '
                       f'{list(z.shape)})')
     return latents

@@ -235,7 +235,7 @@ def bad_sources(folder):
 @pytest.mark.parametrize('kind,told', [
     ('missing', 'no such file'), ('empty', 'is empty'), ('text', 'is not audio'),
     ('no_samples', 'holds no samples'), ('nan', 'NaN or infinite samples, the first at sample 490'),
-    ('truncated', 'truncated or damaged'), ('directory', 'a directory')])
+    ('truncated', 'truncated or damaged'), ('directory', 'give a directory')])
 def test_bad_audio(m2l2, models, tmp_path, folder, command, name, kind, told):
   source = bad_sources(tmp_path)[kind]
   if command == 'info':
@@ -266,12 +266,13 @@ def test_too_many_channels(m2l2, models, song, folder):
     ('reconstruct', 'locked.wav', 'is read-only'),
     ('encode', 'a.wav', 'name it *.safetensors'),
     ('reconstruct', 'a.mp3', 'name it *.wav or *.flac or *.ogg'),
-    ('reconstruct', 'locked', 'name it *.wav'),
-    ('encode', 'folder.safetensors', 'is a directory'),
+    ('reconstruct', 'locked', 'is read-only'),
+    ('encode', 'folder', 'is read-only'),
 ])
 def test_outputs_that_cannot_be_written(m2l2, models, song, folder, command, name, told):
   (folder / 'locked').mkdir(mode=0o555)
-  (folder / 'folder.safetensors').mkdir()
+  (folder / 'folder').mkdir()
+  (folder / 'folder' / 'song.safetensors').touch(mode=0o444)
   (folder / 'locked.wav').touch(mode=0o444)
   before = sorted(os.listdir(folder))
   status, said, errors = m2l2(
@@ -460,3 +461,145 @@ def test_no_device_is_told(models, song, folder):
   done = program('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}',
                  JAX_PLATFORMS='marsrover')
   assert done.returncode == 1 and 'JAX finds no device' in one_line(done.stderr)
+
+
+# ---- many files, pipes, devices ------------------------------------------------------------------
+
+
+def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
+  (tmp_path / 'music/b').mkdir(parents=True)
+  lengths = {'a.wav': 3000, 'b/a.flac': 5000, 'b/c.wav': 900}
+  for name, samples in lengths.items():
+    audio_io.write(tmp_path / 'music' / name, music(samples), 44100)
+  (tmp_path / 'music/broken.wav').write_text('no audio')
+  checkpoint = f'--checkpoint={models / "mono"}'
+  status, said, errors = m2l2('encode', tmp_path / 'music', folder / 'z', checkpoint)
+  assert status == 1 and len(said.splitlines()) == 3
+  assert 'broken.wav: is not audio' in errors and errors.splitlines()[-1] == (
+      'm2l2: 1 of 4 files were passed over; the others are done')
+  status, _, errors = m2l2('decode', f'{folder}/z/**/*.safetensors', folder / 'out', checkpoint, '--format=flac',
+                           '--batch=2')
+  assert (status, errors) == (0, '')
+  codec = codec_lib.load(models / 'mono')
+  for name, samples in lengths.items():
+    stem = os.path.splitext(name)[0]
+    together = audio_io.read(folder / 'out' / f'{stem}.flac')[0]
+    np.testing.assert_allclose(together, codec.decode(Latents.load(folder / 'z' / f'{stem}.safetensors')), atol=1e-5)
+    assert together.shape == (1, samples)
+  status, _, errors = m2l2('reconstruct', tmp_path / 'music/a.wav', tmp_path / 'music/b', folder, checkpoint)
+  assert status == 1 and 'would both become' in one_line(errors)
+  status, _, errors = m2l2('encode', tmp_path / 'music', '-', checkpoint)
+  assert status == 1 and 'takes one file' in one_line(errors)
+  status, _, errors = m2l2('encode', f'{tmp_path}/*.mp3', folder / 'none', checkpoint)
+  assert status == 1 and 'no files there' in one_line(errors) and not (folder / 'none').exists()
+
+
+def test_pipes(models, song, folder):
+  source = song(samples=2000)
+  checkpoint = f'--checkpoint={models / "mono"}'
+  stated = bytearray(source.read_bytes())
+  for what in (b'RIFF', b'data'):  # as it comes from a program that does not know the length beforehand
+    place = stated.index(what) + 4
+    stated[place:place + 4] = b'\xff\xff\xff\xff'
+  command = [sys.executable, '-m', 'm2l2', 'encode', '-', '-', checkpoint]
+  latents = subprocess.run(command, input=bytes(stated), capture_output=True, check=True)
+  assert b'standard' not in latents.stdout[:8] and b'chunks of' in latents.stderr
+  (folder / 'piped').write_bytes(latents.stdout)
+  expected = codec_lib.load(models / 'mono').encode(music(2000), 44100).z
+  np.testing.assert_allclose(Latents.load(folder / 'piped').z, expected, atol=1e-5)
+  command[3] = 'decode'
+  audio = subprocess.run(command, input=latents.stdout, capture_output=True, check=True).stdout
+  (folder / 'piped.wav').write_bytes(audio)
+  assert audio_io.probe(folder / 'piped.wav').frames == 2000
+
+
+def test_tags_are_kept(m2l2, models, folder):
+  tags = {'title': 'Größe', 'artist': 'Somebody', 'tracknumber': '3'}
+  with audio_io.AudioWriter(folder / 'a.flac', 44100, 1, tags=tags) as writer:
+    writer.write(music(2000))
+  checkpoint = f'--checkpoint={models / "mono"}'
+  assert m2l2('encode', folder / 'a.flac', folder / 'a.safetensors', checkpoint)[0] == 0
+  assert m2l2('decode', folder / 'a.safetensors', folder / 'b.ogg', checkpoint)[0] == 0
+  assert m2l2('reconstruct', folder / 'a.flac', folder / 'c.wav', checkpoint)[0] == 0
+  assert audio_io.probe(folder / 'b.ogg').tags == tags
+  assert audio_io.probe(folder / 'c.wav').tags.items() <= tags.items()
+  assert 'Somebody' in m2l2('info', folder / 'a.safetensors')[1]
+
+
+def test_too_loud_is_clipped_and_told_or_scaled(folder, caplog):
+  loud = np.float32([[0.5, -2.0, 1.0, 0.25]])
+  for normalize, expected in ((False, [0.5, -1, 1, 0.25]), (True, [0.25, -1, 0.5, 0.125])):
+    caplog.clear()
+    with audio_io.AudioWriter(folder / 'a.wav', 44100, 1, normalize=normalize) as writer:
+      writer.write(loud[:, :1])
+      writer.write(loud[:, 1:])
+    np.testing.assert_allclose(audio_io.read(folder / 'a.wav')[0][0], expected, atol=1e-6)
+    assert ('1 samples beyond' in caplog.text) is not normalize
+  assert os.listdir(folder) == ['a.wav']
+
+
+def test_m4a_is_read(m2l2, models, folder):
+  import av
+  audio = music(30000)
+  with av.open(str(folder / 'a.m4a'), 'w') as container:
+    stream = container.add_stream('aac', rate=44100, layout='mono', bit_rate=256000)
+    container.metadata['title'] = 'A title'
+    for start in range(0, 30000, 1024):
+      frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[:, start:start + 1024]), format='fltp', layout='mono')
+      frame.sample_rate, frame.pts = 44100, start
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  read, rate = audio_io.read(folder / 'a.m4a')
+  assert rate == 44100 and read.shape[0] == 1 and abs(read.shape[1] - 30000) < 2048
+  assert np.abs(read[0, 3000:25000] - audio[0, 3000:25000]).max() < 0.1 * np.abs(audio).max()
+  assert m2l2('reconstruct', folder / 'a.m4a', folder / 'b.flac', f'--checkpoint={models / "mono"}')[0] == 0
+  info = audio_io.probe(folder / 'b.flac')
+  assert info.frames == read.shape[1] and info.tags == {'title': 'A title'}
+  (folder / 'broken.m4a').write_bytes((folder / 'a.m4a').read_bytes()[:300])
+  status, _, errors = m2l2('info', folder / 'broken.m4a')
+  assert status == 1 and 'is not audio that can be read here' in one_line(errors)
+
+
+def test_m4a_without_av_is_told(m2l2, folder, monkeypatch):
+  (folder / 'a.m4a').write_bytes(bytes(100))
+  monkeypatch.setitem(sys.modules, 'av', None)
+  assert "pip install 'm2l2[av]'" in one_line(m2l2('info', folder / 'a.m4a')[2])
+
+
+@pytest.mark.parametrize('device,told', [('warp', 'no warp'), ('cpu:99', 'counted from 0'), ('cpu:x', 'KIND:N')])
+def test_devices_that_are_not_there(m2l2, models, song, folder, device, told):
+  status, _, errors = m2l2('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}',
+                           f'--device={device}')
+  assert status == 1 and told in one_line(errors) and os.listdir(folder) == []
+
+
+def test_a_device_is_chosen(m2l2, models, song, folder):
+  before = jax.config.jax_default_device
+  try:
+    assert m2l2('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}', '--device=cpu:3')[0] == 0
+    assert jax.config.jax_default_device == jax.devices()[3]
+  finally:
+    jax.config.update('jax_default_device', before)
+
+
+def test_60_lengths_take_five_compilations(models, tmp_path):
+  """Of a program that starts with nothing compiled."""
+  program = """
+import sys
+import jax, numpy as np, soundfile
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **more: compiled.append(name) if name.endswith('backend_compile_duration') else None)
+from m2l2 import cli
+rng = np.random.default_rng(0)
+for i, samples in enumerate(np.exp(np.linspace(0, np.log(30000), 60)).astype(int)):
+  soundfile.write(f'{sys.argv[2]}/{i:02d}.wav', 0.1 * rng.standard_normal(samples), 44100)
+assert cli.main(['reconstruct', sys.argv[2], sys.argv[2] + '/out', f'--checkpoint={sys.argv[1]}', '--quiet']) == 0
+print(len(compiled))
+"""
+  (tmp_path / 'music').mkdir()
+  done = subprocess.run(
+      [sys.executable, '-c', program, str(models / 'mono'), str(tmp_path / 'music')], capture_output=True, text=True,
+      check=False, env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''})
+  assert done.returncode == 0, done.stderr
+  assert len(os.listdir(tmp_path / 'music/out')) == 60 and int(done.stdout) <= 6, done.stdout

@@ -38,6 +38,7 @@ BANS = {
 # These may be imported only by what is named.
 KEEPERS = {
     'soundfile': ('m2l2.data.audio_io',),
+    'av': ('m2l2.data.ffmpeg',),
     'apache_beam': ('m2l2.data.prepare',),
     'torch': ('m2l2.interop.codicodec',),
     'codicodec': ('m2l2.interop.codicodec',),
@@ -54,8 +55,8 @@ INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec', 'm2l2.consistency',
              'm2l2.latents', 'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
 TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
-# These two also serve training, from inside functions that inference never calls.
-LAZY = ('m2l2.build', 'm2l2.cli')
+# These also serve training or an extra, from inside functions that inference without them never calls.
+LAZY = ('m2l2.build', 'm2l2.cli', 'm2l2.data.ffmpeg')
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300

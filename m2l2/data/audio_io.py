@@ -10,19 +10,22 @@ a Xing header is its estimate, which may be too long or too short (what lies bey
 a FLAC that does not state its length cannot be read.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
 import dataclasses
 import io
 import math
 import os
 import secrets
 import stat
+import tempfile
 
 from absl import logging
 import numpy as np
 import soundfile
 import soxr
 
+from m2l2.data import ffmpeg
 from m2l2.errors import UserError
 
 READABLE = 'WAV, FLAC, OGG, Opus, MP3 and AIFF'
@@ -34,6 +37,9 @@ WRITE_FORMATS = {
     '.flac': ('FLAC', 'PCM_24'),
     '.ogg': ('OGG', 'VORBIS'),
 }
+
+# Of the text that libsndfile can keep, what belongs to the music and not to the file.
+TAGS = ('title', 'artist', 'album', 'date', 'tracknumber', 'genre', 'comment', 'copyright', 'license')
 
 RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
@@ -57,6 +63,7 @@ class AudioInfo:
     frames: samples per channel, as declared. A damaged file or an MP3 may hold fewer.
     format: libsndfile's name of the container, as 'WAV'.
     subtype: libsndfile's name of the encoding, as 'PCM_16'.
+    tags: text by libsndfile's names of it, as 'title' and 'artist'.
   """
 
   path: str
@@ -65,6 +72,7 @@ class AudioInfo:
   frames: int
   format: str
   subtype: str
+  tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def seconds(self) -> float:
@@ -107,16 +115,19 @@ class AudioReader:
       self._check_file(path, name)
     elif not data:
       raise UserError(f'{name}: is empty (0 bytes)')
+    self._name, foreign = name, None
     try:
       self._file = soundfile.SoundFile(os.fsencode(path) if data is None else io.BytesIO(data))
     except _FILE_ERRORS as e:
-      raise UserError(
-          f'{name}: is not audio that can be read here ({_reason(e)}); give {READABLE}, or convert '
-          'it to WAV first') from e
-    self._name = name
+      if data is not None or _extension(path) not in ffmpeg.EXTENSIONS:
+        raise UserError(
+            f'{name}: is not audio that can be read here ({_reason(e)}); give {READABLE}, or convert '
+            'it to WAV first') from e
+      foreign = self._decode_foreign(path)
     self.info = AudioInfo(
         path=os.fsdecode(path), sample_rate=self._file.samplerate, channels=self._file.channels,
-        frames=self._file.frames, format=self._file.format, subtype=self._file.subtype)
+        frames=self._file.frames, format=self._file.format if not foreign else _extension(path)[1:].upper(),
+        subtype=self._file.subtype if not foreign else foreign.codec.upper(), tags=self._tags(foreign))
     problem = None
     if self.info.frames <= 0:
       problem = 'holds no samples'
@@ -212,6 +223,21 @@ class AudioReader:
 
   def __exit__(self, *unused):
     self.close()
+
+  def _decode_foreign(self, path) -> ffmpeg.Decoded:
+    """Opens, as raw samples, what FFmpeg decodes a file to."""
+    decoded = tempfile.TemporaryFile()
+    foreign = ffmpeg.decode(os.fsdecode(path), decoded, name=self._name)
+    if not decoded.tell():
+      raise UserError(f'{self._name}: holds no samples')
+    decoded.seek(0)
+    self._file = soundfile.SoundFile(
+        decoded, samplerate=foreign.sample_rate, channels=foreign.channels, format='RAW', subtype='FLOAT')
+    return foreign
+
+  def _tags(self, foreign) -> dict[str, str]:
+    found = foreign.tags if foreign else self._file.copy_metadata()
+    return {name: found[name] for name in TAGS if found.get(name)}
 
   def _most(self) -> int:
     return max(1, _READ_VALUES // self.info.channels)
@@ -350,15 +376,24 @@ class AudioWriter:
   """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
 
   24-bit PCM for .wav and .flac, Vorbis for .ogg. Samples outside [-1, 1] are clipped, counted in
-  `clipped`, and named once in the log. After an exception nothing is left behind.
+  `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
+  none lies outside. After an exception nothing is left behind.
+
+  Args:
+    path, sample_rate, channels: of the file.
+    tags: text to keep in it by libsndfile's names, as far as the format has a place for it.
+    normalize: as above; the audio is held in a temporary file until its peak is known.
 
   Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
   pieces that are not [channels, samples] or not finite; a WAV of more than 4 GiB; a full disk.
   """
 
-  def __init__(self, path, sample_rate: int, channels: int):
+  def __init__(self, path, sample_rate: int, channels: int, *, tags: Mapping[str, str] | None = None,
+               normalize: bool = False):
     check_writable(path)
     self.clipped = 0
+    self._held = tempfile.TemporaryFile() if normalize else None
+    self._peak = 1.0
     self._name = shown(path)
     self._channels = channels
     self._target = os.path.realpath(path)
@@ -374,6 +409,9 @@ class AudioWriter:
       raise UserError(
           f'{self._name}: {self._format} cannot be written with {channels} channels at '
           f'{sample_rate} Hz ({_reason(e)})') from e
+    for name, text in (tags or {}).items():
+      with contextlib.suppress(*_FILE_ERRORS):  # a format without a place for it
+        setattr(self._file, name, text)
 
   def write(self, audio: np.ndarray):
     """Appends float audio [channels, samples]."""
@@ -387,6 +425,21 @@ class AudioWriter:
     self._bytes += 3 * audio.size
     if self._format == 'WAV' and self._bytes > _WAV_LIMIT:
       raise UserError(f'{self._name}: a WAV file ends at 4 GiB; name it *.flac')
+    if self._held:
+      self._peak = max(self._peak, float(np.abs(audio).max(initial=0)))
+      try:
+        self._held.write(np.ascontiguousarray(audio.T).data)
+      except OSError as e:
+        raise UserError(f'{self._name}: the temporary file for --normalize could not be written ({e.strerror})') from e
+    else:
+      self._write(audio)
+
+  def _write_held(self):
+    self._held.seek(0)
+    while data := self._held.read(4 * self._channels * _WRITE_SAMPLES):
+      self._write(np.frombuffer(data, np.float32).reshape(-1, self._channels).T / np.float32(self._peak))
+
+  def _write(self, audio):
     self.clipped += int(np.count_nonzero(np.abs(audio) > 1))
     samples = np.clip(audio, -1, 1).T
     try:
@@ -401,15 +454,20 @@ class AudioWriter:
   def __exit__(self, error, *unused):
     try:
       try:
+        if self._held and error is None:
+          self._write_held()
         self._file.close()
         if error is None:
           os.replace(self._temporary, self._target)
       except _FILE_ERRORS as e:
         raise UserError(f'{self._name}: could not be written ({_reason(e)})') from e
     finally:
+      if self._held:
+        self._held.close()
       self._remove()
     if error is None and self.clipped:
-      logging.warning('%s: %d samples beyond [-1, 1] were clipped', self._name, self.clipped)
+      logging.warning('%s: %d samples beyond [-1, 1] were clipped (--normalize scales instead)', self._name,
+                      self.clipped)
 
   def _remove(self):
     try:

@@ -304,7 +304,8 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
       passed += weights[name]
     for number, key in enumerate(sorted(parts)):  # a part that one long file passes over is left out
       file = f'{NAME}-{split}.array_record-{number:05d}-of-{len(parts):05d}'
-      shards.append({'number': f'{split}-{number:05d}', 'split': split, 'file': file, 'files': parts[key]})
+      shards.append({'number': f'{split}-{number:05d}', 'split': split, 'file': file, 'files': parts[key],
+                     'seconds': sum(weights[name] for name in parts[key])})
   return shards
 
 
@@ -444,14 +445,15 @@ class _Work(beam.DoFn):
     self._threads = futures.ThreadPoolExecutor(self._processes)
 
   def start_bundle(self):
-    self._pending = []
+    self._items = []
 
   def process(self, item: str):
-    self._pending.append(self._threads.submit(self._one, json.loads(item)))
+    self._items.append(json.loads(item))
 
   def finish_bundle(self):
+    self._items.sort(key=lambda item: -item.get('seconds', 0))  # the longest first: all are done at about the same time
     try:
-      for done in futures.as_completed(self._pending):
+      for done in futures.as_completed([self._threads.submit(self._one, item) for item in self._items]):
         done.result()
     except BaseException as e:
       _note(e)  # Ctrl-C and SIGTERM come here, too

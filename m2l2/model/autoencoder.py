@@ -160,7 +160,7 @@ def make_network(arch: Architecture) -> Network:
   def build(key):
     return Autoencoder(arch, rngs=nnx.Rngs(params=key))
 
-  graphdef, abstract = nnx.split(jax.eval_shape(build, jax.random.key(0)))
+  graphdef, abstract = nnx.split(jax.eval_shape(lambda: build(jax.random.key(0))))
 
   def part(name):
     def run(params, *args):

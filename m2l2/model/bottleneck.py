@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +59,14 @@ class FSQ:
     return jnp.round(z * self.half) / self.half
 
   def tokens(self, z):
-    """[..., Z] -> int32 [...]: the index of the code, first dimension least significant."""
-    digits = jnp.round(z * self.half).astype(jnp.int32) + self.half
-    return jnp.einsum('...z,z->...', digits, self._basis(z.shape[-1]))
+    """[..., Z] -> int32 [...], of numpy or of JAX: the index of the code, first dimension least significant."""
+    digits = (z * self.half).round().astype(np.int32) + self.half
+    return (digits * self._basis(z.shape[-1])).sum(-1, dtype=np.int32)
 
   def codes(self, tokens, *, width: int):
     """int32 [...] -> float32 [..., width]: the inverse of `tokens`."""
-    basis = self._basis(width).reshape((1,) * tokens.ndim + (width,))
-    digits = tokens[..., None] // basis % self.levels
-    return (digits - self.half).astype(jnp.float32) / self.half
+    digits = tokens[..., None] // self._basis(width) % self.levels
+    return (digits - self.half).astype(np.float32) / np.float32(self.half)
 
   def _basis(self, width):
-    return jnp.asarray([self.levels ** i for i in range(width)], jnp.int32)
+    return np.asarray([self.levels ** i for i in range(width)], np.int32)

@@ -1,0 +1,123 @@
+"""Which files a command reads and what it makes of each: one file, many, a folder, a glob, or `-` for a pipe."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import dataclasses
+import glob
+import os
+import shutil
+import sys
+import tempfile
+
+from m2l2.data import ffmpeg, sources
+from m2l2.data.audio_io import shown
+from m2l2.errors import UserError
+
+PIPE = '-'
+AUDIO = (*sources.EXTENSIONS, *ffmpeg.EXTENSIONS)
+LATENTS = ('.safetensors',)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One input and one output; either may be PIPE. makes_folder: the output's directory is made where it is missing."""
+  source: str
+  target: str
+  makes_folder: bool = False
+
+  @property
+  def name(self) -> str:
+    return 'standard input' if self.source == PIPE else shown(self.source)
+
+
+def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
+  """The jobs of a command line.
+
+  One file goes to `target`, or into it if that is a directory. Several files, a directory (at any depth) or a glob
+  go into the directory `target`, which is made, under their own names with the extension `output`.
+
+  Args:
+    given: files, directories, globs or PIPE.
+    inputs: extensions that are looked for in directories and among what globs match.
+
+  Raises UserError: nothing there, or two inputs for one output.
+  """
+  if given == [PIPE]:
+    return [Job(PIPE, target)]
+  if PIPE in given:
+    raise UserError('- (standard input) is one file: give no other beside it')
+  found = [(base, name) for place in given for base, name in _find(place, inputs)]
+  many = len(given) > 1 or not os.path.isfile(given[0])
+  if not many and not os.path.isdir(target) and not target.endswith('/'):
+    return [Job(given[0], target)]
+  if target == PIPE:
+    raise UserError(f'- (standard output) takes one file, and here are {len(found)}: name a directory')
+  if not os.path.isdir(target) and (os.path.exists(target) or os.path.splitext(target)[1] == output):
+    raise UserError(f'{shown(target)}: is one file, and several are to be made of {shown(given[0])}: give a directory')
+  jobs, taken = [], {}
+  for base, name in found:
+    made = os.path.join(target, os.path.splitext(name)[0] + output)
+    source = os.path.join(base, name)
+    if made in taken:
+      raise UserError(f'{shown(source)} and {shown(taken[made])} would both become {shown(made)}: rename one, or give '
+                      'them directories of their own')
+    taken[made] = source
+    jobs.append(Job(source, made, makes_folder=True))
+  return jobs
+
+
+def _find(place, inputs) -> Iterator[tuple[str, str]]:
+  """(directory, name relative to it) of every file that a place stands for."""
+  if os.path.isfile(place):
+    yield os.path.split(place)
+    return
+  pattern, base = place, os.path.dirname(place)
+  if os.path.isdir(place):
+    pattern, base = os.path.join(glob.escape(place), '**', '*'), place
+  elif not glob.has_magic(place):
+    raise UserError(f'{shown(place)}: there is no such file or directory')
+  while glob.has_magic(base):
+    base = os.path.dirname(base)
+  files = [path for path in sorted(glob.glob(pattern, recursive=True))
+           if path.lower().endswith(tuple(inputs)) and os.path.isfile(path)]
+  if not files:
+    raise UserError(f'{shown(place)}: no files there (looked for *{", *".join(inputs)})')
+  for path in files:
+    yield base, os.path.relpath(path, base or '.')
+
+
+@contextlib.contextmanager
+def reading(job: Job) -> Iterator[str]:
+  """The path to read: for a pipe, a temporary file with what came through it."""
+  if job.source != PIPE:
+    yield job.source
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, 'standard input')
+    with open(path, 'wb') as file:
+      shutil.copyfileobj(sys.stdin.buffer, file)
+    yield path
+
+
+@contextlib.contextmanager
+def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
+  """The path to write, in a directory that is there, where `check(path)` has found no fault.
+
+  For a pipe it is a temporary file, which goes through it when the block ends well.
+  """
+  if job.target != PIPE:
+    folder = os.path.dirname(job.target)
+    try:
+      if job.makes_folder:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+      raise UserError(f'{shown(folder)}: cannot be made ({error.strerror})') from error
+    check(job.target)
+    yield job.target
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, f'standard output{output}')
+    yield path
+    with open(path, 'rb') as file:
+      shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.buffer.flush()

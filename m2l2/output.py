@@ -1,0 +1,83 @@
+"""From what the device gives to audio as the source was: the host's part of decoding."""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+
+import jax
+import numpy as np
+
+from m2l2.data.audio_io import StreamResampler
+from m2l2.representation import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Audio on the device of which the host wants a part: `count` of [streams, n, C, samples of a chunk], or what
+  follows the first `skip` samples of [streams, C, samples]."""
+  audio: jax.Array
+  count: int | None = None
+  skip: int = 0
+
+  def __array__(self, dtype=None, copy=None):
+    audio = np.asarray(self.audio)
+    if self.count is not None:
+      audio = np.moveaxis(audio[:, :self.count], 1, 2).reshape(len(audio), audio.shape[2], -1)
+    return audio[:, :, self.skip:]
+
+
+def on_host(pieces: Iterable) -> Iterator[np.ndarray]:
+  """Arrays on the device -> numpy, each asked for only when the next is under way: the device does not wait."""
+  before = None
+  for piece in pieces:
+    if before is not None:
+      yield np.asarray(before)
+    before = piece
+  if before is not None:
+    yield np.asarray(before)
+
+
+class Cut:
+  """The samples start .. start + length of a signal that comes in pieces [channels, n]; to its end without a length.
+
+  With edges 'none' up to hop - 1 samples lie past the last frame: `missing` of them.
+  """
+
+  def __init__(self, *, start, length=None):
+    self._start, self._position = start, 0
+    self._end = float('inf') if length is None else start + length
+
+  def take(self, piece):
+    low, high = max(self._start - self._position, 0), min(self._end - self._position, piece.shape[1])
+    self._position += piece.shape[1]
+    return piece[:, low:max(low, high)]
+
+  @property
+  def missing(self):
+    return max(0, self._end - max(self._position, self._start))
+
+
+class Output:
+  """From the pieces of one signal's streams to audio as the source was: its channels, length and rate."""
+
+  def __init__(self, *, layout: Layout, model_channels: int, model_rate: int, channels: int, sample_rate: int,
+               num_samples: int, clip: bool):
+    self._mono_model, self._channels, self._clip = model_channels == 1, channels, clip
+    self._signal = Cut(start=layout.lead, length=layout.num_samples)
+    self._resampler = StreamResampler(from_rate=model_rate, to_rate=sample_rate, channels=channels)
+    self._source = Cut(start=0, length=num_samples)
+
+  def take(self, streams):
+    """[streams, model channels, n] -> [channels, m]; mono stays mono through a stereo model."""
+    if self._mono_model:
+      audio = streams[:, 0]
+    else:
+      audio = streams[0] if self._channels > 1 else streams[0].mean(axis=0, keepdims=True)
+    return self._done(self._resampler.process(self._signal.take(audio)))
+
+  def finish(self):
+    silence = np.zeros((self._channels, self._signal.missing), np.float32)
+    return self._done(np.concatenate([self._resampler.process(silence), self._resampler.finish()], axis=1))
+
+  def _done(self, audio):
+    audio = self._source.take(audio)
+    return np.clip(audio, -1.0, 1.0) if self._clip else audio
