@@ -545,7 +545,8 @@ def test_m4a_is_read(m2l2, models, folder):
     stream = container.add_stream('aac', rate=44100, layout='mono', bit_rate=256000)
     container.metadata['title'] = 'A title'
     for start in range(0, 30000, 1024):
-      frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[:, start:start + 1024]), format='fltp', layout='mono')
+      block = np.ascontiguousarray(audio[:, start:start + 1024])
+      frame = av.AudioFrame.from_ndarray(block, format='fltp', layout='mono')
       frame.sample_rate, frame.pts = 44100, start
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
