@@ -38,7 +38,7 @@ def get_config(arg=''):
   model.registers = 8                  # extra tokens of encoder and decoder
   model.denoiser_registers = 0         # 512 tokens fill 128-wide tiles; registers would spill over
   model.cond_dim = 512                 # width of the noise embedding
-  model.chunks = 2                     # chunks the denoiser sees at once
+  model.chunks = 2                     # chunks the denoiser sees at once; 1: each is decoded alone
   # Summary embeddings.
   model.num_latents = 8                # K
   model.latent_dim = 64                # d: K d = 512 numbers for 32768 samples
@@ -52,6 +52,9 @@ def get_config(arg=''):
   model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
+  # Ablations: what the paper's choices are worth. See launch/ablate.sh.
+  model.embeddings = 'summary'         # summary: each of the whole chunk; local: in order, each of its slot of frames
+  model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # none, products, blocks, full: how little the backward pass finds kept
   model.tile = 'auto'                  # maps narrower than this are packed (model/packing.py): 0, 128, 256
