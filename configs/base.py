@@ -119,6 +119,15 @@ def get_config(arg=''):
   data.worker_buffer = 1               # batches that each worker holds ready beside those
   data.device_prefetch = 1             # of them, batches already put on the devices
 
+  evaluate = config.evaluate = ml_collections.ConfigDict()
+  evaluate.root = ''                   # held-out music that the averaged weights are measured on; '': never
+  evaluate.every = 5000                # steps between; and after the last
+  evaluate.clips = 8                   # files, evenly over all there are
+  evaluate.seconds = 10.0              # from the middle of each
+  evaluate.metrics = 'si_sdr,mel_l1_db,ratio,musicnn_mtt'  # as for m2l2 evaluate
+  evaluate.raw = False                 # the raw weights beside the averaged ones
+  evaluate.best = ''                   # one of the metrics: the best snapshot so far is kept in workdir/best
+
   mesh = config.mesh = ml_collections.ConfigDict()
   mesh.preset = 'hsdp'                 # table of logical axes: dp, fsdp, hsdp or tp
   mesh.data = -1                       # devices along each axis; -1: what is left
@@ -139,6 +148,7 @@ def short_run(config):
   config.consistency.skip = 'flow'
   config.consistency.step_exponent = 2.0
   config.train.envelope_weight = 100.0
+  config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 
 def finish(config, arg=''):
@@ -164,3 +174,4 @@ def debug(config):
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
+  config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

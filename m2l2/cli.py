@@ -215,9 +215,11 @@ def _parser() -> argparse.ArgumentParser:
                     help='of the noise that decoding starts from (default 0)')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   made = command('probe', _probe,
-                 summary='What the latents know: probes on frozen features, beside baselines (section 5.5 of the paper).',
-                 example='  m2l2 probe --checkpoint=runs/tiny --music=data/probes/notes --output=probe.json --png=probe.png\n'
-                         '  m2l2 probe --checkpoint=runs/tiny --music=tinysol:DIR --music=beatport:DIR --output=probe.json')
+                 summary='What the latents know: classifiers on frozen features, beside baselines.',
+                 example='  m2l2 probe --checkpoint=runs/tiny --music=data/probes/notes --output=probe.json '
+                         '--png=probe.png\n'
+                         '  m2l2 probe --checkpoint=runs/tiny --music=tinysol:DIR --music=beatport:DIR '
+                         '--output=probe.json')
   made.add_argument('--checkpoint', metavar='DIR', required=True,
                     help='snapshot, workdir of a training run, or name of a model in the box')
   made.add_argument('--music', metavar='PLACE', required=True, action='append',
