@@ -11,8 +11,8 @@
   tags   tracks of the music in the folder, labelled with the folder they lie in (game or album): task tags. Split by
          track. Nothing is copied.
 
-Each is a folder with a labels.csv, made whole or not at all; one that is there is left as it is. They stand in for TinySOL,
-Beatport key and MagnaTagATune; figures on them compare models with each other and with nothing else.
+Each is a folder with a labels.csv, made whole or not at all; one that is there is left as it is. They stand in for
+TinySOL, Beatport key and MagnaTagATune; figures on them compare models with each other and with nothing else.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def make_keys(folder, args) -> list[dict]:
   pieces = [(path, key) for path in sorted(glob.glob(os.path.join(args.midi, '**', '*.mid'), recursive=True))
             if (key := stated_key(path))]
   if len(pieces) < 3:
-    raise UserError(f'{args.midi}: {len(pieces)} MIDI files there state one key: apt install openttd-openmsx, or name a '
-                    'folder with --midi')
+    raise UserError(f'{args.midi}: {len(pieces)} MIDI files there state one key: apt install openttd-openmsx, or name '
+                    'a folder with --midi')
   jobs = []
   for number, (path, key) in enumerate(pieces):
     split = ('train', 'train', 'valid', 'train', 'test')[(number * 5 // len(pieces) + number) % 5]

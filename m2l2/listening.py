@@ -43,7 +43,7 @@ class Listener:
     self._metrics = metrics
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}
-    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=2 * fields['clips'] + 1)
+    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
     for line in warnings:
       logging.warning('evaluate.root: %s', line)
 

@@ -1,5 +1,6 @@
 """launch/ablate.py: what each ablation changes, and the whole command on a small model, in this process."""
 
+import dataclasses
 import json
 
 import jax
@@ -26,10 +27,9 @@ def quick_compilation():
 
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():
   about = {name: ablate.describe('configs/tiny.py', ablate.fields_of(name, 'configs/tiny.py', []))
-           for name in ablate.ABLATIONS}
+           for name in ('as_is', 'one_chunk', 'local', 'latents_in_denoiser')}
   whole = about['as_is']
-  assert whole['parameters'] == 2205984 and about['other_seed'] == whole
-  assert about['component'] == whole
+  assert whole['parameters'] == 2205984
   assert about['one_chunk']['parameters'] < whole['parameters'] < about['latents_in_denoiser']['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
   assert about['local']['gflop_a_step'] < whole['gflop_a_step'] < about['latents_in_denoiser']['gflop_a_step']
@@ -45,17 +45,15 @@ def test_without_envelope_and_cross_connections_there_is_no_decoder():
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():
-  config = make_config(chunks=1)
+  config = make_config(chunks=1, widths=(8, 16), strides=((4, 4),), layers=1, head_dim=8)
   codec = Codec(config=config, params=make_params(config), fingerprint='alone')
   latents = latents_for(codec, chunks=4)
   moved = latents.z.copy()
   moved[:, 0] *= -1
   size, reach = codec.representation.chunk_samples, codec.representation.overlap
-  for refine in (True, False):
-    here, there = (codec.decode(one, refine=refine) for one in (
-        latents, type(latents)(**{**vars(latents), 'z': moved})))
-    np.testing.assert_allclose(there[:, size + reach:], here[:, size + reach:], atol=1e-6)
-    assert np.abs(there[:, :size] - here[:, :size]).max() > 1e-4
+  here, there = (codec.decode(one) for one in (latents, dataclasses.replace(latents, z=moved)))
+  np.testing.assert_allclose(there[:, size + reach:], here[:, size + reach:], atol=1e-6)
+  assert np.abs(there[:, :size] - here[:, :size]).max() > 1e-4
   with pytest.raises(UserError, match='each chunk alone'):
     codec.decode(latents, mode='parallel')
 

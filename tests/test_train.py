@@ -365,7 +365,7 @@ def test_measuring_changes_no_training_and_resumes_exactly(held_out, small, tmp_
   small(tmp_path / 'plain', **{'train.checkpoint_every': 3})
   held_out(tmp_path / 'straight')
   with monkeypatch.context() as patch:
-    stop_at(patch, 3)
+    stop_at(patch, 4)  # between two evaluations
     assert held_out(tmp_path / 'stopped') < 6
   assert held_out(tmp_path / 'stopped') == 6
   assert measured(tmp_path / 'stopped') == measured(tmp_path / 'straight')
