@@ -38,7 +38,7 @@ def get_config(arg=''):
   model.registers = 8                  # extra tokens of encoder and decoder
   model.denoiser_registers = 0         # 512 tokens fill 128-wide tiles; registers would spill over
   model.cond_dim = 512                 # width of the noise embedding
-  model.chunks = 2                     # chunks the denoiser sees at once
+  model.chunks = 2                     # chunks the denoiser sees at once; 1: each is decoded alone
   # Summary embeddings.
   model.num_latents = 8                # K
   model.latent_dim = 64                # d: K d = 512 numbers for 32768 samples
@@ -52,6 +52,9 @@ def get_config(arg=''):
   model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
+  # Ablations: what the paper's choices are worth. See launch/ablate.sh.
+  model.embeddings = 'summary'         # summary: each of the whole chunk; local: in order, each of its slot of frames
+  model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # none, products, blocks, full: how little the backward pass finds kept
   model.tile = 'auto'                  # maps narrower than this are packed (model/packing.py): 0, 128, 256
@@ -116,6 +119,15 @@ def get_config(arg=''):
   data.worker_buffer = 1               # batches that each worker holds ready beside those
   data.device_prefetch = 1             # of them, batches already put on the devices
 
+  evaluate = config.evaluate = ml_collections.ConfigDict()
+  evaluate.root = ''                   # held-out music that the averaged weights are measured on; '': never
+  evaluate.every = 5000                # steps between; and after the last
+  evaluate.clips = 8                   # files, evenly over all there are
+  evaluate.seconds = 10.0              # from the middle of each
+  evaluate.metrics = 'si_sdr,mel_l1_db,ratio,musicnn_mtt'  # as for m2l2 evaluate
+  evaluate.raw = False                 # the raw weights beside the averaged ones
+  evaluate.best = ''                   # one of the metrics: the best snapshot so far is kept in workdir/best
+
   mesh = config.mesh = ml_collections.ConfigDict()
   mesh.preset = 'hsdp'                 # table of logical axes: dp, fsdp, hsdp or tp
   mesh.data = -1                       # devices along each axis; -1: what is left
@@ -136,6 +148,7 @@ def short_run(config):
   config.consistency.skip = 'flow'
   config.consistency.step_exponent = 2.0
   config.train.envelope_weight = 100.0
+  config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 
 def finish(config, arg=''):
@@ -161,3 +174,4 @@ def debug(config):
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
+  config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

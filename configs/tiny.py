@@ -39,5 +39,6 @@ def get_config(arg=''):
   train.probe_every = 200
   train.checkpoint_every = 500
   train.keep_every = 0
+  config.evaluate.every = 500
   config.mesh.preset = 'dp'
   return base.finish(config, arg)

@@ -19,6 +19,8 @@ from m2l2.representation import Representation
 
 # Fields of config.model that belong to neither dataclass.
 _MODEL_EXTRA = ('native_rates',)
+# Fields that snapshots of before may lack, with the value that they were made with.
+_ADDED = {'embeddings': 'summary', 'cross_connections': True}
 
 
 def representation(model: Mapping) -> Representation:
@@ -32,7 +34,7 @@ def network(model: Mapping) -> Network:
   unknown = set(model) - known
   if unknown:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
-  fields = _select(model, Architecture)
+  fields = _select({**_ADDED, **model}, Architecture)
   fields |= {'dtype': activation_dtype(fields['dtype']), 'tile': tile_width(fields['tile'])}
   arch = _make(Architecture, fields, where='model')
   try:

@@ -206,6 +206,46 @@ def _parser() -> argparse.ArgumentParser:
                     help="length of the model's chunks, for seam_db (default: the checkpoint's, else 0.743)")
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   decoding(made)
+  made = command('sweep-sigma-cond', _sweep,
+                 summary="Quality against sigma_cond, the noise put back on a chunk before the next is decoded.",
+                 example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=runs/tiny --output=sweep.json '
+                         '--png=sweep.png')
+  made.add_argument('--reference', required=True, metavar='DIR', help='music to reconstruct (a folder, or one file)')
+  made.add_argument('--checkpoint', metavar='DIR', required=True,
+                    help='snapshot, workdir of a training run, or name of a model in the box')
+  made.add_argument('--output', required=True, metavar='*.json', help='the report')
+  made.add_argument('--png', metavar='*.png', help='its curves')
+  made.add_argument('--values', metavar='X,Y,...', help='of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
+  made.add_argument('--metrics', metavar='A,B,...', help='as for evaluate (default: si_sdr, mel_l1_db, mrstft, ratio, '
+                    'seam_db, musicnn_mtt, musicnn_msd)')
+  made.add_argument('--by', metavar='NAME', help='which of them tells the best (default: the first Frechet distance)')
+  made.add_argument('--clips', type=int, default=36, metavar='N', help='files to take, evenly over all (default 36)')
+  made.add_argument('--seconds', type=float, default=10., metavar='X', help='from the middle of each (default 10)')
+  made.add_argument('--write-best', action='store_true',
+                    help="make the best setting the default of the snapshot's decoding")
+  made.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N',
+                    help='processes for the signal metrics (default: all cores)')
+  made.add_argument('--seed', type=int, default=0, metavar='N',
+                    help='of the noise that decoding starts from (default 0)')
+  made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
+  made = command('probe', _probe,
+                 summary='What the latents know: classifiers on frozen features, beside baselines.',
+                 example='  m2l2 probe --checkpoint=runs/tiny --music=data/probes/notes --output=probe.json '
+                         '--png=probe.png\n'
+                         '  m2l2 probe --checkpoint=runs/tiny --music=tinysol:DIR --music=beatport:DIR '
+                         '--output=probe.json')
+  made.add_argument('--checkpoint', metavar='DIR', required=True,
+                    help='snapshot, workdir of a training run, or name of a model in the box')
+  made.add_argument('--music', metavar='PLACE', required=True, action='append',
+                    help='a folder with a labels.csv (launch/probe_data.py makes some), tinysol:DIR, beatport:DIR or '
+                    'magnatagatune:DIR; again for more')
+  made.add_argument('--output', required=True, metavar='*.json', help='the report')
+  made.add_argument('--png', metavar='*.png', help='its bars')
+  made.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True,
+                    help='log-mel statistics, musicnn and random weights in the same table (default)')
+  made.add_argument('--seconds', type=float, default=30., metavar='X', help='from the middle of each file (default 30)')
+  made.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
+  made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   made = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
                  example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
   made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
@@ -438,12 +478,8 @@ def _other_than(source):
 
 
 def _evaluate(args):
-  try:
+  with _extra('eval', 'evaluation'):
     from m2l2.evaluation import embeddings, evaluate, report, seams
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f"evaluation needs {error.name}, which is not installed: pip install 'm2l2[eval]'") from error
   from m2l2.data import audio_io
   if not (args.estimate or args.checkpoint):
     raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
@@ -507,6 +543,73 @@ def _reconstruct_all(codec, folder, args):
   if not items:
     raise UserError(f'nothing could be reconstructed; the first: {warnings[0]}')
   return items, warnings
+
+
+def _sweep(args):
+  with _extra('eval', 'evaluation'):
+    from m2l2.evaluation import embeddings, excerpts, pictures, report, sweep
+  from m2l2.data import audio_io
+  for path, extension in ((args.output, '.json'), (args.png, '.png')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  if args.write_best and not os.path.exists(args.checkpoint):
+    raise UserError(f'--write-best changes a snapshot, and {args.checkpoint} is none of yours: copy it out of the box')
+  values = sweep.values_of(args.values)
+  metrics, names = sweep.names_of(args.metrics)
+  embedders = {name: embeddings.make_embedder(name) for name in names}
+  codec = _load(args)
+  clips, warnings = excerpts.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
+  with _bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
+    made = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
+                       workers=args.workers, seed=args.seed, progress=progress)
+  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
+          'seconds': args.seconds, **made, 'warnings': warnings + made['warnings']}
+  report.write_json(args.output, made)
+  if args.png:
+    pictures.save(pictures.sweep_curves(made), args.png)
+  best = made['best']
+  for setting in made['settings']:
+    cells = '  '.join(f'{name} {value["mean"]:.4g}' for name, value in setting['values'].items())
+    _say(args, f'{setting["sigma_cond"]:6g} {setting["steps"].replace("_", "-")}  {cells}')
+  for line in made['warnings']:
+    _say(args, f'warning: {line}')
+  _say(args, f'best by {best["by"]}: sigma_cond {best["sigma_cond"]:g}, {best["steps"].replace("_", "-")}')
+  if args.write_best:
+    _say(args, f'{sweep.write_best(args.checkpoint, best)}: decodes so by default')
+
+
+def _probe(args):
+  with _extra('eval', 'probing'):
+    from m2l2.evaluation import pictures, probes, report, tasks
+  from m2l2.data import audio_io
+  for path, extension in ((args.output, '.json'), (args.png, '.png')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  if args.seeds < 1 or not args.seconds > 0:
+    raise UserError('--seeds must be at least 1, and --seconds positive')
+  music = [tasks.read(place) for place in args.music]
+  codec = _load(args)
+  functions = probes.extractors(codec, baselines=args.baselines)
+  with _bar('probe', sum(len(one.paths) for one in music), quiet=args.quiet) as progress:
+    made = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
+  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **made}
+  report.write_json(args.output, made)
+  if args.png:
+    pictures.save(pictures.bars(probes.bars(made)), args.png)
+  _say(args, probes.table(made))
+  for line in made['warnings']:
+    _say(args, f'warning: {line}')
+
+
+@contextlib.contextmanager
+def _extra(name, what):
+  """Around imports: that one of the extra `name` is missing is told in a line."""
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    if (error.name or '').startswith('m2l2'):
+      raise
+    raise UserError(f"{what} needs {error.name}, which is not installed: pip install 'm2l2[{name}]'") from error
 
 
 def _load(args):

@@ -244,6 +244,8 @@ class Codec:
       raise UserError(f'steps is {steps}; it must lie in 1..{_MOST_STEPS}')
     if not 0 <= seed < 2 ** 32:
       raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
+    if mode == 'parallel' and self.network.arch.chunks == 1:
+      raise UserError('this model denoises each chunk alone: there are no pairs to decode in parallel')
     if mode == 'parallel' and sigma_cond is not None:
       raise UserError('parallel decoding has no sigma_cond: leave it out, or decode autoregressively')
     if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:

@@ -82,7 +82,8 @@ class Sampler:
     """The next chunk: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
 
     -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state). The audio is
-    silence where `sounding`, bool [B], is false: past the end of a stream that is shorter than others.
+    silence where `sounding`, bool [B], is false: past the end of a stream that is shorter than others. A model that
+    sees one chunk at a time denoises both apart.
     """
     rep = self.representation
     b = z.shape[0]
@@ -91,10 +92,15 @@ class Sampler:
       return jnp.broadcast_to(eps, (b, *eps.shape))
 
     current = self.network.decode(params, z[:, None])
-    pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
-    refined, x = self.consistency.sample_pair(
-        self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
-        right_noises=[spread(eps) for eps in _of_steps(noise, sigmas)], sigma_cond=sigma_cond, sigmas=sigmas)
+    right_noises = [spread(eps) for eps in _of_steps(noise, sigmas)]
+    if self.network.arch.chunks == 1:
+      refined = self._refine(params, state, left_noise, sigma_cond)[:, 0]
+      x = self.consistency.sample(self.denoiser(params, current), [eps[:, None] for eps in right_noises], sigmas)[:, 0]
+    else:
+      pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
+      refined, x = self.consistency.sample_pair(
+          self.denoiser(params, pair), state['x'], left_noise=spread(left_noise), right_noises=right_noises,
+          sigma_cond=sigma_cond, sigmas=sigmas)
     done = refined if refine else x
     if sounding is not None:
       done = jnp.where(sounding[:, None, None, None], done, 0.0)
@@ -127,12 +133,16 @@ class Sampler:
 
     -> audio [B, channels, chunk_samples + overlap]; `sounding` as for `step`.
     """
-    x = state['x'][:, None]
-    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
-    x = self.denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
+    x = self._refine(params, state, noise, sigma_cond)
     if sounding is not None:
       x = jnp.where(sounding[:, None, None, None, None], x, 0.0)
     return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
+
+  def _refine(self, params, state, noise, sigma_cond):
+    """The state's chunk denoised again, alone, with noise [F, T, C]: [B, 1, F, T, C]."""
+    x = state['x'][:, None]
+    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
+    return self.denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
 
   # All chunks at once. The state: what `sample_staggered` carries, the 'features' of the last chunks (those that
   # later steps still need), and the 'tail' of the synthesis.

@@ -96,6 +96,14 @@ def load_snapshot(path) -> Snapshot:
                   fingerprint=record['fingerprint'], extra=record['extra'])
 
 
+def snapshot_place(path) -> Path:
+  """The directory of the snapshot that `load_snapshot(path)` reads. Raises UserError where there is none."""
+  place = _find(Path(path))
+  if place.name.endswith('.old'):
+    raise UserError(f'the snapshot {path} stands aside as {place.name} since a crash: rename it back first')
+  return place
+
+
 def fingerprint(params) -> str:
   """The first 16 hex digits of the sha256 over sorted names, shapes, dtypes and bytes."""
   return _fingerprint(dict(_flatten(params)))

@@ -92,6 +92,11 @@ def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flo
       jax.make_jaxpr(step)(state, {'audio': jax.ShapeDtypeStruct(shape, jnp.float32)}).jaxpr, unit=unit)
 
 
+def parameters(functions) -> int:
+  """Numbers in the weights of `build.step_functions`."""
+  return sum(x.size for x in jax.tree.leaves(jax.eval_shape(functions.init, jax.random.key(0)).params))
+
+
 def model_flops(config) -> Callable[[int], float]:
   """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
-from m2l2.codec import Codec
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.data.sources import KINDS
 from m2l2.errors import UserError
+from m2l2.listening import Listener
 from m2l2.snapshot import load_snapshot, save_snapshot
 
 
@@ -82,6 +82,7 @@ def train(config, workdir, writers=()) -> int:
     restored = checkpoints.restore(abstract, config=plain)
     first = restored.step if restored else 0
     position = restored.position if restored else {'next_index': 0, 'files': None}
+    listener = Listener(plain, sample_rate=functions.sample_rate, workdir=workdir, first=first)
 
     block, blocks = sharding.batch_block(mesh)
     fed = config.data
@@ -164,13 +165,22 @@ def train(config, workdir, writers=()) -> int:
         metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
-    # The loop. The order is law: save, then the next batch, then the step, then the log. So the
-    # position saved with a state is the position that this state has reached.
+    # The loop. The order is law: measure, save, then the next batch, then the step, then the log.
+    # So the position saved with a state is the position that this state has reached.
     # ==============================================================================================
-    step, line, rows, rejected, codec = first, None, None, 0, None
+    step, line, rows, rejected = first, None, None, 0
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     while True:
       stopping = step < fields.steps and stop.reached(step)
+      if listener.is_due(step, last=fields.steps):
+        write(line)
+        line = None
+        with goodput.saving(step, state):
+          weights = {'evaluate_ema': sharding.fetch(state.ema),
+                     'evaluate': sharding.fetch(state.params) if listener.wants_raw else None}
+          if main:
+            listener.measure(step, weights, log)
+        speed.start(step)  # the time since the last line was not training's
       due = step % fields.checkpoint_every == 0 or step == fields.steps or stopping
       if due and step:
         write(line)  # a checkpoint never stands before the lines that lead to it
@@ -182,10 +192,7 @@ def train(config, workdir, writers=()) -> int:
           if main:
             save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
           if log.shows_media and rows:
-            codec = codec or Codec(config=plain, params=averaged, fingerprint='')
-            codec.params = averaged
-            log.write_audio(step, sample_rate=functions.sample_rate, sounds=_reconstruct(
-              codec, rows['audio'][0], sample_rate=functions.sample_rate))
+            log.write_audio(step, listener.reconstruct(averaged, rows['audio'][0]), sample_rate=functions.sample_rate)
       if stopping or step >= fields.steps:
         break
 
@@ -280,12 +287,6 @@ def _with_weights_of(path, state, shardings):
     return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
 
   return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
-
-
-def _reconstruct(codec, audio, *, sample_rate):
-  """A crop [C, N] and what is left of it after encoding and decoding."""
-  latents = codec.encode(audio, sample_rate)
-  return {'original': audio, 'reconstruction': codec.decode(latents)}
 
 
 def _log_memory(compiled, *, seconds):

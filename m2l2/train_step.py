@@ -215,6 +215,8 @@ def latent_metrics(pre, z):
 
 def feature_metrics(features):
   """RMS of the cross-connection features, and how much of it differs from chunk to chunk."""
+  if 'maps' not in features:
+    return {}
   rms, varying = [], []
   for m in features['maps']:
     m = m.astype(jnp.float32)

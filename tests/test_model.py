@@ -479,3 +479,65 @@ def test_products_are_kept_and_blocks_computed_again():
   assert products.convolutions == none.convolutions and products.products == none.products
   assert none.attention < products.attention <= blocks.attention
   assert blocks.convolutions > 1.1 * none.convolutions and blocks.products > 1.1 * none.products
+
+
+# --- ablations ---
+
+
+def test_local_embeddings_belong_to_their_slot_of_frames():
+  network = _network(embeddings='local', latents_in_denoiser=True)
+  assert network.arch.slots == 2 and network.arch.grid == (4, 2)  # 8 embeddings: 4 for each half of the frames
+  params = _initial(network)
+  for part in ('encoder', 'decoder'):  # convolutions stay as they begin, which reach one frame of the stem
+    params[part]['transformer'] = _random(params[part]['transformer'])
+  params['encoder']['head'] = _random(params['encoder']['head'])
+  spec = _spec(network, 1, 2)
+  encode, decode = _jit(network.encode), _jit(network.decode)
+  pre, late = encode(params, spec), encode(params, spec.at[:, 0, :, -1].multiply(-3))
+  np.testing.assert_array_equal(late[0, 0, :4], pre[0, 0, :4])
+  assert _differ(late[0, 0, 4:], pre[0, 0, 4:]) > 1e-3
+  assert _differ(pre[0, 0, 4:], pre[0, 0, :4]) > 1e-3
+  z = jnp.tanh(pre)
+  maps, changed = (decode(params, one)['maps'][-1] for one in (z, z.at[0, 0, 5].multiply(-1)))
+  np.testing.assert_array_equal(changed[0, 0, :, 0], maps[0, 0, :, 0])
+  assert _differ(changed[0, 0, :, 1], maps[0, 0, :, 1]) > 1e-4
+
+
+def test_slots_are_split_and_joined():
+  x = jnp.arange(2 * 12 * 3.).reshape(2, 12, 3)
+  slots = patchify.split_slots(x, (2, 6), 3)
+  assert slots.shape == (6, 4, 3)
+  np.testing.assert_array_equal(slots[1], x[0, jnp.asarray([2, 3, 8, 9])])  # frames 2 and 3 of both rows
+  np.testing.assert_array_equal(patchify.join_slots(slots, (2, 6), 3), x)
+
+
+def test_without_cross_connections_only_the_latents_tell_the_denoiser():
+  network = _network(cross_connections=False, latents_in_denoiser=True)
+  params = _random(_initial(network))
+  assert set(params) == {'encoder', 'denoiser'}
+  spec, sigma = _spec(network, 1, 2), jnp.asarray([[.5, 3.]])
+  features = network.decode(params, jnp.tanh(_spec(network, 1, 2)[:, :, :8, 0, :1]))
+  assert set(features) == {'z'}
+  denoise = _jit(network.denoise)
+  out = denoise(params, spec, sigma, {'z': jnp.full((1, 2, 8, network.arch.latent_dim), .5)})
+  assert _differ(denoise(params, spec, sigma, {'z': jnp.zeros((1, 2, 8, network.arch.latent_dim))}), out) > 1e-4
+  with_envelope = _network(cross_connections=False, latents_in_denoiser=True, envelope=True)
+  shapes = jax.eval_shape(with_envelope.decode, jax.eval_shape(with_envelope.init, jax.random.key(0)),
+                          jax.ShapeDtypeStruct((1, 2, 8, with_envelope.arch.latent_dim), jnp.float32))
+  assert set(shapes) == {'z', 'log_magnitude'}
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(embeddings='ordered'), "choose 'summary' or 'local'"),
+    (dict(embeddings='local', num_latents=3), 'to have a common factor'),
+    (dict(cross_connections=False), 'only by model.latents_in_denoiser')])
+def test_ablations_that_cannot_work(fields, message):
+  with pytest.raises(build.UserError, match=message):
+    _network(**fields)
+
+
+def test_snapshots_from_before_the_ablations_are_read():
+  model = base.get_config('debug').model.to_dict()
+  arch = build.network({name: value for name, value in model.items()
+                        if name not in ('embeddings', 'cross_connections')}).arch
+  assert arch == build.network(model).arch

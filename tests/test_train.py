@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import build, checkpoint, metrics, train, train_step
+from m2l2 import build, checkpoint, listening, metrics, train, train_step
 from m2l2.configs import tiny
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
@@ -306,14 +306,87 @@ def test_sounds_go_to_tensorboard_where_it_is(small, tmp_path, monkeypatch):
     def encode(self, audio, sample_rate):
       return audio
 
-    def decode(self, latents):
+    def decode(self, latents, seed):
       return latents
 
   monkeypatch.setattr(metrics, 'tensorboard_writer', lambda logdir: Media())
-  monkeypatch.setattr(train, 'Codec', FakeCodec)
+  monkeypatch.setattr(listening, 'Codec', FakeCodec)
   small(tmp_path)
   shapes = {'original': (1, CROP), 'reconstruction': (1, CROP)}
   assert heard == [(step, shapes, RATE) for step in (2, 4, 6)]
+
+
+class QuietCodec:
+  """Makes sounds softer, the more so the smaller the weights."""
+  native_rates = (RATE,)
+
+  def __init__(self, *, config, params, fingerprint):
+    self.representation, self.params = build.representation(config['model']), params
+
+  def encode(self, audio, sample_rate):
+    return audio
+
+  def decode(self, latents, seed):
+    return latents * np.float32(min(1, np.abs(self.params['layer']['w']).mean()))
+
+
+@pytest.fixture
+def held_out(small, tmp_path, music, monkeypatch):
+  """`held_out(workdir, **changes)` runs the small loop, which measures every two steps."""
+  monkeypatch.setattr(listening, 'Codec', QuietCodec)
+  fields = {'evaluate.root': str(music), 'evaluate.every': 2, 'evaluate.metrics': 'mel_l1_db,si_sdr',
+            'evaluate.best': 'mel_l1_db', 'train.checkpoint_every': 3}
+  return lambda workdir, **changes: small(workdir, **{**fields, **changes})
+
+
+def measured(workdir):
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [line for line in lines if 'evaluate_ema/mel_l1_db' in line]
+
+
+def test_held_out_clips_are_measured_and_the_best_weights_kept(held_out, tmp_path):
+  assert held_out(tmp_path) == 6
+  lines = measured(tmp_path)
+  assert [line['step'] for line in lines] == [2, 4, 6]
+  assert set(lines[0]) == {'step', *(f'{kind}/{name}' for kind in ('evaluate', 'evaluate_ema')
+                                     for name in ('mel_l1_db', 'si_sdr'))}
+  assert lines[1]['evaluate/mel_l1_db'] != lines[1]['evaluate_ema/mel_l1_db']
+  best = min(lines, key=lambda line: line['evaluate_ema/mel_l1_db'])
+  kept = load_snapshot(tmp_path / 'best')
+  assert kept.step == best['step'] == kept.extra['best']['step']
+  assert kept.extra['best']['value'] == pytest.approx(best['evaluate_ema/mel_l1_db'], rel=1e-6)
+  assert [line['step'] for line in soak_resume.trace(tmp_path) if 'loss' in line] == [1, 2, 3, 4, 5, 6]
+  before = (tmp_path / 'metrics.jsonl').read_text()
+  held_out(tmp_path)  # a run that is done measures nothing again
+  assert (tmp_path / 'metrics.jsonl').read_text() == before
+
+
+def test_measuring_changes_no_training_and_resumes_exactly(held_out, small, tmp_path, monkeypatch):
+  small(tmp_path / 'plain', **{'train.checkpoint_every': 3})
+  held_out(tmp_path / 'straight')
+  with monkeypatch.context() as patch:
+    stop_at(patch, 4)  # between two evaluations
+    assert held_out(tmp_path / 'stopped') < 6
+  assert held_out(tmp_path / 'stopped') == 6
+  assert measured(tmp_path / 'stopped') == measured(tmp_path / 'straight')
+  assert soak_resume.fingerprint(tmp_path / 'plain') == soak_resume.fingerprint(tmp_path / 'stopped')
+  losses = [[line['loss'] for line in soak_resume.trace(tmp_path / run) if 'loss' in line]
+            for run in ('plain', 'straight', 'stopped')]
+  assert losses[0] == losses[1] == losses[2]
+  kept = [load_snapshot(tmp_path / run / 'best') for run in ('straight', 'stopped')]
+  assert kept[0].fingerprint == kept[1].fingerprint and kept[0].extra == kept[1].extra
+
+
+@pytest.mark.parametrize('fields, message', [
+  ({'evaluate.every': -1}, 'evaluate.every=-1'),
+  ({'evaluate.best': 'visqol'}, "evaluate.best='visqol' is not among"),
+  ({'evaluate.metrics': 'loudness'}, "unknown metric 'loudness'"),
+  ({'evaluate.root': '/nowhere'}, 'no such directory'),
+  ({'evaluate.clips': 0}, 'must be positive')])
+def test_what_cannot_be_measured_is_told_at_the_start(held_out, tmp_path, fields, message):
+  with pytest.raises(UserError, match=message):
+    held_out(tmp_path / 'run', **fields)
+  assert not (tmp_path / 'run/metrics.jsonl').exists()
 
 
 # Several processes.

@@ -1,6 +1,7 @@
 """The embeddings that Frechet distances are taken over, by name."""
 
 from collections.abc import Callable
+import hashlib
 
 import numpy as np
 
@@ -31,3 +32,19 @@ def make_embedder(name: str, weights_file=None) -> Callable[..., np.ndarray]:
   network = {'vggish': vggish, 'clap': clap}[name]
   params = network.load(weights_file)
   return lambda audio, sample_rate: network.embed(params, audio, sample_rate=sample_rate)
+
+
+def remembering(embed: Callable[..., np.ndarray], *, most: int = 1024) -> Callable[..., np.ndarray]:
+  """The same function, which embeds equal audio once: references are met again with every setting that is compared.
+
+  most: how many results are kept; those asked for least lately go first.
+  """
+  known = {}
+
+  def embed_once(audio, sample_rate):
+    key = hashlib.sha1(np.ascontiguousarray(audio).data).digest(), audio.shape, sample_rate
+    known[key] = known.pop(key) if key in known else embed(audio, sample_rate)
+    if len(known) > most:
+      del known[next(iter(known))]
+    return known[key]
+  return embed_once

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from m2l2.errors import UserError
+from m2l2.evaluation.embeddings import EMBEDDINGS
 from m2l2.evaluation.pairs import log_mel_db
 from m2l2.latents import Latents
 
@@ -97,6 +98,53 @@ def change_map(change, *, seconds: float) -> Figure:
     axis.set_xlabel(label)
     figure.colorbar(image, ax=axis, label='dB')
   axes[0].set_ylabel('embedding')
+  return figure
+
+
+def sweep_curves(report) -> Figure:
+  """What `sweep.sweep` measured, a panel a metric, against sigma_cond: one curve for each way of decoding, with errors.
+
+  The best setting has a ring.
+  """
+  settings, best = report['settings'], report['best']
+  names = list(dict.fromkeys(name for setting in settings for name in setting['values']))
+  columns = min(3, len(names))
+  figure, axes = _panels(rows=-(-len(names) // columns), columns=columns, height=3)
+  for axis, name in zip(axes, names):
+    for steps in dict.fromkeys(setting['steps'] for setting in settings):
+      points = [(setting['sigma_cond'], setting['values'][name]) for setting in settings
+                if setting['steps'] == steps and name in setting['values']]
+      axis.errorbar([x for x, _ in points], [y['mean'] for _, y in points], [y['error'] or 0 for _, y in points],
+                    marker='.', capsize=2, label=steps.replace('_', ' '))
+    if name == best['by']:
+      axis.plot(best['sigma_cond'], best['value'], 'o', markersize=12, markerfacecolor='none', color='black')
+    axis.set_xscale('log')
+    axis.set_title(name if name not in EMBEDDINGS else f'Frechet distance, {name}', fontsize=10)
+    axis.set_xlabel('sigma_cond')
+  for axis in axes[len(names):]:
+    axis.set_visible(False)
+  axes[0].legend(fontsize=8)
+  return figure
+
+
+def bars(table) -> Figure:
+  """A panel a metric, a bar a row with its error.
+
+  Args:
+    table: {row: {metric: {'mean': x, 'error': x or None}}}; a row may lack metrics.
+  """
+  names = list(dict.fromkeys(name for row in table.values() for name in row))
+  columns = min(4, len(names))
+  figure, axes = _panels(rows=-(-len(names) // columns), columns=columns, height=.8 + .3 * len(table))
+  for axis, name in zip(axes, names):
+    rows = {label: row[name] for label, row in table.items() if name in row}
+    axis.barh(list(rows), [value['mean'] for value in rows.values()],
+              xerr=[value['error'] or 0 for value in rows.values()], color='tab:blue', ecolor='0.3', capsize=2)
+    axis.invert_yaxis()
+    axis.set_title(name, fontsize=10)
+    axis.tick_params(labelsize=8)
+  for axis in axes[len(names):]:
+    axis.set_visible(False)
   return figure
 
 

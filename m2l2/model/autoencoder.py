@@ -6,6 +6,7 @@ checkpoints ever see.
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 from flax import nnx
 import jax
@@ -43,6 +44,10 @@ class Architecture:
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
+    embeddings: 'summary': each may say anything about the whole chunk; 'local': in order, each belongs to a slot of the
+      chunk's frames, as in an ordinary autoencoder.
+    cross_connections: the decoder's maps enter the denoiser's patchifier; without them (and without the envelope) there
+      is no decoder, and only latents_in_denoiser tells the denoiser anything.
     remat: what of each layer and conv block the backward pass computes again: 'none', all but its 'products', the whole
       'blocks'; 'full': of encoder, decoder and denoiser too nothing but their inputs is kept.
     tile: maps narrower than this are packed, frames into channels, see model/packing.py; 0: never.
@@ -74,6 +79,8 @@ class Architecture:
   latent_norm: bool
   envelope: bool
   feature_norm: bool
+  embeddings: str
+  cross_connections: bool
   remat: str
   tile: int
   attention: str
@@ -106,12 +113,29 @@ class Architecture:
       raise ValueError(f'model.remat is {self.remat!r}; choose from {REMATS}')
     if self.bottleneck not in ('tanh', 'fsq'):
       raise ValueError(f"model.bottleneck is {self.bottleneck!r}; choose 'tanh' or 'fsq'")
+    if self.embeddings not in ('summary', 'local'):
+      raise ValueError(f"model.embeddings is {self.embeddings!r}; choose 'summary' or 'local'")
+    if not self.cross_connections and not self.latents_in_denoiser:
+      raise ValueError('without model.cross_connections the latents reach the denoiser only by '
+                       'model.latents_in_denoiser=True')
     self.make_bottleneck()  # raises for bad fsq_levels or fsq_dropout
     self.grid               # raises where strides do not divide
+    if self.embeddings == 'local' and self.slots == 1:
+      raise ValueError(f"model.embeddings='local' needs model.num_latents, {self.num_latents}, and the {self.grid[1]} "
+                       'frames of the token grid to have a common factor')
 
   @property
   def grid(self):
     return token_grid(self.bins, self.frames, self.stem, self.strides)
+
+  @property
+  def slots(self) -> int:
+    """Parts of a chunk's frames that have embeddings of their own: 1 for summary embeddings."""
+    return 1 if self.embeddings == 'summary' else math.gcd(self.num_latents, self.grid[1])
+
+  @property
+  def has_decoder(self) -> bool:
+    return self.cross_connections or self.envelope
 
   def make_bottleneck(self):
     return Tanh() if self.bottleneck == 'tanh' else FSQ(levels=self.fsq_levels, dropout=self.fsq_dropout)
@@ -124,15 +148,14 @@ class Autoencoder(nnx.Module):
     grid = arch.grid
     transformer = dict(layers=arch.layers, heads=arch.widths[-1] // arch.head_dim, mlp_mult=arch.mlp_mult,
                        impl=arch.attention)
-    shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, widths=arch.widths, blocks=arch.blocks,
-                  strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
-                  latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile,
-                  dtype=jnp.dtype(arch.dtype), rngs=rngs)
-    self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
-                           magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
-    self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut, envelope=arch.envelope,
-                           feature_norm=arch.feature_norm, **shared)
-    self.denoiser = Denoiser(grid=grid, registers=arch.denoiser_registers, chunks=arch.chunks,
+    shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, grid=grid, widths=arch.widths,
+                  blocks=arch.blocks, strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
+                  latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile, dtype=jnp.dtype(arch.dtype), rngs=rngs)
+    chunkwise = dict(slots=arch.slots, registers=arch.registers, shortcut=arch.shortcut, **shared)
+    self.encoder = Encoder(magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **chunkwise)
+    self.decoder = (
+        Decoder(envelope=arch.envelope, feature_norm=arch.feature_norm, **chunkwise) if arch.has_decoder else None)
+    self.denoiser = Denoiser(registers=arch.denoiser_registers, chunks=arch.chunks,
                              latents=arch.latents_in_denoiser, envelope_input=arch.envelope, cond_dim=arch.cond_dim,
                              **shared)
 
@@ -143,7 +166,7 @@ class Network:
 
   init(key) -> params
   encode(params, spec [B, S, F, T, 2C]) -> [B, S, L, Z] float32, before the bottleneck
-  decode(params, z [B, S, L, Z]) -> features: {'maps': (...), 'z', 'log_magnitude'?}, every leaf [B, S, ...]
+  decode(params, z [B, S, L, Z]) -> features: {'maps'?: (...), 'z'?, 'log_magnitude'?}, every leaf [B, S, ...]
   denoise(params, x [B, S, F, T, 2C], sigma [B, S], features) -> raw output [B, S, F, T, 2C] float32
   """
   arch: Architecture
@@ -171,7 +194,9 @@ def make_network(arch: Architecture) -> Network:
   decoder = part('decoder')
 
   def decode(params, z):
-    features = decoder(params, z)
+    features = decoder(params, z) if arch.has_decoder else {}
+    if not arch.cross_connections:
+      features.pop('maps', None)
     return {**features, 'z': z} if arch.latents_in_denoiser else features
 
   def stacked_axes(variable):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from m2l2.model.envelope import EnvelopeHead
 from m2l2.model.layers import Linear, normal, param
-from m2l2.model.patchify import DePatchifier
+from m2l2.model.patchify import DePatchifier, join_slots
 from m2l2.model.transformer import Transformer
 
 
@@ -23,12 +23,15 @@ class Shortcut(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept."""
+  """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept.
 
-  def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, num_latents, latent_dim,
-               registers, shortcut, envelope, feature_norm, remat, tile, dtype, rngs):
+  With `slots` above 1 each slot of frames has mask tokens and embeddings of its own, as in the encoder.
+  """
+
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
+               latent_dim, registers, shortcut, envelope, feature_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
-    num_tokens = grid[0] * grid[1]
+    num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
     self.mask = param(rngs, (grid[0], 1, dim), ('freq', None, 'embed'), normal(dim ** -0.5))
     self.latents_in = Linear(latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs)
@@ -41,7 +44,7 @@ class Decoder(nnx.Module):
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
         if envelope else None)
-    self.grid = grid
+    self.grid, self.slots = grid, slots
     self.feature_norm = feature_norm
     self.dtype = dtype
 
@@ -49,14 +52,17 @@ class Decoder(nnx.Module):
     """z [B, S, L, Z] float32 -> {'maps': tuple of [B, S, F_l, T_l, C_l], finest first, and, with the
     envelope head, 'log_magnitude': [B, S, F, T, C] float32}."""
     b, s = z.shape[:2]
-    z = z.reshape(b * s, *z.shape[2:])
-    mask = jnp.broadcast_to(self.mask[...], (*self.grid, self.mask.shape[-1])).reshape(-1, self.mask.shape[-1])
-    mask = jnp.broadcast_to(mask.astype(self.dtype), (b * s, *mask.shape))
-    registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (b * s, *self.registers.shape))
+    z = z.reshape(b * s * self.slots, -1, z.shape[-1])
+    rows, frames = self.grid[0], self.grid[1] // self.slots
+    mask = jnp.broadcast_to(self.mask[...], (rows, frames, self.mask.shape[-1])).reshape(-1, self.mask.shape[-1])
+    mask = jnp.broadcast_to(mask.astype(self.dtype), (len(z), *mask.shape))
+    registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (len(z), *self.registers.shape))
     if self.shortcut is not None:
       mask = mask + self.shortcut(z).astype(self.dtype)
     x = jnp.concatenate([mask, self.latents_in(z.astype(self.dtype)), registers], axis=1)
     x = self.transformer(x[:, None])[:, 0, :mask.shape[1]]
+    if self.slots > 1:
+      x = join_slots(x, self.grid, self.slots)
     finest, maps = self.depatchifier(x.astype(self.dtype))
     features = {}
     if self.envelope is not None:

@@ -52,8 +52,8 @@ class NoiseGains(nnx.Module):
 class Denoiser(nnx.Module):
   """Patchify each chunk with the decoder's features, attend chunk-causally over S chunks, de-patchify.
 
-  Cross connections go into the patchifier, one per conv block; skips from each of its blocks into the
-  de-patchifier; both merge as (a + b) / sqrt 2. `latents` adds the summary embeddings to the tokens.
+  Cross connections (where the features have 'maps') go into the patchifier, one per conv block; skips from each of its
+  blocks into the de-patchifier; both merge as (a + b) / sqrt 2. `latents` adds the summary embeddings to the tokens.
   """
 
   def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, chunks, num_latents,
@@ -91,7 +91,7 @@ class Denoiser(nnx.Module):
     if self.envelope_input:
       x = jnp.concatenate([x, jax.lax.stop_gradient(features['log_magnitude'])], axis=-1)
     x = x.reshape(b * s, *x.shape[2:]).astype(self.dtype)
-    maps = [m.reshape(b * s, *m.shape[2:]) for m in features['maps']]
+    maps = [m.reshape(b * s, *m.shape[2:]) for m in features['maps']] if 'maps' in features else None
     tokens, skips = self.patchifier(x, gain=gains[:, 0], features=maps, cond=flat_cond)
 
     num_tokens, dim = tokens.shape[1:]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from m2l2.model.envelope import log_magnitude
 from m2l2.model.layers import LayerNorm, Linear, ONES, ZEROS, normal, param
-from m2l2.model.patchify import Patchifier
+from m2l2.model.patchify import Patchifier, split_slots
 from m2l2.model.transformer import Transformer
 
 
@@ -28,12 +28,15 @@ class Encoder(nnx.Module):
 
   Chunk-local: S is folded into the batch. The output projection starts at 0, so all latents are exactly 0
   at init; `shortcut` adds a linear path (pooled tokens -> latents) that does not.
+
+  With `slots` above 1 the embeddings are local: each slot of the chunk's frames goes through the transformer by itself
+  and has its share of the embeddings, in order.
   """
 
-  def __init__(self, *, channels, bins, stem, widths, blocks, strides, transformer, num_tokens, num_latents, latent_dim,
-               registers, magnitude_input, shortcut, latent_norm, remat, tile, dtype,
-               rngs):
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
+               latent_dim, registers, magnitude_input, shortcut, latent_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
+    num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     in_channels = channels * (3 if magnitude_input else 2)
     self.gain = param(rngs, (bins // stem[0],), ('freq',), ONES)
     self.patchifier = Patchifier(in_channels, stem=stem, widths=widths, blocks=blocks, strides=strides,
@@ -44,6 +47,7 @@ class Encoder(nnx.Module):
                                    **transformer)
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
     self.shortcut = Shortcut((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
+    self.grid, self.slots = grid, slots
     self.magnitude_input = magnitude_input
     self.latent_norm = latent_norm
     self.dtype = dtype
@@ -55,8 +59,10 @@ class Encoder(nnx.Module):
     if self.magnitude_input:
       x = jnp.concatenate([x, log_magnitude(x)], axis=-1)
     tokens, _ = self.patchifier(x.astype(self.dtype), gain=self.gain[...])
+    if self.slots > 1:
+      tokens = split_slots(tokens, self.grid, self.slots)
     learned = jnp.concatenate([self.queries[...], self.registers[...]]).astype(self.dtype)
-    learned = jnp.broadcast_to(learned, (b * s, *learned.shape))
+    learned = jnp.broadcast_to(learned, (tokens.shape[0], *learned.shape))
     x = jnp.concatenate([tokens, learned], axis=1)
     x = self.transformer(x[:, None])
     latents = x[:, :, tokens.shape[1]:tokens.shape[1] + self.queries.shape[0]]
@@ -67,4 +73,4 @@ class Encoder(nnx.Module):
       # RMS 0.4 of each embedding: |z| > 0.99 would take two thirds of its energy in one number of 64.
       square = jnp.mean(jnp.square(latents), axis=2, keepdims=True)
       latents = 0.4 * latents * jax.lax.rsqrt(square + 1e-4)
-    return latents.reshape(b, s, *latents.shape[1:])
+    return latents.reshape(b, s, -1, latents.shape[-1])

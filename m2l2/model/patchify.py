@@ -164,6 +164,20 @@ class DePatchifier(Ladder):
     return x, outputs[::-1]
 
 
+def split_slots(x, grid, slots):
+  """Tokens [N, P, D] of a (F, T) grid -> [N * slots, P / slots, D], each slot its own stretch of frames."""
+  n, _, d = x.shape
+  x = x.reshape(n, grid[0], slots, grid[1] // slots, d)
+  return jnp.moveaxis(x, 2, 1).reshape(n * slots, -1, d)
+
+
+def join_slots(x, grid, slots):
+  """The inverse of `split_slots`."""
+  n, _, d = x.shape
+  x = x.reshape(n // slots, slots, grid[0], grid[1] // slots, d)
+  return jnp.moveaxis(x, 1, 2).reshape(n // slots, -1, d)
+
+
 class OutputHead(nnx.Module):
   """Map [N, F', T', C] -> [N, F, T, out]: norm, row gain, conv3x3 (no activation before it), un-stem."""
 

@@ -4,7 +4,7 @@
 
 Same made-up weights, float32, `--threads` threads. Each side is a process of its own that lives through all rounds,
 warmed up on a short file; it works only when asked. The original: encode; decode in parallel mode, 4 steps; decode
-autoregressively with the package's default steps. m2l2: the same; but the last in Music2Latent2's two steps of one call.
+autoregressively with the package's default steps. m2l2: the same, the last in Music2Latent2's two steps of one call.
 """
 
 import argparse

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# What each of the paper's choices is worth: trains a config as it is and once without each of them, same music, same
+# seed, same number of chunks a step; reconstructs the same held-out excerpts with all; one table and one picture.
+# Run it again to go on where it stopped. Makes .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+case "${1:-}" in
+  '' | -h | --help)
+    say 'usage: ./launch/ablate.sh --config=configs/small.py --reference=data/music/heldout --output=runs/ablations \'
+    say '         --config.data.root=data/music/train     (python launch/ablate.py --help: more)'
+    [ $# -gt 0 ]; exit ;;
+esac
+
+make_environment .venv train
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/$(compilation_cache)}
+exec .venv/bin/python launch/ablate.py "$@"

@@ -1,0 +1,108 @@
+"""What the weights make of sounds while they are trained: heard by the writers, measured on held-out clips."""
+
+from collections.abc import Mapping
+from concurrent import futures
+import os
+
+from absl import logging
+
+from m2l2.codec import Codec
+from m2l2.errors import UserError
+from m2l2.evaluation import embeddings, evaluate, excerpts, seams, sweep
+from m2l2.snapshot import load_snapshot, save_snapshot
+
+SEED = 0  # of the noise that every decoding starts from, so that only the weights differ
+
+
+class Listener:
+  """Reconstructs sounds with weights of a run, and measures held-out clips where config.evaluate asks for it.
+
+  Works on this process's own devices, in a thread that knows nothing of the run's mesh: the other processes of the run
+  do not take part.
+
+  Args:
+    plain: the resolved config, JSON types.
+    sample_rate: of the model (Hz). workdir: gets best/, a snapshot. first: the step that the run goes on from.
+
+  Raises:
+    UserError: config.evaluate asks for what cannot be.
+  """
+
+  def __init__(self, plain: Mapping, *, sample_rate: int, workdir, first: int):
+    self._plain, self._rate, self._first, self._codec = plain, sample_rate, first, None
+    self._best_path = os.path.join(workdir, 'best')
+    self._fields = fields = plain['evaluate']
+    self.measures = bool(fields['root']) and fields['every'] > 0
+    if fields['every'] < 0:
+      raise UserError(f'evaluate.every={fields["every"]}: it must be 0 (never) or more')
+    if not self.measures:
+      return
+    metrics, names = evaluate.split_names(fields['metrics'])
+    if fields['best'] and fields['best'] not in (*metrics, *names):
+      raise UserError(f'evaluate.best={fields["best"]!r} is not among evaluate.metrics={fields["metrics"]}')
+    self._metrics = metrics
+    self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
+                       for name in names}
+    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
+    for line in warnings:
+      logging.warning('evaluate.root: %s', line)
+
+  def is_due(self, step: int, *, last: int) -> bool:
+    """Whether to measure after `step` updates: never twice, as the run that was saved there has done it."""
+    return self.measures and step > self._first and (step % self._fields['every'] == 0 or step == last)
+
+  @property
+  def wants_raw(self) -> bool:
+    return self._fields['raw']
+
+  def reconstruct(self, params, audio) -> dict:
+    """A sound [C, N] at the model's rate, and what is left of it."""
+    return {'original': audio, 'reconstruction': self._alone(self._decode, params, audio, self._rate)}
+
+  def measure(self, step: int, weights: Mapping[str, Mapping], log):
+    """Measures {'evaluate_ema': params, 'evaluate': params or None}; keeps the first as best/ where it is the best.
+
+    Writes 'evaluate_ema/NAME' and so on, and the first clip's reconstruction, to `log`, a `metrics.Writers`.
+    """
+    scalars, clip = {}, self._clips[0]
+    for name, params in weights.items():
+      if params is not None:
+        values, sound = self._alone(self._measure, params)
+        scalars |= {f'{name}/{metric}': value['mean'] for metric, value in values.items()}
+        if name == 'evaluate_ema':
+          self._keep_best(step, params, values)
+          log.write_audio(step, {'held_out/original': clip.audio, 'held_out/reconstruction': sound},
+                          sample_rate=clip.sample_rate)
+    log.write(step, scalars)
+    logging.info('held-out clips at step %d: %s', step,
+                 '  '.join(f'{name} {value:.4g}' for name, value in scalars.items()))
+
+  def _measure(self, params):
+    decoded = [self._decode(params, clip.audio, clip.sample_rate) for clip in self._clips]
+    items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
+             for clip, sound in zip(self._clips, decoded)]
+    chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
+    made = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
+    return sweep.means(made), decoded[0]
+
+  def _decode(self, params, audio, sample_rate):
+    self._codec = self._codec or Codec(config=self._plain, params=params, fingerprint='')
+    self._codec.params = params
+    return self._codec.decode(self._codec.encode(audio, sample_rate), SEED)
+
+  def _alone(self, function, *args):
+    with futures.ThreadPoolExecutor(1) as thread:  # jax.set_mesh is a matter of the thread
+      return thread.submit(function, *args).result()
+
+  def _keep_best(self, step, params, values):
+    by = self._fields['best']
+    if not by or by not in values:
+      return
+    value = values[by]['mean']
+    try:
+      before = load_snapshot(self._best_path).extra.get('best', {})
+    except UserError:  # none yet
+      before = {}
+    if before.get('by') != by or sweep.is_better(by, value, before['value']):
+      save_snapshot(self._best_path, params=params, config=self._plain, step=step,
+                    extra={'best': {'by': by, 'value': value, 'step': step}})

@@ -1,0 +1,99 @@
+"""launch/ablate.py: what each ablation changes, and the whole command on a small model, in this process."""
+
+import dataclasses
+import json
+
+import jax
+from launch import ablate
+from m2l2 import cli, codec as codec_lib
+from m2l2.codec import Codec
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+import numpy as np
+import pytest
+import soak_resume
+from test_codec import latents_for, load_once, make_config, make_params, music
+
+CONFIG = 'configs/tiny.py:debug'
+SMALL = [f'--config.{name}={value}' for name, value in soak_resume.SMALL.items() if name != 'train.checkpoint_every']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def test_each_ablation_can_be_built_and_costs_what_its_network_does():
+  about = {name: ablate.describe('configs/tiny.py', ablate.fields_of(name, 'configs/tiny.py', []))
+           for name in ('as_is', 'one_chunk', 'local', 'latents_in_denoiser')}
+  whole = about['as_is']
+  assert whole['parameters'] == 2205984
+  assert about['one_chunk']['parameters'] < whole['parameters'] < about['latents_in_denoiser']['parameters']
+  assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
+  assert about['local']['gflop_a_step'] < whole['gflop_a_step'] < about['latents_in_denoiser']['gflop_a_step']
+  assert ablate.fields_of('one_chunk', 'configs/tiny.py', ['--config.train.batch_size=3']) == [
+      '--config.model.chunks=1', '--config.train.batch_size=6']
+  assert ablate.fields_of('other_seed', 'configs/tiny.py', ['--config.seed=4']) == ['--config.seed=5']
+
+
+def test_without_envelope_and_cross_connections_there_is_no_decoder():
+  flags = ['--config.model.cross_connections=False', '--config.model.latents_in_denoiser=True']
+  less, whole = (ablate.describe('configs/base.py:debug', some) for some in (flags, []))
+  assert less['parameters'] < .8 * whole['parameters'] and less['gflop_a_step'] < whole['gflop_a_step']
+
+
+def test_a_model_of_one_chunk_decodes_each_by_itself():
+  config = make_config(chunks=1, widths=(8, 16), strides=((4, 4),), layers=1, head_dim=8)
+  codec = Codec(config=config, params=make_params(config), fingerprint='alone')
+  latents = latents_for(codec, chunks=4)
+  moved = latents.z.copy()
+  moved[:, 0] *= -1
+  size, reach = codec.representation.chunk_samples, codec.representation.overlap
+  here, there = (codec.decode(one) for one in (latents, dataclasses.replace(latents, z=moved)))
+  np.testing.assert_allclose(there[:, size + reach:], here[:, size + reach:], atol=1e-6)
+  assert np.abs(there[:, :size] - here[:, :size]).max() > 1e-4
+  with pytest.raises(UserError, match='each chunk alone'):
+    codec.decode(latents, mode='parallel')
+
+
+def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(codec_lib, 'load', load_once)
+  ran = []
+
+  def run(*arguments):
+    ran.append(arguments[0])
+    assert cli.main([str(argument) for argument in arguments]) == 0
+  monkeypatch.setattr(ablate, 'run', run)
+  soak_resume.write_music(tmp_path / 'train')
+  (tmp_path / 'heldout').mkdir()
+  for name in range(2):
+    audio_io.write(tmp_path / 'heldout' / f'{name}.wav', music(9000, seed=name), 44100)
+  command = [f'--config={CONFIG}', f'--reference={tmp_path}/heldout', f'--output={tmp_path}/out', '--clips=1',
+             '--seconds=0.1', '--metrics=si_sdr,mel_l1_db', f'--config.data.root={tmp_path}/train', *SMALL,
+             '--config.train.steps=1']
+  assert ablate.main([*command, '--only=as_is']) == 0
+  assert ablate.main([*command, '--only=as_is,one_chunk']) == 0
+  assert ran == ['train', 'evaluate', 'train', 'train', 'evaluate']  # a run that is done ends at once
+  out = tmp_path / 'out'
+  runs = json.loads((out / 'ablations.json').read_text())['runs']
+  assert list(runs) == ['as_is', 'one_chunk']
+  assert json.loads((out / 'one_chunk/config.json').read_text())['model']['chunks'] == 1
+  for name, row in runs.items():
+    made = json.loads((out / 'reports' / f'{name}.json').read_text())
+    assert row['values']['si_sdr']['mean'] == made['metrics']['si_sdr']['mean'] and made['pairs'] == 1
+  text = (out / 'ablations.md').read_text()
+  assert text.splitlines()[0] == '| run | parameters | GFLOP a step | si_sdr | mel_l1_db |'
+  assert text.splitlines()[3].startswith('| one_chunk: each chunk denoised alone') and text in capsys.readouterr().out
+  assert (out / 'ablations.png').read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--only=global'], "no ablation 'global': pick from as_is"),
+    (['--only=local', '--config.model.num_latents=3'], 'to have a common factor'),
+    (['--config.model.lares=1'], "no field 'lares'")])
+def test_a_mistake_is_told_before_training(arguments, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    ablate.main([f'--config={CONFIG}', f'--reference={tmp_path}', f'--output={tmp_path}/out', *arguments])
+  assert not (tmp_path / 'out').exists()
