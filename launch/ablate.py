@@ -57,8 +57,9 @@ def main(argv) -> int:
   (output / 'reports').mkdir(exist_ok=True)
   for name in names:
     workdir, made = output / name, output / 'reports' / f'{name}.json'
-    run('train', f'--config={args.config}', f'--workdir={workdir}', *flags, *fields_of(name, args.config, flags))
-    if load_snapshot(workdir).step < about[name]['steps']:
+    if not is_trained(workdir, about[name]['steps']):
+      run('train', f'--config={args.config}', f'--workdir={workdir}', *flags, *fields_of(name, args.config, flags))
+    if not is_trained(workdir, about[name]['steps']):
       raise UserError(f'{workdir}: training stopped before its end: run the same command to go on')
     if not is_newer(made, workdir / 'snapshot'):
       run('evaluate', f'--reference={reference}', f'--checkpoint={workdir}', f'--output={made}', '--quiet',
@@ -114,6 +115,13 @@ def run(*arguments):
   done = subprocess.run([sys.executable, '-m', 'm2l2', *map(str, arguments)], check=False)
   if done.returncode:
     raise UserError(f'm2l2 {arguments[0]} ended with status {done.returncode}; the same command goes on from there')
+
+
+def is_trained(workdir, steps) -> bool:
+  try:
+    return load_snapshot(workdir).step >= steps
+  except UserError:  # none yet
+    return False
 
 
 def is_newer(path, than) -> bool:

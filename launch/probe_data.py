@@ -42,6 +42,7 @@ INSTRUMENTS = {'piano': 0, 'organ': 19, 'guitar': 24, 'violin': 40, 'trumpet': 5
 PITCHES, VELOCITIES = range(48, 84), (60, 100)
 NOTE_SECONDS, KEY_SECONDS, KEY_PLACES = 2., 20., (.3, .6)
 DRUMS = 9
+TIMEOUT = 300  # seconds for one rendering
 
 
 def main(argv):
@@ -161,6 +162,10 @@ def excerpt(song, *, start, seconds, semitones) -> mido.MidiFile:
       message = message.copy(note=min(max(message.note + semitones, 0), 127))
     track.append(message)
     last += message.time / (2 * TICKS)
+  # All sound off: fluidsynth plays on for as long as a note is held.
+  track += [mido.Message('control_change', channel=channel, control=120,
+                         time=0 if channel else max(0, round((start + seconds - last) * 2 * TICKS)))
+            for channel in range(16)]
   return mido.MidiFile(ticks_per_beat=TICKS, tracks=[track])
 
 
@@ -199,8 +204,11 @@ def render(midi, font) -> np.ndarray:
   with tempfile.TemporaryDirectory() as place:
     song, sound = os.path.join(place, 'song.mid'), os.path.join(place, 'song.wav')
     midi.save(song)
-    done = subprocess.run(['fluidsynth', '-ni', '-q', '-F', sound, '-r', str(RATE), '-g', '0.5', font, song],
-                          capture_output=True, text=True, check=False)
+    try:
+      done = subprocess.run(['fluidsynth', '-ni', '-q', '-F', sound, '-r', str(RATE), '-g', '0.5', font, song],
+                            capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+      raise UserError(f'fluidsynth did not end within {TIMEOUT} s with {font}') from error
     if done.returncode or not os.path.isfile(sound):
       raise UserError(f'fluidsynth failed with {font}: {(done.stderr.strip() or "no message").splitlines()[-1]}')
     audio = audio_io.read(sound)[0].mean(axis=0, keepdims=True)
