@@ -81,7 +81,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
     spec = representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
-    noise = jax.vmap(lambda k: jax.random.normal(k, spec.shape[1:]))(noise_keys)
+    noise = jax.vmap(lambda k: representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
 
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
@@ -173,7 +173,8 @@ def probe(params, audio, key, *, network, representation, consistency):
   spec = representation.analyse(audio)
   pre = network.encode(params, spec)
   z = network.arch.make_bottleneck()(pre)
-  noise = jax.random.normal(key, spec.shape)
+  noise = jax.vmap(lambda k: representation.noise(k, spec.shape[1], kind=consistency.noise))(
+      jax.random.split(key, len(spec)))
   own = network.decode(params, z)
   wrong = network.decode(params, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1))
 

@@ -40,7 +40,8 @@ class Architecture:
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
     latent_norm: each embedding enters the bottleneck with RMS 0.4, so that it can hardly saturate.
-    shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
+    shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers; shortcut_width: numbers a
+      token on these, all mixed with all; 0: each latent is one pooling of the tokens.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
     remat: what of each layer and conv block the backward pass computes again: 'none', all but its 'products', the whole
@@ -71,6 +72,7 @@ class Architecture:
   latents_in_denoiser: bool
   magnitude_input: bool
   shortcut: bool
+  shortcut_width: int
   latent_norm: bool
   envelope: bool
   feature_norm: bool
@@ -84,8 +86,8 @@ class Architecture:
                   'mlp_mult', 'num_latents', 'latent_dim', 'chunks'):
       if any(size < 1 for size in jax.tree.leaves(getattr(self, field))):
         raise ValueError(f'model.{field} is {getattr(self, field)}; every size must be at least 1')
-    if min(self.registers, self.denoiser_registers) < 0:
-      raise ValueError('model.registers and model.denoiser_registers cannot be negative')
+    if min(self.registers, self.denoiser_registers, self.shortcut_width) < 0:
+      raise ValueError('model.registers, model.denoiser_registers and model.shortcut_width cannot be negative')
     if self.cond_dim < 4 or self.cond_dim % 2:
       raise ValueError(f'model.cond_dim is {self.cond_dim}; sines and cosines take an even number, at least 4')
     if not len(self.widths) == len(self.blocks) == len(self.strides) + 1:
@@ -129,9 +131,9 @@ class Autoencoder(nnx.Module):
                   latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile,
                   dtype=jnp.dtype(arch.dtype), rngs=rngs)
     self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
-                           magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
-    self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut, envelope=arch.envelope,
-                           feature_norm=arch.feature_norm, **shared)
+                           shortcut_width=arch.shortcut_width, magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
+    self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut,
+                           shortcut_width=arch.shortcut_width, envelope=arch.envelope, feature_norm=arch.feature_norm, **shared)
     self.denoiser = Denoiser(grid=grid, registers=arch.denoiser_registers, chunks=arch.chunks,
                              latents=arch.latents_in_denoiser, envelope_input=arch.envelope, cond_dim=arch.cond_dim,
                              **shared)

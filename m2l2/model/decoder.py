@@ -22,11 +22,23 @@ class Shortcut(nnx.Module):
     return jnp.einsum('nlz,lp,lzd->npd', z, self.spread[...], self.project[...])
 
 
+class DenseShortcut(nnx.Module):
+  """Latents [N, L, Z] -> tokens [N, P, D]: one linear map to `width` numbers a token, and these to its channels."""
+
+  def __init__(self, latents, tokens, *, width, rngs):
+    (l, z), (p, d) = latents, tokens
+    self.mix = param(rngs, (l, z, p, width), ('latents', 'latent_dim', 'tokens', None), normal((l * z) ** -0.5))
+    self.expand = param(rngs, (width, d), (None, 'embed'), normal(width ** -0.5))
+
+  def __call__(self, z):
+    return jnp.einsum('nlz,lzpw->npw', z, self.mix[...]) @ self.expand[...]
+
+
 class Decoder(nnx.Module):
   """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept."""
 
   def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, num_latents, latent_dim,
-               registers, shortcut, envelope, feature_norm, remat, tile, dtype, rngs):
+               registers, shortcut, shortcut_width, envelope, feature_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens = grid[0] * grid[1]
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
@@ -37,7 +49,11 @@ class Decoder(nnx.Module):
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
                                       rngs=rngs)
-    self.shortcut = Shortcut((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
+    ends = (num_latents, latent_dim), (num_tokens, dim)
+    self.shortcut = None
+    if shortcut:
+      self.shortcut = DenseShortcut(*ends, width=shortcut_width, rngs=rngs) if shortcut_width else Shortcut(
+          *ends, rngs=rngs)
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
         if envelope else None)

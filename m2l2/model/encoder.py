@@ -23,6 +23,23 @@ class Shortcut(nnx.Module):
     return jnp.einsum('npd,lp,ldz->nlz', self.norm(tokens[:, None])[:, 0], self.pool[...], self.project[...])
 
 
+class DenseShortcut(nnx.Module):
+  """Tokens [N, P, D] -> latents [N, L, Z]: each token as `width` numbers, then one affine map of all of them.
+
+  Any latent can so depend on any place from the first step on, as in a linear autoencoder. No norm before it: how
+  strong a token is counts. The bias keeps that through the norm of the latents.
+  """
+
+  def __init__(self, tokens, latents, *, width, rngs):
+    (p, d), (l, z) = tokens, latents
+    self.reduce = param(rngs, (d, width), ('embed', None), normal(d ** -0.5))
+    self.mix = param(rngs, (p, width, l, z), ('tokens', None, 'latents', 'latent_dim'), normal((p * width) ** -0.5))
+    self.bias = param(rngs, (l, z), ('latents', 'latent_dim'), normal(1.0))
+
+  def __call__(self, tokens):
+    return jnp.einsum('npw,pwlz->nlz', tokens @ self.reduce[...], self.mix[...]) + self.bias[...][None]
+
+
 class Encoder(nnx.Module):
   """Patchify, append K learned queries and the registers, attend, keep the queries' outputs.
 
@@ -31,7 +48,7 @@ class Encoder(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, widths, blocks, strides, transformer, num_tokens, num_latents, latent_dim,
-               registers, magnitude_input, shortcut, latent_norm, remat, tile, dtype,
+               registers, magnitude_input, shortcut, shortcut_width, latent_norm, remat, tile, dtype,
                rngs):
     dim = widths[-1]
     in_channels = channels * (3 if magnitude_input else 2)
@@ -43,7 +60,11 @@ class Encoder(nnx.Module):
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,
                                    **transformer)
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
-    self.shortcut = Shortcut((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
+    ends = (num_tokens, dim), (num_latents, latent_dim)
+    self.shortcut = None
+    if shortcut:
+      self.shortcut = DenseShortcut(*ends, width=shortcut_width, rngs=rngs) if shortcut_width else Shortcut(
+          *ends, rngs=rngs)
     self.magnitude_input = magnitude_input
     self.latent_norm = latent_norm
     self.dtype = dtype
