@@ -257,11 +257,12 @@ def _find(path: Path) -> Path:
   if not path.is_dir():
     raise UserError(f'{path} is a file; name the directory that holds {WEIGHTS} and {CONFIG}')
   for place in (path / 'snapshot', path):
-    has_weights, has_config = (place / WEIGHTS).exists(), (place / CONFIG).exists()
+    files = _weight_files(place)
+    has_weights, has_config = (any((place / name).exists() for name in names) for names in (files, [CONFIG]))
     # A workdir has a config.json of its own, so that alone says nothing about `path` itself.
     if has_weights or has_config and place.name == 'snapshot':
-      raise UserError(f'the snapshot {place} lacks {CONFIG if has_weights else WEIGHTS}; '
-                      'copy it again')
+      missing = next(name for name in (CONFIG, *files) if not (place / name).exists())
+      raise UserError(f'the snapshot {place} lacks {missing}; copy it again')
   raise UserError(f'no snapshot in {path}: neither {WEIGHTS} nor a directory snapshot/ is there '
                   '(training writes one when it saves)')
 

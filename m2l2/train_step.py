@@ -206,10 +206,19 @@ def local_deviation(consistency: Consistency, features):
 
 
 def latent_metrics(pre, z):
-  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh."""
+  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh.
+
+  rank: the participation ratio of the chunks' covariance, (sum of eigenvalues)^2 / sum of squares, over the most that
+  so many chunks can have: 1 when they differ in all directions alike.
+  """
   flat = z.reshape(-1, z.shape[-2] * z.shape[-1])
   spread = jnp.std(flat, axis=0)
-  return {'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
+  centred = flat - jnp.mean(flat, axis=0, keepdims=True)
+  scatter = centred.T @ centred  # over a sharded batch this is a sum, as all else
+  rank = jnp.square(jnp.trace(scatter)) / jnp.maximum(jnp.sum(jnp.square(scatter)), 1e-12)
+  most = max(1, min(flat.shape[0] - 1, flat.shape[1]))
+  return {'latent/rank': rank / most,
+          'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
           'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
           'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
 

@@ -1,5 +1,7 @@
 """Summary embeddings -> a pyramid of features for the consistency model (figure 1, "Decoder")."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -27,11 +29,12 @@ class DenseShortcut(nnx.Module):
 
   def __init__(self, latents, tokens, *, width, rngs):
     (l, z), (p, d) = latents, tokens
-    self.mix = param(rngs, (l, z, p, width), ('latents', 'latent_dim', 'tokens', None), normal((l * z) ** -0.5))
+    self.mix = param(rngs, (l, z, p, width), ('latents', 'latent_dim', 'tokens', None), normal(1.0))
     self.expand = param(rngs, (width, d), (None, 'embed'), normal(width ** -0.5))
 
   def __call__(self, z):
-    return jnp.einsum('nlz,lzpw->npw', z, self.mix[...]) @ self.expand[...]
+    l, size = self.mix.shape[:2]
+    return jnp.einsum('nlz,lzpw->npw', z * (l * size) ** -0.5, self.mix[...]) @ self.expand[...]
 
 
 class Decoder(nnx.Module):
@@ -49,11 +52,8 @@ class Decoder(nnx.Module):
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
                                       rngs=rngs)
-    ends = (num_latents, latent_dim), (num_tokens, dim)
-    self.shortcut = None
-    if shortcut:
-      self.shortcut = DenseShortcut(*ends, width=shortcut_width, rngs=rngs) if shortcut_width else Shortcut(
-          *ends, rngs=rngs)
+    kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
+    self.shortcut = kind((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
         if envelope else None)
