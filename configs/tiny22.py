@@ -21,8 +21,8 @@ def get_config(arg=''):
   model.shortcut_width = 16
 
   train = config.train
-  train.steps = 12_000
-  train.head_start = 0.65
+  train.steps = 7500
+  train.head_start = 0.8
   train.ema_decay = 0.999
   train.log_every = 100
   train.probe_every = 500
