@@ -1,4 +1,4 @@
-"""For a CPU and a few hours: `tiny` at 22.05 kHz, the recipe of the model in the box. 3.8 M parameters, mono.
+"""For a CPU and a few hours: `tiny` at 22.05 kHz, the recipe of the model in the box. 4.2 M parameters, mono.
 
     m2l2 prepare --input=data/music/train --output=data/prepared --validation-fraction=0.08
     m2l2 train --config=configs/tiny22.py --config.data.root=data/prepared --workdir=runs/tiny22

@@ -11,8 +11,8 @@
   --workers=N        processes for the signal metrics
 
 All at the model's own sample rate. OUTPUT gets table.md, report.json, spectrograms.png, swapped.png and a few sounds.
-The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many parameters
-a second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
+The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many numbers a
+second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
 numbers a second (of its frames eight at a time, fitted on the training music); the excerpts themselves as a check.
 """
 
@@ -182,7 +182,8 @@ def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
   found = {'one step': {'frechet': first['frechet']}}
   for sigma in sigma_conds:
     second = judge(excerpts.decode(codec, latents, refine=True, sigma_cond=sigma))
-    found[f'{sigma:g}'] = {'mel_l1_db': baselines.paired_bootstrap(of(second) - of(first)), 'frechet': second['frechet']}
+    found[f'{sigma:g}'] = {'mel_l1_db': baselines.paired_bootstrap(of(second) - of(first)),
+                           'frechet': second['frechet']}
   return found
 
 

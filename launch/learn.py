@@ -13,8 +13,8 @@
   --config...        as m2l2 train has it: what differs from the file is the trial's delta
 
 Train on what `m2l2 prepare --validation-fraction=0.08` made of the music: the excerpts of the default list are of
-files that it leaves out. In the table: ratio, level, log-mel L1, SI-SDR and FD of one step from pure noise ('2' behind a
-name: two steps); exchanged: ratio when another piece's latents are decoded; swap: relative change then;
+files that it leaves out. In the table: ratio, level, log-mel L1, SI-SDR and FD of one step from pure noise ('2'
+behind a name: two steps); exchanged: ratio when another piece's latents are decoded; swap: relative change then;
 spread and rank of the latents; SNR at two noise levels, beside a Wiener filter that knows each excerpt's mean
 spectrum, and with wrong latents.
 """
@@ -41,9 +41,9 @@ from m2l2.train_step import probe
 
 EMBEDDING = 'musicnn_mtt'
 SIGMAS = (0.2, 1.0)  # those of train_step.probe
-COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'si_sdr', 'level_db', 'ratio2', 'fd2',
-           'swap', 'exchanged_ratio', 'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0', 'snr_1.0_wiener',
-           'snr_1.0_swapped', 'seed', 'delta')
+COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'si_sdr', 'level_db', 'ratio2',
+           'fd2', 'swap', 'exchanged_ratio', 'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0',
+           'snr_1.0_wiener', 'snr_1.0_swapped', 'seed', 'delta')
 
 
 def parser():

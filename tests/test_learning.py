@@ -21,7 +21,8 @@ def tones(seconds, *, rate=RATE, seed=0):
   t = np.arange(int(seconds * rate)) / rate
   hz = 110 * 2 ** rng.integers(0, 4, int(4 * seconds) + 1)[(4 * t).astype(int)]
   phase = 2 * np.pi * np.cumsum(hz) / rate
-  return (sum(.1 / k * np.sin(k * phase) for k in (1, 2, 3)) + 1e-3 * rng.standard_normal(len(t)))[None].astype(np.float32)
+  audio = sum(.1 / k * np.sin(k * phase) for k in (1, 2, 3)) + 1e-3 * rng.standard_normal(len(t))
+  return audio[None].astype(np.float32)
 
 
 @pytest.fixture(scope='module')

@@ -71,8 +71,8 @@ def exchanged(latents: Mapping[str, Latents]) -> dict[str, Latents]:
 
 def judge(sounds, estimates, sample_rate: int, *, metrics=('ratio', 'mel_l1_db', 'si_sdr'), embedders=None,
           workers: int = 1) -> dict:
-  """`evaluate.evaluate` of two equally named sets of sounds, and the level of the estimates in dB (mean of all, and mean
-  of its size)."""
+  """`evaluate.evaluate` of two equally named sets of sounds; and how much louder the estimates are, in dB: mean, and
+  mean size."""
   pairs = [evaluate.Pair(name, audio, estimates[name], sample_rate) for name, audio in sounds.items()]
   report = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers)
   levels = np.array([level_db(estimates[name]) - level_db(audio) for name, audio in sounds.items()])

@@ -131,9 +131,11 @@ class Autoencoder(nnx.Module):
                   latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile,
                   dtype=jnp.dtype(arch.dtype), rngs=rngs)
     self.encoder = Encoder(num_tokens=grid[0] * grid[1], registers=arch.registers, shortcut=arch.shortcut,
-                           shortcut_width=arch.shortcut_width, magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **shared)
+                           shortcut_width=arch.shortcut_width, magnitude_input=arch.magnitude_input,
+                           latent_norm=arch.latent_norm, **shared)
     self.decoder = Decoder(grid=grid, registers=arch.registers, shortcut=arch.shortcut,
-                           shortcut_width=arch.shortcut_width, envelope=arch.envelope, feature_norm=arch.feature_norm, **shared)
+                           shortcut_width=arch.shortcut_width, envelope=arch.envelope,
+                           feature_norm=arch.feature_norm, **shared)
     self.denoiser = Denoiser(grid=grid, registers=arch.denoiser_registers, chunks=arch.chunks,
                              latents=arch.latents_in_denoiser, envelope_input=arch.envelope, cond_dim=arch.cond_dim,
                              **shared)
