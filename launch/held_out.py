@@ -110,7 +110,7 @@ def shaped_noise(audio, rate):
 
 
 def opus(audio, *, sample_rate: int, bits_per_second: float):
-  """-> (audio after Opus at the constant bit rate nearest to `bits_per_second`, that rate, as its file has it).
+  """-> (audio after Opus at the bit rate nearest to `bits_per_second`, that rate, as its file has it).
 
   Opus knows no rates below 6 kbit/s. The rate stated is of all bytes but the two headers.
 
@@ -121,12 +121,9 @@ def opus(audio, *, sample_rate: int, bits_per_second: float):
   at_rate = min((rate for rate in OPUS_RATES if rate >= sample_rate), default=OPUS_RATES[-1])
   resampled = audio_io.resample(audio, from_rate=sample_rate, to_rate=at_rate)
   level = float(np.clip((256_000 - bits_per_second) / 250_000, 0, 1))  # libsndfile: 256 to 6 kbit/s a channel
-  file = io.BytesIO()
-  soundfile.write(file, resampled.T, at_rate, format='OGG', subtype='OPUS', compression_level=level,
-                  bitrate_mode='CONSTANT')
-  empty = io.BytesIO()
-  soundfile.write(empty, resampled.T[:1], at_rate, format='OGG', subtype='OPUS', compression_level=level,
-                  bitrate_mode='CONSTANT')
+  file, empty = io.BytesIO(), io.BytesIO()
+  for target, samples in ((file, resampled), (empty, resampled[:, :1])):
+    soundfile.write(target, samples.T, at_rate, format='OGG', subtype='OPUS', compression_level=level)
   bits = 8 * (len(file.getvalue()) - len(empty.getvalue()))
   file.seek(0)
   decoded, rate = soundfile.read(file, dtype='float32', always_2d=True)

@@ -146,7 +146,7 @@ def test_a_wiener_filter_knows_each_excerpts_mean_spectrum():
 def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypatch, capsys):
   listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=3.3']
   run = [*listed, f'--table={tmp_path}/table', '--config=tiny.py:debug', f'--config.data.root={music}',
-         '--config.train.steps=2', '--config.train.batch_size=2', '--config.train.probe_every=0',
+         '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
          '--config.model.layers=1', '--config.model.native_rates=(22050,)']
   first = learn.run(['--name=one', *run])
   again = learn.run(['--name=one', *run])  # goes on: nothing is left to train
