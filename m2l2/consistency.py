@@ -15,6 +15,7 @@ import numpy as np
 SAMPLINGS = ('index', 'lognormal')
 SKIPS = ('edm', 'flow')
 RENOISES = ('add', 'variance')
+NOISES = ('bins', 'signal')
 _GRID = 9999  # points of the official index grid
 
 
@@ -37,6 +38,7 @@ class Consistency:
       Gaussian data of deviation sigma_data: the probability flow scales x by
       sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
     local: sigma_data is given per element by the decoder's predicted envelope instead.
+    noise: what is added to the data, see Representation.noise: 'bins' (the paper's) or 'signal'.
     renoise: 'add' is x + sigma eps (paper, figure 2), 'variance' x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec).
     refine, steps: of autoregressive decoding, unless its caller says otherwise: whether a chunk is denoised
       again as the next one's left neighbour, and in how many steps it is sampled before that.
@@ -58,13 +60,14 @@ class Consistency:
   skip: str = 'edm'
   local: bool = False
   local_floor: float = 0.02
+  noise: str = 'bins'
   renoise: str = 'add'
   refine: bool = True
   steps: int = 1
   parallel_steps: int = 4
 
   def __post_init__(self):
-    for field, choices in (('sampling', SAMPLINGS), ('skip', SKIPS), ('renoise', RENOISES)):
+    for field, choices in (('sampling', SAMPLINGS), ('skip', SKIPS), ('noise', NOISES), ('renoise', RENOISES)):
       if getattr(self, field) not in choices:
         raise ValueError(f'consistency.{field} is {getattr(self, field)!r}; choose from {choices}')
     if not 0 < self.sigma_min < self.sigma_max:

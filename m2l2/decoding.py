@@ -49,7 +49,7 @@ class Sampler:
     """
     def one(chunk, role):
       key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
-      return jax.random.normal(key_here, self.chunk_shape)
+      return self.representation.noise(key_here, 1, kind=self.consistency.noise)[0]
     return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
 
   def denoiser(self, params, features):

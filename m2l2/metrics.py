@@ -14,6 +14,7 @@ from absl import logging
 import numpy as np
 
 from m2l2.errors import UserError
+from m2l2.guard import Guard
 
 
 # What the console shows of them, where it is there and not 0: does it learn, does it blow up, do
@@ -207,6 +208,7 @@ def make_writers(workdir, *, resume_step, total_steps, others=()) -> Writers:
   writers = [
     JsonlWriter(os.path.join(workdir, 'metrics.jsonl'), resume_step=resume_step),
     ConsoleWriter(total_steps=total_steps),
+    Guard(),
     tensorboard_writer(os.path.join(workdir, 'tensorboard')),
     *map(ForeignWriter, others),
   ]

@@ -10,6 +10,7 @@ Everything here is pure jnp and runs inside jit; nothing here knows a model.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,27 @@ class Representation:
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (1 / self.alpha - 1) / 2) * gain
     return jnp.sign(parts) * _safe_power(jnp.square(parts), 0.5 / self.alpha) * gain
+
+  def noise(self, key, chunks: int, *, kind: str):
+    """Noise of unit variance for diffusion, float32 [chunks, F, T, 2C].
+
+    'bins': every number by itself. 'signal': the spectrogram of white noise, each chunk's its own. Overlapping frames
+    of that agree with each other, so what is made of it by a smooth gain is a signal's spectrogram, too: `synthesise`
+    keeps its level and its magnitudes, where of 'bins' three quarters cancel out (window / hop = 4).
+    """
+    if kind == 'bins':
+      return jax.random.normal(key, (chunks, self.bins, self.frames, self.spec_channels))
+    white = jax.random.normal(key, (chunks, self.channels, self.crop_samples(1)))
+    return self.analyse(white)[:, 0] / self._noise_deviation
+
+  @property
+  def _noise_deviation(self):
+    """Of each part of the compressed spectrum of white noise of variance 1."""
+    variance = np.sum(np.square(_hann(self.window))) / 2  # of each part, before the compression
+    # E r^(2 alpha) of a Rayleigh magnitude, shared by two parts; of a Gaussian part.
+    moment = math.gamma(1 + self.alpha) / 2 if self.transform == 'polar' else (
+        math.gamma(self.alpha + .5) / math.sqrt(math.pi))
+    return self.beta * math.sqrt((2 * variance) ** self.alpha * moment)
 
   def magnitude(self, spec):
     """Compressed magnitudes of each audio channel: [..., 2C] -> [..., C]; its gradient at 0 is 0."""

@@ -1,6 +1,7 @@
 """Snapshots: a model as its users take it, one directory with weights and config.
 
-  model.safetensors   float32 arrays by flat name, 'encoder/transformer/...'
+  model.safetensors   float32 arrays by flat name, 'encoder/transformer/...'; bfloat16 ones are read as float32. Or
+                      several such files, model-00001-of-00003.safetensors
   config.json         {"format": 1, "config": {...}, "step": n, "fingerprint": hex, "extra": {...}}
 
 A snapshot is complete by itself and holds no code and no pickle. Replacing one is atomic: after a
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 from typing import Any
 
@@ -25,6 +27,9 @@ from m2l2.errors import UserError
 FORMAT = 1
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
+_SHARD = re.compile(r'model-\d{5}-of-(\d{5})\.safetensors')
+_DTYPES = {'F16': '<f2', 'F32': '<f4', 'F64': '<f8', 'I8': 'i1', 'I16': '<i2', 'I32': '<i4', 'I64': '<i8', 'U8': 'u1',
+           'U16': '<u2', 'U32': '<u4', 'U64': '<u8', 'BOOL': '?'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +43,21 @@ class Snapshot:
   extra: dict
 
 
-def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | None = None) -> str:
+def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | None = None,
+                  shard_bytes: int | None = None) -> str:
   """Writes a snapshot, in place of an older one if there is one.
 
   Args:
     path: the directory to make. An existing directory is replaced only if it is empty or a
       snapshot; files of others in an old snapshot are carried over.
-    params: nested dict of arrays (numpy, or anything `np.asarray` takes).
+    params: nested dict of arrays (numpy, or anything `np.asarray` takes); bfloat16 ones stay so in the file.
     config: the resolved config that rebuilds the model; JSON types only.
     step: the training step of these weights.
     extra: anything else worth keeping (statistics, data names); JSON types only.
+    shard_bytes: the weights go into several files of about this size at most; None: into one.
 
   Returns:
-    The fingerprint of the weights.
+    The fingerprint of the weights, as they are when read again.
 
   Raises:
     UserError: the place cannot be written, or holds something that is not a snapshot.
@@ -63,7 +70,7 @@ def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | 
   path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
   try:
     _refuse_to_replace(path)
-    _write(path, arrays, text)
+    _write(path, _shards(arrays, shard_bytes), text)
   except (OSError, safetensors.SafetensorError) as error:  # a full disk is the latter
     raise UserError(f'cannot write the snapshot {path}: {getattr(error, "strerror", None) or error}') from error
   return mark
@@ -88,7 +95,9 @@ def load_snapshot(path) -> Snapshot:
   except PermissionError as error:
     raise UserError(f'cannot read {path}: {error.strerror}') from error
   record = _read_config(place / CONFIG)
-  arrays = _read_weights(place / WEIGHTS)
+  arrays = {}
+  for file in _weight_files(place):
+    arrays |= _read_weights(place / file)
   if _fingerprint(arrays) != record['fingerprint']:
     raise UserError(f'{WEIGHTS} and {CONFIG} in {place} are not of one save (the fingerprints '
                     'differ); copy the whole snapshot again')
@@ -113,6 +122,7 @@ def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
   digest = hashlib.sha256()
   for name in sorted(arrays):
     array = arrays[name]
+    array = array.astype(np.float32) if array.dtype.name == 'bfloat16' else array
     digest.update(f'{name} {array.shape} {array.dtype.name}\n'.encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()[:16]
@@ -163,15 +173,30 @@ def _refuse_to_replace(path: Path) -> None:
                     'name a new one')
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], config: str) -> None:
+def _shards(arrays: dict[str, np.ndarray], shard_bytes: int | None) -> dict[str, dict]:
+  """{file: its arrays}, in the order of the arrays."""
+  groups, room = [{}], shard_bytes or float('inf')
+  for name, array in arrays.items():
+    if groups[-1] and array.nbytes > room:
+      groups.append({})
+      room = shard_bytes
+    groups[-1][name] = array
+    room -= array.nbytes
+  if len(groups) == 1:
+    return {WEIGHTS: arrays}
+  return {f'model-{n:05d}-of-{len(groups):05d}.safetensors': group for n, group in enumerate(groups, 1)}
+
+
+def _write(path: Path, shards: dict[str, dict], config: str) -> None:
   new, old = path.with_name(f'.{path.name}.new'), _aside(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   _remove(new)
   new.mkdir()
   try:
-    safetensors.numpy.save_file(arrays, new / WEIGHTS)
+    for file, arrays in shards.items():
+      safetensors.numpy.save_file(arrays, new / file)
+      _sync(new / file)
     (new / CONFIG).write_text(config, encoding='utf-8')
-    _sync(new / WEIGHTS)
     _sync(new / CONFIG)
     if path.exists():
       _copy_foreign_files(path, new)
@@ -191,7 +216,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], config: str) -> None:
 
 def _copy_foreign_files(source: Path, target: Path) -> None:
   for entry in source.iterdir():
-    if entry.name in (CONFIG, WEIGHTS):
+    if entry.name == CONFIG or _SHARD.fullmatch(entry.name) or entry.name == WEIGHTS:
       continue
     if entry.is_dir():
       shutil.copytree(entry, target / entry.name, symlinks=True)
@@ -215,8 +240,17 @@ def _remove(directory: Path) -> None:
 # ---- reading ------------------------------------------------------------------------------------
 
 
+def _weight_files(path: Path) -> list[str]:
+  """The one file of weights or, where there is none, all that the name of the first shard promises."""
+  if not (path / WEIGHTS).exists() and path.is_dir():
+    for name in sorted(os.listdir(path)):
+      if match := _SHARD.fullmatch(name):
+        return [f'model-{n:05d}-of-{match[1]}.safetensors' for n in range(1, int(match[1]) + 1)]
+  return [WEIGHTS]
+
+
 def _is_snapshot(path: Path) -> bool:
-  return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+  return all((path / name).is_file() for name in (CONFIG, *_weight_files(path)))
 
 
 def _find(path: Path) -> Path:
@@ -231,11 +265,12 @@ def _find(path: Path) -> Path:
   if not path.is_dir():
     raise UserError(f'{path} is a file; name the directory that holds {WEIGHTS} and {CONFIG}')
   for place in (path / 'snapshot', path):
-    has_weights, has_config = (place / WEIGHTS).exists(), (place / CONFIG).exists()
+    files = _weight_files(place)
+    has_weights, has_config = (any((place / name).exists() for name in names) for names in (files, [CONFIG]))
     # A workdir has a config.json of its own, so that alone says nothing about `path` itself.
     if has_weights or has_config and place.name == 'snapshot':
-      raise UserError(f'the snapshot {place} lacks {CONFIG if has_weights else WEIGHTS}; '
-                      'copy it again')
+      missing = next(name for name in (CONFIG, *files) if not (place / name).exists())
+      raise UserError(f'the snapshot {place} lacks {missing}; copy it again')
   raise UserError(f'no snapshot in {path}: neither {WEIGHTS} nor a directory snapshot/ is there '
                   '(training writes one when it saves)')
 
@@ -261,9 +296,15 @@ def _read_config(path: Path) -> dict[str, Any]:
   return record
 
 
+def _array(*, shape, dtype: str, data) -> np.ndarray:
+  if dtype == 'BF16':  # the upper half of a float32
+    return (np.frombuffer(data, '<u2').astype(np.uint32) << 16).view(np.float32).reshape(shape)
+  return np.frombuffer(data, _DTYPES[dtype]).reshape(shape)
+
+
 def _read_weights(path: Path) -> dict[str, np.ndarray]:
   try:
-    return safetensors.numpy.load_file(path)
+    return {name: _array(**tensor) for name, tensor in safetensors.deserialize(path.read_bytes())}
   except PermissionError as error:
     raise UserError(f'cannot read {path}: {error.strerror}') from error
   except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

@@ -81,7 +81,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
     spec = representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
-    noise = jax.vmap(lambda k: jax.random.normal(k, spec.shape[1:]))(noise_keys)
+    noise = jax.vmap(lambda k: representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
 
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
@@ -173,7 +173,8 @@ def probe(params, audio, key, *, network, representation, consistency):
   spec = representation.analyse(audio)
   pre = network.encode(params, spec)
   z = network.arch.make_bottleneck()(pre)
-  noise = jax.random.normal(key, spec.shape)
+  noise = jax.vmap(lambda k: representation.noise(k, spec.shape[1], kind=consistency.noise))(
+      jax.random.split(key, len(spec)))
   own = network.decode(params, z)
   wrong = network.decode(params, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1))
 
@@ -205,10 +206,19 @@ def local_deviation(consistency: Consistency, features):
 
 
 def latent_metrics(pre, z):
-  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh."""
+  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh.
+
+  rank: the participation ratio of the chunks' covariance, (sum of eigenvalues)^2 / sum of squares, over the most that
+  so many chunks can have: 1 when they differ in all directions alike.
+  """
   flat = z.reshape(-1, z.shape[-2] * z.shape[-1])
   spread = jnp.std(flat, axis=0)
-  return {'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
+  centred = flat - jnp.mean(flat, axis=0, keepdims=True)
+  scatter = centred.T @ centred  # over a sharded batch this is a sum, as all else
+  rank = jnp.square(jnp.trace(scatter)) / jnp.maximum(jnp.sum(jnp.square(scatter)), 1e-12)
+  most = max(1, min(flat.shape[0] - 1, flat.shape[1]))
+  return {'latent/rank': rank / most,
+          'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
           'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
           'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
 

@@ -191,3 +191,21 @@ def test_wrong_lengths_are_refused():
       rep.analyse(jnp.zeros((1, samples)))
   with pytest.raises(ValueError, match='at least one sample'):
     rep.layout(0)
+
+
+@pytest.mark.parametrize('transform, channels', [('polar', 1), ('polar', 2), ('component', 1)])
+def test_noise_of_a_signal_has_unit_variance_and_is_a_spectrogram(transform, channels):
+  rep = Representation(channels=channels, window=256, hop=64, bins=128, frames=32, transform=transform)
+  noises = {kind: jax.vmap(lambda key: rep.noise(key, 2, kind=kind))(jax.random.split(jax.random.key(0), 8))
+            for kind in ('bins', 'signal')}
+  for noise in noises.values():
+    assert noise.shape == (8, 2, 128, 32, 2 * channels)
+    np.testing.assert_allclose(np.mean(np.square(noise[:, :, 1:])), 1, rtol=.03)  # at DC it is real
+
+  def kept(noise):
+    """Power after synthesis and analysis, within a chunk, over that before."""
+    audio, tail = rep.synthesise(noise)
+    again = rep.analyse(jnp.concatenate([audio, tail], axis=-1))
+    return float(np.mean(np.square(again[..., 4:-4, :])) / np.mean(np.square(noise[..., 4:-4, :])))
+
+  assert .97 < kept(noises['signal'][:, :1]) < 1.03 and kept(noises['bins'][:, :1]) < .5

@@ -243,3 +243,22 @@ def test_a_first_save_that_crashes_leaves_no_snapshot(tmp_path, monkeypatch):
       save(tmp_path / 'snapshot')
   with pytest.raises(UserError, match='no such snapshot'):
     snapshot.load_snapshot(tmp_path / 'snapshot')
+
+
+def test_bfloat16_in_shards_is_read_as_float32(tmp_path):
+  params = {name: jnp.asarray(np.random.default_rng(n).normal(size=(100, 3)), jnp.bfloat16)
+            for n, name in enumerate('abc')}
+  mark = snapshot.save_snapshot(tmp_path / 's', params=params, config=CONFIG, step=1, shard_bytes=1300)
+  assert sorted(os.listdir(tmp_path / 's')) == [
+      'config.json', 'model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+  loaded = snapshot.load_snapshot(tmp_path / 's')
+  assert_same(loaded.params, {name: np.asarray(value, np.float32) for name, value in params.items()})
+  assert loaded.fingerprint == mark == snapshot.fingerprint(loaded.params)
+  assert (tmp_path / 's' / 'model-00001-of-00002.safetensors').stat().st_size < 1700  # 2 bytes a number
+
+  (tmp_path / 's' / 'model-00002-of-00002.safetensors').unlink()
+  with pytest.raises(UserError, match='lacks'):
+    snapshot.load_snapshot(tmp_path / 's')
+  snapshot.save_snapshot(tmp_path / 's2', params=params, config=CONFIG, step=1, shard_bytes=1300)
+  snapshot.save_snapshot(tmp_path / 's2', params=params, config=CONFIG, step=2)  # fewer files: no old one stays
+  assert sorted(os.listdir(tmp_path / 's2')) == ['config.json', 'model.safetensors']

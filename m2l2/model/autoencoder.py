@@ -41,7 +41,8 @@ class Architecture:
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
     latent_norm: each embedding enters the bottleneck with RMS 0.4, so that it can hardly saturate.
-    shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers.
+    shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers; shortcut_width: numbers a
+      token on these, all mixed with all; 0: each latent is one pooling of the tokens.
     envelope: the decoder also predicts log-magnitudes; they are further input channels of the denoiser.
     feature_norm: cross-connection features are scaled to unit mean square.
     embeddings: 'summary': each may say anything about the whole chunk; 'local': in order, each belongs to a slot of the
@@ -76,6 +77,7 @@ class Architecture:
   latents_in_denoiser: bool
   magnitude_input: bool
   shortcut: bool
+  shortcut_width: int
   latent_norm: bool
   envelope: bool
   feature_norm: bool
@@ -91,8 +93,8 @@ class Architecture:
                   'mlp_mult', 'num_latents', 'latent_dim', 'chunks'):
       if any(size < 1 for size in jax.tree.leaves(getattr(self, field))):
         raise ValueError(f'model.{field} is {getattr(self, field)}; every size must be at least 1')
-    if min(self.registers, self.denoiser_registers) < 0:
-      raise ValueError('model.registers and model.denoiser_registers cannot be negative')
+    if min(self.registers, self.denoiser_registers, self.shortcut_width) < 0:
+      raise ValueError('model.registers, model.denoiser_registers and model.shortcut_width cannot be negative')
     if self.cond_dim < 4 or self.cond_dim % 2:
       raise ValueError(f'model.cond_dim is {self.cond_dim}; sines and cosines take an even number, at least 4')
     if not len(self.widths) == len(self.blocks) == len(self.strides) + 1:
@@ -151,7 +153,8 @@ class Autoencoder(nnx.Module):
     shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, grid=grid, widths=arch.widths,
                   blocks=arch.blocks, strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
                   latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile, dtype=jnp.dtype(arch.dtype), rngs=rngs)
-    chunkwise = dict(slots=arch.slots, registers=arch.registers, shortcut=arch.shortcut, **shared)
+    chunkwise = dict(slots=arch.slots, registers=arch.registers, shortcut=arch.shortcut,
+                     shortcut_width=arch.shortcut_width, **shared)
     self.encoder = Encoder(magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **chunkwise)
     self.decoder = (
         Decoder(envelope=arch.envelope, feature_norm=arch.feature_norm, **chunkwise) if arch.has_decoder else None)

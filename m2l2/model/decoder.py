@@ -1,5 +1,7 @@
 """Summary embeddings -> a pyramid of features for the consistency model (figure 1, "Decoder")."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,19 @@ class Shortcut(nnx.Module):
     return jnp.einsum('nlz,lp,lzd->npd', z, self.spread[...], self.project[...])
 
 
+class DenseShortcut(nnx.Module):
+  """Latents [N, L, Z] -> tokens [N, P, D]: one linear map to `width` numbers a token, and these to its channels."""
+
+  def __init__(self, latents, tokens, *, width, rngs):
+    (l, z), (p, d) = latents, tokens
+    self.mix = param(rngs, (l, z, p, width), ('latents', 'latent_dim', 'tokens', None), normal(1.0))
+    self.expand = param(rngs, (width, d), (None, 'embed'), normal(width ** -0.5))
+
+  def __call__(self, z):
+    l, size = self.mix.shape[:2]
+    return jnp.einsum('nlz,lzpw->npw', z * (l * size) ** -0.5, self.mix[...]) @ self.expand[...]
+
+
 class Decoder(nnx.Module):
   """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept.
 
@@ -29,7 +44,7 @@ class Decoder(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
-               latent_dim, registers, shortcut, envelope, feature_norm, remat, tile, dtype, rngs):
+               latent_dim, registers, shortcut, shortcut_width, envelope, feature_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
@@ -40,7 +55,8 @@ class Decoder(nnx.Module):
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
                                       rngs=rngs)
-    self.shortcut = Shortcut((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
+    kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
+    self.shortcut = kind((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
         if envelope else None)

@@ -1,5 +1,7 @@
 """Clean chunk -> K summary embeddings (figure 1, "Encoder")."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,26 @@ class Shortcut(nnx.Module):
     return jnp.einsum('npd,lp,ldz->nlz', self.norm(tokens[:, None])[:, 0], self.pool[...], self.project[...])
 
 
+class DenseShortcut(nnx.Module):
+  """Tokens [N, P, D] -> latents [N, L, Z]: each token as `width` numbers, then one affine map of all of them.
+
+  Any latent can so depend on any place from the first step on, as in a linear autoencoder. No norm before it: how
+  strong a token is counts. The bias keeps that through the norm of the latents. The large matrix is kept with unit
+  variance and scaled in use, so that Adam's steps, equal for all parameters, are small for it.
+  """
+
+  def __init__(self, tokens, latents, *, width, rngs):
+    (p, d), (l, z) = tokens, latents
+    self.reduce = param(rngs, (d, width), ('embed', None), normal(d ** -0.5))
+    self.mix = param(rngs, (p, width, l, z), ('tokens', None, 'latents', 'latent_dim'), normal(1.0))
+    self.bias = param(rngs, (l, z), ('latents', 'latent_dim'), normal(1.0))
+
+  def __call__(self, tokens):
+    p, width = self.mix.shape[:2]
+    narrow = tokens @ self.reduce[...] * (p * width) ** -0.5
+    return jnp.einsum('npw,pwlz->nlz', narrow, self.mix[...]) + self.bias[...][None]
+
+
 class Encoder(nnx.Module):
   """Patchify, append K learned queries and the registers, attend, keep the queries' outputs.
 
@@ -34,7 +56,7 @@ class Encoder(nnx.Module):
   """
 
   def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
-               latent_dim, registers, magnitude_input, shortcut, latent_norm, remat, tile, dtype, rngs):
+               latent_dim, registers, magnitude_input, shortcut, shortcut_width, latent_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     in_channels = channels * (3 if magnitude_input else 2)
@@ -46,7 +68,8 @@ class Encoder(nnx.Module):
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,
                                    **transformer)
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
-    self.shortcut = Shortcut((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
+    kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
+    self.shortcut = kind((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
     self.grid, self.slots = grid, slots
     self.magnitude_input = magnitude_input
     self.latent_norm = latent_norm

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""What a model makes of music that nobody trained on or chose by, beside codecs that have learned little or nothing.
+
+  python launch/held_out.py --model=tiny --train=PREPARED --output=runs/held_out
+
+  --model=MODEL      snapshot, workdir or a model in the box
+  --music=DIR        default data/music/heldout (launch/get_music.sh)
+  --excerpts=FILE    default launch/excerpts/heldout.txt: 60 of --seconds=10
+  --train=PLACE      music that the PCA is fitted on, as config.data.root has it
+  --sigma-cond=A,B   noise put back on a chunk in two-step decoding: one step against two is told for each
+  --workers=N        processes for the signal metrics
+
+All at the model's own sample rate. OUTPUT gets table.md, report.json, spectrograms.png, swapped.png and a few sounds.
+The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many numbers a
+second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
+numbers a second (of its frames eight at a time, fitted on the training music); the excerpts themselves as a check.
+"""
+
+import argparse
+import io
+import json
+import os
+from pathlib import Path
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soundfile
+
+from m2l2.codec import Codec, load
+from m2l2.data import audio_io
+from m2l2.data.pipeline import make_loader
+from m2l2.errors import UserError
+from m2l2.evaluation import baselines, judging, pairs, pictures, visqol
+from m2l2.evaluation.embeddings import make_embedder
+from m2l2.evaluation.frechet import frechet_distance
+
+EMBEDDING = 'musicnn_mtt'
+OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
+BLOCK = 8              # frames that the PCA takes at once
+CROPS = 600            # of two chunks, that it is fitted on
+COLUMNS = ('ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', 'visqol', 'level_db', EMBEDDING)
+
+
+def parser():
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--model', required=True)
+  flags.add_argument('--music', default='data/music/heldout')
+  flags.add_argument('--excerpts', default=os.path.join(os.path.dirname(__file__), 'excerpts', 'heldout.txt'))
+  flags.add_argument('--seconds', type=float, default=10.0)
+  flags.add_argument('--train', required=True)
+  flags.add_argument('--output', type=Path, required=True)
+  flags.add_argument('--sigma-cond', type=lambda text: [float(x) for x in text.split(',')], default=[.1, .3, .965, 3.])
+  flags.add_argument('--workers', type=int, default=1)
+  return flags
+
+
+def run(argv) -> dict:
+  """The whole report, which is also written."""
+  args = parser().parse_args(argv)
+  codec = load(args.model)
+  rate = codec.native_rates[0]
+  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  args.output.mkdir(parents=True, exist_ok=True)
+  latents = judging.encode(codec, sounds, rate)
+  systems, kbps = made_by_all(codec, sounds, latents, rate, args)
+
+  metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', *(['visqol'] if visqol.is_installed() else [])]
+  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
+  judged = {name: judging.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
+            for name, made in systems.items()}
+  report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
+            'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
+            'steps': compare_steps(codec, sounds, latents, rate, systems['m2l2, one step'], args.sigma_cond),
+            'swapped': swapped(codec, sounds, latents, rate, args.output)}
+  write(report, systems, sounds, rate, args.output)
+  return report
+
+
+def numbers_per_second(codec: Codec) -> float:
+  arch, rep = codec.network.arch, codec.representation
+  return arch.num_latents * arch.latent_dim * codec.native_rates[0] / rep.chunk_samples
+
+
+def made_by_all(codec, sounds, latents, rate, args):
+  """({system: its reconstructions}, {system: kbit/s where that says something})."""
+  each = lambda function: {name: function(audio) for name, audio in sounds.items()}
+  untrained = Codec(config=codec.config, fingerprint='untrained', params=codec.network.init(jax.random.key(0)))
+  per_second = numbers_per_second(codec)
+  coded = each(lambda audio: opus(audio, sample_rate=rate, bits_per_second=16 * per_second))
+  systems = {
+      'm2l2, one step': judging.decode(codec, latents, refine=False),
+      'm2l2, two steps': judging.decode(codec, latents, refine=True),
+      '(a) untrained': judging.decode(untrained, judging.encode(untrained, sounds, rate), refine=False),
+      '(b) noise vocoder, 16 bands': each(lambda audio: baselines.noise_vocoder(
+          audio, sample_rate=rate, parameters_per_second=per_second)),
+      '(c) Opus': {name: audio for name, (audio, _) in coded.items()},
+      '(d) PCA': pca_reconstructions(codec, sounds, args.train),
+      'noise with the mean spectrum': each(lambda audio: shaped_noise(audio, rate)),
+      'the excerpt itself': sounds}
+  return systems, {'m2l2 in float16': 16 * per_second / 1000,
+                   '(c) Opus': float(np.mean([bits for _, bits in coded.values()])) / 1000}
+
+
+def shaped_noise(audio, rate):
+  """What `ratio` compares with, at the model's rate."""
+  noise = pairs.shaped_noise(audio, sample_rate=rate, seed=1)[None]
+  return audio_io.resample(noise, from_rate=pairs.SAMPLE_RATE, to_rate=rate)[:, :audio.shape[1]]
+
+
+def opus(audio, *, sample_rate: int, bits_per_second: float):
+  """-> (audio after Opus at the bit rate nearest to `bits_per_second`, that rate, as its file has it).
+
+  Opus knows no rates below 6 kbit/s. The rate stated is of all bytes but the two headers.
+
+  Raises UserError: libsndfile here writes no Opus.
+  """
+  if 'OPUS' not in soundfile.available_subtypes('OGG'):
+    raise UserError('libsndfile here writes no Opus: update soundfile')
+  at_rate = min((rate for rate in OPUS_RATES if rate >= sample_rate), default=OPUS_RATES[-1])
+  resampled = audio_io.resample(audio, from_rate=sample_rate, to_rate=at_rate)
+  level = float(np.clip((256_000 - bits_per_second) / 250_000, 0, 1))  # libsndfile: 256 to 6 kbit/s a channel
+  file, empty = io.BytesIO(), io.BytesIO()
+  for target, samples in ((file, resampled), (empty, resampled[:, :1])):
+    soundfile.write(target, samples.T, at_rate, format='OGG', subtype='OPUS', compression_level=level)
+  bits = 8 * (len(file.getvalue()) - len(empty.getvalue()))
+  file.seek(0)
+  decoded, rate = soundfile.read(file, dtype='float32', always_2d=True)
+  decoded = audio_io.resample(decoded.T, from_rate=rate, to_rate=sample_rate)
+  return _as_long(decoded, audio.shape[1]), bits * sample_rate / audio.shape[1]
+
+
+def _as_long(audio, samples):
+  return np.pad(audio[:, :samples], ((0, 0), (0, max(0, samples - audio.shape[1]))))
+
+
+def pca_reconstructions(codec, sounds, train):
+  """A linear code of the model's own spectrogram with as many numbers a second, fitted on crops of `train`."""
+  rep = codec.representation
+  numbers = codec.network.arch.num_latents * codec.network.arch.latent_dim * BLOCK // rep.frames
+  analyse, synthesise = jax.jit(rep.analyse), jax.jit(rep.synthesise)
+  with make_loader(root=train, sample_rate=codec.native_rates[0], native_rates=codec.native_rates,
+                   channels=rep.channels, crop_samples=rep.crop_samples(2), batch_size=4, seed=0) as loader:
+    blocks = np.concatenate([blocks_of(np.asarray(analyse(next(loader)['audio']))) for _ in range(CROPS // 4)])
+  pca = baselines.fit_pca(blocks, numbers)
+  del blocks
+
+  def reconstruct(audio):
+    layout = rep.layout(audio.shape[1])
+    padded = np.zeros((1, 1, rep.crop_samples(layout.chunks)), np.float32)
+    padded[0, :, layout.lead:layout.lead + audio.shape[1]] = audio
+    spec = np.asarray(analyse(padded))
+    spec = from_blocks(pca(blocks_of(spec)).astype(np.float32), spec.shape)
+    made = np.concatenate(synthesise(jnp.asarray(spec)), axis=-1)[0]
+    return made[:, layout.lead:layout.lead + audio.shape[1]]
+
+  return {name: reconstruct(audio) for name, audio in sounds.items()}
+
+
+def blocks_of(spec):
+  """Spectrograms [B, S, F, T, C] -> [B S T / BLOCK, F BLOCK C]: BLOCK frames of all bins."""
+  b, s, f, t, c = spec.shape
+  return np.moveaxis(spec.reshape(b * s, f, t // BLOCK, BLOCK, c), 2, 1).reshape(-1, f * BLOCK * c)
+
+
+def from_blocks(blocks, shape):
+  b, s, f, t, c = shape
+  return np.moveaxis(blocks.reshape(b * s, t // BLOCK, f, BLOCK, c), 1, 2).reshape(shape)
+
+
+def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
+  """Two steps less one step in log-mel L1 (dB) for each sigma_cond, a paired bootstrap over the excerpts: below 0 two
+  steps are the better; and FD."""
+  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
+  judge = lambda made: judging.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders=embedders)
+  first = judge(one)
+  of = lambda judged: np.array(list(judged['metrics']['mel_l1_db']['per_file'].values()))
+  found = {'one step': {'frechet': first['frechet']}}
+  for sigma in sigma_conds:
+    second = judge(judging.decode(codec, latents, refine=True, sigma_cond=sigma))
+    found[f'{sigma:g}'] = {'mel_l1_db': baselines.paired_bootstrap(of(second) - of(first)),
+                           'frechet': second['frechet']}
+  return found
+
+
+def swapped(codec, sounds, latents, rate, output) -> dict:
+  """Does decoding another piece's latents give the other piece? Means over excerpts of distances to each of the two."""
+  made = judging.decode(codec, judging.exchanged(latents), refine=False)
+  names = list(sounds)
+  others = dict(zip(names, judging.away(names), strict=True))
+  embed = make_embedder(EMBEDDING)
+  embedded = {name: embed(audio, sample_rate=rate) for name, audio in sounds.items()}
+  estimate = {name: embed(audio, sample_rate=rate) for name, audio in made.items()}
+  mel = lambda a, b: pairs.mel_l1_db(a, b, sample_rate=rate)
+  pictures.save(pictures.spectrograms({
+      f'A: {names[0]}': (sounds[names[0]], rate), f'B: {others[names[0]]}': (sounds[others[names[0]]], rate),
+      "A's noise, B's latents": (made[names[0]], rate)}), output / 'swapped.png')
+  over = lambda function: float(np.mean([function(name) for name in names]))
+  return {'frechet_to_own': over(lambda name: frechet_distance(estimate[name], embedded[name])),
+          'frechet_to_source_of_latents': over(lambda name: frechet_distance(estimate[name], embedded[others[name]])),
+          'mel_l1_db_to_own': over(lambda name: mel(sounds[name], made[name])),
+          'mel_l1_db_to_source_of_latents': over(lambda name: mel(sounds[others[name]], made[name]))}
+
+
+def write(report, systems, sounds, rate, output):
+  names = list(sounds)[::max(1, len(sounds) // 3)][:3]
+  rows = {}
+  for name in names:
+    rows[name] = (sounds[name], rate)
+    rows[f'm2l2, one step: {name}'] = (systems['m2l2, one step'][name], rate)
+  pictures.save(pictures.spectrograms(rows), output / 'spectrograms.png')
+  for number, name in enumerate(names):
+    audio_io.write(output / f'{number}_original.wav', sounds[name], rate)
+    for system in systems:
+      word = system.split(', ')[-1].strip('()').replace(' ', '_').replace(')', '')
+      audio_io.write(output / f'{number}_{word}.wav', systems[system][name], rate)
+  for target, text in ((output / 'report.json', json.dumps(report, indent=1) + '\n'),
+                       (output / 'table.md', markdown(report))):
+    temporary = target.with_suffix('.part')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, target)
+
+
+def markdown(report) -> str:
+  """The table, and below it what one and two steps and swapped latents gave."""
+  def value(judged, column):
+    if column == EMBEDDING:
+      found = judged['frechet'].get(EMBEDDING)
+      return f'{found["value"]:.1f} +- {found["bootstrap_sd"] or 0:.1f}' if found else ''
+    if column == 'level_db':
+      return f'{judged["level_db"]:+.1f}'
+    return f'{judged["metrics"][column]["mean"]:.2f}' if column in judged['metrics'] else ''
+
+  columns = [c for c in COLUMNS if any(value(judged, c) for judged in report['systems'].values())]
+  lines = [['system', *columns], ['---'] * (len(columns) + 1),
+           *([name, *(value(judged, c) for c in columns)] for name, judged in report['systems'].items())]
+  lines = [f'| {" | ".join(line)} |' for line in lines]
+  lines += ['', f'{report["excerpts"]} excerpts at {report["sample_rate"]} Hz; '
+            f'{report["parameters_per_second"]:.1f} numbers a second; kbit/s: '
+            + ', '.join(f'{name} {rate:.1f}' for name, rate in report['kbps'].items()) + '.', '',
+            '| sigma_cond | two steps less one in log-mel L1, dB (95 %) | FD |', '| --- | --- | --- |']
+  for sigma, found in report['steps'].items():
+    change = found.get('mel_l1_db')
+    told = f'{change["mean"]:+.3f} ({change["low"]:+.3f} to {change["high"]:+.3f})' if change else ''
+    distance = found['frechet'].get(EMBEDDING, {}).get('value')
+    lines.append(f'| {sigma} | {told} | {"" if distance is None else f"{distance:.1f}"} |')
+  lines += ['', "Latents of another piece: " + ', '.join(f'{k} {v:.2f}' for k, v in report['swapped'].items()) + '.']
+  return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+  try:
+    print(markdown(run(sys.argv[1:])))
+  except UserError as error:
+    sys.exit(f'held_out: {error}')

@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""One trial of a recipe: trains with a fixed budget, judges on fixed excerpts, adds a line to a table.
+
+  python launch/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
+    --config.data.root=PREPARED --config.model.native_rates='(22050,)'
+
+  --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it
+  --table=DIR        default runs/learn: trials.jsonl and trials.md get a line a trial
+  --cpu-seconds=S    steps are as many as fit in S processor seconds of compute (measured first);
+                     without it config.train.steps counts
+  --music=DIR        where the excerpts' files are (default data/music/train)
+  --excerpts=FILE    list of excerpts (default launch/excerpts/validation.txt), --seconds=6 each
+  --config...        as m2l2 train has it: what differs from the file is the trial's delta
+
+Train on what `m2l2 prepare --validation-fraction=0.08` made of the music: the excerpts of the default list are of
+files that it leaves out. In the table: ratio, level, log-mel L1, SI-SDR and FD of one step from pure noise ('2'
+behind a name: two steps); exchanged: ratio when another piece's latents are decoded; swap: relative change then;
+spread and rank of the latents; SNR at two noise levels, beside a Wiener filter that knows each excerpt's mean
+spectrum, and with wrong latents.
+"""
+
+import argparse
+import functools
+import json
+import os
+from pathlib import Path
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2 import build, main as command, timing
+from m2l2.codec import Codec, load
+from m2l2.errors import UserError
+from m2l2.evaluation import judging, pictures
+from m2l2.evaluation.embeddings import make_embedder
+from m2l2.train_step import probe
+
+EMBEDDING = 'musicnn_mtt'
+SIGMAS = (0.2, 1.0)  # those of train_step.probe
+COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'si_sdr', 'level_db', 'ratio2',
+           'fd2', 'swap', 'exchanged_ratio', 'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0',
+           'snr_1.0_wiener', 'snr_1.0_swapped', 'seed', 'delta')
+
+
+def parser():
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--name', required=True)
+  flags.add_argument('--table', default='runs/learn')
+  flags.add_argument('--cpu-seconds', type=float)
+  flags.add_argument('--music', default='data/music/train')
+  flags.add_argument('--excerpts', default=os.path.join(os.path.dirname(__file__), 'excerpts', 'validation.txt'))
+  flags.add_argument('--seconds', type=float, default=6.0)
+  return flags
+
+
+def run(argv) -> dict:
+  """One trial; returns its line of the table."""
+  from m2l2.train import train
+
+  args, rest = parser().parse_known_args(argv)
+  config = command.parse(['learn', *rest], required=('config',)).config
+  workdir = Path(args.table) / args.name
+  rate = build.native_rates(config.model)[0]
+  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  if args.cpu_seconds and (workdir / 'config.json').is_file():  # goes on: the steps are those of the first start
+    config.train.steps = json.loads((workdir / 'config.json').read_text())['train']['steps']
+  elif args.cpu_seconds:
+    config.train.steps = steps_within(config, args.cpu_seconds)
+  wall, cpu = time.perf_counter(), time.process_time()
+  train(config, workdir)
+  line = {'name': args.name, 'delta': ' '.join(arg for arg in rest if 'data.root' not in arg), 'seed': config.seed,
+          'seconds': time.perf_counter() - wall, 'cpu_s': time.process_time() - cpu, **cost(config),
+          **report(load(workdir), sounds, rate, workdir)}
+  write(line, Path(args.table))
+  return line
+
+
+def steps_within(config, cpu_seconds: float) -> int:
+  """Steps of this config that fit in so many seconds of the processors, from timing three of either kind."""
+  functions = build.step_functions(config)
+  rng = np.random.default_rng(0)
+  batch = {'audio': jnp.asarray(0.1 * rng.standard_normal(
+      (config.train.batch_size, functions.channels, functions.crop_samples)), jnp.float32)}
+  state = jax.jit(functions.init)(jax.random.key(0))
+
+  def seconds(envelope_only):
+    step = jax.jit(functools.partial(functions.train_step, envelope_only=envelope_only))
+    jax.block_until_ready(step(state, batch))
+    times = []
+    for _ in range(3):
+      begin = time.process_time()
+      jax.block_until_ready(step(state, batch))
+      times.append(time.process_time() - begin)
+    return statistics.median(times)
+
+  share = config.train.head_start
+  mean = (1 - share) * seconds(False) + (share * seconds(True) if share else 0)
+  return max(1, int(cpu_seconds / mean))
+
+
+def cost(config) -> dict[str, float]:
+  functions, train = build.step_functions(config), config.train
+  audio = train.steps * train.batch_size * functions.crop_samples / functions.sample_rate
+  return {'steps': train.steps, 'audio_h': audio / 3600, 'pflop': timing.model_flops(config)(train.steps) / 1e15}
+
+
+def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
+  """What a model makes of the excerpts, as numbers; pictures go to the workdir."""
+  latents = judging.encode(codec, sounds, rate)
+  one = judging.decode(codec, latents, refine=False)
+  two = judging.decode(codec, latents, refine=True)
+  other = judging.decode(codec, judging.exchanged(latents), refine=False)
+  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
+  judged, judged2 = (judging.judge(sounds, estimates, rate, embedders=embedders) for estimates in (one, two))
+  exchanged = judging.judge(sounds, other, rate, metrics=('ratio',))
+  mean = lambda judgement, name: judgement['metrics'][name]['mean']
+  distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
+  line = {name: mean(judged, name) for name in ('ratio', 'mel_l1_db', 'si_sdr')}
+  line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
+           'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
+           'level_db2': judged2['level_db'], 'swap': judging.change(one, other),
+           'exchanged_ratio': mean(exchanged, 'ratio'),
+           **judging.latent_health(latents), **denoising(codec, sounds)}
+  draw(sounds, {'one step': one, 'two steps': two, 'latents of another piece': other}, rate, workdir)
+  return line
+
+
+def denoising(codec: Codec, sounds) -> dict[str, float]:
+  """SNR in dB of denoising the excerpts' first pairs of chunks: the model, with wrong latents, a Wiener filter."""
+  crop = codec.representation.crop_samples(codec.network.arch.chunks)
+  audio = jnp.asarray(np.stack([audio[:, :crop] for audio in sounds.values() if audio.shape[1] >= crop]))
+  key = jax.random.key(0)
+  probed = jax.jit(functools.partial(
+      probe, network=codec.network, representation=codec.representation, consistency=codec.consistency))(
+          codec.params, audio, key)
+  spec = np.asarray(codec.representation.analyse(audio))
+  noise = np.asarray(codec.representation.noise(key, spec.shape[1], kind=codec.consistency.noise))
+  snr = {f'snr_{sigma}_wiener': wiener_snr(spec, noise, sigma) for sigma in SIGMAS}
+  return snr | {name: float(value) for name, value in probed.items() if name.startswith('snr')}
+
+
+def wiener_snr(spec, noise, sigma: float) -> float:
+  """SNR in dB of the Wiener filter that knows the power of each bin of [B, S, F, T, C], mean over S and T."""
+  power = np.mean(np.square(spec), axis=(1, 3), keepdims=True)
+  estimate = power / (power + sigma ** 2) * (spec + sigma * noise)
+  return float(10 * np.log10(np.sum(np.square(spec)) / np.sum(np.square(estimate - spec))))
+
+
+def draw(sounds, estimates, rate, workdir, *, count: int = 3):
+  """spectrograms.png of a few excerpts and what came of them, and curves.png of the run."""
+  rows = {}
+  names = list(sounds)
+  for name in names[::max(1, len(names) // count)][:count]:
+    rows[name] = (sounds[name], rate)
+    rows |= {f'{kind}: {name}': (made[name], rate) for kind, made in estimates.items()}
+  pictures.save(pictures.spectrograms(rows), workdir / 'spectrograms.png')
+  pictures.save(pictures.curves(workdir, ('loss', 'loss/envelope', 'probe_ema/swap', 'latent/spread')),
+                workdir / 'curves.png')
+
+
+def write(line: dict, table: Path):
+  """Adds the line to trials.jsonl (an older one of that name goes) and writes trials.md anew."""
+  table.mkdir(parents=True, exist_ok=True)
+  path = table / 'trials.jsonl'
+  lines = [json.loads(old) for old in path.read_text().splitlines()] if path.is_file() else []
+  lines = [old for old in lines if old['name'] != line['name']] + [line]
+  for target, text in ((path, '\n'.join(map(json.dumps, lines)) + '\n'), (table / 'trials.md', markdown(lines))):
+    temporary = target.with_suffix('.part')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, target)
+
+
+def markdown(lines) -> str:
+  shown = lambda value: f'{value:.3g}' if isinstance(value, float) else str(value)
+  rows = [COLUMNS, ['---'] * len(COLUMNS), *([shown(line.get(name, '')) for name in COLUMNS] for line in lines)]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n'
+
+
+if __name__ == '__main__':
+  try:
+    print(json.dumps(run(sys.argv[1:]), indent=2))
+  except UserError as error:
+    sys.exit(f'learn: {error}')

@@ -1,0 +1,44 @@
+#!/usr/bin/env python3
+"""Puts a trained model into the box: bfloat16, in files below 16 MB, under m2l2/assets/models/NAME.
+
+  python launch/ship.py runs/tiny tiny
+
+`m2l2.load(NAME)` finds it there. MODEL.md beside the weights (data, licences, cost, figures, limits) is written by
+hand and stays when the weights are replaced; without one this command says so.
+"""
+
+from pathlib import Path
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2.errors import UserError
+from m2l2.snapshot import load_snapshot, save_snapshot
+
+BOX = Path(__file__).parents[1] / 'm2l2' / 'assets' / 'models'
+SHARD_BYTES = 15_000_000
+
+
+def ship(source, name: str, *, box: Path = BOX) -> Path:
+  """Writes the snapshot at `source` (or in that workdir) into the box; returns where."""
+  if not name.isidentifier():
+    raise UserError(f'{name!r} cannot be the name of a model: use letters, digits and _')
+  snapshot = load_snapshot(source)
+  params = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), snapshot.params)
+  config = {**snapshot.config, 'data': {**snapshot.config['data'], 'root': ''}}  # a place of the machine it was made on
+  save_snapshot(box / name, params=params, config=config, step=snapshot.step, extra=snapshot.extra,
+                shard_bytes=SHARD_BYTES)
+  return box / name
+
+
+if __name__ == '__main__':
+  try:
+    if len(sys.argv) != 3:
+      raise UserError('usage: ship.py MODEL NAME')
+    place = ship(*sys.argv[1:])
+    size = sum(file.stat().st_size for file in place.iterdir())
+    print(f'{place}: {size / 1e6:.1f} MB' + ('' if (place / 'MODEL.md').is_file() else '; write MODEL.md beside it'))
+  except UserError as error:
+    sys.exit(f'ship: {error}')

@@ -1,0 +1,80 @@
+"""What a model has to beat: codecs of the same rate that have learned little or nothing.
+
+All take and give float32 [1, samples] at a sample rate.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from m2l2.errors import UserError
+
+
+def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, bands: int = 16, seed: int = 0):
+  """White noise in `bands` bands of equal width on the mel scale, each with the RMS of its band of `audio`.
+
+  The RMS is taken over blocks as long as parameters_per_second / bands of them make a second, and runs in straight
+  lines between their middles.
+  """
+  samples = audio.shape[1]
+  block = max(1, round(sample_rate * bands / parameters_per_second))
+  edges = _mel_edges(bands, sample_rate / 2)
+  spectrum = np.fft.rfft(audio[0].astype(np.float64))
+  noise = np.fft.rfft(np.random.default_rng(seed).standard_normal(samples))
+  hz = np.fft.rfftfreq(samples, 1 / sample_rate)
+  starts = np.arange(0, samples, block)
+  lengths = np.diff([*starts, samples])
+  made = np.zeros(samples)
+  for low, high in zip(edges, edges[1:]):
+    inside = (hz >= low) & (hz < high)
+    if not inside.any():
+      continue
+    band, carrier = (np.fft.irfft(np.where(inside, x, 0), samples) for x in (spectrum, noise))
+    rms = np.sqrt(np.add.reduceat(np.square(band), starts) / lengths)
+    gain = np.interp(np.arange(samples), starts + lengths / 2, rms)
+    made += gain * carrier / np.sqrt(np.mean(np.square(carrier)))
+  return made[None].astype(np.float32)
+
+
+def _mel_edges(bands, nyquist):
+  """Borders in Hz, 0 to just beyond `nyquist`, equally far apart on the mel scale 2595 log10(1 + hz / 700)."""
+  mel = np.linspace(0, 2595 * np.log10(1 + nyquist / 700), bands + 1)
+  edges = 700 * (10 ** (mel / 2595) - 1)
+  edges[-1] = 2 * nyquist
+  return edges
+
+
+@dataclasses.dataclass(frozen=True)
+class PCA:
+  """Principal components of blocks [n]: mean [n] and an orthonormal basis [k, n]."""
+  mean: np.ndarray
+  basis: np.ndarray
+
+  def __call__(self, blocks):
+    """[m, n] -> what is left of them after a projection on the k components."""
+    return (blocks - self.mean) @ self.basis.T @ self.basis + self.mean
+
+
+def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 4) -> PCA:
+  """By subspace iteration from a random start (Halko et al., 2011), in float32: blocks [m, n], m > components.
+
+  Raises UserError: too few blocks.
+  """
+  if len(blocks) <= components:
+    raise UserError(f'{components} principal components need more than {len(blocks)} blocks to be fitted')
+  mean = blocks.mean(axis=0, dtype=np.float64).astype(np.float32)
+  centred = blocks - mean
+  width = min(components + 16, len(blocks))
+  q = np.random.default_rng(seed).standard_normal((blocks.shape[1], width)).astype(np.float32)
+  for _ in range(iterations):
+    q = np.linalg.qr(centred.T @ (centred @ q))[0]
+  _, _, rotation = np.linalg.svd(centred @ q, full_matrices=False)
+  return PCA(mean, (q @ rotation.T).T[:components])
+
+
+def paired_bootstrap(differences, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
+  """Mean of paired differences [n], and the 95 % interval of the mean when the pairs are drawn anew."""
+  values = np.asarray(differences, np.float64)
+  picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+  low, high = np.quantile(values[picks].mean(axis=1), [.025, .975])
+  return {'mean': float(values.mean()), 'low': float(low), 'high': float(high)}

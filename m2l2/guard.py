@@ -1,0 +1,64 @@
+"""Known ways in which training goes wrong, told early, with the likely cure: one warning in the log for each.
+
+  latents that differ little from chunk to chunk, or in few directions: the decoder has nothing to go by
+  saturated latents: tanh passes no gradient any more (stereo runs collapse so)
+  features at the cross connections that grow without bound, or are the same for all chunks
+  a denoiser that does not use the latents
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from absl import logging
+
+
+@dataclasses.dataclass(frozen=True)
+class Ailment:
+  """A figure of the log on the wrong side of a limit.
+
+  Attributes:
+    name: of the figure. limit: ill below it, or above it where `above`.
+    since: steps before which it says nothing. cure: what to do, for the log.
+  """
+  name: str
+  limit: float
+  cure: str
+  above: bool = False
+  since: int = 100
+
+  def found(self, scalars: Mapping[str, float]) -> bool:
+    value = scalars.get(self.name)
+    return value is not None and (value > self.limit if self.above else value < self.limit)
+
+
+AILMENTS = (
+    Ailment('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start '
+            '(model.envelope, train.head_start) or set model.shortcut and model.shortcut_width'),
+    Ailment('latent/rank', 0.1, 'the latents differ in very few directions; set model.shortcut_width, or lower '
+            'train.learning_rate'),
+    Ailment('latent/saturated', 0.05, 'the latents saturate; set model.latent_norm, or lower train.learning_rate or '
+            'lengthen train.warmup_steps', above=True),
+    Ailment('feature/rms', 30.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
+    Ailment('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
+            'start (model.envelope, train.head_start)'),
+    Ailment('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start '
+            '(model.envelope, train.head_start)', since=2000))
+LASTING = 3  # logged steps in a row
+
+
+class Guard:
+  """A metrics writer that warns when an ailment lasts; again only after it was gone."""
+
+  def __init__(self, ailments=AILMENTS):
+    self._lasted = dict.fromkeys(ailments, 0)
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    for ailment, lasted in self._lasted.items():
+      if ailment.name not in scalars or step < ailment.since:
+        continue
+      self._lasted[ailment] = lasted + 1 if ailment.found(scalars) else 0
+      if self._lasted[ailment] == LASTING:
+        logging.warning('step %d: %s is %.3g: %s', step, ailment.name, float(scalars[ailment.name]), ailment.cure)
+
+  def close(self):
+    pass

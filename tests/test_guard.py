@@ -1,0 +1,65 @@
+"""The guard warns of what lasts, once, with a cure."""
+
+from absl import logging
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2l2 import guard, train_step
+from m2l2.configs import base
+
+
+@pytest.fixture
+def warned(monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, 'warning', lambda text, *args: lines.append(text % args))
+  return lines
+
+
+def healthy(**ill):
+  return {ailment.name: ailment.limit * (.5 if ailment.above else 2) for ailment in guard.AILMENTS} | ill
+
+
+@pytest.mark.parametrize('ailment', guard.AILMENTS, ids=lambda ailment: ailment.name)
+def test_each_ailment_is_told_once_until_it_is_gone(warned, ailment):
+  ill = {ailment.name: ailment.limit * (2 if ailment.above else .5)}
+  watch = guard.Guard()
+  late = ailment.since
+  for step in range(late - 10, late):  # too early
+    watch.write(step, healthy(**ill))
+  for step in range(late, late + guard.LASTING - 1):
+    watch.write(step, healthy(**ill))
+  assert not warned
+  for step in range(late + guard.LASTING, late + 20):
+    watch.write(step, healthy(**ill))
+  assert len(warned) == 1 and ailment.name in warned[0] and ailment.cure in warned[0]
+  watch.write(late + 21, healthy())
+  for step in range(late + 22, late + 30):
+    watch.write(step, {'loss': 1.} | healthy(**ill))
+    watch.write(step, {'loss': 1.})  # lines without the figure change nothing
+  assert len(warned) == 2
+
+
+def test_a_healthy_run_hears_nothing(warned):
+  watch = guard.Guard()
+  for step in range(0, 10_000, 100):
+    watch.write(step, healthy())
+  assert not warned
+
+
+def test_cures_name_fields_that_there_are():
+  config = base.get_config().to_dict()
+  for ailment in guard.AILMENTS:
+    fields = [word.strip(',;()') for word in ailment.cure.split() if word.startswith(('model.', 'train.'))]
+    assert fields
+    for field in fields:
+      part, name = field.split('.')
+      assert name in config[part]
+
+
+def test_the_rank_of_latents():
+  rng = np.random.default_rng(0)
+  one = jnp.asarray(rng.standard_normal((4, 2, 1, 1)) * np.ones((8, 64)), jnp.float32)
+  many = jnp.asarray(rng.standard_normal((4, 2, 8, 64)), jnp.float32)
+  assert float(train_step.latent_metrics(one, one)['latent/rank']) == pytest.approx(1 / 7, abs=1e-3)
+  assert float(train_step.latent_metrics(many, many)['latent/rank']) > .9

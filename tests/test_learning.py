@@ -1,0 +1,175 @@
+"""What learning is judged by: excerpts, baselines, the bench and the held-out table."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch import held_out, learn, ship
+from m2l2 import codec
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation import baselines, judging, pairs
+from m2l2.latents import Latents
+
+RATE = 22050
+
+
+def tones(seconds, *, rate=RATE, seed=0):
+  """Notes of three partials that change every quarter of a second, float32 [1, samples]."""
+  rng = np.random.default_rng(seed)
+  t = np.arange(int(seconds * rate)) / rate
+  hz = 110 * 2 ** rng.integers(0, 4, int(4 * seconds) + 1)[(4 * t).astype(int)]
+  phase = 2 * np.pi * np.cumsum(hz) / rate
+  audio = sum(.1 / k * np.sin(k * phase) for k in (1, 2, 3)) + 1e-3 * rng.standard_normal(len(t))
+  return audio[None].astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def music(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('music')
+  for number in range(2):
+    audio_io.write(folder / f'{number}.wav', np.repeat(tones(4, rate=44100, seed=number), 2, axis=0), 44100)
+  (folder / 'list.txt').write_text('# two\n0.5\t0.wav\n0.25\t1.wav\n')
+  return folder
+
+
+def test_excerpts_are_read_as_listed(music):
+  sounds = judging.load(music / 'list.txt', music, seconds=3, sample_rate=RATE)
+  assert list(sounds) == ['0.wav@0.5', '1.wav@0.25']
+  audio, _ = audio_io.read(music / '0.wav')
+  expected = audio_io.resample(audio[:1, 22050:22050 + 3 * 44100], from_rate=44100, to_rate=RATE)
+  assert sounds['0.wav@0.5'].shape == (1, 3 * RATE)
+  np.testing.assert_allclose(sounds['0.wav@0.5'], expected, atol=2e-4)  # 16-bit files
+
+
+def test_a_list_that_is_none_is_refused(tmp_path):
+  (tmp_path / 'list.txt').write_text('song.wav 3\n')
+  with pytest.raises(UserError, match='start in seconds<tab>name'):
+    judging.read_list(tmp_path / 'list.txt')
+  with pytest.raises(UserError, match='cannot read'):
+    judging.read_list(tmp_path / 'absent.txt')
+
+
+def test_every_shipped_list_can_be_read():
+  for parser, count in ((learn.parser(), 30), (held_out.parser(), 60)):
+    listed = judging.read_list(parser.get_default('excerpts'))
+    assert len(listed) == len(set(listed)) == count
+
+
+def latents_of(z):
+  return Latents(z=np.asarray(z, np.float32), sample_rate=RATE, num_samples=1, channels=1, model='')
+
+
+def test_latent_health_counts_directions_and_saturation():
+  rng = np.random.default_rng(0)
+  two = rng.standard_normal((1, 400, 2)) @ np.linalg.qr(rng.standard_normal((64, 2)))[0].T
+  health = judging.latent_health({'a': latents_of(.1 * two.reshape(1, 400, 8, 8))})
+  assert 1.9 < health['rank'] < 2.01 and health['saturated'] == 0
+  health = judging.latent_health({'a': latents_of(np.ones((1, 5, 8, 8)))})
+  assert health['saturated'] == 1 and health['spread'] == 0
+
+
+def test_change_and_level():
+  own, other = {'a': tones(1)}, {'a': .5 * tones(1)}
+  assert judging.change(own, other) == pytest.approx(.5)
+  assert judging.level_db(own['a']) - judging.level_db(other['a']) == pytest.approx(6.02, abs=.01)
+
+
+def test_the_vocoder_keeps_bands_and_their_course():
+  rng = np.random.default_rng(1)
+  loud = np.repeat([.3, .03, .2, .02], RATE // 2)
+  audio = (loud * rng.standard_normal(len(loud)))[None].astype(np.float32)
+  made = baselines.noise_vocoder(audio, sample_rate=RATE, parameters_per_second=345)
+  assert made.shape == audio.shape
+  middle = lambda x: [np.sqrt(np.mean(np.square(part[2000:-2000]))) for part in np.split(x[0], 4)]
+  np.testing.assert_allclose(middle(made), middle(audio), rtol=.1)
+  assert np.corrcoef(made[0], audio[0])[0, 1] < .1  # the carrier is another noise
+  # A tone comes back in its own band: most of its power lies within an octave.
+  spectrum = np.square(np.abs(np.fft.rfft(baselines.noise_vocoder(
+      np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)[None], sample_rate=RATE, parameters_per_second=345)[0])))
+  assert spectrum[700:1400].sum() > .95 * spectrum.sum()
+
+
+def test_fewer_parameters_make_a_coarser_vocoder():
+  audio = tones(3)
+  fine, coarse = (pairs.mel_l1_db(audio, baselines.noise_vocoder(
+      audio, sample_rate=RATE, parameters_per_second=rate), sample_rate=RATE) for rate in (640, 16))
+  assert fine < .9 * coarse
+
+
+def test_pca_is_that_of_the_singular_vectors():
+  rng = np.random.default_rng(0)
+  blocks = (rng.standard_normal((300, 40)) * .8 ** np.arange(40) @ np.linalg.qr(rng.standard_normal((40, 40)))[0] + 3)
+  blocks = blocks.astype(np.float32)
+  pca = baselines.fit_pca(blocks, 5)
+  _, _, directions = np.linalg.svd(blocks - blocks.mean(axis=0))
+  np.testing.assert_allclose(pca.basis.T @ pca.basis, directions[:5].T @ directions[:5], atol=1e-3)
+  np.testing.assert_allclose(pca(blocks[:1] * 0 + pca.mean), pca.mean[None], rtol=1e-5)
+  with pytest.raises(UserError, match='need more than 5 blocks'):
+    baselines.fit_pca(blocks[:5], 5)
+
+
+def test_blocks_of_a_spectrogram_go_together_again():
+  spec = np.random.default_rng(0).standard_normal((2, 3, 4, 16, 2)).astype(np.float32)
+  blocks = held_out.blocks_of(spec)
+  assert blocks.shape == (2 * 3 * 16 // held_out.BLOCK, 4 * held_out.BLOCK * 2)
+  np.testing.assert_array_equal(held_out.from_blocks(blocks, spec.shape), spec)
+  np.testing.assert_array_equal(np.sort(blocks[0]), np.sort(spec[0, 0, :, :held_out.BLOCK].ravel()))
+
+
+def test_opus_at_its_lowest_rate():
+  audio = tones(4)
+  coded, bits = held_out.opus(audio, sample_rate=RATE, bits_per_second=5500)
+  assert coded.shape == audio.shape and 5000 < bits < 9000
+  finer, more = held_out.opus(audio, sample_rate=RATE, bits_per_second=48000)
+  assert more > 3 * bits
+  assert pairs.si_sdr(audio, finer) > max(10, pairs.si_sdr(audio, coded))
+
+
+def test_the_paired_bootstrap():
+  rng = np.random.default_rng(0)
+  sure = baselines.paired_bootstrap(rng.normal(1, 1, 100))
+  assert sure['low'] == pytest.approx(sure['mean'] - .196, abs=.05) and sure['low'] > 0
+  unsure = baselines.paired_bootstrap([1, -1, 1, -1])
+  assert unsure['low'] < 0 < unsure['high']
+
+
+def test_a_wiener_filter_knows_each_excerpts_mean_spectrum():
+  spec = np.ones((2, 1, 4, 8, 2)) * np.asarray([1., 3., 0., 0.]).reshape(1, 1, 4, 1, 1)
+  noise = np.random.default_rng(0).standard_normal((200, 1, 4, 8, 2))
+  got = learn.wiener_snr(np.repeat(spec[:1], 200, axis=0), noise, 1.)
+  error = 1 / 2 + 9 / 10  # p sigma^2 / (p + sigma^2) of each bin
+  assert got == pytest.approx(10 * np.log10(10 / error), abs=.1)
+
+
+def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypatch, capsys):
+  listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=3.3']
+  run = [*listed, f'--table={tmp_path}/table', '--config=tiny.py:debug', f'--config.data.root={music}',
+         '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
+         '--config.model.layers=1', '--config.model.native_rates=(22050,)']
+  first = learn.run(['--name=one', *run])
+  again = learn.run(['--name=one', *run])  # goes on: nothing is left to train
+  assert {name: first[name] for name in ('ratio', 'fd', 'snr_0.2', 'rank')} == {
+      name: again[name] for name in ('ratio', 'fd', 'snr_0.2', 'rank')}
+  learn.run(['--name=two', *run, '--config.seed=1', '--cpu-seconds=0.01'])
+  lines = [json.loads(line) for line in (tmp_path / 'table' / 'trials.jsonl').read_text().splitlines()]
+  assert [line['name'] for line in lines] == ['one', 'two'] and lines[1]['seed'] == 1
+  assert all(np.isfinite(line[name]) for line in lines for name in learn.COLUMNS if name not in ('name', 'delta'))
+  table = (tmp_path / 'table' / 'trials.md').read_text().splitlines()
+  assert len(table) == 4 and len({line.count('|') for line in table}) == 1
+  assert (tmp_path / 'table' / 'one' / 'spectrograms.png').stat().st_size > 10_000
+
+  place = ship.ship(tmp_path / 'table' / 'one', 'sketch', box=tmp_path / 'box')
+  assert codec.load(place).fingerprint != codec.load(tmp_path / 'table' / 'one').fingerprint  # rounded to bfloat16
+  (place / 'MODEL.md').write_text('card')
+  assert (ship.ship(tmp_path / 'table' / 'one', 'sketch', box=tmp_path / 'box') / 'MODEL.md').is_file()
+
+  monkeypatch.setattr(held_out, 'CROPS', 40)
+  output = tmp_path / 'held_out'
+  report = held_out.run([*listed, f'--model={place}', f'--train={music}', f'--output={output}', '--sigma-cond=0.5'])
+  assert report['systems']['the excerpt itself']['metrics']['mel_l1_db']['mean'] == 0
+  assert report['systems']['noise with the mean spectrum']['metrics']['ratio']['mean'] == pytest.approx(1, abs=.1)
+  assert set(report['steps']) == {'one step', '0.5'}
+  assert json.loads((output / 'report.json').read_text()) == report
+  assert (output / 'table.md').read_text() == held_out.markdown(report) and (output / 'swapped.png').is_file()
