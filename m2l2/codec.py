@@ -49,7 +49,8 @@ def load(path) -> 'Codec':
   Raises UserError: nothing there, or what is there is damaged.
   """
   snapshot = load_snapshot(locate(path))
-  return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint)
+  return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint,
+               latent_scale=snapshot.extra.get('latents'))
 
 
 class Codec:
@@ -58,9 +59,10 @@ class Codec:
   Attributes:
     config: the resolved config (nested dict); fingerprint: of the weights.
     network, representation, consistency: the parts built from it; sampler: what decodes with them.
+    latent_scale: {'mean', 'std'} of the latents, measured in training; None where the checkpoint has none.
   """
 
-  def __init__(self, *, config, params, fingerprint: str):
+  def __init__(self, *, config, params, fingerprint: str, latent_scale: Mapping | None = None):
     """params: nested dict of float32 arrays, as in a snapshot.
 
     Raises UserError: config describes no model, or the weights do not fit it.
@@ -70,6 +72,7 @@ class Codec:
         raise UserError(f'the checkpoint\'s config has no "{part}": it is not of an m2l2 model')
     self.config = config
     self.fingerprint = fingerprint
+    self.latent_scale = latent_scale
     # How attention is computed is a matter of where the model runs, not of its weights.
     self.network = build.network({**config['model'], 'attention': 'auto'})
     self.representation = build.representation(config['model'])
@@ -345,6 +348,25 @@ class Codec:
     z = self._continuous(latents).mean(axis=0)
     z = z.reshape(len(z), -1)
     return z if per == 'chunk' else z.mean(axis=0)
+
+  def to_unit(self, z):
+    """Latents -> about zero mean and unit variance over all numbers, for generative models: (z - mean) / std.
+
+    Raises UserError: the checkpoint does not tell its latents' scale.
+    """
+    scale = self._scale()
+    return (z - scale['mean']) / scale['std']
+
+  def from_unit(self, z):
+    """The inverse of `to_unit`, within [-1, 1] as `decode` needs it. Raises UserError as that does."""
+    scale = self._scale()
+    return np.clip(z * scale['std'] + scale['mean'], -1.0, 1.0)
+
+  def _scale(self):
+    if not self.latent_scale:
+      raise UserError('this checkpoint does not tell the scale of its latents (training measures it with each probe, '
+                      'train.probe_every): take mean and deviation of your own corpus')
+    return self.latent_scale
 
   def cut(self, latents: Latents, start: int, stop: int) -> Latents:
     """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.

@@ -66,6 +66,8 @@ def _checkpoint_facts(path) -> dict:
   model = snapshot.config.get('model', {})
   facts |= {'fingerprint': snapshot.fingerprint, 'snapshot_step': snapshot.step}
   facts |= {name: snapshot.extra[name] for name in ('source', 'licence') if name in snapshot.extra}
+  if 'latents' in snapshot.extra:
+    facts |= {f'latent_{name}': value for name, value in snapshot.extra['latents'].items()}
   facts |= {'parameters': _count(snapshot.params),
             **{f'parameters_{name}': _count(part) for name, part in snapshot.params.items()}}
   try:

@@ -5,6 +5,7 @@ Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import numpy as np
 from m2l2.errors import UserError
 from m2l2.guard import Guard
 
-
+METRICS = 'metrics.jsonl'
+_MEAN, _STD = 'probe_ema/latent/mean', 'probe_ema/latent/std'
 # What the console shows of them, where it is there and not 0: does it learn, does it blow up, do
 # the latents differ and reach the output.
 HEADLINE = (
@@ -69,6 +71,18 @@ def write_json(path, content):
     json.dump(content, f, indent=2)
     f.write('\n')
   os.replace(partial, path)
+
+
+def latent_scale(workdir) -> dict:
+  """What a snapshot tells of its latents, from the run's last probe: {'latents': {'mean', 'std'}} over all numbers of
+  all its chunks; {} before the first. What was logged is read back, so that a run that was killed tells the same."""
+  path, found = os.path.join(workdir, METRICS), {}
+  with open(path, encoding='utf-8') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
+    for line in lines:
+      if f'"{_MEAN}"' in line:
+        found = json.loads(line)
+  moments = {'mean': found.get(_MEAN), 'std': found.get(_STD)}
+  return {'latents': moments} if None not in moments.values() else {}
 
 
 class JsonlWriter:
@@ -206,7 +220,7 @@ class Writers:
 def make_writers(workdir, *, resume_step, total_steps, others=()) -> Writers:
   """What a run's first process writes to: metrics.jsonl, console, TensorBoard if it is there, and the others."""
   writers = [
-    JsonlWriter(os.path.join(workdir, 'metrics.jsonl'), resume_step=resume_step),
+    JsonlWriter(os.path.join(workdir, METRICS), resume_step=resume_step),
     ConsoleWriter(total_steps=total_steps),
     Guard(),
     tensorboard_writer(os.path.join(workdir, 'tensorboard')),

@@ -95,7 +95,7 @@ def load_snapshot(path) -> Snapshot:
   except PermissionError as error:
     raise UserError(f'cannot read {path}: {error.strerror}') from error
   record = _read_config(place / CONFIG)
-  arrays = {}
+  arrays: dict[str, np.ndarray] = {}
   for file in _weight_files(place):
     arrays |= _read_weights(place / file)
   if _fingerprint(arrays) != record['fingerprint']:
@@ -175,11 +175,13 @@ def _refuse_to_replace(path: Path) -> None:
 
 def _shards(arrays: dict[str, np.ndarray], shard_bytes: int | None) -> dict[str, dict]:
   """{file: its arrays}, in the order of the arrays."""
-  groups, room = [{}], shard_bytes or float('inf')
+  most: float = shard_bytes or float('inf')
+  groups: list[dict[str, np.ndarray]] = [{}]
+  room = most
   for name, array in arrays.items():
     if groups[-1] and array.nbytes > room:
       groups.append({})
-      room = shard_bytes
+      room = most
     groups[-1][name] = array
     room -= array.nbytes
   if len(groups) == 1:

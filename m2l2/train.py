@@ -190,7 +190,8 @@ def train(config, workdir, writers=()) -> int:
             'next_index': offset + step * fields.batch_size, 'files': loader.mixture.fingerprint})
           averaged = sharding.fetch(state.ema)
           if main:
-            save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step)
+            save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step,
+                          extra=metrics.latent_scale(workdir))
           if log.shows_media and rows:
             log.write_audio(step, listener.reconstruct(averaged, rows['audio'][0]), sample_rate=functions.sample_rate)
       if stopping or step >= fields.steps:
@@ -254,8 +255,7 @@ def _check(config, *, shards):
   if not config.data.root:
     raise UserError('data.root is empty: name a folder of audio files or a dataset, --config.data.root=DIR')
   timing.trace_range(fields.profile)
-  for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every',
-               'max_skipped_in_a_row'):
+  for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
     if fields[name] < 1:
       raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
   if fields.probe_every < 0:

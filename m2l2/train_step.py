@@ -217,7 +217,7 @@ def latent_metrics(pre, z):
   scatter = centred.T @ centred  # over a sharded batch this is a sum, as all else
   rank = jnp.square(jnp.trace(scatter)) / jnp.maximum(jnp.sum(jnp.square(scatter)), 1e-12)
   most = max(1, min(flat.shape[0] - 1, flat.shape[1]))
-  return {'latent/rank': rank / most,
+  return {'latent/rank': rank / most, 'latent/mean': jnp.mean(z), 'latent/std': jnp.std(z),
           'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
           'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
           'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}

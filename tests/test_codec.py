@@ -865,3 +865,14 @@ def test_resampling_is_that_of_audio_io(mono):
   at_model = audio_io.resample(audio, from_rate=22050, to_rate=44100)
   np.testing.assert_allclose(
       mono.encode(audio, 22050).z, mono.encode(at_model, 44100).z, atol=1e-6)
+
+
+def test_latents_of_unit_variance(mono, tmp_path):
+  with pytest.raises(UserError, match='does not tell the scale'):
+    mono.to_unit(np.zeros(3))
+  config = make_config()
+  save_snapshot(tmp_path / 'scaled', params=make_params(config), config=config, step=1,
+                extra={'latents': {'mean': 0.25, 'std': 0.5}})
+  codec = codec_lib.load(tmp_path / 'scaled')
+  np.testing.assert_array_equal(codec.to_unit(np.float32([0.25, 0.75, -0.25])), [0, 1, -1])
+  np.testing.assert_array_equal(codec.from_unit(np.float32([0, 1, -1, 9])), [0.25, 0.75, -0.25, 1])

@@ -159,3 +159,13 @@ def test_guard_stops_with_the_range_of_steps():
   with pytest.raises(UserError, match='steps 16 to 20') as error:
     metrics.check_skipped(20, {'skipped_in_a_row': 5.0, 'loss': np.nan}, limit=5)
   assert '\n' not in str(error.value)
+
+
+def test_the_scale_of_the_latents_is_the_last_probes(tmp_path):
+  assert metrics.latent_scale(tmp_path) == {}
+  lines = [{'step': 1, 'loss': 2.}, {'step': 2, 'probe_ema/latent/mean': .5, 'probe_ema/latent/std': .25},
+           {'step': 3, 'probe_ema/latent/mean': .1, 'probe_ema/latent/std': .2}, {'step': 4, 'loss': 1.}]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  assert metrics.latent_scale(tmp_path) == {'latents': {'mean': .1, 'std': .2}}
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 2, "probe_ema/latent/mean": null, "probe_ema/latent/std": 1.0}\n')
+  assert metrics.latent_scale(tmp_path) == {}

@@ -296,7 +296,7 @@ def test_probe_tells_used_latents_from_ignored_ones(toy):
 
 METRICS = {
   'loss', 'loss/consistency', 'loss/envelope', 'norm/gradients', 'norm/parameters', 'norm/updates',
-  'latent/pre_rms', 'latent/spread', 'latent/saturated', 'latent/common', 'feature/rms',
+  'latent/pre_rms', 'latent/spread', 'latent/saturated', 'latent/common', 'latent/mean', 'latent/std', 'feature/rms',
   'feature/varying', 'learning_rate', 'ema_decay', 'skipped', 'skipped_in_a_row'}
 BANDS = {'loss/sigma_0_0.05', 'loss/sigma_0.05_0.5', 'loss/sigma_0.5_5', 'loss/sigma_5_inf'}
 PROBES = {'swap', 'energy', 'log_magnitude_l1', 'log_magnitude_l1_swapped', 'snr_0.2',
