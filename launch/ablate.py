@@ -18,7 +18,7 @@ import sys
 from m2l2 import build, main as training, timing
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import excerpts, pictures, report, sweep
+from m2l2.evaluation import clips as folder_clips, pictures, report, sweep
 from m2l2.snapshot import load_snapshot
 
 # Name -> (what it says, fields that differ). {chunks} is the config's batch in chunks, {seed} the next seed.
@@ -99,7 +99,7 @@ def describe(config, flags) -> dict:
 def cut(reference, folder, *, seconds, most) -> Path:
   """The excerpts as files, made once."""
   if not folder.is_dir():
-    clips, warnings = excerpts.take_excerpts(reference, seconds=seconds, most=most)
+    clips, warnings = folder_clips.take_excerpts(reference, seconds=seconds, most=most)
     for line in warnings:
       print(f'ablate: {line}', file=sys.stderr)
     partial = folder.with_name('reference.part')

@@ -32,7 +32,7 @@ from m2l2.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
-from m2l2.evaluation import baselines, judging, pairs, pictures, visqol
+from m2l2.evaluation import baselines, excerpts, pairs, pictures, visqol
 from m2l2.evaluation.embeddings import make_embedder
 from m2l2.evaluation.frechet import frechet_distance
 
@@ -61,14 +61,14 @@ def run(argv) -> dict:
   args = parser().parse_args(argv)
   codec = load(args.model)
   rate = codec.native_rates[0]
-  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
   args.output.mkdir(parents=True, exist_ok=True)
-  latents = judging.encode(codec, sounds, rate)
+  latents = excerpts.encode(codec, sounds, rate)
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
 
   metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', *(['visqol'] if visqol.is_installed() else [])]
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
-  judged = {name: judging.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
+  judged = {name: excerpts.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
             for name, made in systems.items()}
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
@@ -90,9 +90,9 @@ def made_by_all(codec, sounds, latents, rate, args):
   per_second = numbers_per_second(codec)
   coded = each(lambda audio: opus(audio, sample_rate=rate, bits_per_second=16 * per_second))
   systems = {
-      'm2l2, one step': judging.decode(codec, latents, refine=False),
-      'm2l2, two steps': judging.decode(codec, latents, refine=True),
-      '(a) untrained': judging.decode(untrained, judging.encode(untrained, sounds, rate), refine=False),
+      'm2l2, one step': excerpts.decode(codec, latents, refine=False),
+      'm2l2, two steps': excerpts.decode(codec, latents, refine=True),
+      '(a) untrained': excerpts.decode(untrained, excerpts.encode(untrained, sounds, rate), refine=False),
       '(b) noise vocoder, 16 bands': each(lambda audio: baselines.noise_vocoder(
           audio, sample_rate=rate, parameters_per_second=per_second)),
       '(c) Opus': {name: audio for name, (audio, _) in coded.items()},
@@ -173,12 +173,12 @@ def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
   """Two steps less one step in log-mel L1 (dB) for each sigma_cond, a paired bootstrap over the excerpts: below 0 two
   steps are the better; and FD."""
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
-  judge = lambda made: judging.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders=embedders)
+  judge = lambda made: excerpts.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders=embedders)
   first = judge(one)
   of = lambda judged: np.array(list(judged['metrics']['mel_l1_db']['per_file'].values()))
   found = {'one step': {'frechet': first['frechet']}}
   for sigma in sigma_conds:
-    second = judge(judging.decode(codec, latents, refine=True, sigma_cond=sigma))
+    second = judge(excerpts.decode(codec, latents, refine=True, sigma_cond=sigma))
     found[f'{sigma:g}'] = {'mel_l1_db': baselines.paired_bootstrap(of(second) - of(first)),
                            'frechet': second['frechet']}
   return found
@@ -186,9 +186,9 @@ def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
 
 def swapped(codec, sounds, latents, rate, output) -> dict:
   """Does decoding another piece's latents give the other piece? Means over excerpts of distances to each of the two."""
-  made = judging.decode(codec, judging.exchanged(latents), refine=False)
+  made = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   names = list(sounds)
-  others = dict(zip(names, judging.away(names), strict=True))
+  others = dict(zip(names, excerpts.away(names), strict=True))
   embed = make_embedder(EMBEDDING)
   embedded = {name: embed(audio, sample_rate=rate) for name, audio in sounds.items()}
   estimate = {name: embed(audio, sample_rate=rate) for name, audio in made.items()}

@@ -547,7 +547,7 @@ def _reconstruct_all(codec, folder, args):
 
 def _sweep(args):
   with _extra('eval', 'evaluation'):
-    from m2l2.evaluation import embeddings, excerpts, pictures, report, sweep
+    from m2l2.evaluation import clips as folder_clips, embeddings, pictures, report, sweep
   from m2l2.data import audio_io
   for path, extension in ((args.output, '.json'), (args.png, '.png')):
     if path:
@@ -558,7 +558,7 @@ def _sweep(args):
   metrics, names = sweep.names_of(args.metrics)
   embedders = {name: embeddings.make_embedder(name) for name in names}
   codec = _load(args)
-  clips, warnings = excerpts.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
+  clips, warnings = folder_clips.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
   with _bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
     made = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
                        workers=args.workers, seed=args.seed, progress=progress)

@@ -8,7 +8,7 @@ from absl import logging
 
 from m2l2.codec import Codec
 from m2l2.errors import UserError
-from m2l2.evaluation import embeddings, evaluate, excerpts, seams, sweep
+from m2l2.evaluation import clips, embeddings, evaluate, seams, sweep
 from m2l2.snapshot import load_snapshot, save_snapshot
 
 SEED = 0  # of the noise that every decoding starts from, so that only the weights differ
@@ -43,7 +43,7 @@ class Listener:
     self._metrics = metrics
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}
-    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
+    self._clips, warnings = clips.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
     for line in warnings:
       logging.warning('evaluate.root: %s', line)
 

@@ -26,21 +26,15 @@ def quick_compilation():
 
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():
   about = {name: ablate.describe('configs/tiny.py', ablate.fields_of(name, 'configs/tiny.py', []))
-           for name in ('as_is', 'one_chunk', 'local', 'latents_in_denoiser')}
+           for name in ('as_is', 'one_chunk', 'local')}
   whole = about['as_is']
   assert whole['parameters'] == 2205984
-  assert about['one_chunk']['parameters'] < whole['parameters'] < about['latents_in_denoiser']['parameters']
+  assert about['local']['parameters'] < about['one_chunk']['parameters'] < whole['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
-  assert about['local']['gflop_a_step'] < whole['gflop_a_step'] < about['latents_in_denoiser']['gflop_a_step']
+  assert about['local']['gflop_a_step'] < whole['gflop_a_step']
   assert ablate.fields_of('one_chunk', 'configs/tiny.py', ['--config.train.batch_size=3']) == [
       '--config.model.chunks=1', '--config.train.batch_size=6']
   assert ablate.fields_of('other_seed', 'configs/tiny.py', ['--config.seed=4']) == ['--config.seed=5']
-
-
-def test_without_envelope_and_cross_connections_there_is_no_decoder():
-  flags = ['--config.model.cross_connections=False', '--config.model.latents_in_denoiser=True']
-  less, whole = (ablate.describe('configs/base.py:debug', some) for some in (flags, []))
-  assert less['parameters'] < .8 * whole['parameters'] and less['gflop_a_step'] < whole['gflop_a_step']
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():

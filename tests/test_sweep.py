@@ -8,7 +8,7 @@ import jax
 from m2l2 import cli, codec as codec_lib
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import excerpts, pictures, sweep
+from m2l2.evaluation import clips as excerpts, pictures, sweep
 from m2l2.evaluation.embeddings import remembering
 from m2l2.evaluation.pairs import si_sdr
 from m2l2.representation import Representation

@@ -1,55 +1,103 @@
-"""Excerpts of a folder of music: the same ones each time, for measurements that are repeated."""
+"""Fixed excerpts of music, and what a model makes of them: what learning is judged by.
 
-from collections.abc import Sequence
+A list of excerpts is a text file: lines of start in seconds, a tab and the file's name under the root; # begins a
+comment.
+"""
+
+from collections.abc import Mapping
 import dataclasses
+import os
 
 import numpy as np
 
-from m2l2.data import audio_io, sources
+from m2l2.codec import Codec
+from m2l2.data import audio_io
 from m2l2.errors import UserError
+from m2l2.evaluation import evaluate
+from m2l2.latents import Latents
+
+SATURATED = 0.99
 
 
-@dataclasses.dataclass(frozen=True)
-class Excerpt:
-  """audio float32 [channels, samples] at `sample_rate` (Hz); `name` is the file's, relative to its folder."""
-  name: str
-  audio: np.ndarray
-  sample_rate: int
+def read_list(path) -> list[tuple[float, str]]:
+  """(start in seconds, name) of each excerpt. Raises UserError: no such file, or not such a list."""
+  try:
+    with open(path, encoding='utf-8') as file:
+      lines = [line.rstrip('\n') for line in file if line.strip() and not line.startswith('#')]
+    return [(float(start), name) for start, name in (line.split('\t') for line in lines)]
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from error
+  except ValueError as error:
+    raise UserError(f'{path}: a line is not "start in seconds<tab>name" ({error})') from error
 
 
-def take_excerpts(root, *, seconds: float, most: int | None = None) -> tuple[list[Excerpt], list[str]]:
-  """The middle `seconds` (all, of shorter files) of files of a folder, glob or file: `most` of them, evenly over the
-  sorted names.
+def load(path, root, *, seconds: float, sample_rate: int) -> dict[str, np.ndarray]:
+  """The excerpts listed in `path`, of files under `root`: name@start -> float32 [1, samples], mono, at `sample_rate`.
 
-  Returns (excerpts, one warning for each file that cannot be read).
-  Raises UserError: no audio there, none that can be read, or sizes that are none.
+  Raises UserError: a file is missing or ends before the excerpt does.
   """
-  if not seconds > 0 or (most is not None and most < 1):
-    raise UserError(f'excerpts of {seconds} s of {most} files: both must be positive')
-  found, excerpts, warnings = sources.find_audio_files(root), [], []
-  for number in evenly(range(len(found)), most):
-    try:
-      excerpts.append(take_excerpt(found.path(number), seconds=seconds, name=found.names[number]))
-    except UserError as error:
-      warnings.append(f'{found.names[number]}: unreadable: {error}; left out')
-  if not excerpts:
-    raise UserError(f'no excerpt can be had; the first: {warnings[0]}')
-  return excerpts, warnings
+  sounds = {}
+  for start, name in read_list(path):
+    with audio_io.AudioReader(os.path.join(root, name)) as reader:
+      rate = reader.info.sample_rate
+      audio = reader.read(start=round(start * rate), frames=round(seconds * rate), check_finite=True)
+    audio = audio.mean(axis=0, keepdims=True)
+    if rate != sample_rate:
+      audio = audio_io.resample(audio, from_rate=rate, to_rate=sample_rate)
+    sounds[f'{name}@{start:g}'] = audio[:, :round(seconds * sample_rate)]
+  return sounds
 
 
-def evenly(items: Sequence, most: int | None) -> list:
-  """`most` of the items, evenly spaced; all where there are no more."""
-  if most is None or len(items) <= most:
-    return list(items)
-  return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
+def encode(codec: Codec, sounds: Mapping[str, np.ndarray], sample_rate: int) -> dict[str, Latents]:
+  return {name: codec.encode(audio, sample_rate) for name, audio in sounds.items()}
 
 
-def take_excerpt(path, *, seconds: float, name: str = '') -> Excerpt:
-  """The middle `seconds` of a file. Raises UserError: it cannot be read, or is empty or not finite."""
-  with audio_io.AudioReader(path) as reader:
-    info = reader.info
-    frames = min(info.frames, round(seconds * info.sample_rate))
-    if not frames:
-      raise UserError('it holds no samples')
-    audio = reader.read(start=(info.frames - frames) // 2, frames=frames, check_finite=True)
-    return Excerpt(name or str(path), np.ascontiguousarray(audio), info.sample_rate)
+def decode(codec: Codec, latents: Mapping[str, Latents], *, seed: int = 0, **how) -> dict[str, np.ndarray]:
+  """`Codec.decode` of each; the excerpts have their own noise each."""
+  return {name: codec.decode(z, seed=seed + number, **how) for number, (name, z) in enumerate(latents.items())}
+
+
+def away(names: list) -> list:
+  """For each the one that lies half the list away."""
+  return names[len(names) // 2:] + names[:len(names) // 2]
+
+
+def exchanged(latents: Mapping[str, Latents]) -> dict[str, Latents]:
+  """Each excerpt with the latents of the one that lies half the list away: of another piece, all being as long."""
+  names = list(latents)
+  return {name: dataclasses.replace(latents[name], z=latents[other].z)
+          for name, other in zip(names, away(names), strict=True)}
+
+
+def judge(sounds, estimates, sample_rate: int, *, metrics=('ratio', 'mel_l1_db', 'si_sdr'), embedders=None,
+          workers: int = 1) -> dict:
+  """`evaluate.evaluate` of two equally named sets of sounds; and how much louder the estimates are, in dB: mean, and
+  mean size."""
+  pairs = [evaluate.Pair(name, audio, estimates[name], sample_rate) for name, audio in sounds.items()]
+  report = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers)
+  levels = np.array([level_db(estimates[name]) - level_db(audio) for name, audio in sounds.items()])
+  return {**report, 'level_db': float(levels.mean()), 'level_error_db': float(np.abs(levels).mean())}
+
+
+def level_db(audio) -> float:
+  """RMS in dB of full scale, not below -100."""
+  return 10 * np.log10(max(float(np.mean(np.square(audio, dtype=np.float64))), 1e-10))
+
+
+def change(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+  """Relative change |own - other| / |own| over all sounds."""
+  squares = lambda sounds: sum(float(np.sum(np.square(x))) for x in sounds)
+  return (squares(own[name] - other[name] for name in own) / max(squares(own.values()), 1e-12)) ** 0.5
+
+
+def latent_health(latents: Mapping[str, Latents]) -> dict[str, float]:
+  """How much the latents of all chunks differ, and in how many directions.
+
+  spread: standard deviation over chunks, mean over the numbers; saturated: share with |z| > 0.99; rank: the effective
+  rank (Roy and Vetterli, 2007), exp of the entropy of the normalised singular values of the centred chunks.
+  """
+  z = np.concatenate([x.z.reshape(-1, x.z.shape[-2] * x.z.shape[-1]) for x in latents.values()]).astype(np.float64)
+  singular = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
+  p = singular / max(singular.sum(), 1e-12)
+  return {'spread': float(z.std(axis=0).mean()), 'saturated': float(np.mean(np.abs(z) > SATURATED)),
+          'rank': float(np.exp(-np.sum(p * np.log(np.maximum(p, 1e-12))))), 'chunks': len(z)}

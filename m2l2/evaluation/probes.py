@@ -18,7 +18,7 @@ import scipy.stats
 from m2l2.codec import Codec
 from m2l2.errors import UserError
 from m2l2.evaluation import musicnn, pairs, tasks
-from m2l2.evaluation.excerpts import take_excerpt
+from m2l2.evaluation.clips import take_excerpt
 
 HIDDEN = {'linear': (), 'mlp': (256, 128)}
 LEARNING_RATE, PENALTY = 1e-3, 1e-5

@@ -11,7 +11,7 @@ from m2l2.codec import Codec
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate, seams
 from m2l2.evaluation.embeddings import remembering
-from m2l2.evaluation.excerpts import Excerpt
+from m2l2.evaluation.clips import Excerpt
 from m2l2.snapshot import load_snapshot, save_snapshot, snapshot_place
 
 VALUES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0)
