@@ -143,6 +143,18 @@ def test_length_and_rate_are_the_sources(mono, samples, sample_rate):
   assert latents.z.shape == (1, mono.representation.layout(at_model).chunks, 8, 8)
 
 
+def test_200_lengths_at_8_rates(mono):
+  """Log-uniform from one sample to ten seconds: what comes back is as long, at that rate, with as many channels."""
+  rng = np.random.default_rng(0)
+  rates = (8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000)
+  for number, fraction in enumerate(rng.permutation(np.linspace(0, 1, 200))):
+    rate, channels = rates[number % 8], 1 + number // 8 % 2
+    samples = round((10 * rate) ** fraction)
+    latents = mono.encode(music(samples, channels=channels, sample_rate=rate), rate)
+    assert mono.decode(latents).shape == (channels, samples) == (latents.channels, latents.num_samples)
+    assert latents.sample_rate == rate
+
+
 @pytest.mark.parametrize('samples', [1, 255, 256, 1024, 1216, 1279, 1280, 3000, 3327, 3328])
 def test_length_is_the_sources_without_padded_edges(ancestor, samples):
   """Up to hop - 1 samples lie past the last frame: they too come back."""
