@@ -68,11 +68,11 @@ class Decoder(nnx.Module):
     """z [B, S, L, Z] float32 -> {'maps': tuple of [B, S, F_l, T_l, C_l], finest first, and, with the
     envelope head, 'log_magnitude': [B, S, F, T, C] float32}."""
     b, s = z.shape[:2]
-    z = z.reshape(b * s * self.slots, -1, z.shape[-1])
+    z = z.reshape(b * s * self.slots, z.shape[2] // self.slots, z.shape[3])
     rows, frames = self.grid[0], self.grid[1] // self.slots
     mask = jnp.broadcast_to(self.mask[...], (rows, frames, self.mask.shape[-1])).reshape(-1, self.mask.shape[-1])
-    mask = jnp.broadcast_to(mask.astype(self.dtype), (len(z), *mask.shape))
-    registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (len(z), *self.registers.shape))
+    mask = jnp.broadcast_to(mask.astype(self.dtype), (z.shape[0], *mask.shape))
+    registers = jnp.broadcast_to(self.registers[...].astype(self.dtype), (z.shape[0], *self.registers.shape))
     if self.shortcut is not None:
       mask = mask + self.shortcut(z).astype(self.dtype)
     x = jnp.concatenate([mask, self.latents_in(z.astype(self.dtype)), registers], axis=1)

@@ -96,4 +96,4 @@ class Encoder(nnx.Module):
       # RMS 0.4 of each embedding: |z| > 0.99 would take two thirds of its energy in one number of 64.
       square = jnp.mean(jnp.square(latents), axis=2, keepdims=True)
       latents = 0.4 * latents * jax.lax.rsqrt(square + 1e-4)
-    return latents.reshape(b, s, -1, latents.shape[-1])
+    return latents.reshape(b, s, self.slots * latents.shape[1], latents.shape[2])

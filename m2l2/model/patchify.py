@@ -166,16 +166,16 @@ class DePatchifier(Ladder):
 
 def split_slots(x, grid, slots):
   """Tokens [N, P, D] of a (F, T) grid -> [N * slots, P / slots, D], each slot its own stretch of frames."""
-  n, _, d = x.shape
+  n, tokens, d = x.shape
   x = x.reshape(n, grid[0], slots, grid[1] // slots, d)
-  return jnp.moveaxis(x, 2, 1).reshape(n * slots, -1, d)
+  return jnp.moveaxis(x, 2, 1).reshape(n * slots, tokens // slots, d)
 
 
 def join_slots(x, grid, slots):
   """The inverse of `split_slots`."""
-  n, _, d = x.shape
+  n, tokens, d = x.shape
   x = x.reshape(n // slots, slots, grid[0], grid[1] // slots, d)
-  return jnp.moveaxis(x, 1, 2).reshape(n // slots, -1, d)
+  return jnp.moveaxis(x, 1, 2).reshape(n // slots, tokens * slots, d)
 
 
 class OutputHead(nnx.Module):
