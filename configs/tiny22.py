@@ -19,10 +19,13 @@ def get_config(arg=''):
   model.bins = 512
   model.frames = 128
   model.shortcut_width = 16
+  model.linear_sketch = True
+  model.latent_norm = False            # the sketch begins with latents of RMS 0.4
 
   train = config.train
   train.steps = 7500
   train.head_start = 0.8
+  train.learning_rate = 1e-3
   train.ema_decay = 0.999
   train.log_every = 100
   train.probe_every = 500
