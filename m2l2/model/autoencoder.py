@@ -129,7 +129,8 @@ class Autoencoder(nnx.Module):
 
   def __init__(self, arch: Architecture, *, rngs):
     grid = arch.grid
-    sketch_grid = (arch.bins // arch.stem[0], arch.frames // arch.stem[1], arch.channels) if arch.linear_sketch else None
+    patches = (arch.bins // arch.stem[0], arch.frames // arch.stem[1], arch.channels)
+    sketch_grid = patches if arch.linear_sketch else None
     transformer = dict(layers=arch.layers, heads=arch.widths[-1] // arch.head_dim, mlp_mult=arch.mlp_mult,
                        impl=arch.attention)
     shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, widths=arch.widths, blocks=arch.blocks,
