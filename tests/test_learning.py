@@ -179,7 +179,8 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
 
 
 def test_principal_components_to_begin_with(music, tmp_path):
-  pca_start.run([f'--output={tmp_path}/start', '--crops=100', '--config=tiny22.py:debug', f'--config.data.root={music}'])
+  run = ['--crops=100', f'--config.data.root={music}']
+  pca_start.run([f'--output={tmp_path}/start', '--config=tiny22.py:debug', *run])
   model = codec.load(tmp_path / 'start')
   rep, network = model.representation, model.network
   audio = jnp.asarray(np.stack([tones(4, seed=seed)[:, 20_000:][:, :rep.crop_samples(2)] for seed in range(2)]))
@@ -190,4 +191,4 @@ def test_principal_components_to_begin_with(music, tmp_path):
   error = lambda z: float(jnp.mean(envelope.envelope_loss(decode(model.params, z)['log_magnitude'], spec)))
   assert error(z) < .7 * error(0 * z)  # without latents it is the music's mean
   with pytest.raises(UserError, match='no linear sketch'):
-    pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', f'--config.data.root={music}'])
+    pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', *run])
