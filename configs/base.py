@@ -50,6 +50,7 @@ def get_config(arg=''):
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
   model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
   model.shortcut_width = 0             # numbers a token on these paths, mixed with all others; 0: pooled instead
+  model.linear_sketch = False          # a linear autoencoder of the envelope beside the networks
   model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square

@@ -17,6 +17,7 @@ numbers a second (of its frames eight at a time, fitted on the training music); 
 """
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -67,13 +68,14 @@ def run(argv) -> dict:
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
 
   metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', *(['visqol'] if visqol.is_installed() else [])]
-  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
+  embed = remembering(make_embedder(EMBEDDING))
+  embedders = {EMBEDDING: embed}
   judged = {name: excerpts.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
             for name, made in systems.items()}
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
-            'steps': compare_steps(codec, sounds, latents, rate, systems['m2l2, one step'], args.sigma_cond),
-            'swapped': swapped(codec, sounds, latents, rate, args.output)}
+            'steps': compare_steps(codec, sounds, latents, rate, systems['m2l2, one step'], args.sigma_cond, embed),
+            'swapped': swapped(codec, sounds, latents, rate, args.output, embed)}
   write(report, systems, sounds, rate, args.output)
   return report
 
@@ -169,11 +171,10 @@ def from_blocks(blocks, shape):
   return np.moveaxis(blocks.reshape(b * s, t // BLOCK, f, BLOCK, c), 1, 2).reshape(shape)
 
 
-def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
+def compare_steps(codec, sounds, latents, rate, one, sigma_conds, embed) -> dict:
   """Two steps less one step in log-mel L1 (dB) for each sigma_cond, a paired bootstrap over the excerpts: below 0 two
   steps are the better; and FD."""
-  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
-  judge = lambda made: excerpts.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders=embedders)
+  judge = lambda made: excerpts.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders={EMBEDDING: embed})
   first = judge(one)
   of = lambda judged: np.array(list(judged['metrics']['mel_l1_db']['per_file'].values()))
   found = {'one step': {'frechet': first['frechet']}}
@@ -184,12 +185,23 @@ def compare_steps(codec, sounds, latents, rate, one, sigma_conds) -> dict:
   return found
 
 
-def swapped(codec, sounds, latents, rate, output) -> dict:
+def remembering(embed):
+  """The embedder, which embeds equal sounds once: every system is compared with the same excerpts."""
+  known = {}
+
+  def once(audio, sample_rate):
+    key = hashlib.sha256(audio.tobytes()).digest()
+    if key not in known:
+      known[key] = embed(audio, sample_rate=sample_rate)
+    return known[key]
+  return once
+
+
+def swapped(codec, sounds, latents, rate, output, embed) -> dict:
   """Does decoding another piece's latents give the other piece? Means over excerpts of distances to each of the two."""
   made = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   names = list(sounds)
   others = dict(zip(names, excerpts.away(names), strict=True))
-  embed = make_embedder(EMBEDDING)
   embedded = {name: embed(audio, sample_rate=rate) for name, audio in sounds.items()}
   estimate = {name: embed(audio, sample_rate=rate) for name, audio in made.items()}
   mel = lambda a, b: pairs.mel_l1_db(a, b, sample_rate=rate)

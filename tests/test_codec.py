@@ -253,11 +253,13 @@ def test_a_seed_out_of_range_is_refused(mono, seed):
 
 def drawn(codec, *, chunks, seed, steps=1):
   """The noise of a seed, by the definition: fold_in(fold_in(seed, chunk), role)."""
-  rep = codec.representation
-  shape = (rep.bins, rep.frames, rep.spec_channels)
   key = jax.random.key(seed)
-  return np.stack([[jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, c), role), shape)
-                    for role in range(steps + 1)] for c in range(chunks)])
+
+  def one(chunk, role):
+    key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
+    return codec.representation.noise(key_here, 1, kind=codec.consistency.noise)[0]
+
+  return np.stack([[one(chunk, role) for role in range(steps + 1)] for chunk in range(chunks)])
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 11])

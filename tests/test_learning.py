@@ -2,15 +2,18 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import held_out, learn, ship
+from launch import held_out, learn, pca_start, ship
 from m2l2 import codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation import baselines, excerpts, pairs
 from m2l2.latents import Latents
+from m2l2.model import envelope
 
 RATE = 22050
 
@@ -173,3 +176,19 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   assert set(report['steps']) == {'one step', '0.5'}
   assert json.loads((output / 'report.json').read_text()) == report
   assert (output / 'table.md').read_text() == held_out.markdown(report) and (output / 'swapped.png').is_file()
+
+
+def test_principal_components_to_begin_with(music, tmp_path):
+  run = ['--crops=100', f'--config.data.root={music}']
+  pca_start.run([f'--output={tmp_path}/start', '--config=tiny22.py:debug', *run])
+  model = codec.load(tmp_path / 'start')
+  rep, network = model.representation, model.network
+  audio = jnp.asarray(np.stack([tones(4, seed=seed)[:, 20_000:][:, :rep.crop_samples(2)] for seed in range(2)]))
+  spec = jax.jit(rep.analyse)(audio)
+  z = jnp.tanh(jax.jit(network.encode)(model.params, spec))
+  assert .2 < float(jnp.sqrt(jnp.mean(jnp.square(z)))) < .6
+  decode = jax.jit(network.decode)
+  error = lambda z: float(jnp.mean(envelope.envelope_loss(decode(model.params, z)['log_magnitude'], spec)))
+  assert error(z) < .7 * error(0 * z)  # without latents it is the music's mean
+  with pytest.raises(UserError, match='no linear sketch'):
+    pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', *run])

@@ -541,3 +541,17 @@ def test_snapshots_from_before_the_ablations_are_read():
   arch = build.network({name: value for name, value in model.items()
                         if name not in ('embeddings', 'cross_connections')}).arch
   assert arch == build.network(model).arch
+
+
+def test_by_dense_shortcuts_any_place_moves_any_latent_from_the_start():
+  """The transformers' outputs are 0 then, so what moves goes by the shortcuts alone."""
+  network = _network(shortcut=True, shortcut_width=4)
+  params, spec = _initial(network), _spec(network, 1, 1)
+  encode, decode = _jit(network.encode), _jit(network.decode)
+  first = encode(params, spec)
+  for place in ((0, 0), (-1, -1)):
+    moved = encode(params, spec.at[0, 0, place[0], place[1]].add(3.0))
+    assert np.all(np.abs(moved - first) > 1e-7)
+  coarsest = lambda z: decode(params, z)['maps'][-1]
+  change = coarsest(first.at[0, 0, -1, -1].add(1.0)) - coarsest(first)
+  assert np.all(np.max(np.abs(change), axis=-1) > 1e-7)

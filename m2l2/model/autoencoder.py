@@ -40,6 +40,8 @@ class Architecture:
     bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout).
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
+    linear_sketch: a linear autoencoder of the log-magnitudes, averaged over stem patches, beside the networks; needs
+      `envelope`.
     latent_norm: each embedding enters the bottleneck with RMS 0.4, so that it can hardly saturate.
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers; shortcut_width: numbers a
       token on these, all mixed with all; 0: each latent is one pooling of the tokens.
@@ -78,6 +80,7 @@ class Architecture:
   magnitude_input: bool
   shortcut: bool
   shortcut_width: int
+  linear_sketch: bool
   latent_norm: bool
   envelope: bool
   feature_norm: bool
@@ -105,6 +108,10 @@ class Architecture:
       raise ValueError(f'each of model.widths {self.widths} must be a multiple of the one before')
     if any(width % groups(width) for width in self.widths):
       raise ValueError(f'each of model.widths {self.widths} must be a multiple of its groups, width / 4 and at most 32')
+    if self.linear_sketch and not self.envelope:
+      raise ValueError('model.linear_sketch needs model.envelope, to which it is added')
+    if self.linear_sketch and self.embeddings != 'summary':
+      raise ValueError("model.linear_sketch goes with model.embeddings='summary' alone")
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f'model.attention is {self.attention!r}; choose from {IMPLEMENTATIONS}')
     if self.tile not in TILES:
@@ -148,13 +155,15 @@ class Autoencoder(nnx.Module):
 
   def __init__(self, arch: Architecture, *, rngs):
     grid = arch.grid
+    patches = (arch.bins // arch.stem[0], arch.frames // arch.stem[1], arch.channels)
+    sketch_grid = patches if arch.linear_sketch else None
     transformer = dict(layers=arch.layers, heads=arch.widths[-1] // arch.head_dim, mlp_mult=arch.mlp_mult,
                        impl=arch.attention)
     shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, grid=grid, widths=arch.widths,
                   blocks=arch.blocks, strides=arch.strides, transformer=transformer, num_latents=arch.num_latents,
                   latent_dim=arch.latent_dim, remat=arch.remat, tile=arch.tile, dtype=jnp.dtype(arch.dtype), rngs=rngs)
     chunkwise = dict(slots=arch.slots, registers=arch.registers, shortcut=arch.shortcut,
-                     shortcut_width=arch.shortcut_width, **shared)
+                     shortcut_width=arch.shortcut_width, sketch_grid=sketch_grid, **shared)
     self.encoder = Encoder(magnitude_input=arch.magnitude_input, latent_norm=arch.latent_norm, **chunkwise)
     self.decoder = (
         Decoder(envelope=arch.envelope, feature_norm=arch.feature_norm, **chunkwise) if arch.has_decoder else None)

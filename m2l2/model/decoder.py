@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m2l2.model.envelope import EnvelopeHead
-from m2l2.model.layers import Linear, normal, param
+from m2l2.model.layers import Linear, ZEROS, normal, param
 from m2l2.model.patchify import DePatchifier, join_slots
 from m2l2.model.transformer import Transformer
 
@@ -37,14 +37,28 @@ class DenseShortcut(nnx.Module):
     return jnp.einsum('nlz,lzpw->npw', z * (l * size) ** -0.5, self.mix[...]) @ self.expand[...]
 
 
+class LinearSketch(nnx.Module):
+  """Latents [N, L, Z] -> log-magnitudes [N, F, T, C] by an affine map, the same over each patch of the stem's size."""
+
+  def __init__(self, latents, grid, *, stem, rngs):
+    (l, z), (f, t, c) = latents, grid
+    self.centre = param(rngs, (f, t, c), ('freq', None, None), ZEROS)
+    self.mix = param(rngs, (l, z, f, t, c), ('latents', 'latent_dim', 'freq', None, None), normal((l * z) ** -0.5))
+    self.stem = tuple(stem)
+
+  def __call__(self, z):
+    patches = jnp.einsum('nlz,lzftc->nftc', z / 32, self.mix[...]) + self.centre[...][None]
+    return jnp.repeat(jnp.repeat(patches, self.stem[0], axis=1), self.stem[1], axis=2)
+
+
 class Decoder(nnx.Module):
   """Mask tokens, latents and registers attend; the mask positions are de-patchified; every block's map is kept.
 
   With `slots` above 1 each slot of frames has mask tokens and embeddings of its own, as in the encoder.
   """
 
-  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
-               latent_dim, registers, shortcut, shortcut_width, envelope, feature_norm, remat, tile, dtype, rngs):
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents, latent_dim,
+               registers, shortcut, shortcut_width, sketch_grid, envelope, feature_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.
@@ -60,6 +74,7 @@ class Decoder(nnx.Module):
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
         if envelope else None)
+    self.sketch = LinearSketch((num_latents, latent_dim), sketch_grid, stem=stem, rngs=rngs) if sketch_grid else None
     self.grid, self.slots = grid, slots
     self.feature_norm = feature_norm
     self.dtype = dtype
@@ -82,7 +97,7 @@ class Decoder(nnx.Module):
     finest, maps = self.depatchifier(x.astype(self.dtype))
     features = {}
     if self.envelope is not None:
-      features['log_magnitude'] = self.envelope(finest)
+      features['log_magnitude'] = self.envelope(finest) + (0 if self.sketch is None else self.sketch(z))
     features['maps'] = tuple(rms_normalise(m) for m in maps) if self.feature_norm else tuple(maps)
     return jax.tree.map(lambda x: x.reshape(b, s, *x.shape[1:]), features)
 

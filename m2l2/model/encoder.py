@@ -45,6 +45,25 @@ class DenseShortcut(nnx.Module):
     return jnp.einsum('npw,pwlz->nlz', narrow, self.mix[...]) + self.bias[...][None]
 
 
+class LinearSketch(nnx.Module):
+  """Log-magnitudes [N, F, T, C], averaged over patches of the stem's size -> latents [N, L, Z], by an affine map.
+
+  With decoder.LinearSketch a linear autoencoder of the envelope. It can begin as the music's principal components
+  (launch/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that Adam's
+  steps, equal for all parameters, are small for it.
+  """
+
+  def __init__(self, grid, latents, *, rngs):
+    (f, t, c), (l, z) = grid, latents
+    self.centre = param(rngs, (f, t, c), ('freq', None, None), ZEROS)
+    self.mix = param(rngs, (f, t, c, l, z), ('freq', None, None, 'latents', 'latent_dim'), normal((f * t * c) ** -0.5))
+
+  def __call__(self, log_mag):
+    f, t, c = self.centre.shape
+    patches = log_mag.reshape(-1, f, log_mag.shape[1] // f, t, log_mag.shape[2] // t, c).mean(axis=(2, 4))
+    return jnp.einsum('nftc,ftclz->nlz', (patches - self.centre[...][None]) / 64, self.mix[...])
+
+
 class Encoder(nnx.Module):
   """Patchify, append K learned queries and the registers, attend, keep the queries' outputs.
 
@@ -55,8 +74,8 @@ class Encoder(nnx.Module):
   and has its share of the embeddings, in order.
   """
 
-  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents,
-               latent_dim, registers, magnitude_input, shortcut, shortcut_width, latent_norm, remat, tile, dtype, rngs):
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents, latent_dim,
+               registers, magnitude_input, shortcut, shortcut_width, sketch_grid, latent_norm, remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     in_channels = channels * (3 if magnitude_input else 2)
@@ -70,6 +89,7 @@ class Encoder(nnx.Module):
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
     kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
     self.shortcut = kind((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
+    self.sketch = LinearSketch(sketch_grid, (num_latents, latent_dim), rngs=rngs) if sketch_grid else None
     self.grid, self.slots = grid, slots
     self.magnitude_input = magnitude_input
     self.latent_norm = latent_norm
@@ -92,6 +112,8 @@ class Encoder(nnx.Module):
     latents = self.head(self.transformer.norm_output(latents).astype(jnp.float32))[:, 0]
     if self.shortcut is not None:
       latents = latents + self.shortcut(tokens.astype(jnp.float32))
+    if self.sketch is not None:
+      latents = latents + self.sketch(log_magnitude(spec.reshape(b * s, *spec.shape[2:])))
     if self.latent_norm:
       # RMS 0.4 of each embedding: |z| > 0.99 would take two thirds of its energy in one number of 64.
       square = jnp.mean(jnp.square(latents), axis=2, keepdims=True)

@@ -21,7 +21,7 @@ SLOPE, CENTRE, UNIT = 100.0, 2.0, 1.5
 # The loss aims at this quantile of the magnitude. Where the prediction cannot resolve partials, few bins
 # hold most of the energy: aimed at the median (0.5) it came out 5 to 7 dB too quiet, at 0.7 2 to 4 dB.
 QUANTILE = 0.7
-_BIAS_RATE = 10.0  # the bias learns ten times as fast as the rest: it is the music's mean spectrum
+BIAS_RATE = 10.0  # the bias learns ten times as fast as the rest: it is the music's mean spectrum
 
 
 def log_magnitude(spec):
@@ -51,7 +51,7 @@ class EnvelopeHead(nnx.Module):
     self.bias = param(rngs, (bins, 1, channels), ('freq', None, None), ZEROS)
 
   def __call__(self, x):
-    return self.head(x).astype(jnp.float32) + _BIAS_RATE * self.bias[...][None]
+    return self.head(x).astype(jnp.float32) + BIAS_RATE * self.bias[...][None]
 
 
 def envelope_loss(predicted, spec):

@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Weights to begin with: the linear sketch (model.linear_sketch) as the principal components of music's envelopes.
+
+  python launch/pca_start.py --output=runs/start --config=configs/tiny22.py --config.data.root=PREPARED
+  m2l2 train --config=configs/tiny22.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
+
+  --crops=N    of two chunks, from the training music (default 1500)
+
+Components come in the order of their variance, 64 to an embedding, each with RMS 0.4. The envelope's bias is set so
+that it lies at the quantile that training aims at. All else is drawn as by training.
+"""
+
+import argparse
+import functools
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2 import build, main as command
+from m2l2.data.pipeline import make_loader
+from m2l2.errors import UserError
+from m2l2.evaluation.baselines import fit_pca
+from m2l2.model import envelope
+from m2l2.snapshot import save_snapshot
+
+RMS = 0.4
+BATCH = 10
+
+
+def run(argv):
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--output', required=True)
+  flags.add_argument('--crops', type=int, default=1500)
+  args, rest = flags.parse_known_args(argv)
+  config = command.parse(['pca_start', *rest], required=('config',)).config
+  functions = build.step_functions(config)
+  if not functions.network.arch.linear_sketch:
+    raise UserError('this config has no linear sketch to be set: model.linear_sketch=True')
+  params = jax.jit(functions.init)(jax.random.key(config.seed)).params
+  params = with_components(params, *read(config, functions, args.crops))
+  save_snapshot(args.output, params=jax.device_get(params), config=json.loads(json.dumps(config.to_dict())), step=0)
+
+
+def read(config, functions, crops):
+  """-> (stem patches' mean log-magnitudes [chunks, F', T', C], a few whole chunks of them [n, F, T, C])."""
+  arch, rep = functions.network.arch, build.representation(config.model)
+  shape = (-1, arch.bins // arch.stem[0], arch.stem[0], arch.frames // arch.stem[1], arch.stem[1], arch.channels)
+
+  @jax.jit
+  def analyse(audio):
+    whole = envelope.log_magnitude(rep.analyse(audio)).reshape(-1, arch.bins, arch.frames, arch.channels)
+    return whole.reshape(shape).mean(axis=(2, 4)), whole
+
+  patches, whole = [], []
+  with make_loader(root=config.data.root, source=config.data.source, split=config.data.split,
+                   sample_rate=functions.sample_rate, native_rates=functions.native_rates,
+                   channels=functions.channels, crop_samples=functions.crop_samples, batch_size=BATCH,
+                   seed=config.seed + 1) as loader:
+    for number in range(crops // BATCH):
+      small, large = analyse(next(loader)['audio'])
+      patches.append(np.asarray(small))
+      if number % 10 == 0:
+        whole.append(np.asarray(large)[:4])
+  return np.concatenate(patches), np.concatenate(whole)
+
+
+def with_components(params, patches, whole):
+  """The parameters with both sketches set."""
+  encoder, decoder = params['encoder']['sketch'], params['decoder']['sketch']
+  grid, latents = encoder['mix'].shape[:3], encoder['mix'].shape[3:]
+  count = latents[0] * latents[1]
+  flat = patches.reshape(len(patches), -1)
+  pca = fit_pca(flat, count, iterations=8)
+  deviation = np.maximum(np.std((flat - pca.mean) @ pca.basis.T, axis=0), 1e-3)
+  into, out = pca.basis.T * (RMS / deviation) * 64, pca.basis * (deviation / RMS)[:, None] * 32
+  centre = pca.mean.reshape(grid)
+  encoder = {'centre': centre, 'mix': into.reshape(*grid, *latents)}
+  decoder = {'centre': centre, 'mix': out.reshape(*latents, *grid)}
+  # What is left of whole bins: its quantile, by frequency.
+  stem = [whole.shape[axis] // grid[axis - 1] for axis in (1, 2)]
+  small = whole.reshape(len(whole), grid[0], stem[0], grid[1], stem[1], grid[2]).mean(axis=(2, 4))
+  rebuilt = pca(small.reshape(len(whole), -1)).reshape(small.shape)
+  left = whole - np.repeat(np.repeat(rebuilt, stem[0], axis=1), stem[1], axis=2)
+  bias = np.quantile(left, envelope.QUANTILE, axis=(0, 2))[:, None] / envelope.BIAS_RATE
+  as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+  # What the networks add, to the latents and to the envelope, begins at nothing.
+  head = jax.tree.map(jnp.zeros_like, params['decoder']['envelope']['head']['conv_out'])
+  shortcut = {name: x * (name not in ('mix', 'bias')) for name, x in params['encoder'].get('shortcut', {}).items()}
+  others = {'shortcut': shortcut} if shortcut else {}
+  return {**params, 'encoder': {**params['encoder'], **others, 'sketch': as_arrays(encoder)},
+          'decoder': {**params['decoder'], 'sketch': as_arrays(decoder),
+                      'envelope': {'head': {**params['decoder']['envelope']['head'], 'conv_out': head},
+                                   'bias': as_arrays(bias)}}}
+
+
+if __name__ == '__main__':
+  try:
+    run(sys.argv[1:])
+  except UserError as error:
+    sys.exit(f'pca_start: {error}')
