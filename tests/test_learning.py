@@ -28,6 +28,13 @@ def tones(seconds, *, rate=RATE, seed=0):
   return audio[None].astype(np.float32)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(scope='module')
 def music(tmp_path_factory):
   folder = tmp_path_factory.mktemp('music')
@@ -151,16 +158,12 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   run = [*listed, f'--table={tmp_path}/table', '--config=tiny.py:debug', f'--config.data.root={music}',
          '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
          '--config.model.layers=1', '--config.model.native_rates=(22050,)']
-  first = learn.run(['--name=one', *run])
-  again = learn.run(['--name=one', *run])  # goes on: nothing is left to train
-  assert {name: first[name] for name in ('ratio', 'fd', 'snr_0.2', 'rank')} == {
-      name: again[name] for name in ('ratio', 'fd', 'snr_0.2', 'rank')}
-  learn.run(['--name=two', *run, '--config.seed=1', '--cpu-seconds=0.01'])
+  learn.run(['--name=one', *run])
   lines = [json.loads(line) for line in (tmp_path / 'table' / 'trials.jsonl').read_text().splitlines()]
-  assert [line['name'] for line in lines] == ['one', 'two'] and lines[1]['seed'] == 1
+  assert [line['name'] for line in lines] == ['one']
   assert all(np.isfinite(line[name]) for line in lines for name in learn.COLUMNS if name not in ('name', 'delta'))
   table = (tmp_path / 'table' / 'trials.md').read_text().splitlines()
-  assert len(table) == 4 and len({line.count('|') for line in table}) == 1
+  assert len(table) == 3 and len({line.count('|') for line in table}) == 1
   assert (tmp_path / 'table' / 'one' / 'spectrograms.png').stat().st_size > 10_000
 
   place = ship.ship(tmp_path / 'table' / 'one', 'sketch', box=tmp_path / 'box')

@@ -61,11 +61,12 @@ class FSQ:
   def tokens(self, z):
     """[..., Z] -> int32 [...], of numpy or of JAX: the index of the code, first dimension least significant."""
     digits = (z * self.half).round().astype(np.int32) + self.half
-    return (digits * self._basis(z.shape[-1])).sum(-1, dtype=np.int32)
+    basis = self._basis(z.shape[-1]).reshape((1,) * (z.ndim - 1) + (-1,))
+    return (digits * basis).sum(-1, dtype=np.int32)
 
   def codes(self, tokens, *, width: int):
     """int32 [...] -> float32 [..., width]: the inverse of `tokens`."""
-    digits = tokens[..., None] // self._basis(width) % self.levels
+    digits = tokens[..., None] // self._basis(width).reshape((1,) * tokens.ndim + (width,)) % self.levels
     return (digits - self.half).astype(np.float32) / np.float32(self.half)
 
   def _basis(self, width):

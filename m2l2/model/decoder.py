@@ -57,8 +57,9 @@ class Decoder(nnx.Module):
   With `slots` above 1 each slot of frames has mask tokens and embeddings of its own, as in the encoder.
   """
 
-  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents, latent_dim,
-               registers, shortcut, shortcut_width, sketch_grid, envelope, feature_norm, remat, tile, dtype, rngs):
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer,
+               num_latents, latent_dim, registers, shortcut, shortcut_width, sketch_grid, envelope, feature_norm, remat,
+               tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     # One mask embedding a frequency row, shared by the frames: positions tell the frames apart.

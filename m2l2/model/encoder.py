@@ -74,8 +74,9 @@ class Encoder(nnx.Module):
   and has its share of the embeddings, in order.
   """
 
-  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer, num_latents, latent_dim,
-               registers, magnitude_input, shortcut, shortcut_width, sketch_grid, latent_norm, remat, tile, dtype, rngs):
+  def __init__(self, *, channels, bins, stem, grid, slots, widths, blocks, strides, transformer,
+               num_latents, latent_dim, registers, magnitude_input, shortcut, shortcut_width, sketch_grid, latent_norm,
+               remat, tile, dtype, rngs):
     dim = widths[-1]
     num_tokens, num_latents = grid[0] * grid[1] // slots, num_latents // slots
     in_channels = channels * (3 if magnitude_input else 2)
