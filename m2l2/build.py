@@ -20,7 +20,8 @@ from m2l2.representation import Representation
 # Fields of config.model that belong to neither dataclass.
 _MODEL_EXTRA = ('native_rates',)
 # Fields that snapshots of before may lack, with the value that they were made with.
-_ADDED = {'embeddings': 'summary', 'cross_connections': True, 'shortcut_width': 0, 'linear_sketch': False, 'tile': 'auto'}
+_ADDED = {'embeddings': 'summary', 'cross_connections': True, 'shortcut_width': 0, 'linear_sketch': False,
+          'tile': 'auto'}
 
 
 def representation(model: Mapping) -> Representation:

@@ -39,7 +39,7 @@ def quick_compilation():
 def music(tmp_path_factory):
   folder = tmp_path_factory.mktemp('music')
   for number in range(2):
-    audio_io.write(folder / f'{number}.wav', np.repeat(tones(4, rate=44100, seed=number), 2, axis=0), 44100)
+    audio_io.write(folder / f'{number}.wav', np.repeat(tones(6, rate=44100, seed=number), 2, axis=0), 44100)
   (folder / 'list.txt').write_text('# two\n0.5\t0.wav\n0.25\t1.wav\n')
   return folder
 
@@ -154,7 +154,7 @@ def test_a_wiener_filter_knows_each_excerpts_mean_spectrum():
 
 
 def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypatch, capsys):
-  listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=3.3']
+  listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=4.3']
   run = [*listed, f'--table={tmp_path}/table', '--config=tiny.py:debug', f'--config.data.root={music}',
          '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
          '--config.model.layers=1', '--config.model.native_rates=(22050,)']
@@ -189,9 +189,9 @@ def test_principal_components_to_begin_with(music, tmp_path):
   audio = jnp.asarray(np.stack([tones(4, seed=seed)[:, 20_000:][:, :rep.crop_samples(2)] for seed in range(2)]))
   spec = jax.jit(rep.analyse)(audio)
   z = jnp.tanh(jax.jit(network.encode)(model.params, spec))
-  assert .2 < float(jnp.sqrt(jnp.mean(jnp.square(z)))) < .6
+  assert .2 < float(jnp.sqrt(jnp.mean(jnp.square(z)))) < .8  # 0.4 before tanh over the music's own crops
   decode = jax.jit(network.decode)
   error = lambda z: float(jnp.mean(envelope.envelope_loss(decode(model.params, z)['log_magnitude'], spec)))
-  assert error(z) < .7 * error(0 * z)  # without latents it is the music's mean
+  assert error(z) < .8 * error(0 * z)  # without latents it is the music's mean
   with pytest.raises(UserError, match='no linear sketch'):
     pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', *run])
