@@ -149,7 +149,6 @@ def short_run(config):
   config.consistency.local = True
   config.consistency.local_floor = 0.004
   config.consistency.skip = 'flow'
-  config.consistency.noise = 'signal'
   config.consistency.step_exponent = 2.0
   config.train.envelope_weight = 100.0
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps

@@ -21,6 +21,7 @@ def get_config(arg=''):
   model.bins = 512
   model.frames = 128
   model.shortcut_width = 16
+  config.consistency.noise = 'signal'
   model.linear_sketch = True
   model.latent_norm = False            # the sketch begins with latents of RMS 0.4
 
