@@ -22,12 +22,14 @@ def get_config(arg=''):
   model.frames = 128
   model.shortcut_width = 16
   config.consistency.noise = 'signal'
-  model.linear_sketch = True
+  model.linear_sketch = (192, 32)
   model.latent_norm = False            # the sketch begins with latents of RMS 0.4
 
   train = config.train
   train.steps = 7500
   train.head_start = 0.8
+  train.envelope_bands = 192
+  train.nested = 0.25
   train.learning_rate = 1e-3
   train.ema_decay = 0.999
   train.log_every = 100

@@ -4,7 +4,7 @@
   python launch/pca_start.py --output=runs/start --config=configs/tiny22.py --config.data.root=PREPARED
   m2l2 train --config=configs/tiny22.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
 
-  --crops=N    of two chunks, from the training music (default 1500)
+  --crops=N    of two chunks, from the training music (default 5000)
 
 Components come in the order of their variance, 64 to an embedding, each with RMS 0.4. The envelope's bias is set so
 that it lies at the quantile that training aims at. All else is drawn as by training.
@@ -33,46 +33,46 @@ BATCH = 10
 def run(argv):
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--output', required=True)
-  flags.add_argument('--crops', type=int, default=1500)
+  flags.add_argument('--crops', type=int, default=5000)
   args, rest = flags.parse_known_args(argv)
   config = command.parse(['pca_start', *rest], required=('config',)).config
   functions = build.step_functions(config)
   if not functions.network.arch.linear_sketch:
-    raise UserError('this config has no linear sketch to be set: model.linear_sketch=True')
+    raise UserError('this config has no linear sketch to be set: model.linear_sketch=(bands, stretches)')
   params = jax.jit(functions.init)(jax.random.key(config.seed)).params
   params = with_components(params, *read(config, functions, args.crops))
   save_snapshot(args.output, params=jax.device_get(params), config=json.loads(json.dumps(config.to_dict())), step=0)
 
 
 def read(config, functions, crops):
-  """-> (stem patches' mean log-magnitudes [chunks, F', T', C], a few whole chunks of them [n, F, T, C])."""
+  """-> (mean log-magnitudes of the sketch's cells [chunks, *grid], a few whole chunks of them [n, F, T, C])."""
   arch, rep = functions.network.arch, build.representation(config.model)
-  shape = (-1, arch.bins // arch.stem[0], arch.stem[0], arch.frames // arch.stem[1], arch.stem[1], arch.channels)
+  grid = (*arch.linear_sketch, arch.channels)
 
   @jax.jit
   def analyse(audio):
     whole = envelope.log_magnitude(rep.analyse(audio)).reshape(-1, arch.bins, arch.frames, arch.channels)
-    return whole.reshape(shape).mean(axis=(2, 4)), whole
+    return envelope.band_means(whole, grid), whole
 
-  patches, whole = [], []
+  cells, whole = [], []
   with make_loader(root=config.data.root, source=config.data.source, split=config.data.split,
                    sample_rate=functions.sample_rate, native_rates=functions.native_rates,
                    channels=functions.channels, crop_samples=functions.crop_samples, batch_size=BATCH,
                    seed=config.seed + 1) as loader:
     for number in range(crops // BATCH):
       small, large = analyse(next(loader)['audio'])
-      patches.append(np.asarray(small))
-      if number % 10 == 0:
+      cells.append(np.asarray(small))
+      if number % max(1, crops // BATCH // 20) == 0:
         whole.append(np.asarray(large)[:4])
-  return np.concatenate(patches), np.concatenate(whole)
+  return np.concatenate(cells), np.concatenate(whole)
 
 
-def with_components(params, patches, whole):
+def with_components(params, cells, whole):
   """The parameters with both sketches set."""
   encoder, decoder = params['encoder']['sketch'], params['decoder']['sketch']
   grid, latents = encoder['mix'].shape[:3], encoder['mix'].shape[3:]
   count = latents[0] * latents[1]
-  flat = patches.reshape(len(patches), -1)
+  flat = cells.reshape(len(cells), -1)
   pca = fit_pca(flat, count, iterations=8)
   deviation = np.maximum(np.std((flat - pca.mean) @ pca.basis.T, axis=0), 1e-3)
   into, out = pca.basis.T * (RMS / deviation) * 64, pca.basis * (deviation / RMS)[:, None] * 32
@@ -80,10 +80,9 @@ def with_components(params, patches, whole):
   encoder = {'centre': centre, 'mix': into.reshape(*grid, *latents)}
   decoder = {'centre': centre, 'mix': out.reshape(*latents, *grid)}
   # What is left of whole bins: its quantile, by frequency.
-  stem = [whole.shape[axis] // grid[axis - 1] for axis in (1, 2)]
-  small = whole.reshape(len(whole), grid[0], stem[0], grid[1], stem[1], grid[2]).mean(axis=(2, 4))
+  small = np.asarray(envelope.band_means(whole, grid))
   rebuilt = pca(small.reshape(len(whole), -1)).reshape(small.shape)
-  left = whole - np.repeat(np.repeat(rebuilt, stem[0], axis=1), stem[1], axis=2)
+  left = whole - np.asarray(envelope.spread_bands(rebuilt, *whole.shape[1:3]))
   bias = np.quantile(left, envelope.QUANTILE, axis=(0, 2))[:, None] / envelope.BIAS_RATE
   as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
   # What the networks add, to the latents and to the envelope, begins at nothing.

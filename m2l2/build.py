@@ -20,7 +20,7 @@ from m2l2.representation import Representation
 # Fields of config.model that belong to neither dataclass.
 _MODEL_EXTRA = ('native_rates',)
 # Fields that snapshots of before may lack, with the value that they were made with.
-_ADDED = {'embeddings': 'summary', 'cross_connections': True, 'shortcut_width': 0, 'linear_sketch': False,
+_ADDED = {'embeddings': 'summary', 'cross_connections': True, 'shortcut_width': 0, 'linear_sketch': (),
           'tile': 'auto'}
 
 
@@ -115,6 +115,10 @@ def step_functions(config):
   if train['head_start'] and not (net.arch.envelope and train['envelope_weight'] > 0):
     raise UserError('train.head_start trains the envelope alone: it needs model.envelope=True and '
                     'train.envelope_weight above 0')
+  if not 0 <= train['envelope_bands'] <= net.arch.bins:
+    raise UserError(f"train.envelope_bands={train['envelope_bands']} is a number of bands, 0 to model.bins")
+  if not 0 <= train['nested'] <= 1:
+    raise UserError(f"train.nested={train['nested']} is a chance, 0 to 1")
   optimizer, schedule = optim.make_optimizer(
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
@@ -123,6 +127,7 @@ def step_functions(config):
       network=net, representation=representation(config['model']), consistency=process, optimizer=optimizer,
       schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
       accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
+      envelope_bands=train['envelope_bands'], nested=train['nested'],
       head_start=int(train['head_start'] * train['steps']),
       native_rates=native_rates(config['model']))
 

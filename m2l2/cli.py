@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument('--batch', type=int, metavar='N',
                       help='files to decode at once (default: 1 on CPUs, else 8)')
 
+  def rate(made):
+    made.add_argument('--embeddings', type=int, metavar='K',
+                      help='keep but the first K of each chunk, a lower rate (models trained with train.nested)')
+
   def decoding(made):
     made.add_argument('--seed', type=int, default=0, metavar='N',
                       help='of the noise that decoding starts from (default 0)')
@@ -142,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
   files(made, audio_in, latents)
   made.add_argument('--discrete', action='store_true',
                     help='store int32 tokens (models with an FSQ bottleneck)')
+  rate(made)
   made = command('encode-dataset', _encode_dataset,
                  summary='A corpus -> shards of latents, on all devices of all hosts; goes on where it was stopped.',
                  example='  m2l2 encode-dataset --source=data/music/train --checkpoint=runs/small --output=latents\n'
@@ -178,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny\n'
                          "  m2l2 reconstruct 'albums/**/*.mp3' again/ --checkpoint=runs/tiny --format=flac")
   files(made, audio_in, audio_out)
+  rate(made)
   sound(made)
   decoding(made)
   made = command('evaluate', _evaluate,
@@ -336,7 +342,7 @@ def _encode(args):
         info = audio_io.probe(path)
         with jobs.writing(job, output='.safetensors', check=_check_latents) as target:
           codec = codec or _load(args)
-          latents = _encode_file(codec, info, discrete=args.discrete, quiet=args.quiet)
+          latents = _encode_file(codec, info, discrete=args.discrete, embeddings=args.embeddings, quiet=args.quiet)
           latents.save(target)
         _say(args, f'{audio_io.shown(job.target)}: {_latents_line(latents)}')
       done(1)
@@ -418,7 +424,7 @@ def _reconstruct(args):
 
   def opened(path):
     info = audio_io.probe(path)
-    return info, lambda codec: _encode_file(codec, info, discrete=False, quiet=args.quiet)
+    return info, lambda codec: _encode_file(codec, info, embeddings=args.embeddings, quiet=args.quiet)
   _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
 
 
@@ -535,7 +541,7 @@ def _reconstruct_all(codec, folder, args):
         info = audio_io.probe(found.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
-          _decode_files(codec, [_encode_file(codec, info, discrete=False, quiet=True)], [writer], quiet)
+          _decode_files(codec, [_encode_file(codec, info, quiet=True)], [writer], quiet)
         items.append(Pair(name, found.path(number), target))
       except UserError as error:
         warnings.append(f'{name}: unreadable: {error}; left out')
@@ -655,7 +661,7 @@ def _keep_compiled():
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
-def _encode_file(codec, info, *, discrete, quiet):
+def _encode_file(codec, info, *, discrete=False, embeddings=None, quiet):
   """The latents of an audio file, read block by block."""
   import dataclasses
   from m2l2.data import audio_io
@@ -666,6 +672,7 @@ def _encode_file(codec, info, *, discrete, quiet):
     latents = codec.encode_blocks(
         _counted(blocks, done), sample_rate=info.sample_rate, channels=info.channels,
         discrete=discrete)
+  latents = codec.first(latents, embeddings) if embeddings is not None else latents
   return dataclasses.replace(latents, tags=dict(info.tags))
 
 

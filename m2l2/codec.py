@@ -394,6 +394,22 @@ class Codec:
     z = np.concatenate([part.z for part in parts], axis=1)
     return dataclasses.replace(last, z=z, num_samples=self._most_samples(z.shape[1], last.sample_rate) - missing)
 
+  def first(self, latents: Latents, embeddings: int) -> Latents:
+    """The first `embeddings` of every chunk alone: a lower rate, which a model trained with train.nested decodes.
+
+    Raises UserError: any other model, or no such number of embeddings.
+    """
+    if not self.nested:
+      raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
+    if not 1 <= embeddings <= latents.z.shape[2]:
+      raise UserError(f'there are 1 to {latents.z.shape[2]} embeddings a chunk to keep, not {embeddings}')
+    return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
+
+  @property
+  def nested(self) -> bool:
+    """Whether any prefix of a chunk's embeddings can be decoded."""
+    return not self._discrete and (self.config.get('train') or {}).get('nested', 0) > 0
+
   def _most_samples(self, chunks, sample_rate):
     """Samples of the longest signal at `sample_rate` that takes `chunks` chunks."""
     rep = self.representation
@@ -433,6 +449,8 @@ class Codec:
     if discrete and not self._discrete:
       raise UserError('these latents are tokens, but this model has only continuous ones')
     shape = (*lead, arch.num_latents) if discrete else (*lead, arch.num_latents, arch.latent_dim)
+    if self.nested and z.ndim == 4 and 0 < z.shape[2] < shape[2]:
+      z = np.pad(z, [(0, 0), (0, 0), (0, shape[2] - z.shape[2]), (0, 0)])
     if z.shape != shape:
       raise UserError(f'latents of shape {list(z.shape)} do not fit: the signal and this model make them '
                       f'{list(shape)} (streams, chunks, embeddings{"" if discrete else ", numbers"})')

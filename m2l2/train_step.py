@@ -64,8 +64,8 @@ class StepFunctions:
 
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
                         optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
-                        total_steps: int, accumulate: int, envelope_weight: float, head_start: int,
-                        native_rates) -> StepFunctions:
+                        total_steps: int, accumulate: int, envelope_weight: float, envelope_bands: int, nested: float,
+                        head_start: int, native_rates) -> StepFunctions:
   """Binds the parts to the three functions.
 
   `accumulate` microbatches make one update. For its first `head_start` steps the loop calls
@@ -86,6 +86,8 @@ def make_step_functions(*, network: Network, representation: Representation, con
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
     z = bottleneck(pre, keys=drop_keys)
+    if nested:
+      z = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=nested)
     features = network.decode(params, z)
     data_std = local_deviation(consistency, features)
 
@@ -100,7 +102,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
     if not envelope_only:
       metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
     if 'log_magnitude' in features:
-      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec))
+      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec, bands=envelope_bands))
       metrics['loss/envelope'] = error
       loss = loss + envelope_weight * error
     return loss, metrics
@@ -160,6 +162,18 @@ def make_step_functions(*, network: Network, representation: Representation, con
       init=init, train_step=train_step, probe_step=probe_step, logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
+
+
+def shorten(z, keys, *, chance: float):
+  """With this chance a chunk of latents [B, S, L, Z] keeps but its first 1 to L embeddings (equally likely); the others
+  become 0. So trained, any prefix can be decoded, and the first embeddings say what matters most."""
+  def keep(key):
+    chance_key, length_key = jax.random.split(key)
+    length = jax.random.randint(length_key, z.shape[1:2], 1, z.shape[2] + 1)
+    return jnp.where(jax.random.bernoulli(chance_key, chance, length.shape), length, z.shape[2])
+
+  kept = jnp.arange(z.shape[2]) < jax.vmap(keep)(keys)[..., None]
+  return jnp.where(kept[..., None], z, 0.0)
 
 
 def probe(params, audio, key, *, network, representation, consistency):

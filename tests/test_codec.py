@@ -245,6 +245,21 @@ def test_the_seed_decides(mono):
   assert np.abs(mono.decode(latents, seed=1) - mono.decode(latents, seed=2)).max() > 1e-3
 
 
+def test_any_prefix_of_nested_embeddings_decodes(mono):
+  config = {**mono.config, 'train': {**mono.config['train'], 'nested': .5}}
+  nested = Codec(config=config, params=mono.params, fingerprint=mono.fingerprint)
+  latents = latents_for(mono, chunks=2)
+  short = nested.first(latents, 3)
+  assert short.z.shape == (1, 2, 3, latents.z.shape[3])
+  zeroed = dataclasses.replace(latents, z=latents.z * (np.arange(latents.z.shape[2]) < 3)[:, None])
+  np.testing.assert_array_equal(nested.decode(short, seed=1), mono.decode(zeroed, seed=1))
+  assert np.abs(nested.decode(short, seed=1) - mono.decode(latents, seed=1)).max() > 1e-3
+  for mistake in (lambda: mono.first(latents, 3), lambda: nested.first(latents, 0), lambda: mono.decode(short),
+                  lambda: nested.first(latents, latents.z.shape[2] + 1)):
+    with pytest.raises(UserError, match='embeddings'):
+      mistake()
+
+
 @pytest.mark.parametrize('seed', [-1, 2 ** 32])
 def test_a_seed_out_of_range_is_refused(mono, seed):
   with pytest.raises(UserError, match='seed'):

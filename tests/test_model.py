@@ -14,7 +14,7 @@ from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
 from m2l2.flops import count_flops
-from m2l2.model import patchify
+from m2l2.model import decoder, envelope, patchify
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.denoiser import noise_features, token_grid
 from m2l2.model.envelope import deviation, envelope_loss, log_magnitude
@@ -400,6 +400,45 @@ def test_envelope_of_two_channels_and_of_silence():
   assert errors.shape == (1, 2) and errors[0, 0] == 0 and errors[0, 1] > .1  # per chunk
   got = deviation(levels, floor=.02)[0, 0, 0, 0]
   assert got[0] == got[1] > 1 and np.all(got[2:] == np.float32(.02))
+
+
+@pytest.mark.parametrize('bins, bands', [(512, 192), (512, 512), (64, 5), (7, 1), (1024, 128)])
+def test_bands_widen_from_one_bin(bins, bands):
+  edges = envelope.band_edges(bins, bands)
+  widths = np.diff(edges)
+  assert (edges[0], edges[-1], len(edges)) == (0, bins, bands + 1) and widths.min() >= 1
+  if bins == 512 and bands == 192:
+    assert widths[:9].max() == 1 and np.all(np.diff(widths.reshape(6, 32).sum(axis=1)) > 0) and widths[-1] > 5
+
+
+def test_band_means_and_their_spreading():
+  x = np.random.default_rng(0).normal(size=(2, 64, 12, 3)).astype(np.float32)
+  cells = envelope.band_means(x, (10, 4, 3))
+  edges = envelope.band_edges(64, 10)
+  np.testing.assert_allclose(cells[1, 7, 2, 0], x[1, edges[7]:edges[8], 6:9, 0].mean(), rtol=1e-5)
+  again = envelope.spread_bands(cells, 64, 12)
+  assert again.shape == x.shape
+  np.testing.assert_array_equal(again[1, edges[7]:edges[8], 6:9, 0], np.broadcast_to(cells[1, 7, 2, 0], again[
+      1, edges[7]:edges[8], 6:9, 0].shape))
+  np.testing.assert_allclose(envelope.band_means(again, (10, 4, 3)), cells, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_sketch_undoes_the_tanh():
+  sketch = decoder.LinearSketch((2, 3), (5, 2, 1), bins=16, frames=4, rngs=nnx.Rngs(params=0))
+  pre = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)), jnp.float32)
+  got = sketch(jnp.tanh(pre)) - sketch(jnp.zeros_like(pre))
+  np.testing.assert_allclose(got, 2 * (sketch(jnp.tanh(pre / 2)) - sketch(jnp.zeros_like(pre))), rtol=1e-4, atol=1e-5)
+  assert np.isfinite(sketch(jnp.ones_like(pre))).all()
+
+
+def test_bands_count_alike_in_the_envelope_loss():
+  spec = jnp.ones((1, 1, 64, 4, 2))
+  edges = envelope.band_edges(64, 10)
+  right = jnp.broadcast_to(log_magnitude(spec), (1, 1, 64, 4, 1))
+  wrong = [right.at[:, :, edges[i]:edges[i + 1]].add(1.) for i in (0, 9)]
+  low, high = (float(envelope_loss(x, spec, bands=10)[0, 0]) for x in wrong)
+  assert low == pytest.approx(high, rel=1e-5) and low > 0
+  assert envelope_loss(wrong[0], spec)[0, 0] < envelope_loss(wrong[1], spec)[0, 0] / 5
 
 
 def test_envelope_loss_finds_the_deviation_of_gaussian_data():

@@ -59,7 +59,7 @@ def _functions(*, network=TOY, **fields):
   return train_step.make_step_functions(**{
     'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(),
     'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
-    'total_steps': 10, 'accumulate': 1, 'envelope_weight': 1., 'head_start': 0,
+    'total_steps': 10, 'accumulate': 1, 'envelope_weight': 1., 'envelope_bands': 0, 'nested': 0., 'head_start': 0,
     'native_rates': (44100,), **fields})
 
 
@@ -261,6 +261,18 @@ def test_teacher_and_levels_pass_no_gradient():
   assert metrics['loss/consistency'] == 0 and metrics['loss/envelope'] > 0
   _same(after.params['denoiser'], state.params['denoiser'])
   assert np.all(after.params['encoder']['w'] != state.params['encoder']['w'])
+
+
+def test_nested_latents_lose_a_suffix():
+  z = jnp.ones((500, 2, 4, 3))
+  keys = jax.random.split(jax.random.key(0), 500)
+  short = np.asarray(train_step.shorten(z, keys, chance=.5))
+  kept = short.sum(axis=(2, 3)) / 3
+  np.testing.assert_array_equal(short[..., 0], np.arange(4) < kept[..., None])  # a prefix, whole embeddings
+  share = np.bincount(kept.astype(int).ravel(), minlength=5) / 1000
+  np.testing.assert_allclose(share, [0, .125, .125, .125, .625], atol=.04)
+  assert np.any(kept[:, 0] != kept[:, 1])  # each chunk by itself
+  np.testing.assert_array_equal(train_step.shorten(z, keys, chance=0.), z)
 
 
 def test_head_start_trains_the_envelope_alone(toy):

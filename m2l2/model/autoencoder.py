@@ -40,8 +40,8 @@ class Architecture:
     bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout).
     latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer.
     magnitude_input: log-magnitudes as further input channels of the encoder.
-    linear_sketch: a linear autoencoder of the log-magnitudes, averaged over stem patches, beside the networks; needs
-      `envelope`.
+    linear_sketch: (bands, stretches of frames) of a linear autoencoder of the log-magnitudes beside the networks, see
+      `envelope.band_edges`; () for none. It needs `envelope`.
     latent_norm: each embedding enters the bottleneck with RMS 0.4, so that it can hardly saturate.
     shortcut: linear paths tokens -> latents and latents -> tokens beside the transformers; shortcut_width: numbers a
       token on these, all mixed with all; 0: each latent is one pooling of the tokens.
@@ -80,7 +80,7 @@ class Architecture:
   magnitude_input: bool
   shortcut: bool
   shortcut_width: int
-  linear_sketch: bool
+  linear_sketch: tuple
   latent_norm: bool
   envelope: bool
   feature_norm: bool
@@ -112,6 +112,10 @@ class Architecture:
       raise ValueError('model.linear_sketch needs model.envelope, to which it is added')
     if self.linear_sketch and self.embeddings != 'summary':
       raise ValueError("model.linear_sketch goes with model.embeddings='summary' alone")
+    if self.linear_sketch and not (len(self.linear_sketch) == 2 and 1 <= self.linear_sketch[0] <= self.bins
+                                   and self.linear_sketch[1] > 0 and self.frames % self.linear_sketch[1] == 0):
+      raise ValueError(f'model.linear_sketch is {self.linear_sketch}; it is (bands, stretches), at most {self.bins} '
+                       f'bands and a divisor of the {self.frames} frames')
     if self.attention not in IMPLEMENTATIONS:
       raise ValueError(f'model.attention is {self.attention!r}; choose from {IMPLEMENTATIONS}')
     if self.tile not in TILES:
@@ -155,8 +159,7 @@ class Autoencoder(nnx.Module):
 
   def __init__(self, arch: Architecture, *, rngs):
     grid = arch.grid
-    patches = (arch.bins // arch.stem[0], arch.frames // arch.stem[1], arch.channels)
-    sketch_grid = patches if arch.linear_sketch else None
+    sketch_grid = (*arch.linear_sketch, arch.channels) if arch.linear_sketch else None
     transformer = dict(layers=arch.layers, heads=arch.widths[-1] // arch.head_dim, mlp_mult=arch.mlp_mult,
                        impl=arch.attention)
     shared = dict(channels=arch.channels, bins=arch.bins, stem=arch.stem, grid=grid, widths=arch.widths,

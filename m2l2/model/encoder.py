@@ -6,7 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from m2l2.model.envelope import log_magnitude
+from m2l2.model.envelope import band_means, log_magnitude
 from m2l2.model.layers import LayerNorm, Linear, ONES, ZEROS, normal, param
 from m2l2.model.patchify import Patchifier, split_slots
 from m2l2.model.transformer import Transformer
@@ -46,7 +46,7 @@ class DenseShortcut(nnx.Module):
 
 
 class LinearSketch(nnx.Module):
-  """Log-magnitudes [N, F, T, C], averaged over patches of the stem's size -> latents [N, L, Z], by an affine map.
+  """Log-magnitudes [N, F, T, C], averaged over `grid`'s bands and stretches of frames -> latents [N, L, Z], affine.
 
   With decoder.LinearSketch a linear autoencoder of the envelope. It can begin as the music's principal components
   (launch/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that Adam's
@@ -59,9 +59,8 @@ class LinearSketch(nnx.Module):
     self.mix = param(rngs, (f, t, c, l, z), ('freq', None, None, 'latents', 'latent_dim'), normal((f * t * c) ** -0.5))
 
   def __call__(self, log_mag):
-    f, t, c = self.centre.shape
-    patches = log_mag.reshape(-1, f, log_mag.shape[1] // f, t, log_mag.shape[2] // t, c).mean(axis=(2, 4))
-    return jnp.einsum('nftc,ftclz->nlz', (patches - self.centre[...][None]) / 64, self.mix[...])
+    cells = band_means(log_mag, self.centre.shape) - self.centre[...][None]
+    return jnp.einsum('nftc,ftclz->nlz', cells / 64, self.mix[...])
 
 
 class Encoder(nnx.Module):

@@ -7,11 +7,13 @@ Log-magnitudes here are (log(1 + 100 |c|) - 2) / 1.5 of compressed magnitudes |c
 0.01 (-100 dB of a full-scale sine), linear below, with mean near 0 and deviation near 1 on music.
 """
 
+import functools
 import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m2l2.model.layers import ZEROS, normal, param
 from m2l2.model.packing import PLAIN
@@ -43,6 +45,39 @@ def deviation(log_mag, *, floor: float):
   return jnp.repeat(jnp.maximum(magnitude / math.sqrt(-2 * math.log(1 - QUANTILE)), floor), 2, axis=-1)
 
 
+@functools.cache
+def band_edges(bins: int, bands: int):
+  """First bin of each band, and `bins`: int64[bands + 1].
+
+  Bands are a bin wide at the bottom and widen exponentially, as the ear's do (from some 100 Hz on: 'log', with a linear
+  start); each is at least one bin.
+  """
+  low, high = 0.0, 10.0 * bins  # of the rate r in (exp(r i / bands) - 1) / (exp(r / bands) - 1) = bins at i = bands
+  for _ in range(100):
+    rate = (low + high) / 2
+    low, high = (rate, high) if math.expm1(min(rate, 700)) < bins * math.expm1(rate / bands) else (low, rate)
+  edges = [0]
+  for i in range(1, bands + 1):
+    ideal = round(bins * math.expm1(rate * i / bands) / math.expm1(rate)) if bands < bins else i
+    edges.append(min(max(ideal, edges[-1] + 1), bins - (bands - i)))
+  return np.array(edges)
+
+
+def band_means(x, grid):
+  """[N, F, T, C] -> its means over each of `grid`'s (bands, stretches of frames): [N, *grid]."""
+  bands, times, channels = grid
+  edges = band_edges(x.shape[1], bands)
+  inside = np.repeat(np.eye(bands, dtype=np.float32) / np.diff(edges), np.diff(edges), axis=0)
+  return jnp.einsum('nftc,fb->nbtc', x.reshape(*x.shape[:2], times, -1, channels).mean(axis=3), inside)
+
+
+def spread_bands(cells, bins: int, frames: int):
+  """The reverse of `band_means`: [N, bands, times, C] -> [N, bins, frames, C], each cell's value all over it."""
+  bands, times = cells.shape[1:3]
+  inside = np.repeat(np.eye(bands, dtype=np.float32), np.diff(band_edges(bins, bands)), axis=0)
+  return jnp.repeat(jnp.einsum('nbtc,fb->nftc', cells, inside), frames // times, axis=2)
+
+
 class EnvelopeHead(nnx.Module):
   """Finest decoder map [N, F', T', C] -> log-magnitudes [N, F, T, channels] float32."""
 
@@ -54,10 +89,15 @@ class EnvelopeHead(nnx.Module):
     return self.head(x).astype(jnp.float32) + BIAS_RATE * self.bias[...][None]
 
 
-def envelope_loss(predicted, spec):
+def envelope_loss(predicted, spec, *, bands: int = 0):
   """Mean quantile loss of the log-magnitudes per chunk: [B, S, F, T, C], [B, S, F, T, 2C] -> [B, S].
 
-  Twice the pinball loss, so that at QUANTILE 0.5 it would be the mean absolute error.
+  Twice the pinball loss, so that at QUANTILE 0.5 it would be the mean absolute error. With `bands` each of
+  `band_edges` counts alike, else each bin.
   """
   error = jax.lax.stop_gradient(log_magnitude(spec)) - predicted
-  return 2 * jnp.mean(jnp.maximum(QUANTILE * error, (QUANTILE - 1) * error), axis=(2, 3, 4))
+  loss = 2 * jnp.mean(jnp.maximum(QUANTILE * error, (QUANTILE - 1) * error), axis=(3, 4))
+  if not bands:
+    return jnp.mean(loss, axis=2)
+  widths = np.diff(band_edges(loss.shape[2], bands))
+  return loss @ jnp.asarray(np.repeat(1 / (bands * widths), widths), jnp.float32)
