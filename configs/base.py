@@ -50,7 +50,7 @@ def get_config(arg=''):
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
   model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
   model.shortcut_width = 0             # numbers a token on these paths, mixed with all others; 0: pooled instead
-  model.linear_sketch = ()             # (bands, stretches of frames) of a linear autoencoder of the envelope beside them
+  model.linear_sketch = ()             # (bands, stretches of frames) of a linear autoencoder of the envelope
   model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
@@ -99,7 +99,7 @@ def get_config(arg=''):
   train.clip_norm = ml_collections.config_dict.placeholder(float)  # largest gradient norm; none in the paper
   train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
-  train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in that loss; 0: each bin counts alike
+  train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
   train.nested = 0.0                   # chance that a chunk trains with a random prefix of its embeddings alone
   train.head_start = 0.0               # first part of the steps, [0, 1), that trains the envelope alone
   train.log_every = 100
@@ -109,7 +109,7 @@ def get_config(arg=''):
   train.keep_every = 50_000            # and one each so many steps for good; 0: none
   train.max_skipped_in_a_row = 20      # non-finite gradients in a row that end the run
   train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
-  train.init_from = ''                 # snapshot or workdir whose weights a new run starts from
+  train.init_from = ''                 # snapshot, workdir or model in the box whose weights a new run starts from
 
   data = config.data = ml_collections.ConfigDict()
   data.source = 'auto'                 # auto: root is what is there; folder: one folder, glob or file, commas and all

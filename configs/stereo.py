@@ -4,8 +4,9 @@
 
 Expected cost as `base`: 49 TFLOP a step, 2.3 days at a sustained 200 TFLOP/s. Counted, not run.
 
-Stereo runs are known to collapse near the end of warm-up (every latent at +-1): watch latent/saturated and
-latent/pre_rms. The longer warm-up and lower rate here are ours, against that; not yet tried at length.
+Stereo runs are known to collapse near the end of warm-up (every latent at +-1). With latent_norm each embedding comes
+to the tanh with RMS 0.4, whatever its length, so they cannot; the longer warm-up and lower rate are ours, too. Not yet
+tried at length: see README for what was.
 """
 
 from m2l2.configs import base
@@ -14,6 +15,7 @@ from m2l2.configs import base
 def get_config(arg=''):
   config = base.get_config()
   config.model.channels = 2
+  config.model.latent_norm = True
   config.train.learning_rate = 5e-5
   config.train.warmup_steps = 20_000
   return base.finish(config, arg)

@@ -9,8 +9,10 @@
   --train=PLACE      music that the PCA is fitted on, as config.data.root has it
   --sigma-cond=A,B   noise put back on a chunk in two-step decoding: one step against two is told for each
   --workers=N        processes for the signal metrics
+  --visqol-every=N   ViSQOL, seconds of computation for one of sound, takes each N-th excerpt (default 1; 0: none)
 
-All at the model's own sample rate. OUTPUT gets table.md, report.json, spectrograms.png, swapped.png and a few sounds.
+All at the model's own sample rate. OUTPUT gets table.md, report.json, spectrograms.png, swapped.png, rates.png (nested
+models) and a few sounds.
 The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many numbers a
 second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
 numbers a second (of its frames eight at a time, fitted on the training music); the excerpts themselves as a check.
@@ -54,6 +56,7 @@ def parser():
   flags.add_argument('--output', type=Path, required=True)
   flags.add_argument('--sigma-cond', type=lambda text: [float(x) for x in text.split(',')], default=[.1, .3, .965, 3.])
   flags.add_argument('--workers', type=int, default=1)
+  flags.add_argument('--visqol-every', type=int, default=1)
   return flags
 
 
@@ -67,15 +70,21 @@ def run(argv) -> dict:
   latents = excerpts.encode(codec, sounds, rate)
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
 
-  metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', *(['visqol'] if visqol.is_installed() else [])]
+  metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr']
   embed = remembering(make_embedder(EMBEDDING))
   embedders = {EMBEDDING: embed}
   judged = {name: excerpts.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
             for name, made in systems.items()}
+  if args.visqol_every and visqol.is_installed():
+    some = dict(list(sounds.items())[::args.visqol_every])
+    for name, made in systems.items():
+      heard = excerpts.judge(some, {key: made[key] for key in some}, rate, metrics=['visqol'], workers=args.workers)
+      judged[name]['metrics'] |= heard['metrics']
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
             'steps': compare_steps(codec, sounds, latents, rate, systems['m2l2, one step'], args.sigma_cond, embed),
-            'swapped': swapped(codec, sounds, latents, rate, args.output, embed)}
+            'swapped': swapped(codec, sounds, latents, rate, args.output, embed),
+            'rates': rates(codec, sounds, latents, rate, embed)}
   write(report, systems, sounds, rate, args.output)
   return report
 
@@ -185,6 +194,18 @@ def compare_steps(codec, sounds, latents, rate, one, sigma_conds, embed) -> dict
   return found
 
 
+def rates(codec, sounds, latents, rate, embed) -> dict:
+  """Rate and distortion, one step, with the first K embeddings of each chunk alone: {K: figures}, of nested models."""
+  found = {}
+  for count in range(1, codec.network.arch.num_latents + 1) if codec.nested else ():
+    made = excerpts.decode(codec, {name: codec.first(z, count) for name, z in latents.items()}, refine=False)
+    judged = excerpts.judge(sounds, made, rate, metrics=('ratio', 'mel_l1_db'), embedders={EMBEDDING: embed})
+    found[count] = {'numbers_per_second': numbers_per_second(codec) * count / codec.network.arch.num_latents,
+                    'ratio': judged['metrics']['ratio']['mean'], 'mel_l1_db': judged['metrics']['mel_l1_db']['mean'],
+                    'frechet': judged['frechet']}
+  return found
+
+
 def remembering(embed):
   """The embedder, which embeds equal sounds once: every system is compared with the same excerpts."""
   known = {}
@@ -222,6 +243,8 @@ def write(report, systems, sounds, rate, output):
     rows[name] = (sounds[name], rate)
     rows[f'm2l2, one step: {name}'] = (systems['m2l2, one step'][name], rate)
   pictures.save(pictures.spectrograms(rows), output / 'spectrograms.png')
+  if report['rates']:
+    pictures.save(pictures.rate_distortion(report['rates'].values(), EMBEDDING), output / 'rates.png')
   for number, name in enumerate(names):
     audio_io.write(output / f'{number}_original.wav', sounds[name], rate)
     for system in systems:
@@ -248,7 +271,8 @@ def markdown(report) -> str:
   lines = [['system', *columns], ['---'] * (len(columns) + 1),
            *([name, *(value(judged, c) for c in columns)] for name, judged in report['systems'].items())]
   lines = [f'| {" | ".join(line)} |' for line in lines]
-  lines += ['', f'{report["excerpts"]} excerpts at {report["sample_rate"]} Hz; '
+  heard = report['systems']['m2l2, one step']['metrics'].get('visqol', {}).get('per_file', ())
+  lines += ['', f'{report["excerpts"]} excerpts (ViSQOL: {len(heard)}) at {report["sample_rate"]} Hz; '
             f'{report["parameters_per_second"]:.1f} numbers a second; kbit/s: '
             + ', '.join(f'{name} {rate:.1f}' for name, rate in report['kbps'].items()) + '.', '',
             '| sigma_cond | two steps less one in log-mel L1, dB (95 %) | FD |', '| --- | --- | --- |']
@@ -257,6 +281,12 @@ def markdown(report) -> str:
     told = f'{change["mean"]:+.3f} ({change["low"]:+.3f} to {change["high"]:+.3f})' if change else ''
     distance = found['frechet'].get(EMBEDDING, {}).get('value')
     lines.append(f'| {sigma} | {told} | {"" if distance is None else f"{distance:.1f}"} |')
+  if report['rates']:
+    lines += ['', '| embeddings | numbers a second | ratio | log-mel L1, dB | FD |', '| --- | --- | --- | --- | --- |']
+  for count, found in report['rates'].items():
+    distance = found['frechet'].get(EMBEDDING, {}).get('value')
+    lines.append(f'| {count} | {found["numbers_per_second"]:.0f} | {found["ratio"]:.2f} | {found["mel_l1_db"]:.2f} | '
+                 f'{"" if distance is None else f"{distance:.1f}"} |')
   lines += ['', "Latents of another piece: " + ', '.join(f'{k} {v:.2f}' for k, v in report['swapped'].items()) + '.']
   return '\n'.join(lines) + '\n'
 

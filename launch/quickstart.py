@@ -1,10 +1,11 @@
-"""What the quickstart has learned: sounds, spectrograms and figures of a training and the held-out clip.
+"""What training on from the model in the box gained: sounds, spectrograms and figures of two clips.
 
     python launch/quickstart.py WORKDIR
 
-Writes original.wav, reconstruction.wav (a training clip), heldout_original.wav, heldout_reconstruction.wav,
-comparison.png and report.json into the workdir. Reconstructions are one step from sigma_max: decoding starts
-from pure noise, so all that is heard comes through the latents.
+Writes, into the workdir: original.wav, reconstruction.wav (a training clip through the model that the run began with)
+and reconstruction_trained.wav (through what became of it); the same of the held-out clip with heldout_ before the name;
+comparison.png and report.json. Reconstructions are one step from sigma_max: decoding starts from pure noise, so all
+that is heard comes through the latents. Figures and sounds are at the model's own rate.
 """
 
 import json
@@ -12,7 +13,6 @@ import os
 from pathlib import Path
 import sys
 
-import jax
 import numpy as np
 
 from m2l2.codec import Codec, load
@@ -31,7 +31,7 @@ def measure(codec: Codec, audio, sample_rate):
   """-> (one-step reconstruction, figures) of audio [channels, samples]."""
   latents = codec.encode(audio, sample_rate)
   one_step = codec.decode(latents, SEED, refine=False)
-  two_step = codec.decode(latents, SEED)
+  two_step = codec.decode(latents, SEED, refine=True)
   # The same noise with the latents of the chunks half a clip away.
   moved = np.roll(latents.z, latents.z.shape[1] // 2, axis=1)
   swapped = codec.decode(Latents(**{**vars(latents), 'z': moved}), SEED, refine=False)
@@ -46,35 +46,36 @@ def measure(codec: Codec, audio, sample_rate):
 
 def main(workdir):
   trained, step = load(workdir), load_snapshot(workdir).step
-  steps = trained.config['train']['steps']
-  if step < steps:
-    raise UserError(f'training stopped at step {step} of {steps}: run the same command to go on')
-  untrained = Codec(config=trained.config, fingerprint='untrained',
-                    params=trained.network.init(jax.random.key(trained.config['seed'])))
-  report, rows = {'seed': SEED, 'steps': step}, {}
+  fields = trained.config['train']
+  if step < fields['steps']:
+    raise UserError(f"training stopped at step {step} of {fields['steps']}: run the same command to go on")
+  began = load(fields['init_from'])
+  rate = trained.native_rates[0]
+  report, rows = {'seed': SEED, 'steps': step, 'sample_rate': rate}, {}
   for name, path, prefix in (('training clip', TRAINING, ''), ('held-out clip', HELD_OUT, 'heldout_')):
-    audio, rate = audio_io.read(path)
-    sound, figures = measure(trained, audio, rate)
-    before, untrained_figures = measure(untrained, audio, rate)
+    audio, source_rate = audio_io.read(path)
+    audio = audio if source_rate == rate else audio_io.resample(audio, from_rate=source_rate, to_rate=rate)
+    before, figures_before = measure(began, audio, rate)
+    after, figures_after = measure(trained, audio, rate)
     report[name.replace(' ', '_').replace('-', '_')] = {
-        'clip': path.stem, 'trained': figures, 'untrained': untrained_figures}
-    audio_io.write(Path(workdir) / f'{prefix}original.wav', audio, rate)
-    audio_io.write(Path(workdir) / f'{prefix}reconstruction.wav', sound, rate)
-    ratio = figures['one_step']['ratio']
+        'clip': path.stem, 'before': figures_before, 'trained': figures_after}
+    for what, sound in (('original', audio), ('reconstruction', before), ('reconstruction_trained', after)):
+      audio_io.write(Path(workdir) / f'{prefix}{what}.wav', sound, rate)
+    told = lambda figures: f"(ratio {figures['one_step']['ratio']:.2f})"
     rows |= {f'{name}: {path.stem}': (audio, rate),
-             f'{name}: reconstruction (ratio {ratio:.2f})': (sound, rate),
-             f'{name}: by the untrained model': (before, rate)}
+             f'{name}: by the model in the box {told(figures_before)}': (before, rate),
+             f'{name}: after {step} steps on the clips {told(figures_after)}': (after, rate)}
   pictures.save(pictures.spectrograms(rows), Path(workdir) / 'comparison.png')
   temporary = Path(workdir) / 'report.json.part'
   temporary.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
   os.replace(temporary, Path(workdir) / 'report.json')
   for name in ('training_clip', 'held_out_clip'):
-    new, old = report[name]['trained'], report[name]['untrained']
-    print(f"{name.replace('_', ' '):14} ratio to shaped noise {new['one_step']['ratio']:.2f} "
-          f"(untrained {old['one_step']['ratio']:.2f}), change under swapped latents {new['swap']:.2f} "
-          f"(untrained {old['swap']:.2f}), saturated latents {new['latents']['saturated']:.1%}")
-  print(f'Listen to {workdir}/original.wav and {workdir}/reconstruction.wav, look at {workdir}/comparison.png; '
-        f'figures: {workdir}/report.json')
+    old, new = report[name]['before'], report[name]['trained']
+    print(f"{name.replace('_', ' '):14} ratio to shaped noise {old['one_step']['ratio']:.2f} -> "
+          f"{new['one_step']['ratio']:.2f}, change under swapped latents {old['swap']:.2f} -> {new['swap']:.2f}, "
+          f"saturated latents {new['latents']['saturated']:.1%}")
+  print(f'Listen to original.wav, reconstruction.wav (the model in the box) and reconstruction_trained.wav in {workdir},'
+        ' look at comparison.png; figures: report.json')
 
 
 if __name__ == '__main__':

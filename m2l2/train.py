@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
+from m2l2.codec import locate
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.data.sources import KINDS
 from m2l2.errors import UserError
@@ -276,11 +277,10 @@ def _make_workdir(workdir):
 
 def _with_weights_of(path, state, shardings):
   """The state with parameters and average from a snapshot; optimizer and step stay new."""
-  snapshot = load_snapshot(path)
+  snapshot = load_snapshot(locate(path))
   shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (snapshot.params, state.params)]
   if shapes[0] != shapes[1]:
-    raise UserError(
-      f'train.init_from={path} is of another model: its arrays do not fit this config')
+    raise UserError(f'train.init_from={path} is of another model: its arrays do not fit this config')
   logging.info('weights from step %d of %s', snapshot.step, path)
 
   def replace(state, new):  # a copy for the average, because the step donates both

@@ -127,6 +127,24 @@ def sweep_curves(report) -> Figure:
   return figure
 
 
+def rate_distortion(points, embedding: str) -> Figure:
+  """Distortion against numbers a second: ratio, log-mel L1 and, where it is known, the Frechet distance.
+
+  Args:
+    points: a mapping a rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
+  """
+  points = list(points)
+  curves = {name: [(p['numbers_per_second'], p[name]) for p in points] for name in ('ratio', 'mel_l1_db')}
+  curves[f'Frechet distance, {embedding}'] = [(p['numbers_per_second'], p['frechet'][embedding]['value'])
+                                               for p in points if embedding in p['frechet']]
+  figure, axes = _panels(columns=len(curves), height=3)
+  for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+    axis.plot(*zip(*curve) if curve else ((), ()), marker='.')
+    axis.set_title(name, fontsize=10)
+    axis.set_xlabel('numbers a second')
+  return figure
+
+
 def bars(table) -> Figure:
   """A panel a metric, a bar a row with its error.
 
