@@ -176,7 +176,9 @@ def debug(config):
   model.widths = tuple(8 * width // model.widths[0] for width in model.widths)
   model.blocks = tuple(1 for _ in model.blocks)
   model.layers, model.head_dim, model.registers, model.cond_dim = 2, model.widths[-1] // 2, 2, 16
+  model.linear_sketch = (32, 4) if model.linear_sketch else ()
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
+  train.envelope_bands = min(train.envelope_bands, 32)
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
   config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

@@ -74,8 +74,8 @@ def main(workdir):
     print(f"{name.replace('_', ' '):14} ratio to shaped noise {old['one_step']['ratio']:.2f} -> "
           f"{new['one_step']['ratio']:.2f}, change under swapped latents {old['swap']:.2f} -> {new['swap']:.2f}, "
           f"saturated latents {new['latents']['saturated']:.1%}")
-  print(f'Listen to original.wav, reconstruction.wav (the model in the box) and reconstruction_trained.wav in {workdir},'
-        ' look at comparison.png; figures: report.json')
+  print(f'Listen to original.wav, reconstruction.wav (by the model in the box) and reconstruction_trained.wav '
+        f'in {workdir}, look at comparison.png; figures: report.json')
 
 
 if __name__ == '__main__':

@@ -27,7 +27,9 @@ def ship(source, name: str, *, box: Path = BOX) -> Path:
     raise UserError(f'{name!r} cannot be the name of a model: use letters, digits and _')
   snapshot = load_snapshot(source)
   params = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), snapshot.params)
-  config = {**snapshot.config, 'data': {**snapshot.config['data'], 'root': ''}}  # a place of the machine it was made on
+  places = {'data': 'root', 'train': 'init_from', 'evaluate': 'root'}  # of the machine it was made on
+  config = snapshot.config | {part: {**snapshot.config[part], name: ''} for part, name in places.items()
+                              if part in snapshot.config}
   save_snapshot(box / name, params=params, config=config, step=snapshot.step, extra=snapshot.extra,
                 shard_bytes=SHARD_BYTES)
   return box / name

@@ -172,7 +172,7 @@ def shorten(z, keys, *, chance: float):
     length = jax.random.randint(length_key, z.shape[1:2], 1, z.shape[2] + 1)
     return jnp.where(jax.random.bernoulli(chance_key, chance, length.shape), length, z.shape[2])
 
-  kept = jnp.arange(z.shape[2]) < jax.vmap(keep)(keys)[..., None]
+  kept = jnp.arange(z.shape[2])[None, None] < jax.vmap(keep)(keys)[..., None]
   return jnp.where(kept[..., None], z, 0.0)
 
 
