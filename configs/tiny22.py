@@ -22,6 +22,7 @@ def get_config(arg=''):
   model.frames = 128
   model.shortcut_width = 16
   config.consistency.noise = 'signal'
+  config.consistency.refine = False    # two steps did not beat one on the tracks put aside
   model.linear_sketch = (192, 32)
   model.latent_norm = False            # the sketch begins with latents of RMS 0.4
 
