@@ -1,11 +1,11 @@
-"""What training on from the model in the box gained: sounds, spectrograms and figures of two clips.
+"""What a run gained over the weights it began with: sounds, spectrograms and figures of two clips.
 
     python launch/quickstart.py WORKDIR
 
-Writes, into the workdir: original.wav, reconstruction.wav (a training clip through the model that the run began with)
-and reconstruction_trained.wav (through what became of it); the same of the held-out clip with heldout_ before the name;
-comparison.png and report.json. Reconstructions are one step from sigma_max: decoding starts from pure noise, so all
-that is heard comes through the latents. Figures and sounds are at the model's own rate.
+Writes, into the workdir: original.wav, reconstruction.wav (a training clip through the weights that the run began with:
+train.init_from, else untrained ones) and reconstruction_trained.wav (through what became of them); the same of the
+held-out clip with heldout_ before the name; comparison.png and report.json. Reconstructions are one step from
+sigma_max: decoding starts from pure noise, so all that is heard comes through the latents. Figures and sounds are at the model's own rate.
 """
 
 import json
@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 import sys
 
+import jax
 import numpy as np
 
 from m2l2.codec import Codec, load
@@ -49,7 +50,9 @@ def main(workdir):
   fields = trained.config['train']
   if step < fields['steps']:
     raise UserError(f"training stopped at step {step} of {fields['steps']}: run the same command to go on")
-  began = load(fields['init_from'])
+  began = load(fields['init_from']) if fields['init_from'] else Codec(
+      config=trained.config, fingerprint='untrained',
+      params=trained.network.init(jax.random.key(trained.config['seed'])))
   rate = trained.native_rates[0]
   report, rows = {'seed': SEED, 'steps': step, 'sample_rate': rate}, {}
   for name, path, prefix in (('training clip', TRAINING, ''), ('held-out clip', HELD_OUT, 'heldout_')):
@@ -63,8 +66,8 @@ def main(workdir):
       audio_io.write(Path(workdir) / f'{prefix}{what}.wav', sound, rate)
     told = lambda figures: f"(ratio {figures['one_step']['ratio']:.2f})"
     rows |= {f'{name}: {path.stem}': (audio, rate),
-             f'{name}: by the model in the box {told(figures_before)}': (before, rate),
-             f'{name}: after {step} steps on the clips {told(figures_after)}': (after, rate)}
+             f'{name}: as it began {told(figures_before)}': (before, rate),
+             f'{name}: after {step} steps {told(figures_after)}': (after, rate)}
   pictures.save(pictures.spectrograms(rows), Path(workdir) / 'comparison.png')
   temporary = Path(workdir) / 'report.json.part'
   temporary.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
@@ -74,7 +77,7 @@ def main(workdir):
     print(f"{name.replace('_', ' '):14} ratio to shaped noise {old['one_step']['ratio']:.2f} -> "
           f"{new['one_step']['ratio']:.2f}, change under swapped latents {old['swap']:.2f} -> {new['swap']:.2f}, "
           f"saturated latents {new['latents']['saturated']:.1%}")
-  print(f'Listen to original.wav, reconstruction.wav (by the model in the box) and reconstruction_trained.wav '
+  print(f'Listen to original.wav, reconstruction.wav (as it began) and reconstruction_trained.wav '
         f'in {workdir}, look at comparison.png; figures: report.json')
 
 

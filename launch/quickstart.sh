@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to music through a model, and to a model trained further: makes .venv, installs m2l2, reconstructs a
-# shipped clip with `tiny`, the model in the box, then trains that on seven clips and shows what they gained. All is
+# shipped clip with `tiny`, the model in the box, then trains that on seven clips and shows what changed. All is
 # left in runs/quickstart. Run it again to go on where it stopped. Needs Python >= 3.11 and some 6 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
