@@ -5,7 +5,8 @@
 Writes, into the workdir: original.wav, reconstruction.wav (a training clip through the weights that the run began with:
 train.init_from, else untrained ones) and reconstruction_trained.wav (through what became of them); the same of the
 held-out clip with heldout_ before the name; comparison.png and report.json. Reconstructions are one step from
-sigma_max: decoding starts from pure noise, so all that is heard comes through the latents. Figures and sounds are at the model's own rate.
+sigma_max: decoding starts from pure noise, so all that is heard comes through the latents. Figures and sounds are at
+the model's own rate.
 """
 
 import json
