@@ -159,7 +159,7 @@ def bars(table) -> Figure:
     axis.barh(list(rows), [value['mean'] for value in rows.values()],
               xerr=[value['error'] or 0 for value in rows.values()], color='tab:blue', ecolor='0.3', capsize=2)
     axis.invert_yaxis()
-    axis.set_title(name, fontsize=10)
+    axis.set_title(name.replace('/', '/\n', 1), fontsize=9)
     axis.tick_params(labelsize=8)
   for axis in axes[len(names):]:
     axis.set_visible(False)
