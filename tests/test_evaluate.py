@@ -183,8 +183,8 @@ def test_visqol_equals_the_package(music):
           for audio in (reference, estimate))
   expected = api.measure_from_arrays(r, x, 48000).moslqo
   assert 1 < expected < 5
-  # Sums run in another order where arrays lie otherwise in memory: seldom the last digits differ.
-  assert visqol.visqol(reference, estimate, sample_rate=RATE) == pytest.approx(expected, rel=1e-6)
+  # The package gives the same pair other last digits at times (5e-15 seen between two calls).
+  assert visqol.visqol(reference, estimate, sample_rate=RATE) == pytest.approx(expected, rel=1e-9)
   with pytest.raises(UserError, match='visqol cannot measure'):
     visqol.visqol(reference[:, :9000], estimate[:, :9000], sample_rate=RATE)
 

@@ -402,7 +402,8 @@ def test_envelope_of_two_channels_and_of_silence():
   assert got[0] == got[1] > 1 and np.all(got[2:] == np.float32(.02))
 
 
-@pytest.mark.parametrize('bins, bands', [(512, 192), (512, 512), (64, 5), (7, 1), (1024, 128)])
+@pytest.mark.parametrize('bins, bands', [
+  (512, 192), (512, 512), (64, 5), (7, 1), (1024, 128), (1024, 1), (1024, 2), (512, 3)])
 def test_bands_widen_from_one_bin(bins, bands):
   edges = envelope.band_edges(bins, bands)
   widths = np.diff(edges)

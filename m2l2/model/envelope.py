@@ -52,10 +52,11 @@ def band_edges(bins: int, bands: int):
   Bands are a bin wide at the bottom and widen exponentially, as the ear's do (from some 100 Hz on: 'log', with a linear
   start); each is at least one bin.
   """
-  low, high = 0.0, 10.0 * bins  # of the rate r in (exp(r i / bands) - 1) / (exp(r / bands) - 1) = bins at i = bands
+  # The rate r at which bins (exp(r / bands) - 1) = exp(r) - 1; of two bands or more it is at most 2 ln(bins).
+  low, high = 0.0, 2 * math.log(bins) + 1
   for _ in range(100):
     rate = (low + high) / 2
-    low, high = (rate, high) if math.expm1(min(rate, 700)) < bins * math.expm1(rate / bands) else (low, rate)
+    low, high = (rate, high) if math.expm1(rate) < bins * math.expm1(rate / bands) else (low, rate)
   edges = [0]
   for i in range(1, bands + 1):
     ideal = round(bins * math.expm1(rate * i / bands) / math.expm1(rate)) if bands < bins else i
