@@ -162,7 +162,7 @@ def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypat
   assert '| random weights | mlp |' in said and '| majority | none | 0.500' in said
   assert (tmp_path / 'probe.png').read_bytes().startswith(b'\x89PNG')
   titles = [axis.get_title() for axis in pictures.bars(probes.bars(made)).axes if axis.get_visible()]
-  assert titles == ['notes/instrument, accuracy']
+  assert [title.replace('\n', '') for title in titles] == ['notes/instrument, accuracy']
 
 
 def test_random_weights_say_something_about_the_sound(place, quick_compilation):
