@@ -7,6 +7,7 @@
   --music=DIR        default data/music/heldout (launch/get_music.sh)
   --excerpts=FILE    default launch/excerpts/heldout.txt: 60 of --seconds=10
   --train=PLACE      music that the PCA is fitted on, as config.data.root has it
+  --beside=A,B       further models of the same sample rate, a row each: one step; such as what training began with
   --sigma-cond=A,B   noise put back on a chunk in two-step decoding: one step against two is told for each
   --workers=N        processes for the signal metrics
   --visqol-every=N   ViSQOL, seconds of computation for one of sound, takes each N-th excerpt (default 1; 0: none)
@@ -54,6 +55,7 @@ def parser():
   flags.add_argument('--seconds', type=float, default=10.0)
   flags.add_argument('--train', required=True)
   flags.add_argument('--output', type=Path, required=True)
+  flags.add_argument('--beside', type=lambda text: text.split(','), default=[])
   flags.add_argument('--sigma-cond', type=lambda text: [float(x) for x in text.split(',')], default=[.1, .3, .965, 3.])
   flags.add_argument('--workers', type=int, default=1)
   flags.add_argument('--visqol-every', type=int, default=1)
@@ -66,9 +68,15 @@ def run(argv) -> dict:
   codec = load(args.model)
   rate = codec.native_rates[0]
   sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  beside = {Path(name).name: load(name) for name in args.beside}
+  for name, other in beside.items():
+    if other.native_rates[0] != rate:
+      raise UserError(f'--beside: {name} works at {other.native_rates[0]} Hz, --model at {rate} Hz')
   args.output.mkdir(parents=True, exist_ok=True)
   latents = excerpts.encode(codec, sounds, rate)
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
+  systems |= {name: excerpts.decode(other, excerpts.encode(other, sounds, rate), refine=False)
+              for name, other in beside.items()}
 
   metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr']
   embed = remembering(make_embedder(EMBEDDING))

@@ -10,6 +10,8 @@
                      without it config.train.steps counts
   --music=DIR        where the excerpts' files are (default data/music/train)
   --excerpts=FILE    list of excerpts (default launch/excerpts/validation.txt), --seconds=6 each
+  --compare=A,B,...  trains nothing: draws TABLE/compare.png, what trials with config.evaluate.root came to on the way,
+                     against hours of audio and PFLOP
   --config...        as m2l2 train has it: what differs from the file is the trial's delta
 
 Train on what `m2l2 prepare --validation-fraction=0.08` made of the music: the excerpts of the default list are of
@@ -30,6 +32,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 import numpy as np
 
 from m2l2 import build, main as command, timing
@@ -48,7 +51,8 @@ COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_
 
 def parser():
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  flags.add_argument('--name', required=True)
+  flags.add_argument('--name')
+  flags.add_argument('--compare')
   flags.add_argument('--table', default='runs/learn')
   flags.add_argument('--cpu-seconds', type=float)
   flags.add_argument('--music', default='data/music/train')
@@ -62,6 +66,12 @@ def run(argv) -> dict:
   from m2l2.train import train
 
   args, rest = parser().parse_known_args(argv)
+  if args.compare:
+    target = Path(args.table) / 'compare.png'
+    pictures.save(pictures.learning_curves(curves(Path(args.table), args.compare.split(','))), target)
+    return {'picture': str(target)}
+  if not args.name:
+    raise UserError('--name=NAME is missing: the trial\'s')
   config = command.parse(['learn', *rest], required=('config',)).config
   workdir = Path(args.table) / args.name
   rate = build.native_rates(config.model)[0]
@@ -77,6 +87,22 @@ def run(argv) -> dict:
           **report(load(workdir), sounds, rate, workdir)}
   write(line, Path(args.table))
   return line
+
+
+def curves(table: Path, names) -> dict[str, list[dict]]:
+  """What the averaged weights of trials measured while they were trained, with its cost, for `learning_curves`."""
+  runs = {}
+  for name in names:
+    lines = pictures.read_metrics(table / name)
+    config = config_dict.ConfigDict(json.loads((table / name / 'config.json').read_text()))
+    measured = [line for line in lines if any(key.startswith('evaluate_ema/') for key in line)]
+    if not measured:
+      raise UserError(f'{table / name} was trained without config.evaluate.root: nothing to compare')
+    flops, hours = timing.model_flops(config), cost(config)['audio_h'] / config.train.steps
+    runs[name] = [{'hours': hours * line['step'], 'pflop': flops(line['step']) / 1e15, **{
+        key.removeprefix('evaluate_ema/'): line[key] for key in line if key.startswith('evaluate_ema/')}}
+                  for line in measured]
+  return runs
 
 
 def steps_within(config, cpu_seconds: float) -> int:

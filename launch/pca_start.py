@@ -87,7 +87,9 @@ def with_components(params, cells, whole):
   as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
   # What the networks add, to the latents and to the envelope, begins at nothing.
   head = jax.tree.map(jnp.zeros_like, params['decoder']['envelope']['head']['conv_out'])
-  shortcut = {name: x * (name not in ('mix', 'bias')) for name, x in params['encoder'].get('shortcut', {}).items()}
+  last = ('mix', 'bias', 'project')  # of a path beside the transformers, dense or pooled
+  shortcut = {name: jnp.zeros_like(x) if name in last else x
+              for name, x in params['encoder'].get('shortcut', {}).items()}
   others = {'shortcut': shortcut} if shortcut else {}
   return {**params, 'encoder': {**params['encoder'], **others, 'sketch': as_arrays(encoder)},
           'decoder': {**params['decoder'], 'sketch': as_arrays(decoder),

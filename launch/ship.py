@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Puts a trained model into the box: bfloat16, in files below 16 MB, under m2l2/assets/models/NAME.
 
-  python launch/ship.py runs/tiny tiny
+  python launch/ship.py runs/tiny tiny [--box=DIR]
 
-`m2l2.load(NAME)` finds it there. MODEL.md beside the weights (data, licences, cost, figures, limits) is written by
-hand and stays when the weights are replaced; without one this command says so.
+`m2l2.load(NAME)` finds it there; with --box it goes to DIR/NAME instead. MODEL.md beside the weights (data, licences,
+cost, figures, limits) is written by hand and stays when the weights are replaced; without one this command says so.
 """
 
+import argparse
 from pathlib import Path
 import sys
 
@@ -36,10 +37,13 @@ def ship(source, name: str, *, box: Path = BOX) -> Path:
 
 
 if __name__ == '__main__':
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('model', help='a snapshot, or the workdir of a run')
+  flags.add_argument('name')
+  flags.add_argument('--box', type=Path, default=BOX)
+  args = flags.parse_args()
   try:
-    if len(sys.argv) != 3:
-      raise UserError('usage: ship.py MODEL NAME')
-    place = ship(*sys.argv[1:])
+    place = ship(args.model, args.name, box=args.box)
     size = sum(file.stat().st_size for file in place.iterdir())
     print(f'{place}: {size / 1e6:.1f} MB' + ('' if (place / 'MODEL.md').is_file() else '; write MODEL.md beside it'))
   except UserError as error:

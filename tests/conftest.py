@@ -9,6 +9,7 @@ import os
 import random
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # also: nothing runs long, everything is compiled
 
 from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
 import jax  # noqa: E402
@@ -25,6 +26,14 @@ flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 def seeds():
   random.seed(0)
   np.random.seed(0)
+
+
+@pytest.fixture(scope='module')
+def full_optimization():
+  """For what computes longer than it compiles: networks of full size."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture

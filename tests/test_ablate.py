@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 from launch import ablate
 from m2l2.codec import Codec
 from m2l2.data import audio_io
@@ -15,13 +14,6 @@ from test_codec import latents_for, make_config, make_params, music
 
 CONFIG = 'configs/tiny.py:debug'
 SMALL = [f'--config.{name}={value}' for name, value in soak_resume.SMALL.items() if name != 'train.checkpoint_every']
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():

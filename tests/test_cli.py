@@ -23,13 +23,6 @@ from test_layering import ROOT
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-@pytest.fixture(scope='module', autouse=True)
 def compiled_once():
   """A model is compiled for once in a session."""
   patch = pytest.MonkeyPatch()

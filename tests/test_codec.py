@@ -79,14 +79,6 @@ def load_once(path):
   return _loaded(*key)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  """Nothing here runs long, everything is compiled."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def mono(tmp_path_factory):
   return load_once(make_snapshot(tmp_path_factory.mktemp('mono') / 'snapshot'))
@@ -199,7 +191,7 @@ def test_block_size_does_not_matter(mono, monkeypatch):
   audio = music(11 * 1024 + 77)
   encoded, decoded = {}, {}
   for size in (1, 3, 8):
-    monkeypatch.setattr(codec_lib, '_BLOCK_CHUNKS', size)
+    monkeypatch.setattr(codec_lib, '_block_chunks', lambda: size)
     encoded[size] = mono.encode(audio, 44100)
     decoded[size] = mono.decode(encoded[8 if size == 8 else 1], seed=3)
   for size in (3, 8):
@@ -447,7 +439,7 @@ def test_decoding_is_codicodecs(ancestor, mode, steps):
 def test_block_size_does_not_matter_to_parallel_decoding(mono, monkeypatch, size):
   latents = latents_for(mono, chunks=11)
   expected = mono.decode(latents, mode='parallel', steps=2)
-  monkeypatch.setattr(codec_lib, '_BLOCK_CHUNKS', size)
+  monkeypatch.setattr(codec_lib, '_block_chunks', lambda: size)
   np.testing.assert_allclose(mono.decode(latents, mode='parallel', steps=2), expected, atol=1e-5)
 
 

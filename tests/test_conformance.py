@@ -8,6 +8,8 @@ import numpy as np
 import port
 import pytest
 
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
 
 @pytest.fixture(scope='module', params=kit.SEEDS)
 def seed(request):

@@ -7,7 +7,6 @@ import shutil
 import sys
 import types
 
-import jax
 import numpy as np
 import pytest
 import soundfile
@@ -36,13 +35,6 @@ def music():
 def noisy(audio, amount=.5, seed=0):
   noise = np.random.default_rng(seed).standard_normal(audio.shape)
   return (audio + amount * audio.std() * noise).astype(np.float32)
-
-
-@pytest.fixture
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def late(audio, samples):
@@ -262,7 +254,7 @@ def test_identical_folders(folders, tmp_path):
   assert distance['value'] <= 1e-3 and distance['bootstrap_sd'] is None
 
 
-def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch, quick_compilation):
+def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch):
   monkeypatch.setattr(codec, 'load', load_once)
   reference = tmp_path / 'short'
   write(reference / 'a.flac', music[0][:, :RATE // 2])

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from launch import held_out, learn, pca_start, ship
-from m2l2 import codec
+from m2l2 import build, codec
+from m2l2.configs import tiny
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import baselines, excerpts, pairs
+from m2l2.evaluation import baselines, excerpts, pairs, pictures
 from m2l2.latents import Latents
 from m2l2.model import envelope
 
@@ -26,13 +27,6 @@ def tones(seconds, *, rate=RATE, seed=0):
   phase = 2 * np.pi * np.cumsum(hz) / rate
   audio = sum(.1 / k * np.sin(k * phase) for k in (1, 2, 3)) + 1e-3 * rng.standard_normal(len(t))
   return audio[None].astype(np.float32)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')
@@ -174,15 +168,45 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
 
   monkeypatch.setattr(held_out, 'CROPS', 40)
   output = tmp_path / 'held_out'
-  report = held_out.run([*listed, f'--model={place}', f'--train={music}', f'--output={output}', '--sigma-cond=0.5'])
+  report = held_out.run([*listed, f'--model={place}', f'--train={music}', f'--output={output}', '--sigma-cond=0.5',
+                         f'--beside={tmp_path}/table/one'])
   assert report['systems']['the excerpt itself']['metrics']['mel_l1_db']['mean'] == 0
   assert report['systems']['noise with the mean spectrum']['metrics']['ratio']['mean'] == pytest.approx(1, abs=.1)
+  beside, boxed = (report['systems'][name]['metrics']['ratio']['mean'] for name in ('one', 'm2l2, one step'))
+  assert beside == pytest.approx(boxed, rel=.02) and beside != boxed  # the same weights before they were rounded
   assert set(report['steps']) == {'one step', '0.5'} and (output / 'rates.png').is_file()
   assert report['rates'][2]['ratio'] == report['systems']['m2l2, one step']['metrics']['ratio']['mean']
   assert report['rates'][1]['ratio'] != report['rates'][2]['ratio']
   stored = json.loads((output / 'report.json').read_text())
   assert stored['systems'] == report['systems'] and list(stored['rates']) == [str(n) for n in (1, 2)]
   assert (output / 'table.md').read_text() == held_out.markdown(report) and (output / 'swapped.png').is_file()
+
+
+def test_trials_are_compared_at_their_cost(tmp_path, capsys):
+  config = tiny.get_config('debug')
+  for name, ratios in (('one', (.9, .8)), ('two', (1., .7))):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'config.json').write_text(json.dumps(config.to_dict()))
+    lines = [{'step': 1, 'loss': 3.}, *({'step': 4 * (i + 1), 'evaluate_ema/ratio': ratio, 'evaluate/ratio': 9.}
+                                        for i, ratio in enumerate(ratios))]
+    (tmp_path / name / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  (tmp_path / 'plain').mkdir()
+  (tmp_path / 'plain' / 'config.json').write_text('{}')
+  (tmp_path / 'plain' / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
+  runs = learn.curves(tmp_path, ['one', 'two'])
+  assert [[point['ratio'] for point in points] for points in runs.values()] == [[.9, .8], [1., .7]]
+  first, second = runs['one']  # 4 of 8 steps are head start, which costs less; audio is audio
+  crop = build.step_functions(config).crop_samples / 44100
+  assert second['hours'] == 2 * first['hours'] == pytest.approx(8 * config.train.batch_size * crop / 3600)
+  assert second['pflop'] > 2.2 * first['pflop'] > 0
+  assert learn.run([f'--table={tmp_path}', '--compare=one,two']) == {'picture': str(tmp_path / 'compare.png')}
+  assert (tmp_path / 'compare.png').stat().st_size > 10_000
+  figure = pictures.learning_curves(runs)
+  assert [[line.get_ydata().tolist() for line in axis.lines] for axis in figure.axes] == 2 * [[[.9, .8], [1., .7]]]
+  with pytest.raises(UserError, match='trained without config.evaluate.root'):
+    learn.run([f'--table={tmp_path}', '--compare=plain'])
+  with pytest.raises(UserError, match='--name=NAME is missing'):
+    learn.run(['--config=tiny.py'])
 
 
 def test_principal_components_to_begin_with(music, tmp_path):

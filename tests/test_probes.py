@@ -105,13 +105,6 @@ def place(tmp_path_factory):
   return root
 
 
-@pytest.fixture
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def test_a_table_is_read(place):
   music = tasks.read(str(place / 'notes'))
   assert music.name == 'notes' and len(music.paths) == 24 and list(music.labels) == ['instrument', 'key', 'tags']
@@ -141,7 +134,7 @@ def test_a_bad_table_is_one_line(tmp_path, table, message):
     tasks.read(str(tmp_path / 'none'))
 
 
-def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypatch, capsys, quick_compilation):
+def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(codec_lib, 'load', load_once)
   monkeypatch.setattr(probes, 'EPOCHS', 15)
   whole = tasks.read_table  # one task is as good as three, and quicker
@@ -165,7 +158,7 @@ def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypat
   assert [title.replace('\n', '') for title in titles] == ['notes/instrument, accuracy']
 
 
-def test_random_weights_say_something_about_the_sound(place, quick_compilation):
+def test_random_weights_say_something_about_the_sound(place):
   codec = load_once(place / 'model')
   random = probes.untrained(codec)
   assert all(np.any(leaf) for leaf, name in zip(jax.tree.leaves(random.params), jax.tree.leaves(

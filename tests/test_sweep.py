@@ -4,7 +4,6 @@ import json
 import re
 import types
 
-import jax
 from m2l2 import cli, codec as codec_lib
 from m2l2.data import audio_io
 from m2l2.errors import UserError
@@ -115,14 +114,7 @@ def test_excerpts_are_the_middles_of_files_evenly_spaced(tmp_path):
 
 
 @pytest.fixture
-def quick_compilation():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch, quick_compilation):
+def place(tmp_path, monkeypatch):
   monkeypatch.setattr(codec_lib, 'load', load_once)
   make_snapshot(tmp_path / 'run' / 'snapshot')
   (tmp_path / 'music').mkdir()

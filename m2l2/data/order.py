@@ -1,4 +1,4 @@
-"""Random words, and which item of which source the sample at a global index takes.
+"""Random words, which split a file is in, and which item of which source the sample at a global index takes.
 
 Random numbers are raw 64-bit words of Philox, a counter-based generator. Its words are fixed by
 definition, so the order of samples outlives versions of NumPy and of Grain.
@@ -7,6 +7,7 @@ definition, so the order of samples outlives versions of NumPy and of Grain.
 import bisect
 import dataclasses
 import functools
+import hashlib
 import itertools
 import threading
 
@@ -14,6 +15,19 @@ import numpy as np
 
 # The third word of the counter keeps the words of different purposes apart.
 _DRAWS, _SHUFFLE, _BLOCK, _PARTNER_DRAWS, _PARTNER = range(5)
+
+SPLITS = ('train', 'validation')
+
+
+def split_of(name: str, validation_fraction: float) -> str:
+  """A file's split: of its name alone, so files that come or go move no other."""
+  return SPLITS[digest('split', name) < validation_fraction * 2**64]
+
+
+def digest(purpose: str, name: str) -> int:
+  """64 bits of a name, others for each purpose."""
+  text = f'{purpose}\0{name}'.encode('utf-8', 'surrogateescape')
+  return int.from_bytes(hashlib.sha256(text).digest()[:8], 'big')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,13 +42,13 @@ import tqdm
 from m2l2.data import segments, sources
 from m2l2.data.audio_io import shown
 from m2l2.data.decoder import Decoder, FileFault
+from m2l2.data.order import digest, split_of, SPLITS
 from m2l2.errors import UserError
 
 FORMAT = 1
 NAME = 'audio'  # of the dataset, as TFDS says it
 WORK = '.prepare'
 MANIFEST, REPORT, JOB = 'manifest.json', 'report.json', f'{WORK}/job.json'
-SPLITS = ('train', 'validation')
 
 _HEAD_BYTES = 2**22  # of a remote file, for the probe
 _SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the bytes that are there
@@ -284,17 +284,12 @@ def _duplicates(hashed) -> dict:
   return found
 
 
-def split_of(name: str, validation_fraction: float) -> str:
-  """A file's split: of its name alone, so files that come or go move no other."""
-  return SPLITS[_digest('split', name) < validation_fraction * 2**64]
-
-
 def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
   """Files with their seconds -> work items, one a shard: files in an order by hash, cut in about equal parts."""
   shards = []
   for split in SPLITS:
     names = sorted((n for n in weights if split_of(n, options.validation_fraction) == split),
-                   key=lambda n: (_digest('order', n), n))
+                   key=lambda n: (digest('order', n), n))
     total = sum(weights[name] for name in names)
     count = max(1, round(total / (60 * options.shard_minutes)))
     parts, passed = {}, 0.
@@ -309,16 +304,11 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
   return shards
 
 
-def _digest(purpose: str, name: str) -> int:
-  text = f'{purpose}\0{name}'.encode('utf-8', 'surrogateescape')
-  return int.from_bytes(hashlib.sha256(text).digest()[:8], 'big')
-
-
 def _fingerprint(names, sizes) -> str:
-  digest = hashlib.sha256()
+  found = hashlib.sha256()
   for name, size in zip(names, sizes):
-    digest.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
-  return digest.hexdigest()[:16]
+    found.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
+  return found.hexdigest()[:16]
 
 
 # ---- one work item -------------------------------------------------------------------------------

@@ -127,6 +127,24 @@ def sweep_curves(report) -> Figure:
   return figure
 
 
+def learning_curves(runs) -> Figure:
+  """What runs came to, against what they had cost: above over hours of audio seen, below over PFLOP.
+
+  Args:
+    runs: {name: [{'hours': x, 'pflop': y, metric: value, ...}, ...]}, in order; all have the same metrics.
+  """
+  names = [name for name in next(iter(runs.values()))[0] if name not in ('hours', 'pflop')]
+  figure, axes = _panels(rows=2, columns=len(names), height=2.6)
+  for row, (cost, unit) in enumerate((('hours', 'hours of audio'), ('pflop', 'PFLOP'))):
+    for axis, name in zip(axes[row * len(names):], names):
+      for label, points in runs.items():
+        axis.plot([point[cost] for point in points], [point[name] for point in points], marker='.', label=label)
+      axis.set_title(name, fontsize=10)
+      axis.set_xlabel(unit)
+  axes[0].legend(fontsize=8)
+  return figure
+
+
 def rate_distortion(points, embedding: str) -> Figure:
   """Distortion against numbers a second: ratio, log-mel L1 and, where it is known, the Frechet distance.
 

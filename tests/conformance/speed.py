@@ -1,6 +1,6 @@
 """m2l2 against the original package, in turn: seconds to encode and to decode the same stereo file, and peak memory.
 
-    python tests/conformance/speed.py --seconds=30 --rounds=3
+    python tests/conformance/speed.py --seconds=30 --rounds=3 [--calls=encode]
 
 Same made-up weights, float32, `--threads` threads. Each side is a process of its own that lives through all rounds,
 warmed up on a short file; it works only when asked. The original: encode; decode in parallel mode, 4 steps; decode
@@ -59,11 +59,11 @@ def ours():
          'autoregressive': lambda sound: codec.decode(held['latents'], steps=1, refine=True)}
 
 
-def serve(side, seconds):
+def serve(side, seconds, names):
   """Does what the lines on standard input name; answers with seconds, at the end with the peak in MiB."""
   (calls,) = {'theirs': theirs, 'ours': ours}[side]()
   replies, sys.stdout = sys.stdout, sys.stderr
-  for name in CALLS:  # 13 chunks make the shapes that longer files have; the original compiles nothing
+  for name in dict.fromkeys(('encode', *names)):  # 13 chunks make all shapes; the original compiles nothing
     calls[name](audio(9.5 if side == 'ours' else 1.5))
   print('ready', file=replies, flush=True)
   sound = audio(seconds)
@@ -83,12 +83,12 @@ def main():
   parser.add_argument('--side', choices=('ours', 'theirs'), help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.side:
-    return serve(args.side, args.seconds)
+    return serve(args.side, args.seconds, args.calls.split(','))
   sides, seconds = {}, {side: {name: [] for name in args.calls.split(',')} for side in ('theirs', 'ours')}
   for side in seconds:
     sides[side] = subprocess.Popen(
-        [sys.executable, __file__, f'--side={side}', f'--seconds={args.seconds}'], text=True, bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, __file__, f'--side={side}', f'--seconds={args.seconds}', f'--calls={args.calls}'],
+        text=True, bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         env={**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'JAX_PLATFORMS': 'cpu'})
     assert sides[side].stdout.readline() == 'ready\n'
   for _ in range(args.rounds):

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# `small` from hours of music that fit in 40 MB: packs them (launch/pack.py), begins at the music's principal components
+# (launch/pca_start.py), trains, and writes the averaged weights in bfloat16, in files below 16 MB, to WORKDIR/box. Run
+# it again to go on where it stopped; what is there already is not made again.
+#   ./launch/train_small.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
+#     --music=DIR       (data/music/train, which launch/get_music.sh makes; not needed where the pack is)
+#     --pack=DIR        (data/pack)
+#     --config=FILE     (configs/small.py)
+#     --workdir=DIR     (runs/small)
+#     --minutes=M       trains for so long at most, saves, writes the box; the next call goes on (default: to the end)
+#     --python=PROGRAM  one that has m2l2 (default: makes .venv)
+#     --dry-run         prints the commands
+# For one GPU. m2l2.load('WORKDIR/box/small') takes the result, --checkpoint=WORKDIR/box/small too.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+music=data/music/train pack=data/pack config=configs/small.py workdir=runs/small minutes='' python='' dry_run='' crops=5000
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit ;;
+    --music=*) music=${1#*=} ;;
+    --pack=*) pack=${1#*=} ;;
+    --config=*) config=${1#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --minutes=*) minutes=${1#*=} ;;
+    --python=*) python=${1#*=} ;;
+    --crops=*) crops=${1#*=} ;;  # that the start is fitted on; for a quick look
+    --dry-run) dry_run=1 ;;
+    --) shift; break ;;
+    *) give_up "does not know $1 (try --help)" ;;
+  esac
+  shift
+done
+[[ $minutes =~ ^([1-9][0-9]*)?$ ]] || give_up "--minutes=$minutes must be a whole number of minutes"
+
+do_it() { if [ -n "$dry_run" ]; then printf '%s\n' "${*@Q}"; else "$@"; fi; }
+
+if [ -z "$python" ]; then
+  python=.venv/bin/python
+  [ -n "$dry_run" ] || make_environment .venv train
+fi
+if [ ! -e "$pack/pack.json" ]; then
+  [ -n "$dry_run" ] || [ -d "$music" ] || give_up "neither $pack nor $music is there: run ./launch/get_music.sh first"
+  do_it "$python" launch/pack.py --input="$music" --output="$pack" --shares="$(
+    [ ! -d "$music/warzone2100-music" ] || printf warzone2100-music=0.5)"  # its 48 kbit/s are heard
+fi
+if [ ! -e "$workdir/start/config.json" ]; then
+  do_it "$python" launch/pca_start.py --config="$config" --config.data.root="$pack" --output="$workdir/start" \
+    --crops="$crops" "$@"
+fi
+limit=()
+[ -z "$minutes" ] || limit=(timeout --preserve-status --signal=TERM "${minutes}m")
+stopped=75 code=0
+do_it ${limit[@]+"${limit[@]}"} "$python" -m m2l2.main --config="$config" --config.data.root="$pack" \
+  --config.train.init_from="$workdir/start" --workdir="$workdir" --stopped_exit_code=$stopped "$@" || code=$?
+[ $code = 0 ] || [ $code = $stopped ] || exit $code
+do_it "$python" launch/ship.py "$workdir" small --box="$workdir/box"
+[ $code = 0 ] || say 'not at the end yet: run the same command to go on'
