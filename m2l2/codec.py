@@ -7,8 +7,10 @@ Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 from importlib import resources
 import os
+import types
 
 import jax
 import jax.numpy as jnp
@@ -82,41 +84,7 @@ class Codec:
     _check_params(params, expected)
     self.params = jax.device_put(params)
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
-    self.compile()
-
-  def compile(self):
-    """The jitted functions, each compiled when a shape first comes: two for encoding, three for decoding.
-
-    `source` is a seed (uint32) or the noise itself, of the chunks that the call needs.
-    """
-    sampler = self.sampler
-
-    def noise(source, first, count, roles):
-      if source.ndim:
-        return source
-      return sampler.noise(jax.random.key(source), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
-
-    def start(params, z, source, *, sigmas, refine):
-      return sampler.start(params, z, noise(source, 0, 1, len(sigmas) + 1)[0], sigmas=sigmas, refine=refine)
-
-    def advance(params, state, z, source, first, count, chunks, sigma_cond, *, sigmas, refine):
-      eps = noise(source, first - 1, z.shape[1] + 1, len(sigmas) + 1)
-      return sampler.advance(params, state, z, first, count, chunks, eps, sigma_cond, sigmas=sigmas, refine=refine)
-
-    def finish(params, state, source, last, chunks, sigma_cond, *, sigmas):
-      eps = noise(source, last, 1, len(sigmas) + 1)[0, REFINE]
-      return sampler.finish(params, state, eps, sigma_cond, last < chunks)
-
-    def parallel_block(params, state, z, source, first, chunks, *, sigmas):
-      lag = len(sigmas) - 1
-      eps = noise(source, first - lag, z.shape[1] + lag, len(sigmas) + 1)
-      return sampler.parallel_block(params, state, z, first, chunks, eps, sigmas=sigmas)
-
-    self._encode_block = jax.jit(self.encode_fn)
-    self._start = jax.jit(start, static_argnames=('sigmas', 'refine'))
-    self._advance = jax.jit(advance, static_argnames=('sigmas', 'refine'))
-    self._finish = jax.jit(finish, static_argnames='sigmas')
-    self._parallel_block = jax.jit(parallel_block, static_argnames='sigmas')
+    self._programs = compiled_programs(self.sampler, self._bottleneck)
 
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
@@ -207,7 +175,7 @@ class Codec:
   def _encode_window(self, window):
     """-> z float32 [streams, chunks, K, d] on the device."""
     streams = encoding.to_streams(window.audio, channels=self.representation.channels)
-    return self._encode_block(self.params, streams, np.int32(window.frames))
+    return self._programs.encode_block(self.params, streams, np.int32(window.frames))
 
   # Decoding.
 
@@ -497,19 +465,19 @@ class Codec:
     first = next(blocks, None)
     if first is None:
       return
-    audio, state = self._start(self.params, first[:, 0], draw(0, 1), **how)
+    audio, state = self._programs.start(self.params, first[:, 0], draw(0, 1), **how)
     yield audio
     position = 1
     for z in blocks:
       count = z.shape[1]
       z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
-      audio, state = self._advance(self.params, state, z, draw(position - 1, width + 1), np.int32(position),
-                                   np.int32(count), chunks, sigma_cond, **how)
+      audio, state = self._programs.advance(self.params, state, z, draw(position - 1, width + 1), np.int32(position),
+                                            np.int32(count), chunks, sigma_cond, **how)
       yield output.Blocks(audio, count)
       position += count
     if refine:
-      yield self._finish(self.params, state, draw(position - 1, 1), np.int32(position - 1), chunks, sigma_cond,
-                         sigmas=sigmas)
+      yield self._programs.finish(self.params, state, draw(position - 1, 1), np.int32(position - 1), chunks, sigma_cond,
+                                  sigmas=sigmas)
     else:
       yield state['tail']
 
@@ -524,10 +492,51 @@ class Codec:
     for start in range(0, longest + lag, width):
       block = z[:, start:start + width]
       block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
-      audio, state = self._parallel_block(self.params, state, block, draw(start - lag, width + lag), np.int32(start),
-                                          chunks, sigmas=sigmas)
+      audio, state = self._programs.parallel_block(
+          self.params, state, block, draw(start - lag, width + lag), np.int32(start), chunks, sigmas=sigmas)
       yield output.Blocks(audio, skip=max(lag - start, 0) * rep.chunk_samples)  # what lies before chunk 0
     yield state['tail']
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
+  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, four for decoding.
+
+  Models that differ in their weights alone, as those of one run, share them. `source` is a seed (uint32) or the noise
+  itself, of the chunks that the call needs.
+  """
+
+  def noise(source, first, count, roles):
+    if source.ndim:
+      return source
+    return sampler.noise(jax.random.key(source), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
+
+  def start(params, z, source, *, sigmas, refine):
+    return sampler.start(params, z, noise(source, 0, 1, len(sigmas) + 1)[0], sigmas=sigmas, refine=refine)
+
+  def advance(params, state, z, source, first, count, chunks, sigma_cond, *, sigmas, refine):
+    eps = noise(source, first - 1, z.shape[1] + 1, len(sigmas) + 1)
+    return sampler.advance(params, state, z, first, count, chunks, eps, sigma_cond, sigmas=sigmas, refine=refine)
+
+  def finish(params, state, source, last, chunks, sigma_cond, *, sigmas):
+    eps = noise(source, last, 1, len(sigmas) + 1)[0, REFINE]
+    return sampler.finish(params, state, eps, sigma_cond, last < chunks)
+
+  def parallel_block(params, state, z, source, first, chunks, *, sigmas):
+    lag = len(sigmas) - 1
+    eps = noise(source, first - lag, z.shape[1] + lag, len(sigmas) + 1)
+    return sampler.parallel_block(params, state, z, first, chunks, eps, sigmas=sigmas)
+
+  def encode_block(params, audio, frames):
+    return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
+                                  network=sampler.network, bottleneck=bottleneck)
+
+  return types.SimpleNamespace(
+      encode_block=jax.jit(encode_block),
+      start=jax.jit(start, static_argnames=('sigmas', 'refine')),
+      advance=jax.jit(advance, static_argnames=('sigmas', 'refine')),
+      finish=jax.jit(finish, static_argnames='sigmas'),
+      parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
 
 
 def _block_chunks() -> int:

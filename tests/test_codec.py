@@ -184,6 +184,17 @@ def test_channels_through_a_stereo_model(stereo):
   np.testing.assert_allclose(stereo.decode(one)[0], stereo.decode(doubled).mean(axis=0), atol=1e-6)
 
 
+def test_models_that_differ_in_their_weights_share_what_is_compiled(mono, tmp_path):
+  audio = music(3 * 1024)
+  mono.decode(mono.encode(audio, 44100))
+  other = codec_lib.load(make_snapshot(tmp_path / 'other', seed=1))
+  compiled = lambda: sum(program._cache_size() for program in vars(other._programs).values())
+  before = compiled()
+  made = other.decode(other.encode(audio, 44100))
+  assert compiled() == before > 0
+  assert np.linalg.norm(made - mono.decode(mono.encode(audio, 44100))) > .1 * np.linalg.norm(made)
+
+
 # ---- how the work is cut does not matter ---------------------------------------------------------
 
 
@@ -623,7 +634,7 @@ def perfect(words='debug', **changes):
       decode=lambda params, z: 64 * z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
   codec._bottleneck = lambda pre: pre
   codec.sampler = Perfect(representation=rep, network=codec.network, consistency=codec.consistency)
-  codec.compile()
+  codec._programs = codec_lib.compiled_programs(codec.sampler, codec._bottleneck)
   return codec
 
 

@@ -6,6 +6,7 @@ checkpoints ever see.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 
 from flax import nnx
@@ -175,7 +176,7 @@ class Autoencoder(nnx.Module):
                              **shared)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
   """The autoencoder as pure functions of `params`, a nested dict of float32 arrays.
 
@@ -193,6 +194,7 @@ class Network:
   init_names: dict
 
 
+@functools.lru_cache(maxsize=8)  # equal networks are one: what was compiled for it serves again
 def make_network(arch: Architecture) -> Network:
   """Shapes are traced once; nothing is allocated."""
   def build(key):
