@@ -5,7 +5,9 @@ Tests of pure maths also ask for strict dtypes, with this line below their impor
 Tests that run optax cannot: it multiplies Python floats with integer step counts.
 """
 
+import gc
 import os
+from pathlib import Path
 import random
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
@@ -21,11 +23,30 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 
+MAPPINGS = 20_000
+
 
 @pytest.fixture(autouse=True)
 def seeds():
   random.seed(0)
   np.random.seed(0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def mappings():
+  """Drops compiled programs when a file of tests has left many.
+
+  Each takes some of the 65,530 mappings that Linux lets a process have, and where none is left XLA crashes. Later files
+  find the longer ones in the cache on disk.
+  """
+  yield
+  try:
+    count = len(Path('/proc/self/maps').read_bytes().splitlines())
+  except OSError:  # not Linux
+    return
+  if count > MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='module')
