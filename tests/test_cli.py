@@ -450,6 +450,13 @@ def test_help_is_immediate():
   assert time.monotonic() - start < 10  # 0.1 s on a machine of one's own
 
 
+def test_warnings_are_one_line_each():
+  code = ('from m2l2 import cli; from absl import logging; cli._quiet_libraries(); '
+          'logging.warning("so"); logging.info("no")')
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stderr == 'm2l2: so\n'
+
+
 def test_no_device_is_told(models, song, folder):
   done = program('encode', song(), folder / 'a.safetensors', f'--checkpoint={models / "mono"}',
                  JAX_PLATFORMS='marsrover')
