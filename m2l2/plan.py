@@ -148,24 +148,25 @@ def _largest_batch(config, mesh, unit, say):
 
 
 def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
-  """The multiple to try next, given {multiple: bytes of temporaries} and the smallest that did not fit.
+  """The multiple to try next, given {multiple: bytes of temporaries}, the bytes there are for them, and the smallest
+  multiple that did not fit.
 
-  None when the largest that fits is known to within an eighth.
+  None when the largest that fits is known to within an eighth: a compilation takes minutes.
   """
   if not known:
     return limit // 2 or None
   low = max(known)
   if limit is not None and limit - low <= max(1, low // 8):
     return None
-  if len(known) == 1:
-    predicted = 2 * low
+  if len(known) == 1:  # a part does not grow with the batch, so this is too few rather than too many
+    predicted = max(low + 1, int(low * 0.97 * hbm / known[low]))
   else:
-    first, last = min(known), low
-    slope = max(1.0, (known[last] - known[first]) / (last - first))
-    predicted = int(last + (0.97 * hbm - known[last]) / slope)
+    first = min(known)
+    slope = max(1.0, (known[low] - known[first]) / (low - first))
+    predicted = int(low + (0.97 * hbm - known[low]) / slope)
   if limit is not None:
-    predicted = min(predicted, limit - 1) if predicted > low else (low + limit) // 2
-  return predicted if predicted > low else None
+    return min(predicted, limit - 1) if predicted > low else (low + limit) // 2
+  return predicted if predicted - low > low // 8 else None
 
 
 def _hbm(mesh) -> int:

@@ -14,6 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from m2l2.kernels.convolution import convolve
 from m2l2.model import packing
 
 
@@ -85,8 +86,7 @@ class Conv3x3(nnx.Module):
     if pack != packing.PLAIN:
       kernel = packing.packed_kernel(kernel, pack, aligned=aligned)
     padding = [(0, 0) if inward and p > 1 else (1, 1) for p in pack]
-    return self._add_bias(product(jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))))
+    return self._add_bias(product(convolve(x, kernel.astype(x.dtype), padding)))
 
   def enter(self, x, pack):
     if pack == packing.PLAIN:
