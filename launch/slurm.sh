@@ -50,7 +50,8 @@ for number in nodes gpus cpus notice attempts; do require '[1-9][0-9]*' "--$numb
 read_train_flags "$@"
 [ -z "$bucket" ] || give_up "gs://$bucket is not mounted by this script: give paths that all nodes share"
 
-step=(srun --kill-on-bad-exit=1 --gpu-bind=none)  # jax picks the GPU itself, by SLURM_LOCALID
+# jax picks the GPU itself, by SLURM_LOCALID; some Slurms (22.05 to 23.02) do not hand the job's CPUs on to its steps.
+step=(srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="$cpus")
 if [ -n "$image" ]; then
   step+=(--container-image="$image" ${mounts:+"--container-mounts=$mounts"})
   python=python

@@ -20,7 +20,12 @@ setup() {
 }
 
 mount_bucket() {
-  mountpoint -q "$mount_point" && return
+  if mountpoint -q "$mount_point"; then
+    local mounted
+    mounted=$(findmnt --noheadings --output SOURCE "$mount_point")
+    [ "$mounted" != "$1" ] || return 0
+    give_up "$mount_point holds gs://$mounted, this run asks for gs://$1: unmount it, take its line out of /etc/fstab"
+  fi
   command -v gcsfuse >/dev/null || sudo apt-get install -y gcsfuse >/dev/null ||
     give_up 'no gcsfuse on this image, and apt does not know it: install it and run this again'
   sudo mkdir -p "$mount_point"

@@ -12,7 +12,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from m2l2 import build, chips, hlo, sharding, timing
 from m2l2.errors import UserError
@@ -56,7 +55,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   config.mesh.preset = preset or config.mesh.preset
   if config.model.tile == 'auto':
     config.model.tile = str(chip.matrix_unit)
-  mesh = _mesh(config, devices)
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
   unit = sharding.batch_shards(mesh) * config.train.accumulate
   # A batch of the paper's size does not divide over a pod: one crop a chip then.
   config.train.batch_size = batch or -(-config.train.batch_size // unit) * unit
@@ -191,14 +190,6 @@ def _topology(name):
     raise UserError(f'--topology={name} is no TPU topology ({_first_line(error)})') from error
   devices = list(topology.devices)
   return chips.find_chip(devices[0].device_kind) or chips.BY_NAME[kind], devices
-
-
-def _mesh(config, devices):
-  from jax.experimental import mesh_utils
-  sizes = sharding.mesh_sizes(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor,
-                              count=len(devices))
-  grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  return jax.sharding.Mesh(np.asarray(grid), sharding.MESH_AXES)
 
 
 def _first_line(error) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from m2l2.errors import UserError
@@ -50,19 +51,39 @@ class Placement:
 
 
 def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
-  """A mesh with the axes ('data', 'fsdp', 'tensor'), all of type Auto.
+  """A mesh with the axes ('data', 'fsdp', 'tensor'), all of type Auto, laid along the network of the devices.
+
+  Slices (of TPUs, or nodes of GPUs), between which the network is slower, lie along 'data' as far as that divides.
 
   Args:
     data, fsdp, tensor: sizes; one of them may be -1 and takes what is left.
     devices: all devices by default.
 
   Raises:
-    UserError: the sizes do not multiply to the number of devices.
+    UserError: the sizes do not multiply to the number of devices, or cannot be laid over its slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = mesh_sizes(data=data, fsdp=fsdp, tensor=tensor, count=len(devices))
-  return jax.make_mesh(
-    sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices > 1:
+    between = split_over_slices(sizes, slices)
+    inside = tuple(size // count for size, count in zip(sizes, between))
+    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def split_over_slices(sizes, slices: int) -> tuple[int, ...]:
+  """Into how many parts each axis of a mesh is cut between slices: the first as far as it divides, then the next."""
+  left, parts = slices, []
+  for size in sizes:
+    parts.append(math.gcd(size, left))
+    left //= parts[-1]
+  if left > 1:
+    raise UserError(f'a mesh of {" x ".join(map(str, sizes))} devices cannot be laid over {slices} slices: make '
+                    f'mesh.data a multiple of {slices}')
+  return tuple(parts)
 
 
 def mesh_sizes(*, data, fsdp, tensor, count) -> tuple[int, int, int]:
@@ -169,28 +190,48 @@ def batch_shards(mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def batch_block(mesh) -> tuple[int, int]:
-  """(h, H): this process feeds rows h*B/H .. (h+1)*B/H of the global batch.
+def batch_blocks(mesh) -> tuple[tuple[int, ...], int]:
+  """(h, H): of the global batch in H equal blocks of rows this process feeds those numbered h, in that order.
 
-  Usually h is the process's number; a mesh laid out for its network may order processes otherwise,
-  and processes along 'tensor' feed the same rows.
+  Usually that is one block, of the process's own number. A mesh laid out for its network may number the processes
+  otherwise, or give one of them rows that do not lie together; processes along 'tensor' feed the same rows.
   """
   shards = batch_shards(mesh)
   indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-  rows = sorted({index[0].start or 0 for index in indices})
-  if rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows) or shards % len(rows):
-    raise UserError(f'this mesh gives one process the scattered batch rows {rows} of {shards}')
-  return rows[0] // len(rows), shards // len(rows)
+  return joined_blocks({index[0].start or 0 for index in indices}, shards)
+
+
+def joined_blocks(rows, count: int) -> tuple[tuple[int, ...], int]:
+  """Some of `count` blocks -> (as few as make the same rows, of how many)."""
+  rows = sorted(rows)
+  together = rows == list(range(rows[0], rows[0] + len(rows)))
+  if together and rows[0] % len(rows) == 0 and count % len(rows) == 0:
+    return (rows[0] // len(rows),), count // len(rows)
+  return tuple(rows), count
 
 
 def put_batch(batch, mesh):
-  """Global arrays from this process's rows: tree of numpy [B/H, ...] -> [B, ...] on the mesh.
+  """Global arrays from this process's rows: tree of numpy [B', ...] -> [B, ...] on the mesh.
 
-  Which rows those are, `batch_block` says.
+  Which rows those are, `batch_blocks` says.
   """
   sharding = batch_sharding(mesh)
+  own, count = batch_blocks(mesh)
+
+  def put(x):
+    size = len(x) // len(own)  # rows of a block
+    shape = (size * count, *x.shape[1:])
+
+    def rows_at(index):
+      first = index[0].start or 0
+      last = shape[0] if index[0].stop is None else index[0].stop
+      begin = own.index(first // size) * size + first % size
+      return x[begin:begin + last - first]
+
+    return jax.make_array_from_callback(shape, sharding, rows_at)
+
   with jax.transfer_guard_host_to_device('allow'):  # the one transfer of a step that is meant
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return jax.tree.map(put, batch)
 
 
 def fetch(tree):

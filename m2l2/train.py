@@ -85,13 +85,13 @@ def train(config, workdir, writers=()) -> int:
     position = restored.position if restored else {'next_index': 0, 'files': None}
     listener = Listener(plain, sample_rate=functions.sample_rate, workdir=workdir, first=first)
 
-    block, blocks = sharding.batch_block(mesh)
+    own, blocks = sharding.batch_blocks(mesh)
     fed = config.data
     loader = make_loader(
       root=fed.root, source=fed.source, split=fed.split, sample_rate=functions.sample_rate,
       native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
       batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
-      process_index=block, process_count=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
+      blocks=own, of_blocks=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
       prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix)
     stack.callback(loader.close)
     batches = Ahead(

@@ -85,23 +85,27 @@ def test_workers_do_not_change_the_order(music, straight, num_workers):
   assert_equal(take(music, 6, num_workers=num_workers, num_threads=2, prefetch=2), straight)
 
 
-@pytest.mark.parametrize('process_count', [2, 4])
-def test_processes_do_not_change_the_order(music, straight, process_count):
-  parts = [take(music, 6, process_index=h, process_count=process_count)
-           for h in range(process_count)]
-  assert parts[0]['audio'].shape[1] == 8 // process_count
+@pytest.mark.parametrize('count', [2, 4])
+def test_processes_do_not_change_the_order(music, straight, count):
+  parts = [take(music, 6, blocks=(h,), of_blocks=count) for h in range(count)]
+  assert parts[0]['audio'].shape[1] == 8 // count
   assert_equal({k: np.concatenate([p[k] for p in parts], axis=1) for k in parts[0]}, straight)
 
 
+def test_rows_that_do_not_lie_together(music, straight):
+  part = take(music, 4, start_index=8, blocks=(0, 3), of_blocks=4)
+  assert_equal(part, {k: v[1:5, [0, 1, 6, 7]] for k, v in straight.items()})
+
+
 def test_processes_with_workers(music, straight):
-  part = take(music, 3, process_index=1, process_count=2, num_workers=2)
+  part = take(music, 3, blocks=(1,), of_blocks=2, num_workers=2)
   assert_equal(part, {k: v[:3, 4:] for k, v in straight.items()})
 
 
 def test_resuming_equals_the_straight_run(music, straight):
   assert_equal(take(music, 4, start_index=16), {k: v[2:] for k, v in straight.items()})
   # On another number of processes, and with another batch size.
-  part = take(music, 4, start_index=16, process_index=1, process_count=2)
+  part = take(music, 4, start_index=16, blocks=(1,), of_blocks=2)
   assert_equal(part, {k: v[2:, 4:] for k, v in straight.items()})
   flat = {k: v.reshape(-1, *v.shape[2:]) for k, v in straight.items()}
   assert_equal(take(music, 2, start_index=13, batch_size=12),
@@ -185,8 +189,8 @@ def test_nothing_usable_ends_with_one_line(tmp_path, num_workers):
 
 
 @pytest.mark.parametrize('options', [
-    dict(batch_size=6, process_count=4), dict(batch_size=0), dict(channels=3), dict(seed=-1),
-    dict(seed=2**64), dict(start_index=-8), dict(process_index=2, process_count=2),
+    dict(batch_size=6, of_blocks=4), dict(batch_size=0), dict(channels=3), dict(seed=-1),
+    dict(seed=2**64), dict(start_index=-8), dict(blocks=(2,), of_blocks=2),
     dict(native_rates=()), dict(native_rates=(48000, 44100)), dict(num_workers=-1),
     dict(crop_samples=0), dict(prefetch=-1), dict(num_threads=-1),
     dict(worker_buffer=0), dict(gain_db=-1), dict(gain_db=61), dict(mix=1.5), dict(mix=-.1),

@@ -118,13 +118,13 @@ def straight():
 def test_10000_samples_in_one_order_whoever_reads_them(straight, hosts, num_workers):
   rows = np.split(straight, hosts, axis=1)
   for h in (range(hosts) if num_workers == 0 else {0, hosts - 1}):  # workers take seconds to start
-    own = numbers(process_index=h, process_count=hosts, num_workers=num_workers, worker_buffer=2)
+    own = numbers(blocks=(h,), of_blocks=hosts, num_workers=num_workers, worker_buffer=2)
     np.testing.assert_array_equal(own, rows[h])
 
 
 def test_going_on_anywhere_on_any_number_of_hosts(straight):
   for step, hosts in zip(np.random.default_rng(0).integers(0, 50, 3).tolist(), (4, 1, 2), strict=True):
-    parts = [numbers(50 - step, start_index=step * BATCH, process_index=h, process_count=hosts) for h in range(hosts)]
+    parts = [numbers(50 - step, start_index=step * BATCH, blocks=(h,), of_blocks=hosts) for h in range(hosts)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), straight[step:])
 
 
@@ -242,8 +242,8 @@ def test_hosts_workers_and_resuming_with_real_decoding(prepared, speech):
   root = f'3*{prepared},1*{speech.parent}/*/*.wav'
   whole = take(root, 6, channels=2, gain_db=6, mix=.5)
   assert len(np.unique(whole['audio'].reshape(48, -1), axis=0)) == 48
-  for options, rows in ((dict(process_index=1, process_count=2), slice(4, 8)),
-                        (dict(process_index=3, process_count=4, num_workers=1), slice(6, 8))):
+  for options, rows in ((dict(blocks=(1,), of_blocks=2), slice(4, 8)),
+                        (dict(blocks=(3,), of_blocks=4, num_workers=1), slice(6, 8))):
     part = take(root, 4, channels=2, gain_db=6, mix=.5, start_index=16, **options)
     for key in whole:
       np.testing.assert_array_equal(part[key], whole[key][2:, rows])

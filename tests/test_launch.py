@@ -246,7 +246,8 @@ def test_slurm_has_one_process_for_each_gpu(place):
   submit, step = printed(place.run('slurm.sh', '--nodes=2', '--gpus=4', '--image=m2l2:cuda', '--mounts=/data:/data',
                                    '--dry-run', '--', '--config=c.py', '--workdir=/data/run 1'))
   assert {'--nodes=2', '--ntasks-per-node=4', '--gpus-per-node=4', '--requeue', '--signal=TERM@300'} <= set(submit)
-  assert step == ['srun', '--kill-on-bad-exit=1', '--gpu-bind=none', '--container-image=m2l2:cuda',
+  [cpus] = [flag for flag in submit if flag.startswith('--cpus-per-task=')]
+  assert step == ['srun', '--kill-on-bad-exit=1', '--gpu-bind=none', cpus, '--container-image=m2l2:cuda',
                   '--container-mounts=/data:/data', 'python', '-m', 'm2l2', 'train', '--config=c.py',
                   '--workdir=/data/run 1', '--multihost', '--stopped_exit_code=75']
 
@@ -324,6 +325,18 @@ def test_a_worker_mounts_the_bucket_and_starts_the_service(place, tmp_path):
   last = shlex.split((tmp_path / 'm2l2-run' / 'train.sh').read_text().splitlines()[-1])
   assert last == ['exec', str(LAUNCH / 'restart.sh'), f'{tmp_path}/m2l2-venv/bin/m2l2', 'train',
                   '--workdir=/mnt/m2l2/a b', '--multihost']
+
+
+@pytest.mark.parametrize('mounted, code', [('bucket', 0), ('another', 1)])
+def test_a_worker_never_takes_another_bucket_for_its_own(mounted, code, place):
+  place.command('mountpoint', '#!/bin/sh\nexit 0\n')
+  place.command('findmnt', f'#!/bin/sh\necho {mounted}\n')
+  for name in ('systemctl', 'sudo', 'mount'):
+    place.command(name, RECORD)
+  result = place.run('worker.sh', 'start', 'bucket', '--workdir=/mnt/m2l2/a')
+  assert result.returncode == code
+  if code:
+    assert 'holds gs://another' in result.stderr and not place.calls()
 
 
 @pytest.mark.parametrize('load, active, says', [

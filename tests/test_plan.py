@@ -1,5 +1,6 @@
 """`m2l2 plan`: what it says without the TPU's compiler; with it (marker tpu), a whole plan."""
 
+import collections
 import json
 import sys
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m2l2 import cli, plan
+from m2l2 import cli, plan, sharding
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 
@@ -77,6 +78,25 @@ def test_a_whole_plan(preset, kinds, capsys):
 
 
 @pytest.mark.tpu
+@pytest.mark.parametrize('topology,slices,sizes', [
+    ('v5e:16x16', 1, {}), ('v5e:16x16', 1, {'fsdp': 4}), ('v5p:4x8x8', 1, {}), ('v6e:16x16', 1, {'fsdp': 4}),
+    ('v5p:4x8x8', 1, {'fsdp': 8, 'tensor': 4}), ('v5e:4x4', 2, {}), ('v5e:4x4', 2, {'fsdp': 4})])
+def test_the_processes_of_a_pod_share_each_batch(topology, slices, sizes):
+  plan._topology(topology)  # sets the environment
+  from jax.experimental import topologies
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology, num_slices=slices).devices
+  mesh = sharding.make_mesh(devices=devices, **sizes)
+  count = sharding.batch_shards(mesh)
+  places = sharding.batch_sharding(mesh).devices_indices_map((count,))
+  fed = collections.Counter()
+  for process in {device.process_index for device in devices}:
+    rows = {index[0].start or 0 for device, index in places.items() if device.process_index == process}
+    blocks, of = sharding.joined_blocks(rows, count)
+    fed.update(row for block in blocks for row in range(block * count // of, (block + 1) * count // of))
+  assert set(fed) == set(range(count)) and len(set(fed.values())) == 1  # along 'tensor' several feed the same
+
+
+@pytest.mark.tpu
 def test_too_large_a_batch_does_not_fit():
   report = plan.plan(tiny.get_config(), 'v5e:2x2', batch=2**16)
   assert not report['fits'] and 'hbm' in report['error'].lower()
@@ -89,7 +109,7 @@ def test_the_denoiser_runs_the_attention_kernel():
   config = base.get_config('debug').copy_and_resolve_references().unlock()
   config.model.widths, config.model.head_dim, config.model.dtype = (8, 16, 64, 256), 128, 'bfloat16'
   _, devices = plan._topology('v5e:2x2')
-  mesh = plan._mesh(config, devices)
+  mesh = sharding.make_mesh(devices=devices)
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     network = build.network(config.model)

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from m2l2 import sharding
+from m2l2.errors import UserError
 
 
 def _shape(*dims):
@@ -140,7 +141,59 @@ def test_put_batch_splits_rows_over_data_and_fsdp_and_fetch_returns_them():
 
 
 def test_one_process_feeds_all_rows():
-  assert sharding.batch_block(sharding.make_mesh(data=2, fsdp=2, tensor=2)) == (0, 1)
+  assert sharding.batch_blocks(sharding.make_mesh(data=2, fsdp=2, tensor=2)) == ((0,), 1)
+
+
+@pytest.mark.parametrize('rows,joined', [
+  ({3}, ((3,), 8)), ({2, 3}, ((1,), 4)), ({4, 5, 6, 7}, ((1,), 2)),
+  ({1, 2}, ((1, 2), 8)),          # together, but no block of two
+  ({0, 1, 6, 7}, ((0, 1, 6, 7), 8)),  # four neighbours on a torus, counted along its rows
+])
+def test_rows_of_a_process_are_as_few_blocks_as_can_be(rows, joined):
+  assert sharding.joined_blocks(rows, 8) == joined
+
+
+def test_put_batch_takes_rows_that_do_not_lie_together(monkeypatch):
+  mesh = sharding.make_mesh(data=8)
+  # This process has the even rows only; what the devices of the odd ones ask for is not at hand.
+  monkeypatch.setattr(sharding, 'batch_blocks', lambda mesh: ((0, 2, 4, 6), 8))
+  asked = {}
+  monkeypatch.setattr(jax, 'make_array_from_callback',
+                      lambda shape, sharding, rows_at: asked.update(shape=shape, rows_at=rows_at))
+  even = np.arange(32).reshape(16, 2)[[0, 1, 4, 5, 8, 9, 12, 13]]
+  sharding.put_batch(even, mesh)
+  assert asked['shape'] == (16, 2)
+  for first in (0, 4, 8, 12):
+    got = asked['rows_at']((slice(first, first + 2), slice(None)))
+    np.testing.assert_array_equal(got, np.arange(32).reshape(16, 2)[first:first + 2])
+
+
+@pytest.mark.parametrize('sizes,slices,parts', [
+  ((8, 1, 1), 2, (2, 1, 1)), ((8, 4, 1), 8, (8, 1, 1)), ((2, 16, 1), 4, (2, 2, 1)), ((1, 1, 8), 4, (1, 1, 4))])
+def test_slices_lie_along_data_as_far_as_it_divides(sizes, slices, parts):
+  assert sharding.split_over_slices(sizes, slices) == parts
+
+
+def test_a_mesh_that_slices_do_not_divide_is_refused():
+  with pytest.raises(UserError, match='5 x 2 x 1 devices cannot be laid over 4 slices: make mesh.data a multiple of 4'):
+    sharding.split_over_slices((5, 2, 1), 4)
+
+
+class Device:
+  """Of a slice, as JAX's are; of no known network."""
+  platform, device_kind = 'gpu', 'a card'
+
+  def __init__(self, number):
+    self.id, self.slice_index, self.process_index = number, number // 4, number // 4
+
+
+def test_a_mesh_of_several_slices():
+  devices = [Device(number) for number in range(8)]
+  mesh = sharding.make_mesh(fsdp=2, devices=devices)
+  assert dict(mesh.shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  for row in mesh.devices[:, :, 0]:
+    assert len({device.slice_index for device in row}) == 1  # 'fsdp' stays inside one
+  assert {device.slice_index for device in mesh.devices[:2].flat} == {0}
 
 
 def test_put_batch_passes_the_transfer_guard():

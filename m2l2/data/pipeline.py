@@ -7,6 +7,7 @@ Threads, workers, processes and a restart change who reads a sample, never which
 import collections
 from collections.abc import Callable
 from concurrent import futures
+import dataclasses
 import gc
 import weakref
 
@@ -100,15 +101,33 @@ def _close(iterators: list[grain.DatasetIterator], faults: FaultLog):
   gc.collect()
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """`rows(k) -> global index` of the k-th sample that a process yields: its rows of batch 0, of batch 1, ..."""
+  start_index: int
+  batch_size: int
+  blocks: tuple[int, ...]
+  of_blocks: int
+
+  def __len__(self):
+    return self.batch_size // self.of_blocks * len(self.blocks)
+
+  def __call__(self, k: int) -> int:
+    batch, row = divmod(k, len(self))
+    block, row = divmod(row, self.batch_size // self.of_blocks)
+    return self.start_index + batch * self.batch_size + self.blocks[block] * self.batch_size // self.of_blocks + row
+
+
 def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channels: int,
                 crop_samples: int, batch_size: int, seed: int, start_index: int = 0,
-                process_index: int = 0, process_count: int = 1, num_workers: int = 0,
+                blocks: tuple[int, ...] = (0,), of_blocks: int = 1, num_workers: int = 0,
                 num_threads: int = 4, prefetch: int = 4, worker_buffer: int = 1, rms_floor: float = 1e-3,
                 gain_db: float = 0.0, mix: float = 0.0, source: str = 'auto', split: str = 'train') -> Loader:
   """Batches of random crops from what is at `root`, from sample `start_index` on.
 
-  Batch t holds the samples start_index + t * batch_size ..., and process h of H yields the
-  contiguous rows h * B/H .. (h + 1) * B/H of it. To resume after n batches: start_index + n * B.
+  Batch t holds the samples start_index + t * batch_size ..., of which one process of several yields
+  its blocks of rows: of H equal ones block h is the rows h * B/H .. (h + 1) * B/H. To resume after n
+  batches: start_index + n * B.
 
   Args:
     root: a folder, glob or file of audio, a prepared or TFDS dataset, shards, or a weighted mixture
@@ -120,8 +139,8 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     batch_size: B, over all processes.
     seed: of the order and of the crops, in [0, 2**64).
     start_index: the first global index.
-    process_index: h of this process.
-    process_count: H.
+    blocks: the numbers h of this process's blocks, in rising order (`sharding.batch_blocks`).
+    of_blocks: H.
     num_workers: reader processes, 0 for none. They pay only where one process cannot keep up; they
       are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
     num_threads: batches read at once, in each worker (or here, without workers); 0 reads in `next`.
@@ -134,15 +153,15 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     split: of TFDS datasets.
 
   Returns:
-    A `Loader` of dicts: 'audio' float32 [B/H, channels, crop_samples]; 'rejected' int32 [B/H], how
-    many draws (unreadable, short, silent) were passed over for that row.
+    A `Loader` of dicts, B' the rows of this process: 'audio' float32 [B', channels, crop_samples];
+    'rejected' int32 [B'], how many draws (unreadable, short, silent) were passed over for that row.
 
   Raises:
     UserError: bad arguments or no files, here; 64 rejected draws in a row, while iterating.
   """
   _check(sample_rate=sample_rate, native_rates=native_rates, channels=channels,
          crop_samples=crop_samples, batch_size=batch_size, seed=seed, start_index=start_index,
-         process_index=process_index, process_count=process_count, num_workers=num_workers,
+         blocks=blocks, of_blocks=of_blocks, num_workers=num_workers,
          num_threads=num_threads, prefetch=prefetch, worker_buffer=worker_buffer, gain_db=gain_db, mix=mix)
   mixture = root if isinstance(root, Mixture) else find_mixture(root, kind=source, split=split)
   crop = RandomCrop(
@@ -150,9 +169,8 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
       spec=CropSpec(crop_samples=crop_samples, channels=channels, native_rates=tuple(native_rates),
                     rms_floor=rms_floor, gain_db=gain_db, mix=mix))
 
-  samples = grain.MapDataset.range(start_index, _ENDLESS).map(crop)
-  # The k-th piece of B/H samples is piece k % H of batch k // H, that is process k % H's.
-  pieces = samples.batch(batch_size // process_count)[process_index::process_count]
+  rows = Rows(start_index, batch_size, blocks, of_blocks)
+  pieces = grain.MapDataset.range(_ENDLESS).map(rows).map(crop).batch(len(rows))
   read_options = grain.ReadOptions(
       num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch if num_threads else 0)
   batches = pieces.to_iter_dataset(read_options)
@@ -172,7 +190,7 @@ def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, seed, start_index,
-           process_index, process_count, num_workers, num_threads, prefetch, worker_buffer, gain_db, mix):
+           blocks, of_blocks, num_workers, num_threads, prefetch, worker_buffer, gain_db, mix):
   """Raises UserError on an argument that cannot work."""
   if not native_rates or native_rates[0] != sample_rate:
     raise UserError(
@@ -181,12 +199,11 @@ def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, see
     raise UserError(f'channels must be 1 or 2, not {channels}')
   if crop_samples < 1:
     raise UserError(f'crop_samples must be positive, not {crop_samples}')
-  if not 0 <= process_index < process_count:
-    raise UserError(f'process_index {process_index} is not in [0, {process_count})')
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(
-        f'batch_size {batch_size} cannot be shared equally by {process_count} processes; make it a '
-        f'multiple of {process_count}')
+  if not blocks or not all(low < high for low, high in zip((-1, *blocks), (*blocks, of_blocks))):
+    raise UserError(f'blocks {blocks} are not numbers in rising order, each in [0, {of_blocks})')
+  if batch_size < 1 or batch_size % of_blocks:
+    raise UserError(f'batch_size {batch_size} does not divide into {of_blocks} blocks, one a process or chip; make it '
+                    f'a multiple of {of_blocks}')
   if not 0 <= seed < 2**64:
     raise UserError(f'seed must be in [0, 2**64), not {seed}')
   if min(start_index, num_workers, num_threads, prefetch) < 0:

@@ -6,7 +6,6 @@ much as the convolution.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ def convolve(x, kernel, padding):
 def _blocks_pay(x) -> bool:
   """On one CPU device alone: split over several, each block would wait for all of them."""
   mesh = jax.sharding.get_abstract_mesh()
-  return platform() == 'cpu' and (mesh.empty or mesh.size == 1) and math.prod(x.shape[:3]) >= BLOCK // 4
+  return platform() == 'cpu' and (mesh.empty or mesh.size == 1) and x.shape[1] * x.shape[2] >= BLOCK // 4
 
 
 def _plain(x, kernel, padding):
@@ -60,8 +59,9 @@ def kernel_gradient(x, out_gradient, size, padding):
     windows = jnp.concatenate([block[:, i:i + rows, j:j + t] for i in range(a) for j in range(b)], axis=-1)
     gradient = jax.lax.dynamic_slice_in_dim(out_gradient, first, rows, 1)
     places = ((0, 1, 2), (0, 1, 2))
-    return total + jax.lax.dot_general(gradient, windows, (places, ((), ()))), None
+    return total + jax.lax.dot_general(gradient, windows, (places, ((), ())),
+                                       preferred_element_type=jnp.float32), None
 
-  total = jnp.zeros((o, a * b * x.shape[-1]), x.dtype)
+  total = jnp.zeros((o, a * b * x.shape[-1]), jnp.float32)
   total, _ = jax.lax.scan(add_block, total, jnp.arange(0, f, rows))
-  return total.T.reshape(a, b, x.shape[-1], o)
+  return total.T.reshape(a, b, x.shape[-1], o).astype(x.dtype)
