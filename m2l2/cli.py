@@ -336,12 +336,12 @@ def _encode(args):
   from m2l2.data import audio_io
   planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output='.safetensors')
   with _over(planned, 'encode', args) as (done, passing):
-    codec = None
+    codec = _encoder(args) if len(planned) > 1 else None  # what is wrong for all files is told once
     for job in planned:
       with passing(job), jobs.reading(job) as path:
         info = audio_io.probe(path)
         with jobs.writing(job, output='.safetensors', check=_check_latents) as target:
-          codec = codec or _load(args)
+          codec = codec or _encoder(args)
           latents = _encode_file(codec, info, discrete=args.discrete, embeddings=args.embeddings, quiet=args.quiet)
           latents.save(target)
         _say(args, f'{audio_io.shown(job.target)}: {_latents_line(latents)}')
@@ -434,11 +434,11 @@ def _decode_jobs(args, planned, opened):
   from m2l2.data import audio_io
   if args.batch is not None and args.batch < 1:
     raise UserError(f'--batch={args.batch}: decode at least one file at once')
-  codec = None
+  codec = _decoder(args) if len(planned) > 1 else None  # what is wrong for all files is told once
   with _over(planned, 'decode', args) as (done, passing):
     waiting = list(planned)
     while waiting:
-      size = 1 if len(planned) == 1 else args.batch or (1 if codec is None else _batch())
+      size = 1 if len(planned) == 1 else args.batch or _batch()
       group, waiting = waiting[:size], waiting[size:]
       with contextlib.ExitStack() as all_files:
         ready = []
@@ -466,8 +466,17 @@ def _batch():
   return 1 if jax.default_backend() == 'cpu' else 8
 
 
-def _decoder(args):
+def _encoder(args):
+  """The Codec, for which the options of encoding have been checked."""
   codec = _load(args)
+  codec.check_source(channels=1, discrete=getattr(args, 'discrete', False))
+  if getattr(args, 'embeddings', None) is not None:
+    codec.check_first(args.embeddings)
+  return codec
+
+
+def _decoder(args):
+  codec = _encoder(args)
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
   return codec
 

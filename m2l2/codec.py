@@ -90,6 +90,11 @@ class Codec:
     """The rate that a signal of `sample_rate` is processed at."""
     return sample_rate if sample_rate in self.native_rates else self.native_rates[0]
 
+  def at_model_rate(self, audio, sample_rate: int) -> tuple[np.ndarray, int]:
+    """Audio [channels, samples] at any rate -> (at the rate that this model works at for it, that rate)."""
+    rate = self.model_rate(sample_rate)
+    return audio_io.resample(audio, from_rate=sample_rate, to_rate=rate), rate
+
   # Encoding.
 
   def check_source(self, *, channels: int, discrete: bool = False):
@@ -120,8 +125,10 @@ class Codec:
     channels. Rates that are not native are resampled. discrete: int32 tokens, for a model with an
     FSQ bottleneck.
 
-    Raises UserError: no samples, NaN or infinity, too many channels, or no tokens to be had.
+    Raises UserError: no samples, integers, NaN or infinity, too many channels, or no tokens to be had.
     """
+    if np.issubdtype(np.asarray(audio).dtype, np.integer):
+      raise UserError(f'audio is {np.asarray(audio).dtype}: give float32 in [-1, 1] (int16: audio / 32768)')
     audio = np.asarray(audio, np.float32)
     audio = audio[None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or not audio.size:
@@ -272,10 +279,12 @@ class Codec:
     """Decodes chunk by chunk as latents come (CoDiCodec's live decoding), autoregressively.
 
     The pieces together are what `decode` gives for the same latents, seed and options, up to the end of the
-    last chunk. A piece comes as soon as its chunk's latents do or, with `refine`, the next chunk's.
+    last chunk. A piece comes as soon as its chunk's latents do or, with `refine`, the next chunk's: latency is one
+    chunk, or two, and the time that one call of the networks takes.
 
     Args:
-      latent_chunks: each [K, d] float in [-1, 1] or [K] int tokens; a mono model also takes [streams, ...].
+      latent_chunks: each [K, d] float in [-1, 1] or [K] int tokens; a mono model also takes [streams, ...]. Of
+        `Latents`: `np.moveaxis(latents.z, 1, 0)`.
       seed, steps, sigma_cond, refine, noise: as for `decode`; noise may have more chunks than come.
 
     Returns:
@@ -366,11 +375,15 @@ class Codec:
 
     Raises UserError: any other model, or no such number of embeddings.
     """
+    self.check_first(embeddings)
+    return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
+
+  def check_first(self, embeddings: int):
+    """Raises UserError where `first` would."""
     if not self.nested:
       raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
-    if not 1 <= embeddings <= latents.z.shape[2]:
-      raise UserError(f'there are 1 to {latents.z.shape[2]} embeddings a chunk to keep, not {embeddings}')
-    return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
+    if not 1 <= embeddings <= self.network.arch.num_latents:
+      raise UserError(f'there are 1 to {self.network.arch.num_latents} embeddings a chunk to keep, not {embeddings}')
 
   @property
   def nested(self) -> bool:

@@ -24,12 +24,15 @@ def facts(path) -> dict:
       raise UserError(f'{audio_io.shown(path)}: there is no such file, snapshot, workdir or model '
                       'in the box') from error
   if os.path.isdir(path):
-    known = {'manifest.json': _prepared_facts, 'about.json': _exported_facts, 'report.json': _corpus_facts}
+    known = {'manifest.json': _dataset_facts, 'about.json': _exported_facts}
     for name, tell in known.items():
       if os.path.isfile(os.path.join(path, name)) and not os.path.isfile(os.path.join(path, 'metrics.jsonl')):
         return tell(path, _json(os.path.join(path, name)))
     return _checkpoint_facts(path)
+  folder = os.path.dirname(os.path.abspath(path))
   if is_safetensors(path):
+    if os.path.isfile(os.path.join(folder, 'config.json')):
+      raise UserError(f'{audio_io.shown(path)}: is part of a snapshot: ask about {audio_io.shown(folder)}')
     return _latents_facts(path)
   if os.fspath(path).endswith('.json'):
     return _report_facts(path, _json(path))
@@ -112,8 +115,19 @@ def _json(path):
 def _told(path, kind, record, names) -> dict:
   """The fields of a JSON record that are there."""
   if not isinstance(record, dict) or not any(name in record for name in names):
-    raise UserError(f'{audio_io.shown(path)}: is JSON, but not of {kind} by m2l2')
+    raise UserError(f'{audio_io.shown(path)}: is JSON, but no {kind} by m2l2 (of a snapshot, workdir, dataset or '
+                    'corpus name the directory)')
   return {'path': os.fspath(path), 'kind': kind, **{name: record[name] for name in names if name in record}}
+
+
+def _dataset_facts(path, manifest) -> dict:
+  """What m2l2 prepare or m2l2 encode-dataset wrote; the latter's report comes with its last shard."""
+  if not isinstance(manifest, dict) or 'model' not in manifest:
+    return _prepared_facts(path, manifest)
+  report = os.path.join(path, 'report.json')
+  if os.path.isfile(report):
+    return _corpus_facts(path, _json(report))
+  return _told(path, 'corpus of latents, not all written yet', manifest, ('source', 'dtype', 'shards'))
 
 
 def _prepared_facts(path, manifest) -> dict:

@@ -40,7 +40,7 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
     given: files, directories, globs or PIPE.
     inputs: extensions that are looked for in directories and among what globs match.
 
-  Raises UserError: nothing there, or two inputs for one output.
+  Raises UserError: nothing there, two inputs for one output, or outputs that the next call would take for inputs.
   """
   if given == [PIPE]:
     return [Job(PIPE, target)]
@@ -54,6 +54,10 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
     raise UserError(f'- (standard output) takes one file, and here are {len(found)}: name a directory')
   if not os.path.isdir(target) and (os.path.exists(target) or os.path.splitext(target)[1] == output):
     raise UserError(f'{shown(target)}: is one file, and several are to be made of {shown(given[0])}: give a directory')
+  for place in given:
+    if output in inputs and os.path.isdir(place) and _is_below(target, place):
+      raise UserError(f'{shown(target)}: lies in {shown(place)}, where it would be an input the next time: name a '
+                      'directory elsewhere')
   jobs, taken = [], {}
   for base, name in found:
     made = os.path.join(target, os.path.splitext(name)[0] + output)
@@ -71,24 +75,31 @@ def _find(place, inputs) -> Iterator[tuple[str, str]]:
   if os.path.isfile(place):
     yield os.path.split(place)
     return
-  pattern, base = place, os.path.dirname(place)
+  base = os.path.dirname(place)
   if os.path.isdir(place):
-    pattern, base = os.path.join(glob.escape(place), '**', '*'), place
-  elif not glob.has_magic(place):
+    base, files = place, [os.path.join(place, name) for name in sorted(sources.walk(place, tuple(inputs)))]
+  elif glob.has_magic(place):
+    files = [path for path in sorted(glob.glob(place, recursive=True))
+             if path.lower().endswith(tuple(inputs)) and os.path.isfile(path)]
+  else:
     raise UserError(f'{shown(place)}: there is no such file or directory')
   while glob.has_magic(base):
     base = os.path.dirname(base)
-  files = [path for path in sorted(glob.glob(pattern, recursive=True))
-           if path.lower().endswith(tuple(inputs)) and os.path.isfile(path)]
   if not files:
     raise UserError(f'{shown(place)}: no files there (looked for *{", *".join(inputs)})')
   for path in files:
     yield base, os.path.relpath(path, base or '.')
 
 
+def _is_below(path, folder) -> bool:
+  """Whether a path lies in a directory, at any depth; itself it does not."""
+  path, folder = os.path.realpath(path), os.path.realpath(folder)
+  return path != folder and os.path.commonpath([path, folder]) == folder
+
+
 @contextlib.contextmanager
 def reading(job: Job) -> Iterator[str]:
-  """The path to read: for a pipe, a temporary file with what came through it."""
+  """The path to read: for a pipe, a temporary file with what came through it, called by its right name in errors."""
   if job.source != PIPE:
     yield job.source
     return
@@ -96,7 +107,10 @@ def reading(job: Job) -> Iterator[str]:
     path = os.path.join(folder, 'standard input')
     with open(path, 'wb') as file:
       shutil.copyfileobj(sys.stdin.buffer, file)
-    yield path
+    try:
+      yield path
+    except UserError as error:
+      raise UserError(str(error).replace(shown(path), job.name)) from error
 
 
 @contextlib.contextmanager
@@ -118,6 +132,11 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, f'standard output{output}')
     yield path
-    with open(path, 'rb') as file:
-      shutil.copyfileobj(file, sys.stdout.buffer)
-    sys.stdout.buffer.flush()
+    try:
+      with open(path, 'rb') as file:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+      sys.stdout.buffer.flush()
+    except OSError as error:  # a pipe whose reader has gone, a full disk
+      with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more, and say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      raise UserError(f'standard output: not all could be written ({error.strerror})') from error

@@ -11,7 +11,7 @@ import time
 
 import grain
 import jax
-from m2l2 import bulk, cli, codec as codec_lib
+from m2l2 import bulk, cli, codec as codec_lib, info
 from m2l2.data import audio_io, latents, segments, storage
 from m2l2.errors import UserError
 import numpy as np
@@ -63,6 +63,11 @@ def straight(models, songs, tmp_path_factory):
   output = tmp_path_factory.mktemp('straight') / 'out'
   bulk.encode_dataset(codec_lib.load(models / 'mono'), source=songs, output=output, batch=2, shards=4)
   return output
+
+
+def test_info_of_a_corpus(straight):
+  told = info.facts(straight)
+  assert told['kind'] == 'corpus of latents' and told['chunks'] > 0 and told['hours'] > 0
 
 
 @pytest.fixture

@@ -5,13 +5,14 @@ Commands run in this process; two tests start the real program.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import jax
-from m2l2 import cli, codec as codec_lib
+from m2l2 import cli, codec as codec_lib, jobs
 from m2l2.latents import Latents
 from m2l2.data import audio_io
 import numpy as np
@@ -365,6 +366,12 @@ def test_wrong_latents(m2l2, models, song, folder, tmp_path):
     assert status == 1 and 'must lie in' in one_line(errors) and os.listdir(folder) == []
 
 
+def test_info_of_what_belongs_to_a_folder(m2l2, models):
+  for name, says in (('model.safetensors', 'is part of a snapshot: ask about'), ('config.json', 'name the directory')):
+    status, _, errors = m2l2('info', models / 'mono' / name)
+    assert status == 1 and says in one_line(errors)
+
+
 def test_info_of_nothing(m2l2, tmp_path):
   status, _, errors = m2l2('info', tmp_path / 'nothing')
   assert status == 1 and 'there is no such file, snapshot, workdir' in one_line(errors)
@@ -490,6 +497,16 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
   assert status == 1 and 'would both become' in one_line(errors)
   status, _, errors = m2l2('encode', tmp_path / 'music', '-', checkpoint)
   assert status == 1 and 'takes one file' in one_line(errors)
+  status, _, errors = m2l2('reconstruct', tmp_path / 'music', tmp_path / 'music/again', checkpoint)
+  assert status == 1 and 'would be an input the next time' in one_line(errors)
+  assert not (tmp_path / 'music/again').exists()
+  for flags in (['--checkpoint=none'], [checkpoint, '--discrete'], [checkpoint, '--embeddings=99']):
+    status, _, errors = m2l2('encode', tmp_path / 'music', folder / 'none', *flags)  # once, not for each file
+    assert status == 1 and 'passed over' not in one_line(errors) and not (folder / 'none').exists()
+  # A loop of links changes nothing; one file there is broken.
+  (tmp_path / 'music/loop').symlink_to(tmp_path / 'music')
+  assert len(jobs.plan([str(tmp_path / 'music')], 'out', inputs=jobs.AUDIO, output='.wav')) == len(lengths) + 1
+  (tmp_path / 'music/loop').unlink()
   status, _, errors = m2l2('encode', f'{tmp_path}/*.mp3', folder / 'none', checkpoint)
   assert status == 1 and 'no files there' in one_line(errors) and not (folder / 'none').exists()
 
@@ -509,6 +526,14 @@ def test_pipes(models, song, folder):
   np.testing.assert_allclose(Latents.load(folder / 'piped').z, expected, atol=1e-5)
   command[3] = 'decode'
   audio = subprocess.run(command, input=latents.stdout, capture_output=True, check=True).stdout
+  for sink in (' | head -c 10', ' > /dev/full'):
+    line = shlex.join([*command[:3], 'decode', str(folder / 'piped'), '-', checkpoint, '--quiet']) + sink
+    done = subprocess.run(['bash', '-o', 'pipefail', '-c', line], capture_output=True, check=False)
+    if done.returncode:  # a short piece may go through before head ends
+      assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
+    assert done.returncode or 'full' not in sink
+  done = subprocess.run([*command[:3], 'encode', '-', '-', checkpoint], input=b'', capture_output=True, check=False)
+  assert done.returncode == 1 and done.stderr.startswith(b'm2l2: standard input: is empty')
   (folder / 'piped.wav').write_bytes(audio)
   assert audio_io.probe(folder / 'piped.wav').frames == 2000
 
@@ -595,7 +620,7 @@ from m2l2 import cli
 rng = np.random.default_rng(0)
 for i, samples in enumerate(np.exp(np.linspace(0, np.log(30000), 60)).astype(int)):
   soundfile.write(f'{sys.argv[2]}/{i:02d}.wav', 0.1 * rng.standard_normal(samples), 44100)
-assert cli.main(['reconstruct', sys.argv[2], sys.argv[2] + '/out', f'--checkpoint={sys.argv[1]}', '--quiet']) == 0
+assert cli.main(['reconstruct', sys.argv[2], sys.argv[2] + '-out', f'--checkpoint={sys.argv[1]}', '--quiet']) == 0
 print(len(compiled))
 """
   (tmp_path / 'music').mkdir()
@@ -603,4 +628,4 @@ print(len(compiled))
       [sys.executable, '-c', program, str(models / 'mono'), str(tmp_path / 'music')], capture_output=True, text=True,
       check=False, env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''})
   assert done.returncode == 0, done.stderr
-  assert len(os.listdir(tmp_path / 'music/out')) == 60 and int(done.stdout) <= 6, done.stdout
+  assert len(os.listdir(tmp_path / 'music-out')) == 60 and int(done.stdout) <= 6, done.stdout

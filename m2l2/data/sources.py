@@ -191,7 +191,7 @@ def find_audio_files(root) -> AudioFiles:
   root = os.path.expanduser(os.fsdecode(root))
   name = shown(root)
   if os.path.isdir(root):
-    base, audio = root, _walk(root)
+    base, audio = root, walk(root, EXTENSIONS)
   elif os.path.isfile(root) or glob.has_magic(root):
     base = _glob_base(root) if not os.path.isfile(root) else os.path.dirname(root)
     paths = [root] if os.path.isfile(root) else _glob(root, base)
@@ -206,8 +206,11 @@ def find_audio_files(root) -> AudioFiles:
   return AudioFiles(base=base, names=tuple(sorted(n.replace(os.sep, '/') for n in audio)))
 
 
-def _walk(root: str) -> list[str]:
-  """Relative names of the audio files under a directory: one call a directory, and none a file but for links."""
+def walk(root: str, extensions: tuple[str, ...]) -> list[str]:
+  """Relative names of the files under a directory that end so: one call a directory, and none a file but for links.
+
+  Hidden ones are passed over; a directory that is reached twice (a loop of links) is taken once.
+  """
   names, seen, waiting = [], set(), ['']
   while waiting:
     folder = waiting.pop()
@@ -222,7 +225,7 @@ def _walk(root: str) -> list[str]:
       continue
     entries = [entry for entry in entries if not entry.name.startswith('.')]
     names += [folder + entry.name for entry in entries
-              if entry.name.lower().endswith(EXTENSIONS) and _is(entry.is_file)]
+              if entry.name.lower().endswith(extensions) and _is(entry.is_file)]
     waiting += [os.path.join(folder, entry.name, '') for entry in reversed(entries) if _is(entry.is_dir)]
   return names
 
