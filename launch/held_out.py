@@ -68,7 +68,7 @@ def run(argv) -> dict:
   codec = load(args.model)
   rate = codec.native_rates[0]
   sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-  beside = {Path(name).name: load(name) for name in args.beside}
+  beside = {name: load(name) for name in args.beside}
   for name, other in beside.items():
     if other.native_rates[0] != rate:
       raise UserError(f'--beside: {name} works at {other.native_rates[0]} Hz, --model at {rate} Hz')
@@ -167,12 +167,12 @@ def pca_reconstructions(codec, sounds, train):
 
   def reconstruct(audio):
     layout = rep.layout(audio.shape[1])
-    padded = np.zeros((1, 1, rep.crop_samples(layout.chunks)), np.float32)
+    padded = np.zeros((1, rep.channels, rep.crop_samples(layout.chunks)), np.float32)  # mono on both of two channels
     padded[0, :, layout.lead:layout.lead + audio.shape[1]] = audio
     spec = np.asarray(analyse(padded))
     spec = from_blocks(pca(blocks_of(spec)).astype(np.float32), spec.shape)
     made = np.concatenate(synthesise(jnp.asarray(spec)), axis=-1)[0]
-    return made[:, layout.lead:layout.lead + audio.shape[1]]
+    return made[:len(audio), layout.lead:layout.lead + audio.shape[1]]
 
   return {name: reconstruct(audio) for name, audio in sounds.items()}
 

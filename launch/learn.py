@@ -158,7 +158,9 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
 def denoising(codec: Codec, sounds) -> dict[str, float]:
   """SNR in dB of denoising the excerpts' first pairs of chunks: the model, with wrong latents, a Wiener filter."""
   crop = codec.representation.crop_samples(codec.network.arch.chunks)
-  audio = jnp.asarray(np.stack([audio[:, :crop] for audio in sounds.values() if audio.shape[1] >= crop]))
+  channels = codec.representation.channels  # mono excerpts are heard on both of a stereo model's
+  audio = jnp.asarray(np.stack([np.broadcast_to(audio[:, :crop], (channels, crop)) for audio in sounds.values()
+                                if audio.shape[1] >= crop]))
   key = jax.random.key(0)
   probed = jax.jit(functools.partial(
       probe, network=codec.network, representation=codec.representation, consistency=codec.consistency))(

@@ -46,6 +46,8 @@ def run(argv):
 
 def read(config, functions, crops):
   """-> (mean log-magnitudes of the sketch's cells [chunks, *grid], a few whole chunks of them [n, F, T, C])."""
+  if crops < BATCH:
+    raise UserError(f'--crops={crops}: take {BATCH} or more (5,000 make a good start)')
   arch, rep = functions.network.arch, build.representation(config.model)
   grid = (*arch.linear_sketch, arch.channels)
 

@@ -54,6 +54,9 @@ limit=()
 stopped=75 code=0
 do_it ${limit[@]+"${limit[@]}"} "$python" -m m2l2.main --config="$config" --config.data.root="$pack" \
   --config.train.init_from="$workdir/start" --workdir="$workdir" --stopped_exit_code=$stopped "$@" || code=$?
+if [ -n "$minutes" ] && [ $code != 0 ] && [ ! -e "$workdir/snapshot/config.json" ] && [ -z "$dry_run" ]; then
+  give_up "no step was done in $minutes minutes (status $code): give more"
+fi
 [ $code = 0 ] || [ $code = $stopped ] || exit $code
 do_it "$python" launch/ship.py "$workdir" small --box="$workdir/box"
 [ $code = 0 ] || say 'not at the end yet: run the same command to go on'

@@ -119,6 +119,9 @@ def step_functions(config):
     raise UserError(f"train.envelope_bands={train['envelope_bands']} is a number of bands, 0 to model.bins")
   if not 0 <= train['nested'] <= 1:
     raise UserError(f"train.nested={train['nested']} is a chance, 0 to 1")
+  if train['nested'] and config['model']['bottleneck'] == 'fsq':
+    raise UserError('train.nested needs continuous latents: a token cannot say that it was left out. Set it to 0, or '
+                    "model.bottleneck='tanh'")
   optimizer, schedule = optim.make_optimizer(
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],

@@ -18,6 +18,7 @@ from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 
 MAX_COMPILES = 6
+FULL = 0.9  # of the memory: beyond, the compiler tries for half an hour and longer to compute things twice
 # Without these the TPU's library looks for a TPU on this machine, and says so at length.
 _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-256', 'TPU_WORKER_HOSTNAMES': 'localhost',
@@ -158,11 +159,11 @@ def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
   if limit is not None and limit - low <= max(1, low // 8):
     return None
   if len(known) == 1:  # a part does not grow with the batch, so this is too few rather than too many
-    predicted = max(low + 1, int(low * 0.97 * hbm / known[low]))
+    predicted = max(low + 1, int(low * FULL * hbm / known[low]))
   else:
     first = min(known)
     slope = max(1.0, (known[low] - known[first]) / (low - first))
-    predicted = int(low + (0.97 * hbm - known[low]) / slope)
+    predicted = int(low + (FULL * hbm - known[low]) / slope)
   if limit is not None:
     return min(predicted, limit - 1) if predicted > low else (low + limit) // 2
   return predicted if predicted - low > low // 8 else None

@@ -85,10 +85,10 @@ def make_step_functions(*, network: Network, representation: Representation, con
 
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
-    z = bottleneck(pre, keys=drop_keys)
+    z = kept = bottleneck(pre, keys=drop_keys)
     if nested:
-      z = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=nested)
-    features = network.decode(params, z)
+      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=nested)
+    features = network.decode(params, kept)
     data_std = local_deviation(consistency, features)
 
     def consistency_loss():
@@ -222,16 +222,17 @@ def local_deviation(consistency: Consistency, features):
 def latent_metrics(pre, z):
   """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh.
 
-  rank: the participation ratio of the chunks' covariance, (sum of eigenvalues)^2 / sum of squares, over the most that
-  so many chunks can have: 1 when they differ in all directions alike.
+  rank: in how many directions beyond the first the chunks differ, of as many as 33 chunks (or all, if they are fewer)
+  can have: the participation ratio of their covariance, (sum of eigenvalues)^2 / sum of squares, less 1, over that. 0
+  when they differ in one direction alone, 1 when so few chunks differ in all alike; large batches may pass 1.
   """
   flat = z.reshape(-1, z.shape[-2] * z.shape[-1])
   spread = jnp.std(flat, axis=0)
   centred = flat - jnp.mean(flat, axis=0, keepdims=True)
   scatter = centred.T @ centred  # over a sharded batch this is a sum, as all else
   rank = jnp.square(jnp.trace(scatter)) / jnp.maximum(jnp.sum(jnp.square(scatter)), 1e-12)
-  most = max(1, min(flat.shape[0] - 1, flat.shape[1]))
-  return {'latent/rank': rank / most, 'latent/mean': jnp.mean(z), 'latent/std': jnp.std(z),
+  most = max(2, min(flat.shape[0] - 1, flat.shape[1], 32))
+  return {'latent/rank': jnp.maximum(rank - 1, 0.0) / (most - 1), 'latent/mean': jnp.mean(z), 'latent/std': jnp.std(z),
           'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
           'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
           'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
