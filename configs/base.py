@@ -157,12 +157,16 @@ def short_run(config):
 
 
 def finish(config, arg=''):
-  """Applies the words after the colon: `debug`, `mono`, `stereo` (comma-separated)."""
+  """Applies the words after the colon: `debug`, `mono`, `stereo` (comma-separated).
+
+  `stereo` brings the cure of stereo's collapse, but where a linear sketch sets the scale of the latents.
+  """
   for word in filter(None, arg.split(',')):
     if word == 'debug':
       debug(config)
     elif word in ('mono', 'stereo'):
       config.model.channels = 1 if word == 'mono' else 2
+      config.model.latent_norm |= word == 'stereo' and not config.model.linear_sketch
     else:
       raise ValueError(f'config argument {word!r} is not known: use debug, mono or stereo')
   return config.lock()  # a misspelt field in a config file is an error, not a new field

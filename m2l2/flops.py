@@ -11,37 +11,50 @@ import jax.extend
 
 @dataclasses.dataclass
 class Flops:
-  """FLOPs of matrix products by kind; `padded` is what a matrix unit of that width would do."""
+  """FLOPs of matrix products by kind; `padded_...` is what a matrix unit of that width would do."""
   products: float = 0.0
   convolutions: float = 0.0
   attention: float = 0.0
-  padded: float = 0.0
+  padded_products: float = 0.0
+  padded_convolutions: float = 0.0
+  padded_attention: float = 0.0
+
+  @classmethod
+  def of(cls, kind: str, nominal: float, padded: float):
+    return cls(**{kind: nominal, f'padded_{kind}': padded})
 
   @property
   def total(self) -> float:
     return self.products + self.convolutions + self.attention
+
+  @property
+  def padded(self) -> float:
+    return self.padded_products + self.padded_convolutions + self.padded_attention
 
   def add(self, other, times=1.0):
     for field in dataclasses.fields(self):
       setattr(self, field.name, getattr(self, field.name) + times * getattr(other, field.name))
 
 
-def count_flops(jaxpr, *, unit: int = 128) -> Flops:
+def count_flops(jaxpr, *, unit: int = 128, attention: bool = False) -> Flops:
   """FLOPs of all matrix products and convolutions of a jaxpr, branches at their most expensive.
 
   Args:
     jaxpr: a ClosedJaxpr's `jaxpr`, traced without rematerialisation if that is not to count.
     unit: width of the matrix unit: contracted and output features are padded to it in `padded`.
+    attention: whether all of it belongs to attention, as the body of a kernel does.
   """
   total = Flops()
   for eqn in jaxpr.eqns:
-    inside_attention = 'chunk_causal_attention' in str(eqn.source_info.name_stack)
+    named = 'chunk_causal_attention' in str(eqn.source_info.name_stack)
+    inside_attention = attention or named
     if eqn.primitive.name == 'dot_general':
       total.add(_dot(eqn, unit, attention=inside_attention))
     elif eqn.primitive.name == 'conv_general_dilated':
       total.add(_conv(eqn, unit))
     else:
-      inner = [count_flops(sub, unit=unit) for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
+      inner = [count_flops(sub, unit=unit, attention=inside_attention)
+               for sub in jax.extend.core.jaxprs_in_params(eqn.params)]
       if inner and eqn.primitive.name == 'cond':
         inner = [max(inner, key=lambda flops: flops.total)]
       for flops in inner:
@@ -73,7 +86,7 @@ def _dot(eqn, unit, *, attention) -> Flops:
   flops = 2.0 * batch * m * n * k
   # The wider of the two free sides streams through the unit; the other and the contraction fill it.
   padded = 2.0 * batch * max(m, n) * _pad(min(m, n), unit) * _pad(k, unit)
-  return Flops(padded=padded, **{'attention' if attention else 'products': flops})
+  return Flops.of('attention' if attention else 'products', flops, padded)
 
 
 def _conv(eqn, unit) -> Flops:
@@ -90,7 +103,7 @@ def _conv(eqn, unit) -> Flops:
     padded = 2.0 * spots * max(batch, channels) * _pad(min(batch, channels), unit) * _pad(features_in * taps, unit)
   else:
     padded = 2.0 * places * taps * _pad(features_in, unit) * _pad(channels, unit)
-  return Flops(convolutions=flops, padded=padded)
+  return Flops.of('convolutions', flops, padded)
 
 
 def _pad(size, unit):

@@ -42,7 +42,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
       topology, devices, hosts, mesh, preset, batch, fits, and error if it does not fit
       bytes: arguments (state and batch), temporaries, peak, hbm, accessed (a step's memory traffic)
       flops: of the whole step: step (nominal), of it products, convolutions, attention; executed (recomputation
-        and packing included), padded (that, padded to the matrix unit)
+        and packing included), padded (that, padded to the matrix unit), of it padded_convolutions, padded_attention
       collectives: {kind: bytes of results}
       bound: step_seconds, mfu, by, and seconds of compute, memory and links; cycles: the compiler's own estimate for
         everything but custom kernels, None where it has none
@@ -89,7 +89,8 @@ def _figures(config, compiled, chip, report) -> dict:
       'bytes': {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes, 'peak': peak,
                 'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
       'flops': {'step': nominal.total, 'products': nominal.products, 'convolutions': nominal.convolutions,
-                'attention': nominal.attention, 'executed': executed.total, 'padded': executed.padded},
+                'attention': nominal.attention, 'executed': executed.total, 'padded': executed.padded,
+                'padded_convolutions': executed.padded_convolutions, 'padded_attention': executed.padded_attention},
       'collectives': dict(sorted(traffic.collectives.items())),
       'bound': {'step_seconds': seconds[by], 'mfu': nominal.total / count / chip.bf16_flops / seconds[by], 'by': by,
                 'seconds': seconds, 'cycles': traffic.cycles or None},
@@ -159,7 +160,7 @@ def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
   if limit is not None and limit - low <= max(1, low // 8):
     return None
   if len(known) == 1:  # a part does not grow with the batch, so this is too few rather than too many
-    predicted = max(low + 1, int(low * FULL * hbm / known[low]))
+    predicted = max(2, int(low * FULL * hbm / known[low]))
   else:
     first = min(known)
     slope = max(1.0, (known[low] - known[first]) / (low - first))
@@ -213,7 +214,9 @@ def as_text(report: dict) -> str:
       f'{sizes["arguments"] / gib:.2f}, temporaries {sizes["temporaries"] / gib:.2f}',
       f'FLOPs      {work["step"] / 1e12:.1f} T a step (convolutions {work["convolutions"] / work["step"]:.0%}, '
       f'attention {work["attention"] / work["step"]:.0%}); executed {work["executed"] / work["step"]:.2f}x, padded to '
-      f'the matrix unit {work["padded"] / work["step"]:.2f}x',
+      f'the matrix unit {work["padded"] / work["step"]:.2f}x (convolutions '
+      f'{work["padded_convolutions"] / work["padded"]:.0%} of that, attention '
+      f'{work["padded_attention"] / work["padded"]:.0%})',
       f'traffic    {sizes["accessed"] / gib:.1f} GiB a chip and step; collectives: {collectives}',
       f'bound      {1e3 * bound["step_seconds"]:.1f} ms a step by {bound["by"]} ({seconds}): MFU at most '
       f'{bound["mfu"]:.0%}. From published peaks, not a measurement',

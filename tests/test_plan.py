@@ -50,7 +50,8 @@ def test_the_table_for_people():
   report = {
       'topology': 'v5e:2x2', 'devices': 4, 'hosts': 1, 'mesh': {'data': 4, 'fsdp': 1}, 'preset': 'dp', 'batch': 16,
       'fits': True, 'bytes': {'peak': 2**33, 'hbm': 2**34, 'arguments': 2**32, 'temporaries': 2**32, 'accessed': 2**35},
-      'flops': {'step': 4e13, 'convolutions': 2e13, 'attention': 4e12, 'executed': 5e13, 'padded': 8e13},
+      'flops': {'step': 4e13, 'convolutions': 2e13, 'attention': 4e12, 'executed': 5e13, 'padded': 8e13,
+                'padded_convolutions': 4e13, 'padded_attention': 1e13},
       'collectives': {'all-reduce': 2.0**29},
       'bound': {'step_seconds': .1, 'mfu': .5, 'by': 'compute', 'cycles': 1e8,
                 'seconds': {'compute': .1, 'memory': .04, 'links': .003}},
