@@ -68,7 +68,9 @@ def run(argv) -> dict:
   codec = load(args.model)
   rate = codec.native_rates[0]
   sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-  beside = {name: load(name) for name in args.beside}
+  beside = {Path(name).name: load(name) for name in args.beside}
+  if len(beside) < len(args.beside):
+    raise UserError('--beside: two of them have the same last name, by which their rows go: rename one')
   for name, other in beside.items():
     if other.native_rates[0] != rate:
       raise UserError(f'--beside: {name} works at {other.native_rates[0]} Hz, --model at {rate} Hz')
