@@ -375,15 +375,16 @@ class Codec:
 
     Raises UserError: any other model, or no such number of embeddings.
     """
-    self.check_first(embeddings)
+    self.check_first(embeddings, most=latents.z.shape[2])
     return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
 
-  def check_first(self, embeddings: int):
-    """Raises UserError where `first` would."""
+  def check_first(self, embeddings: int, most: int | None = None):
+    """Raises UserError where `first` would, of `most` embeddings a chunk (by default all that the model makes)."""
+    most = most or self.network.arch.num_latents
     if not self.nested:
       raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
-    if not 1 <= embeddings <= self.network.arch.num_latents:
-      raise UserError(f'there are 1 to {self.network.arch.num_latents} embeddings a chunk to keep, not {embeddings}')
+    if not 1 <= embeddings <= most:
+      raise UserError(f'there are 1 to {most} embeddings a chunk to keep, not {embeddings}')
 
   @property
   def nested(self) -> bool:
