@@ -22,7 +22,7 @@ run=runs/quickstart clip=m2l2/assets/clips/train/crystan-credits.ogg
 make_environment .venv train
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/$(compilation_cache)}
 mkdir -p "$run"
-.venv/bin/m2l2 reconstruct $clip "$run/reconstruction.wav" --checkpoint=tiny
+.venv/bin/m2l2 reconstruct $clip "$run/reconstruction.wav" --checkpoint=tiny --overwrite
 say "Listen to $run/reconstruction.wav: $clip through 345 numbers a second"
 # Nine steps of ten train the envelope alone: such a step costs a third, and gains most in minutes.
 .venv/bin/m2l2 train --config=configs/tiny22.py --config.data.root=$clip \

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
   def sound(made):
     made.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',
                       help='of several files, or of what goes to a pipe (default wav)')
+    made.add_argument('--overwrite', action='store_true', help='replace audio files that are there (default: refuse)')
     made.add_argument('--normalize', action='store_true',
                       help='scale the whole file down where it would pass full scale (default: clip, and say so)')
     made.add_argument('--batch', type=int, metavar='N',
@@ -445,7 +446,8 @@ def _decode_jobs(args, planned, opened):
         for job in group:
           with passing(job), contextlib.ExitStack() as files:
             source, latents_by = opened(files.enter_context(jobs.reading(job)))
-            target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=_other_than(job.source)))
+            check = _new_sound(job.source, overwrite=args.overwrite)
+            target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
             codec = codec or _decoder(args)
             # Opened first: that the format does not take these channels is told before the work.
             writer = files.enter_context(audio_io.AudioWriter(
@@ -481,14 +483,18 @@ def _decoder(args):
   return codec
 
 
-def _other_than(source):
-  """A check of where audio is to be written."""
+def _new_sound(source, *, overwrite):
+  """A check of where audio is to be written: what lies there may be the only copy of somebody's song."""
   from m2l2.data import audio_io
 
   def check(path):
     audio_io.check_writable(path)
-    if os.path.exists(path) and os.path.exists(source) and os.path.samefile(source, path):
+    if not os.path.exists(path):
+      return
+    if os.path.exists(source) and os.path.samefile(source, path):
       raise UserError(f'{audio_io.shown(path)}: is the input too; name another output')
+    if not overwrite:
+      raise UserError(f'{audio_io.shown(path)}: is there already; name another output, or add --overwrite')
   return check
 
 

@@ -32,6 +32,8 @@ class Consistency:
     decode_matched: fraction of pairs trained at decoding's own levels (left sigma_cond, right sigma_max).
     sigma_cond: noise put back on a finished chunk in decoding, and the left level of those pairs.
     step_start, step_exponent: dt = step_start ** (1 + progress (step_exponent - 1)).
+    easy: part of training in which dt comes down from 1, where the lower level is sigma_min and the target the data, as
+      in plain denoising, to that schedule (easy consistency tuning, arXiv 2406.14548); 0 is the paper's.
     huber: c = huber * sqrt(D) of the pseudo-Huber loss.
     gap_floor: the loss weight is 1 / max(gap, gap_floor).
     skip: 'edm' is the paper's; 'flow' lets a zero-output network be the exact consistency function of
@@ -55,6 +57,7 @@ class Consistency:
   sigma_cond: float = 0.965
   step_start: float = 0.1
   step_exponent: float = 3.0
+  easy: float = 0.0
   huber: float = 0.00054
   gap_floor: float = 0.0
   skip: str = 'edm'
@@ -77,8 +80,9 @@ class Consistency:
         raise ValueError(f'consistency.{field} is {getattr(self, field)}; it must be above 0')
     if min(self.steps, self.parallel_steps) < 1:
       raise ValueError('consistency.steps and consistency.parallel_steps must be at least 1')
-    if not 0 <= self.decode_matched <= 1:
-      raise ValueError(f'consistency.decode_matched is {self.decode_matched}; it is a fraction, 0 to 1')
+    for field in ('decode_matched', 'easy'):
+      if not 0 <= getattr(self, field) <= 1:
+        raise ValueError(f'consistency.{field} is {getattr(self, field)}; it is a fraction, 0 to 1')
     if not self.sigma_min <= self.sigma_cond <= self.sigma_max:
       raise ValueError(f'consistency.sigma_cond is {self.sigma_cond}; it lies in sigma_min..sigma_max')
 
@@ -113,7 +117,10 @@ class Consistency:
 
   def step(self, progress):
     """Index step dt at a fraction of training in [0, 1]: 0.1 at the start, 0.001 at the end by default."""
-    exponent = 1 + jnp.clip(progress, 0.0, 1.0) * (self.step_exponent - 1)
+    progress = jnp.clip(progress, 0.0, 1.0)
+    exponent = 1 + progress * (self.step_exponent - 1)
+    if self.easy:
+      exponent *= jnp.minimum(progress / self.easy, 1.0)
     return jnp.float32(self.step_start) ** exponent
 
   def sample_levels(self, key, *, chunks: int, progress):

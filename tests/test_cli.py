@@ -145,9 +145,11 @@ def test_an_old_output_is_replaced_only_by_a_whole_one(m2l2, models, song, folde
   out = folder / 'a.wav'
   out.write_bytes(b'old')
   checkpoint = f'--checkpoint={models / "mono"}'
-  assert m2l2('reconstruct', song(), out, checkpoint, '--sigma-cond=100')[0] == 1
+  status, _, errors = m2l2('reconstruct', song(), out, checkpoint)  # as with *.wav, where only two match
+  assert status == 1 and 'is there already' in one_line(errors)
+  assert m2l2('reconstruct', song(), out, checkpoint, '--overwrite', '--sigma-cond=100')[0] == 1
   assert out.read_bytes() == b'old' and os.listdir(folder) == ['a.wav']
-  assert m2l2('reconstruct', song(), out, checkpoint)[0] == 0
+  assert m2l2('reconstruct', song(), out, checkpoint, '--overwrite')[0] == 0
   assert audio_io.probe(out).frames == 5000
 
 

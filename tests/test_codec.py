@@ -147,6 +147,12 @@ def test_200_lengths_at_8_rates(mono):
     assert latents.sample_rate == rate
 
 
+def test_five_minutes(mono):
+  audio = music(5 * 60 * 11025 + 7, channels=1, sample_rate=11025)
+  decoded = mono.decode(mono.encode(audio, 11025))
+  assert decoded.shape == audio.shape and np.all(np.isfinite(decoded))
+
+
 @pytest.mark.parametrize('samples', [1, 255, 256, 1024, 1216, 1279, 1280, 3000, 3327, 3328])
 def test_length_is_the_sources_without_padded_edges(ancestor, samples):
   """Up to hop - 1 samples lie past the last frame: they too come back."""

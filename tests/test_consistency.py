@@ -85,6 +85,17 @@ def test_step_schedule(exponent, steps):
                              rtol=1e-3)
 
 
+def test_easy_training_begins_with_plain_denoising():
+  easy = Consistency(easy=.5)
+  _, low = _levels(easy, progress=0.)
+  np.testing.assert_array_equal(low, np.float32(.002))  # the teacher's answer is the data itself
+  steps = [easy.step(progress) for progress in np.linspace(0, 1, 21)]
+  assert np.all(np.diff(steps) < 0) and steps[0] == 1
+  for progress in (.5, .75, 1.):
+    assert easy.step(progress) == PAPER.step(progress)
+  np.testing.assert_allclose(easy.step(.25), PAPER.step(.25) ** .5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('sigma, expected', [
   (.002, (1, 0, 2)), (.1, (.963, .0961, 1.961)), (.4, (.612, .311, 1.562)),
   (1, (.2006, .4463, .8944)), (80, (3.9e-5, .49998, .0125))])
@@ -323,7 +334,7 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
 @pytest.mark.parametrize('fields', [
   dict(sampling='grid'), dict(skip='vp'), dict(renoise='none'), dict(sigma_min=0.),
   dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
-  dict(decode_matched=1.5), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
+  dict(decode_matched=1.5), dict(easy=-.1), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
   dict(parallel_steps=0)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:
