@@ -25,7 +25,8 @@ run() {
 run flake8 "$bin/python" -m flake8
 run mypy "$bin/python" -m mypy
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared.
-workers=(--numprocesses=2 --dist=loadfile)
+# The order is conftest's.
+workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 [ $# -eq 0 ] || workers=()
 run pytest "$bin/python" -m pytest tests ${workers[@]+"${workers[@]}"} "$@"
 

@@ -3,8 +3,8 @@
   python tests/soak_lengths.py --config=base --minutes=1,2,4
 
 Random weights; `m2l2 encode`, then `m2l2 decode --steps=1 --refine` as a user would call them, programs compiled
-before. Prints JSON: of each call the seconds, the seconds a minute, also of what is longer than the file before (without
-the program's start, that is), and the resident memory at the peak. For an idle machine. Not collected by pytest.
+before. Prints JSON: of each call the seconds, the seconds a minute, also of what is longer than the file before (so
+without the program's start), and the resident memory at the peak. For an idle machine. Not collected by pytest.
 """
 
 import argparse
