@@ -25,8 +25,7 @@ run() {
 run flake8 "$bin/python" -m flake8
 run mypy "$bin/python" -m mypy
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared.
-# The order is conftest's.
-workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
+workers=(--numprocesses=2 --dist=loadfile)
 [ $# -eq 0 ] || workers=()
 run pytest "$bin/python" -m pytest tests ${workers[@]+"${workers[@]}"} "$@"
 

@@ -24,13 +24,6 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 
 MAPPINGS = 20_000
-# Minutes each: begun first, or the last of them would run while the other process has nothing left to do.
-LONG = ('hosts', 'presets', 'codec', 'train', 'configs', 'colabs', 'export', 'learning', 'cli', 'bulk')
-
-
-def pytest_collection_modifyitems(items):
-  first = [f'test_{name}' for name in LONG]
-  items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
 
 
 @pytest.fixture(autouse=True)
