@@ -7,8 +7,8 @@
       --workdir=runs/tiny22
 
 Windows are as long as the paper's in seconds, chunks are twice as long (1.49 s), so a second of music costs half of
-`tiny`'s and has half as many numbers: 344.5. Patches are half as high as `tiny`'s: those of 8 x 4 bins hold more numbers
-than their 48 channels, and training added nothing to the linear start then.
+`tiny`'s and has half as many numbers: 344.5. Patches are half as high as `tiny`'s: those of 8 x 4 bins hold more
+numbers than their 48 channels, and training added nothing to the linear start then.
 """
 
 from m2l2.configs import base, tiny
