@@ -24,8 +24,9 @@ run() {
 }
 run flake8 "$bin/python" -m flake8
 run mypy "$bin/python" -m mypy
-# Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared.
-workers=(--numprocesses=2 --dist=loadfile)
+# Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared;
+# in the order of tests/conftest.py, not files of many tests first.
+workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 [ $# -eq 0 ] || workers=()
 run pytest "$bin/python" -m pytest tests ${workers[@]+"${workers[@]}"} "$@"
 

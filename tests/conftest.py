@@ -24,6 +24,15 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 
 MAPPINGS = 20_000
+LONGEST = (
+  'test_hosts.py', 'test_learning.py', 'test_train.py', 'test_conformance.py', 'test_colabs.py', 'test_codec.py',
+  'test_pack.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  """The longest files go first, so that no process of two works alone at the end."""
+  items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
