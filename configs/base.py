@@ -71,13 +71,11 @@ def get_config(arg=''):
   consistency.p_mean = -1.1            # of ln sigma in training
   consistency.p_std = 2.0
   consistency.sampling = 'index'       # index: the official code's grid weights; lognormal: a true log-normal
-  consistency.decode_matched = 0.0     # fraction of pairs at decoding's own levels (sigma_cond, sigma_max)
   consistency.sigma_cond = 0.965       # noise put back on the previous chunk in decoding
   consistency.step_start = 0.1         # index step at the start ...
   consistency.step_exponent = 3.0      # ... and step_start ** this at the end
   consistency.easy = 0.0               # part of training that comes down to those steps from plain denoising
   consistency.huber = 0.00054          # c = huber sqrt(D)
-  consistency.gap_floor = 0.0          # the loss weight is 1 / max(gap, gap_floor)
   consistency.skip = 'edm'             # edm: the paper's c_skip; flow: exact for Gaussian data
   consistency.local = False            # sigma_data per bin from the predicted envelope (needs model.envelope)
   consistency.local_floor = 0.02       # least sigma_data then

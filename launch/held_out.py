@@ -7,8 +7,9 @@
   --music=DIR        default data/music/heldout (launch/get_music.sh)
   --excerpts=FILE    default launch/excerpts/heldout.txt: 60 of --seconds=10
   --train=PLACE      music that the PCA is fitted on, as config.data.root has it
-  --beside=A,B       further models of the same sample rate, a row each: one step; such as what training began with
-  --sigma-cond=A,B   noise put back on a chunk in two-step decoding: one step against two is told for each
+  --beside=A,B       further models of the same sample rate, a row each: one step; such as what training began with.
+                     NAME=MODEL names the row
+  --sigma-cond=A,B   noise put back on a chunk in two-step decoding: two steps less one, paired, for each
   --workers=N        processes for the signal metrics
   --visqol-every=N   ViSQOL, seconds of computation for one of sound, takes each N-th excerpt (default 1; 0: none)
 
@@ -38,7 +39,7 @@ from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
 from m2l2.evaluation import baselines, excerpts, pairs, pictures, visqol
 from m2l2.evaluation.embeddings import make_embedder
-from m2l2.evaluation.frechet import frechet_distance
+from m2l2.evaluation.frechet import frechet_distance, paired_difference
 
 EMBEDDING = 'musicnn_mtt'
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
@@ -56,7 +57,8 @@ def parser():
   flags.add_argument('--train', required=True)
   flags.add_argument('--output', type=Path, required=True)
   flags.add_argument('--beside', type=lambda text: text.split(','), default=[])
-  flags.add_argument('--sigma-cond', type=lambda text: [float(x) for x in text.split(',')], default=[.1, .3, .965, 3.])
+  flags.add_argument('--sigma-cond', type=lambda text: [float(x) for x in text.split(',')],
+                     default=[.03, .1, .3, .965, 3.])
   flags.add_argument('--workers', type=int, default=1)
   flags.add_argument('--visqol-every', type=int, default=1)
   return flags
@@ -68,17 +70,17 @@ def run(argv) -> dict:
   codec = load(args.model)
   rate = codec.native_rates[0]
   sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-  beside = {Path(name).name: load(name) for name in args.beside}
+  beside = {name or Path(model).name: load(model) for name, _, model in (text.rpartition('=') for text in args.beside)}
   if len(beside) < len(args.beside):
-    raise UserError('--beside: two of them have the same last name, by which their rows go: rename one')
+    raise UserError('--beside: two of them have the same last name, by which their rows go: give NAME=MODEL')
   for name, other in beside.items():
     if other.native_rates[0] != rate:
       raise UserError(f'--beside: {name} works at {other.native_rates[0]} Hz, --model at {rate} Hz')
   args.output.mkdir(parents=True, exist_ok=True)
   latents = excerpts.encode(codec, sounds, rate)
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
-  systems |= {name: excerpts.decode(other, excerpts.encode(other, sounds, rate), refine=False)
-              for name, other in beside.items()}
+  beside_latents = {name: excerpts.encode(other, sounds, rate) for name, other in beside.items()}
+  systems |= {name: excerpts.decode(other, beside_latents[name], refine=False) for name, other in beside.items()}
 
   metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr']
   embed = remembering(make_embedder(EMBEDDING))
@@ -92,9 +94,12 @@ def run(argv) -> dict:
       judged[name]['metrics'] |= heard['metrics']
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
+            'beside': {name: compare(sounds, systems['m2l2, one step'], systems[name], rate, embed) for name in beside},
             'steps': compare_steps(codec, sounds, latents, rate, systems['m2l2, one step'], args.sigma_cond, embed),
             'swapped': swapped(codec, sounds, latents, rate, args.output, embed),
-            'rates': rates(codec, sounds, latents, rate, embed)}
+            'rates': rates(codec, sounds, latents, rate, embed),
+            'rates_beside': {name: rates(other, sounds, beside_latents[name], rate, embed)
+                             for name, other in beside.items()}}
   write(report, systems, sounds, rate, args.output)
   return report
 
@@ -190,18 +195,18 @@ def from_blocks(blocks, shape):
   return np.moveaxis(blocks.reshape(b * s, t // BLOCK, f, BLOCK, c), 1, 2).reshape(shape)
 
 
+def compare(sounds, made, other, rate, embed) -> dict:
+  """`made` less `other` in log-mel L1 (dB) and in FD, each with a paired bootstrap over the excerpts: below 0 `made`
+  is the better."""
+  mel = lambda made: np.array([pairs.mel_l1_db(sounds[name], made[name], sample_rate=rate) for name in sounds])
+  embedded = ([embed(estimates[name], sample_rate=rate) for name in sounds] for estimates in (made, other, sounds))
+  return {'mel_l1_db': baselines.paired_bootstrap(mel(made) - mel(other)), 'frechet': paired_difference(*embedded)}
+
+
 def compare_steps(codec, sounds, latents, rate, one, sigma_conds, embed) -> dict:
-  """Two steps less one step in log-mel L1 (dB) for each sigma_cond, a paired bootstrap over the excerpts: below 0 two
-  steps are the better; and FD."""
-  judge = lambda made: excerpts.judge(sounds, made, rate, metrics=('mel_l1_db',), embedders={EMBEDDING: embed})
-  first = judge(one)
-  of = lambda judged: np.array(list(judged['metrics']['mel_l1_db']['per_file'].values()))
-  found = {'one step': {'frechet': first['frechet']}}
-  for sigma in sigma_conds:
-    second = judge(excerpts.decode(codec, latents, refine=True, sigma_cond=sigma))
-    found[f'{sigma:g}'] = {'mel_l1_db': baselines.paired_bootstrap(of(second) - of(first)),
-                           'frechet': second['frechet']}
-  return found
+  """`compare` of two steps with one, for each sigma_cond."""
+  two = lambda sigma: excerpts.decode(codec, latents, refine=True, sigma_cond=sigma)
+  return {f'{sigma:g}': compare(sounds, two(sigma), one, rate, embed) for sigma in sigma_conds}
 
 
 def rates(codec, sounds, latents, rate, embed) -> dict:
@@ -285,20 +290,31 @@ def markdown(report) -> str:
   lines += ['', f'{report["excerpts"]} excerpts (ViSQOL: {len(heard)}) at {report["sample_rate"]} Hz; '
             f'{report["parameters_per_second"]:.1f} numbers a second; kbit/s: '
             + ', '.join(f'{name} {rate:.1f}' for name, rate in report['kbps'].items()) + '.', '',
-            '| sigma_cond | two steps less one in log-mel L1, dB (95 %) | FD |', '| --- | --- | --- |']
-  for sigma, found in report['steps'].items():
-    change = found.get('mel_l1_db')
-    told = f'{change["mean"]:+.3f} ({change["low"]:+.3f} to {change["high"]:+.3f})' if change else ''
-    distance = found['frechet'].get(EMBEDDING, {}).get('value')
-    lines.append(f'| {sigma} | {told} | {"" if distance is None else f"{distance:.1f}"} |')
-  if report['rates']:
-    lines += ['', '| embeddings | numbers a second | ratio | log-mel L1, dB | FD |', '| --- | --- | --- | --- | --- |']
-  for count, found in report['rates'].items():
-    distance = found['frechet'].get(EMBEDDING, {}).get('value')
-    lines.append(f'| {count} | {found["numbers_per_second"]:.0f} | {found["ratio"]:.2f} | {found["mel_l1_db"]:.2f} | '
-                 f'{"" if distance is None else f"{distance:.1f}"} |')
-  lines += ['', "Latents of another piece: " + ', '.join(f'{k} {v:.2f}' for k, v in report['swapped'].items()) + '.']
+            '| | log-mel L1, dB (95 %) | FD (95 %) |', '| --- | --- | --- |']
+  told = lambda change, digits: (f'{change["mean"]:+.{digits}f} ({change["low"]:+.{digits}f} to '
+                                 f'{change["high"]:+.{digits}f})')
+  compared = ({f'one step less {name}': found for name, found in report['beside'].items()}
+              | {f'two steps at sigma_cond {sigma} less one': found for sigma, found in report['steps'].items()})
+  lines += [f'| {name} | {told(found["mel_l1_db"], 3)} | {told(found["frechet"], 1)} |'
+            for name, found in compared.items()]
+  lines += rates_table(report)
+  swap = report['swapped']
+  lines += ['', 'Latents of another piece, means over the excerpts (FD of each by itself, not that of the table): to '
+            f'the piece whose noise it is FD {swap["frechet_to_own"]:.0f} and log-mel L1 '
+            f'{swap["mel_l1_db_to_own"]:.1f} dB, to the piece whose latents they are '
+            f'{swap["frechet_to_source_of_latents"]:.0f} and {swap["mel_l1_db_to_source_of_latents"]:.1f} dB.']
   return '\n'.join(lines) + '\n'
+
+
+def rates_table(report) -> list[str]:
+  """Lines of what each number of embeddings gave, with the FD of the other nested models; none if it is not nested."""
+  distance = lambda found: f'{found["frechet"][EMBEDDING]["value"]:.1f}' if found['frechet'] else ''
+  others = {name: found for name, found in report['rates_beside'].items() if found}
+  rows = [[str(count), f'{found["numbers_per_second"]:.0f}', f'{found["ratio"]:.2f}', f'{found["mel_l1_db"]:.2f}',
+           distance(found), *(distance(other[count]) if count in other else '' for other in others.values())]
+          for count, found in report['rates'].items()]
+  head = ['embeddings', 'numbers a second', 'ratio', 'log-mel L1, dB', 'FD', *(f'FD, {name}' for name in others)]
+  return ['', *(f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *rows])] if rows else []
 
 
 if __name__ == '__main__':

@@ -113,7 +113,7 @@ class Training:
     chunks = (student - teacher).unflatten(-1, (2, -1))  # [B, C, F, S, T]
     c = self.process.huber * (chunks.shape[1] * chunks.shape[2] * chunks.shape[4]) ** 0.5
     distance = (chunks.square().sum((1, 2, 4)) + c * c).sqrt() - c
-    return (distance / (self.high - self.low).clamp(min=max(self.process.gap_floor, 1e-12))).mean()
+    return (distance / (self.high - self.low).clamp(min=1e-12)).mean()
 
   def _denoise(self, levels, z, features):
     spread = levels.repeat_interleave(self.spec.shape[-1] // 2, dim=1)[:, None, None]  # [B, 1, 1, S T]

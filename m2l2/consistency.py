@@ -29,13 +29,11 @@ class Consistency:
     p_mean, p_std: of ln sigma in training.
     sampling: 'index' weighs a uniform index grid by the normal density, without the Jacobian of ln sigma
       (the official code; ln sigma then has mean -0.55, std 1.93); 'lognormal' is a true clipped log-normal.
-    decode_matched: fraction of pairs trained at decoding's own levels (left sigma_cond, right sigma_max).
-    sigma_cond: noise put back on a finished chunk in decoding, and the left level of those pairs.
+    sigma_cond: noise put back on a finished chunk in decoding.
     step_start, step_exponent: dt = step_start ** (1 + progress (step_exponent - 1)).
     easy: part of training in which dt comes down from 1, where the lower level is sigma_min and the target the data, as
       in plain denoising, to that schedule (easy consistency tuning, arXiv 2406.14548); 0 is the paper's.
     huber: c = huber * sqrt(D) of the pseudo-Huber loss.
-    gap_floor: the loss weight is 1 / max(gap, gap_floor).
     skip: 'edm' is the paper's; 'flow' lets a zero-output network be the exact consistency function of
       Gaussian data of deviation sigma_data: the probability flow scales x by
       sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
@@ -53,13 +51,11 @@ class Consistency:
   p_mean: float = -1.1
   p_std: float = 2.0
   sampling: str = 'index'
-  decode_matched: float = 0.0
   sigma_cond: float = 0.965
   step_start: float = 0.1
   step_exponent: float = 3.0
   easy: float = 0.0
   huber: float = 0.00054
-  gap_floor: float = 0.0
   skip: str = 'edm'
   local: bool = False
   local_floor: float = 0.02
@@ -80,9 +76,8 @@ class Consistency:
         raise ValueError(f'consistency.{field} is {getattr(self, field)}; it must be above 0')
     if min(self.steps, self.parallel_steps) < 1:
       raise ValueError('consistency.steps and consistency.parallel_steps must be at least 1')
-    for field in ('decode_matched', 'easy'):
-      if not 0 <= getattr(self, field) <= 1:
-        raise ValueError(f'consistency.{field} is {getattr(self, field)}; it is a fraction, 0 to 1')
+    if not 0 <= self.easy <= 1:
+      raise ValueError(f'consistency.easy is {self.easy}; it is a fraction, 0 to 1')
     if not self.sigma_min <= self.sigma_cond <= self.sigma_max:
       raise ValueError(f'consistency.sigma_cond is {self.sigma_cond}; it lies in sigma_min..sigma_max')
 
@@ -125,11 +120,7 @@ class Consistency:
 
   def sample_levels(self, key, *, chunks: int, progress):
     """One item's upper and lower noise levels (high [S], low [S])."""
-    draw_key, matched_key = jax.random.split(key)
-    index = self.sample_index(draw_key, (chunks,))
-    if self.decode_matched:
-      decoding = self.index(jnp.asarray([self.sigma_cond] * (chunks - 1) + [self.sigma_max]))
-      index = jnp.where(jax.random.bernoulli(matched_key, self.decode_matched), decoding, index)
+    index = self.sample_index(key, (chunks,))
     return self.sigma(index), self.sigma(jnp.maximum(index - self.step(progress), 0.0))
 
   # Preconditioning.
@@ -169,7 +160,7 @@ class Consistency:
     square = jnp.sum(jnp.square(student - jax.lax.stop_gradient(teacher)), axis=axes)
     c = self.huber * float(np.prod(student.shape[2:])) ** 0.5
     gap = high - low
-    weight = jnp.where(gap > 0, 1 / jnp.maximum(gap, max(self.gap_floor, 1e-12)), 0.0)
+    weight = jnp.where(gap > 0, 1 / jnp.maximum(gap, 1e-12), 0.0)
     return weight * (jnp.sqrt(square + c * c) - c)
 
   # Samplers: `denoise(x, sigma)` is bound to the network and the features by the caller.

@@ -14,7 +14,7 @@ from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot
 
 CLIPS = Path(str(resources.files('m2l2') / 'assets' / 'clips'))
-TRAINING, HELD_OUT = CLIPS / 'train' / 'crystan-credits.ogg', CLIPS / 'heldout' / 'maxstack-through-space.ogg'
+TRAINING, HELD_OUT = CLIPS / 'train' / 'crystan-credits.ogg', CLIPS / 'heldout' / 'savino-palace.ogg'
 STEPS = 300
 
 

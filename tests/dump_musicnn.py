@@ -25,7 +25,7 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLIPS = ('train/crystan-credits', 'train/macklin-geoscape-theme', 'train/marino-main-theme',
-         'train/obsidian-shell-ezer-ev', 'heldout/maxstack-through-space')
+         'train/obsidian-shell-ezer-ev', 'train/maxstack-through-space')
 PENULTIMATE, TAGS = 'model/dense/Relu', 'model/Sigmoid'
 
 

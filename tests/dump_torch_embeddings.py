@@ -20,7 +20,7 @@ from unittest import mock
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
-CLIP = ROOT / 'm2l2' / 'assets' / 'clips' / 'heldout' / 'maxstack-through-space.ogg'
+CLIP = ROOT / 'm2l2' / 'assets' / 'clips' / 'train' / 'maxstack-through-space.ogg'
 
 
 def made_weights(shapes):

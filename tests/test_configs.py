@@ -264,7 +264,7 @@ def test_bad_quantiser(field, value):
 
 @pytest.mark.parametrize('field, value', [
   ('sampling', 'sobol'), ('skip', 'none'), ('renoise', 'no'), ('sigma_min', 0.),
-  ('sigma_max', 1e-4), ('p_std', 0.), ('decode_matched', 2.), ('sigma_cond', 1000.),
+  ('sigma_max', 1e-4), ('p_std', 0.), ('easy', 2.), ('sigma_cond', 1000.),
   ('rho', 'seven')])
 def test_bad_consistency(field, value):
   fields = {**_plain(base.get_config())['consistency'], field: value}

@@ -66,15 +66,6 @@ def test_levels_of_a_pair_are_independent_and_a_step_apart():
   np.testing.assert_allclose(PAPER.index(low), np.maximum(index - .1, 0), atol=1e-4)
 
 
-def test_decode_matched_pairs_have_the_levels_of_decoding():
-  high, low = _levels(Consistency(decode_matched=1.), chunks=3, count=10)
-  np.testing.assert_allclose(high, np.tile([.965, .965, 80], (10, 1)), rtol=1e-4)
-  assert np.all(low < high)
-  matched = np.isclose(_levels(Consistency(decode_matched=.25))[0], [.965, 80], rtol=1e-4)
-  assert np.all(matched[:, 0] == matched[:, 1])
-  np.testing.assert_allclose(matched.mean(), .25, atol=.015)
-
-
 @pytest.mark.parametrize('exponent, steps', [
   (3., [.1, .0316, .01, .00316, .001]), (2., [.1, .0562, .0316, .0178, .01])])
 def test_step_schedule(exponent, steps):
@@ -168,14 +159,6 @@ def test_loss_weights(index, step, gap, weight):
   bare = PAPER.loss(zeros + 1, zeros, high=low + 1, low=low)
   loss = PAPER.loss(zeros + 1, zeros, high=high, low=low)
   np.testing.assert_allclose(loss / bare, weight, rtol=.03)
-
-
-def test_gap_floor_bounds_the_weight():
-  zeros, ones = jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 4))
-  levels = dict(high=jnp.full((1, 1), .11), low=jnp.full((1, 1), .1))
-  bare = PAPER.loss(ones, zeros, high=jnp.full((1, 1), 2.), low=jnp.ones((1, 1)))
-  loss = Consistency(gap_floor=.5).loss(ones, zeros, **levels)
-  np.testing.assert_allclose(loss, 2 * bare, rtol=1e-5)
 
 
 def test_a_zero_gap_counts_nothing_and_gives_no_nan():
@@ -334,7 +317,7 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
 @pytest.mark.parametrize('fields', [
   dict(sampling='grid'), dict(skip='vp'), dict(renoise='none'), dict(sigma_min=0.),
   dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
-  dict(decode_matched=1.5), dict(easy=-.1), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
+  dict(easy=1.5), dict(easy=-.1), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
   dict(parallel_steps=0)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:

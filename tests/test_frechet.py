@@ -62,6 +62,24 @@ def test_bootstrap_draws_the_same_clips_on_both_sides():
   assert frechet.bootstrap_sd(clips[:1], others[:1]) is None
 
 
+def test_a_paired_difference_is_surer_than_its_two_sides():
+  clips = [normal(5, 6, seed) * (1 + seed % 4) for seed in range(12)]  # some clips are harder than others
+  near = [clip * 1.5 for clip in clips]
+  far = [clip * 1.6 for clip in clips]
+  joined = [np.concatenate(side) for side in (far, near, clips)]
+  found = frechet.paired_difference(far, near, clips)
+  assert found['mean'] == pytest.approx(
+      frechet.frechet_distance(joined[0], joined[2]) - frechet.frechet_distance(joined[1], joined[2]))
+  assert 0 < found['low'] < found['mean'] < found['high']
+  apart = np.hypot(*(frechet.bootstrap_sd(side, clips) for side in (far, near)))
+  assert found['high'] - found['low'] < 2 * apart  # 95 % of the difference; two sides apart: 3.9 deviations
+  assert frechet.paired_difference(near, far, clips)['high'] < 0
+  same = frechet.paired_difference(near, near, clips)
+  assert same['low'] == same['high'] == 0
+  with pytest.raises(UserError, match='12, 12 and 11 clips'):
+    frechet.paired_difference(far, near, clips[:11])
+
+
 @pytest.mark.parametrize('a, b, message', [
     (np.ones((1, 3)), np.ones((5, 3)), 'two or more embeddings'),
     (np.ones((5, 3)), np.ones((5, 4)), 'of 3 and of 4'),

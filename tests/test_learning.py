@@ -169,14 +169,17 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   monkeypatch.setattr(held_out, 'CROPS', 40)
   output = tmp_path / 'held_out'
   report = held_out.run([*listed, f'--model={place}', f'--train={music}', f'--output={output}', '--sigma-cond=0.5',
-                         f'--beside={tmp_path}/table/one'])
+                         f'--beside=raw={tmp_path}/table/one'])
   assert report['systems']['the excerpt itself']['metrics']['mel_l1_db']['mean'] == 0
   assert report['systems']['noise with the mean spectrum']['metrics']['ratio']['mean'] == pytest.approx(1, abs=.1)
-  beside, boxed = (report['systems'][name]['metrics']['ratio']['mean'] for name in ('one', 'm2l2, one step'))
+  beside, boxed = (report['systems'][name]['metrics']['ratio']['mean'] for name in ('raw', 'm2l2, one step'))
   assert beside == pytest.approx(boxed, rel=.02) and beside != boxed  # the same weights before they were rounded
-  assert set(report['steps']) == {'one step', '0.5'} and (output / 'rates.png').is_file()
+  change = report['beside']['raw']
+  assert change['mel_l1_db']['low'] <= change['mel_l1_db']['mean'] <= change['mel_l1_db']['high']
+  assert list(report['steps']) == ['0.5'] and (output / 'rates.png').is_file()
   assert report['rates'][2]['ratio'] == report['systems']['m2l2, one step']['metrics']['ratio']['mean']
   assert report['rates'][1]['ratio'] != report['rates'][2]['ratio']
+  assert report['rates_beside']['raw'][2]['ratio'] == beside
   stored = json.loads((output / 'report.json').read_text())
   assert stored['systems'] == report['systems'] and list(stored['rates']) == [str(n) for n in (1, 2)]
   assert (output / 'table.md').read_text() == held_out.markdown(report) and (output / 'swapped.png').is_file()

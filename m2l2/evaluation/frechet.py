@@ -52,6 +52,32 @@ def bootstrap_sd(a: Sequence, b: Sequence, *, draws: int = DRAWS, seed: int = 0)
   return float(np.std(distances, ddof=1))
 
 
+def paired_difference(
+    a: Sequence, b: Sequence, reference: Sequence, *, draws: int = 400, seed: int = 0) -> dict[str, float]:
+  """How much further a is from the reference than b, and the 95 % interval when the clips are drawn anew.
+
+  The same clips are drawn for all three, so what makes a clip easy or hard for both cancels; below 0 a is the nearer.
+
+  Args:
+    a, b, reference: one array [windows, d] a clip, in the same order.
+    draws: sets of clips drawn, each as many clips as there are, with replacement.
+  Returns:
+    {'mean': the difference of the two distances, 'low', 'high'}.
+  Raises:
+    UserError: not as many clips on each side, or fewer than two embeddings in all.
+  """
+  if not len(a) == len(b) == len(reference):
+    raise UserError(f'{len(a)}, {len(b)} and {len(reference)} clips cannot be paired')
+
+  def difference(picks):
+    far, near, to = (np.concatenate([side[i] for i in picks]) for side in (a, b, reference))
+    return frechet_distance(far, to) - frechet_distance(near, to)
+
+  drawn = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+  low, high = np.quantile([difference(picks) for picks in drawn], [.025, .975])
+  return {'mean': difference(range(len(a))), 'low': float(low), 'high': float(high)}
+
+
 def _moments(embeddings) -> tuple[np.ndarray, np.ndarray]:
   """Mean [d] and a factor X [min(n, d), d] of the unbiased covariance X^T X, float64."""
   x = np.asarray(embeddings, np.float64)

@@ -1,0 +1,70 @@
+"""The model in the box does what its card says: it loads, and clips come through it."""
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import m2l2
+from m2l2 import sketch
+from m2l2.configs import tiny22
+from m2l2.data import audio_io
+from m2l2.evaluation import pairs
+from m2l2.latents import Latents
+
+PLACE = Path(str(resources.files('m2l2'))) / 'assets' / 'models' / 'tiny'
+MIB = 2 ** 20
+
+pytestmark = pytest.mark.usefixtures('full_optimization')
+
+
+@pytest.fixture(scope='module')
+def codec():
+  return m2l2.load('tiny')
+
+
+@pytest.fixture(scope='module')
+def clip(codec):
+  """(3 s of the clip that no model was trained on, its latents), at the model's rate."""
+  audio, rate = audio_io.read(sketch.HELD_OUT, frames=3 * 44100)
+  audio = audio_io.resample(audio, from_rate=rate, to_rate=codec.native_rates[0])
+  return audio, codec.encode(audio, codec.native_rates[0])
+
+
+def distance(codec, clip, latents):
+  made = codec.decode(latents, seed=0)
+  return pairs.ratio(clip[0], made, sample_rate=codec.native_rates[0])
+
+
+def test_it_fits_the_box():
+  files = [path for path in PLACE.parent.rglob('*') if path.is_file()]
+  assert max(path.stat().st_size for path in files) < 16 * MIB
+  assert sum(path.stat().st_size for path in files) < 40 * MIB
+  assert (PLACE / 'MODEL.md').read_text(encoding='utf-8').startswith('# tiny')
+
+
+def test_its_recipe_is_the_shipped_config(codec):
+  expected = tiny22.get_config().to_dict()
+  for part in ('model', 'consistency', 'train'):
+    ours, theirs = ({key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+                    for fields in (codec.config[part], expected[part]))
+    assert {k: v for k, v in ours.items() if k not in ('strides', 'init_from')} == {
+        k: v for k, v in theirs.items() if k not in ('strides', 'init_from')}
+
+
+def test_music_comes_through_it(codec, clip):
+  assert clip[1].z.shape == (2, 3, 8, 64)  # a stream a channel; chunks of 1.49 s, and what is over
+  assert distance(codec, clip, clip[1]) < .6
+
+
+def test_other_latents_are_other_music(codec, clip):
+  wrong = Latents(**{**vars(clip[1]), 'z': clip[1].z[:, ::-1]})
+  assert distance(codec, clip, wrong) > 1.2 * distance(codec, clip, clip[1])
+
+
+def test_its_first_embeddings_carry_most(codec, clip):
+  every, some, none = (distance(codec, clip, z) for z in (
+      clip[1], codec.first(clip[1], 2), Latents(**{**vars(clip[1]), 'z': np.zeros_like(clip[1].z)})))
+  assert every < some < none
+  assert some - every < .5 * (none - some)
