@@ -1,7 +1,7 @@
 """Known ways in which training goes wrong, told early, with the likely cure: one warning in the log for each.
 
   latents that differ little from chunk to chunk, or in few directions: the decoder has nothing to go by
-  saturated latents: tanh passes no gradient any more (stereo runs collapse so)
+  latents that grow before tanh, then saturated ones: tanh passes no gradient any more (stereo runs collapse so)
   features at the cross connections that grow without bound, or are the same for all chunks
   a denoiser that does not use the latents
 """
@@ -36,6 +36,9 @@ AILMENTS = (
             '(model.envelope, train.head_start) or set model.shortcut and model.shortcut_width'),
     Ailment('latent/rank', 0.05, 'the latents differ in very few directions; set model.shortcut_width, or lower '
             'train.learning_rate'),
+    # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.
+    Ailment('latent/pre_rms', 1.2, 'the latents grow to where tanh saturates; set model.latent_norm (not with '
+            'model.linear_sketch), or lower train.learning_rate', above=True),
     Ailment('latent/saturated', 0.05, 'the latents saturate; set model.latent_norm (not with model.linear_sketch), or '
             'lower train.learning_rate or lengthen train.warmup_steps', above=True),
     Ailment('feature/rms', 10.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
