@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import held_out, learn, pca_start, ship
+from launch import bounds, held_out, learn, pca_start, ship
 from m2l2 import build, codec
 from m2l2.configs import tiny
 from m2l2.data import audio_io
@@ -225,3 +225,28 @@ def test_principal_components_to_begin_with(music, tmp_path):
   assert error(z) < .8 * error(0 * z)  # without latents it is the music's mean
   with pytest.raises(UserError, match='no linear sketch'):
     pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', *run])
+
+
+def test_what_bounds_an_envelope_and_noise(music, capsys):
+  run = ['--crops=60', '--components=4,16', f'--config.data.root={music}', f'--music={music}',
+         f'--excerpts={music}/list.txt', '--seconds=4.3']
+  table = bounds.run(['--config=tiny22.py:debug', *run])
+  assert list(table) == ['every bin', '32 x 4 cells', '4 components', '16 components']
+  every, cells, four, sixteen = table.values()
+  assert every['mel_l1_db'] < cells['mel_l1_db'] < sixteen['mel_l1_db'] < four['mel_l1_db']
+  for row in table.values():  # the Wiener filter is the best gain there is for the scale it is told
+    assert all(best > flow for best, flow in zip(row['snr_wiener'], row['snr_flow'], strict=True))
+  assert len(capsys.readouterr().out.splitlines()) == 4
+  with pytest.raises(UserError, match='names no cells'):
+    bounds.run(['--config=tiny.py:debug', *run])
+  with pytest.raises(UserError, match='mono'):
+    bounds.run(['--config=tiny22.py:debug,stereo', *run])
+
+
+def test_bent_noise_keeps_its_power_and_phases():
+  noise = np.random.default_rng(0).standard_normal((3, 4, 5, 2)).astype(np.float32)
+  bent = bounds.bent(noise, .4)
+  assert np.mean(np.square(bent)) == pytest.approx(np.mean(np.square(noise)), rel=1e-5)
+  np.testing.assert_allclose(np.arctan2(*np.moveaxis(bent, -1, 0)), np.arctan2(*np.moveaxis(noise, -1, 0)), atol=1e-5)
+  sizes = lambda x: np.std(np.linalg.norm(x, axis=-1))
+  assert sizes(bent) < .6 * sizes(noise) and bounds.bent(noise, 1) is noise
