@@ -9,7 +9,9 @@
 #     --workdir=DIR     (runs/small)
 #     --minutes=M       trains for so long at most, saves, writes the box; the next call goes on (default: to the end)
 #     --python=PROGRAM  one that has m2l2 (default: makes .venv)
+#     --crops=N         that the start is fitted on (5000); fewer for a quick look
 #     --dry-run         prints the commands
+# The pack is mono Opus of some 34 kbit/s: 2.5 hours at 48 kbit/s would be 54 MB.
 # For one GPU. m2l2.load('WORKDIR/box/small') takes the result, --checkpoint=WORKDIR/box/small too.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,14 +20,14 @@ source launch/environment.sh
 music=data/music/train pack=data/pack config=configs/small.py workdir=runs/small minutes='' python='' dry_run='' crops=5000
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit ;;
     --music=*) music=${1#*=} ;;
     --pack=*) pack=${1#*=} ;;
     --config=*) config=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
     --minutes=*) minutes=${1#*=} ;;
     --python=*) python=${1#*=} ;;
-    --crops=*) crops=${1#*=} ;;  # that the start is fitted on; for a quick look
+    --crops=*) crops=${1#*=} ;;
     --dry-run) dry_run=1 ;;
     --) shift; break ;;
     *) give_up "does not know $1 (try --help)" ;;

@@ -1,11 +1,12 @@
-"""The notebooks run from top to bottom; here with a model shrunk by M2L2_COLAB_WORDS=debug.
+"""The notebooks run from top to bottom, with the model in the box; here it is trained for fewer steps.
 
-As they are, in minutes: M2L2_COLAB_WORDS= python -m pytest tests/test_colabs.py -k runs
+As they are, in minutes: M2L2_COLAB_STEPS=500 python -m pytest tests/test_colabs.py -k runs
 """
 
 import configparser
 import json
 import os
+import re
 import sys
 import types
 
@@ -18,8 +19,8 @@ NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
 SETUP = configparser.ConfigParser(interpolation=None)
 SETUP.read(ROOT / 'setup.cfg')
 REPOSITORY = SETUP['metadata']['url']
-WORDS = os.environ.get('M2L2_COLAB_WORDS', 'debug')
-# Compiling is nearly all of the work then: done in a hurry, and once for the same program.
+STEPS = int(os.environ.get('M2L2_COLAB_STEPS', 6))
+# Compiling is most of the work then: done in a hurry, and once for the same program.
 QUICK = {'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
 
@@ -39,7 +40,7 @@ def cell_with(notebook, text):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Where the notebooks run, one after the other: the first trains the model, the others find it.
+  """Where the notebooks run, one after the other.
 
   The kernel is this Python, from a specification that lies here, whatever kernels the user has registered.
   """
@@ -48,11 +49,12 @@ def folder(tmp_path_factory):
   kernel.mkdir(parents=True)
   argv = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
   (kernel / 'kernel.json').write_text(json.dumps({'argv': argv, 'display_name': 'tests', 'language': 'python'}))
-  environment = {'JUPYTER_PATH': folder, 'IPYTHONDIR': folder / 'ipython', 'JUPYTER_RUNTIME_DIR': folder / 'jupyter',
-                 'M2L2_COLAB_WORDS': WORDS}
-  if WORDS == 'debug':
+  environment = {'JUPYTER_PATH': folder, 'IPYTHONDIR': folder / 'ipython', 'JUPYTER_RUNTIME_DIR': folder / 'jupyter'}
+  if STEPS < 100:
     cache = os.environ.get('JAX_COMPILATION_CACHE_DIR') or folder / 'compiled'
     environment |= {**QUICK, 'JAX_COMPILATION_CACHE_DIR': cache}
+  else:
+    environment |= {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   with pytest.MonkeyPatch.context() as patch:
     for name, value in environment.items():
       patch.setenv(name, str(value))
@@ -66,11 +68,20 @@ def executed(folder):
 
   def execute(name):
     if name not in done:
-      done[name] = read(name)
+      done[name] = with_steps(read(name))
       nbclient.NotebookClient(done[name], kernel_name='m2l2-tests', timeout=900, startup_timeout=120,
                               resources={'metadata': {'path': str(folder)}}).execute()
     return done[name]
   return execute
+
+
+def with_steps(notebook):
+  """The notebook; one that trains, for STEPS."""
+  training = [cell for cell in code_cells(notebook) if re.search(r'^STEPS = ', cell.source, re.M)]
+  for cell in training:
+    cell.source = re.sub(r'^STEPS = \d+$', f'STEPS = {STEPS}', cell.source, flags=re.M)
+  assert len(training) == any('train(' in cell.source for cell in code_cells(notebook))
+  return notebook
 
 
 def outputs(notebook, kind):
@@ -87,7 +98,7 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize('name, pictures, players', [
-    ('encode_decode', 2, 3), ('inspect_latents', 6, 8), ('train_on_your_music', 3, 2)])
+    ('encode_decode', 3, 5), ('inspect_latents', 6, 8), ('train_on_your_music', 3, 6)])
 def test_it_runs(executed, name, pictures, players):
   notebook = executed(name)
   cells = code_cells(notebook)
@@ -97,19 +108,41 @@ def test_it_runs(executed, name, pictures, players):
   assert sum('<audio' in output.data['text/html'] for output in outputs(notebook, 'text/html')) == players
 
 
+def ratios(notebook):
+  return [float(value) for value in re.findall(r"'ratio': ([0-9.]+)", printed(notebook))]
+
+
 def test_what_encode_decode_prints(executed, folder):
-  text = printed(executed('encode_decode'))
+  notebook = executed('encode_decode')
+  text = printed(notebook)
   assert float(text.partition('difference from decode: ')[2].split()[0]) < 1e-5
   assert 'equal: True' in text
   assert (folder / 'song.safetensors').is_file()
+  one_step, two_steps, first, whole = ratios(notebook)
+  assert max(one_step, two_steps, whole) < first < 0.85  # music, with 2 of 8 embeddings too
+
+
+def test_the_first_embedding_carries_most(executed):
+  """As the text says of the model in the box."""
+  assert 'without embedding 0,' in printed(executed('inspect_latents'))
 
 
 def test_training_is_stopped_and_goes_on(executed, folder):
-  executed('train_on_your_music')
-  steps = [json.loads(line)['step'] for line in (folder / 'runs' / 'mine' / 'metrics.jsonl').read_text().splitlines()]
-  assert steps == sorted(set(steps)) and steps[-1] == 300
-  saved = [path.name for path in (folder / 'runs' / 'mine' / 'checkpoints').iterdir()]
-  assert any(150 <= int(name) < 200 for name in saved if name.isdecimal())  # the stop, between planned saves
+  notebook = executed('train_on_your_music')
+  workdir = folder / 'runs' / 'mine'
+  steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert steps == sorted(set(steps)) and steps[-1] == STEPS
+  saved = [int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdecimal()]
+  stopped = int(printed(notebook).partition('stopped after ')[2].split()[0])
+  assert STEPS // 2 <= stopped < STEPS and stopped % 200  # between planned saves
+  assert {stopped, STEPS} <= set(saved)
+
+
+def test_training_begins_with_the_model_in_the_box(executed):
+  """After so few steps nothing else would hear anything; and they do change the sound."""
+  before, after = (ratios(executed('train_on_your_music'))[half] for half in (slice(0, 2), slice(2, 4)))
+  assert max(before + after) < 0.85
+  assert before != after
 
 
 @pytest.mark.parametrize('name', NAMES)

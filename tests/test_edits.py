@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from m2l2 import Latents, sketch
+from m2l2 import Latents
 from m2l2.errors import UserError
 from m2l2.evaluation import edits, pictures
 
@@ -113,33 +113,3 @@ def test_curves_leave_out_what_is_missing_or_half_written(tmp_path):
   np.testing.assert_array_equal(swap.lines[0].get_xydata(), [[2, 0.5]])
   with pytest.raises(UserError, match='no metrics.jsonl there'):
     pictures.curves(tmp_path / 'nowhere')
-
-
-def test_a_sketch_is_trained_only_where_none_is(tmp_path, monkeypatch):
-  """With stand-ins for training and loading; tests/test_colabs.py does it in earnest."""
-  import m2l2.train
-
-  trained = []
-
-  def train(config, workdir):
-    trained.append(config.train.steps)
-    (workdir / 'snapshot').mkdir(parents=True, exist_ok=True)
-    (workdir / 'config.json').write_text(json.dumps(config.to_dict()))
-
-  step = lambda path: type('Snapshot', (), {'step': trained[-1]})
-  monkeypatch.setattr(m2l2.train, 'train', train)
-  monkeypatch.setattr(sketch, 'load_snapshot', step)
-  monkeypatch.setattr(sketch, 'load', str)
-  for steps, expected in ((20, [20]), (20, [20]), (30, [20, 30]), (10, [20, 30])):
-    assert sketch.model(tmp_path / 'a', 'debug', steps=steps) == str(tmp_path / 'a')
-    assert trained == expected
-  run = json.loads((tmp_path / 'a' / 'config.json').read_text())
-  run['train']['learning_rate'] = 1.0  # somebody's own run on the same clips
-  (tmp_path / 'a' / 'config.json').write_text(json.dumps(run))
-  sketch.model(tmp_path / 'a', 'debug', steps=50)
-  (tmp_path / 'bare' / 'snapshot').mkdir(parents=True)
-  sketch.model(tmp_path / 'bare', 'debug')
-  assert trained == [20, 30]
-  (tmp_path / 'interrupted' / 'checkpoints').mkdir(parents=True)
-  sketch.model(tmp_path / 'interrupted', 'debug', steps=40)
-  assert trained == [20, 30, 40]
