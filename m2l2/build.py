@@ -101,8 +101,8 @@ def native_rates(model: Mapping) -> tuple:
   return rates
 
 
-def step_functions(config):
-  """The whole config -> `train_step.StepFunctions` (needs the `train` extra)."""
+def step_functions(config, *, ravel=False):
+  """The whole config -> `train_step.StepFunctions` (needs the `train` extra); `ravel`: see ravel.py."""
   from m2l2 import optim, train_step  # here, so that inference never imports optax
 
   train = config['train']
@@ -132,7 +132,7 @@ def step_functions(config):
       accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
       envelope_bands=train['envelope_bands'], nested=train['nested'],
       head_start=int(train['head_start'] * train['steps']),
-      native_rates=native_rates(config['model']))
+      native_rates=native_rates(config['model']), ravel=ravel)
 
 
 def _names(cls) -> set:

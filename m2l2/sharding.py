@@ -100,6 +100,11 @@ def mesh_sizes(*, data, fsdp, tensor, count) -> tuple[int, int, int]:
   return tuple(sizes)
 
 
+def is_one_cpu(mesh) -> bool:
+  """Whether the mesh is a single CPU device."""
+  return mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+
+
 def _spec(shape, names, *, sizes, table, min_size):
   """The mesh axis (or None) of each dimension of one array, and whether fsdp found no place."""
   axes = [table.get(name) if name is not None else None for name in names]

@@ -42,7 +42,6 @@ def train(config, workdir, writers=()) -> int:
   fields, plain, began = config.train, _plain(config), time.time()
   workdir = os.path.abspath(_local(workdir))
   main = jax.process_index() == 0
-  functions = build.step_functions(config)
   key = jax.random.key(config.seed)
 
   # ================================================================================================
@@ -50,6 +49,7 @@ def train(config, workdir, writers=()) -> int:
   # ================================================================================================
   mesh = sharding.make_mesh(
     data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  functions = build.step_functions(config, ravel=sharding.is_one_cpu(mesh))
   _check(config, shards=sharding.batch_shards(mesh))
   logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
                jax.default_backend(), jax.process_count(), dict(mesh.shape), config.mesh.preset)
@@ -119,6 +119,8 @@ def train(config, workdir, writers=()) -> int:
       if fields.init_from:
         state = _with_weights_of(fields.init_from, state, shardings)
     del restored  # it would hold the first state for the whole run
+    state = functions.pack(state)
+    packed = jax.tree.map(lambda x: x.sharding, state)
 
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
@@ -130,8 +132,8 @@ def train(config, workdir, writers=()) -> int:
       sharding=sharding.batch_sharding(mesh))
     compiling = time.perf_counter()
     compiled = lambda step: jax.jit(
-      step, donate_argnums=0, out_shardings=(shardings, whole)
-    ).lower(abstract, {'audio': audio}).compile()
+      step, donate_argnums=0, out_shardings=(packed, whole)
+    ).lower(state, {'audio': audio}).compile()
     train_step = compiled(functions.train_step)
     if first < functions.head_start:
       head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
@@ -177,8 +179,8 @@ def train(config, workdir, writers=()) -> int:
         write(line)
         line = None
         with goodput.saving(step, state):
-          weights = {'evaluate_ema': sharding.fetch(state.ema),
-                     'evaluate': sharding.fetch(state.params) if listener.wants_raw else None}
+          weights = {'evaluate_ema': sharding.fetch(functions.unpack(state.ema)),
+                     'evaluate': sharding.fetch(functions.unpack(state.params)) if listener.wants_raw else None}
           if main:
             listener.measure(step, weights, log)
         speed.start(step)  # the time since the last line was not training's
@@ -187,9 +189,9 @@ def train(config, workdir, writers=()) -> int:
         write(line)  # a checkpoint never stands before the lines that lead to it
         line = None
         with goodput.saving(step, state):
-          checkpoints.save(step, state, config=plain, position={
+          checkpoints.save(step, functions.unpack(state), config=plain, position={
             'next_index': offset + step * fields.batch_size, 'files': loader.mixture.fingerprint})
-          averaged = sharding.fetch(state.ema)
+          averaged = sharding.fetch(functions.unpack(state.ema))
           if main:
             save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step,
                           extra=metrics.latent_scale(workdir))

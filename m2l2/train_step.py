@@ -16,9 +16,11 @@ from m2l2.consistency import Consistency
 from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
 from m2l2.optim import ema_decay, ema_update
+from m2l2.ravel import Apart, Ravel
 from m2l2.representation import Representation
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
+PROBED = (0.2, 1.0)             # noise levels that the probe denoises at
 SATURATED = 0.99                # |z| above this counts as saturated
 
 
@@ -46,11 +48,16 @@ class StepFunctions:
   """What the loop calls.
 
   init(key) -> TrainState
-  train_step(state, batch, envelope_only=False) -> (TrainState, metrics); batch['audio'] is float32
+  pack(state) -> the state as the step takes it, unpack(state) -> as checkpoints and snapshots have it (of any part of
+    it, such as state.ema; to be called outside jit): the same, or, with `ravel`, parameters, average and moments as one
+    vector each
+  train_step(packed state, batch, envelope_only=False) -> (packed state, metrics); batch['audio'] is float32
     [B, C, N], N = crop_samples; the first `head_start` steps are to be called with envelope_only=True
-  probe_step(params, batch, key) -> metrics of one-step decoding from sigma_max
+  probe_step(packed params, batch, key) -> metrics of one-step decoding from sigma_max
   """
   init: Callable
+  pack: Callable
+  unpack: Callable
   train_step: Callable
   probe_step: Callable
   logical_axes: dict
@@ -65,20 +72,22 @@ class StepFunctions:
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
                         optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
                         total_steps: int, accumulate: int, envelope_weight: float, envelope_bands: int, nested: float,
-                        head_start: int, native_rates) -> StepFunctions:
+                        head_start: int, native_rates, ravel: bool = False) -> StepFunctions:
   """Binds the parts to the three functions.
 
-  `accumulate` microbatches make one update. For its first `head_start` steps the loop calls
-  train_step(..., envelope_only=True): then the denoiser does not even run. (Two programs: as one with a
-  lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
+  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For its first
+  `head_start` steps the loop calls train_step(..., envelope_only=True): then the denoiser does not even run. (Two
+  programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
   """
   bottleneck = network.arch.make_bottleneck()
   chunks = network.arch.chunks
+  stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
   def loss_fn(params, audio, keys, step, *, envelope_only):
     """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
     progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
-    spec = representation.analyse(audio)
+    with jax.named_scope('analyse'):
+      spec = representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
     noise = jax.vmap(lambda k: representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
@@ -92,8 +101,10 @@ def make_step_functions(*, network: Network, representation: Representation, con
     data_std = local_deviation(consistency, features)
 
     def consistency_loss():
-      student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
-      teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+      with jax.named_scope('student'):
+        student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
+      with jax.named_scope('teacher'):
+        teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
       return consistency.loss(student, teacher, high=high, low=low)
 
     per_chunk = jnp.zeros_like(high) if envelope_only else consistency_loss()
@@ -134,7 +145,8 @@ def make_step_functions(*, network: Network, representation: Representation, con
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(state.params, audio, keys, state.step, envelope_only=envelope_only)
+    grads, metrics = gradients(stored.tree(state.params), audio, keys, state.step, envelope_only=envelope_only)
+    grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -156,10 +168,12 @@ def make_step_functions(*, network: Network, representation: Representation, con
     return state, jax.tree.map(jnp.float32, metrics)
 
   def probe_step(params, batch, key):
-    return probe(params, batch['audio'], key, network=network, representation=representation, consistency=consistency)
+    return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
+                 consistency=consistency)
 
   return StepFunctions(
-      init=init, train_step=train_step, probe_step=probe_step, logical_axes=network.logical_axes, network=network,
+      init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
+      logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
 
@@ -189,15 +203,20 @@ def probe(params, audio, key, *, network, representation, consistency):
   z = network.arch.make_bottleneck()(pre)
   noise = jax.vmap(lambda k: representation.noise(k, spec.shape[1], kind=consistency.noise))(
       jax.random.split(key, len(spec)))
-  own = network.decode(params, z)
-  wrong = network.decode(params, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1))
+  # Right and wrong latents side by side, and the levels in a loop: one program of each network, not two and six.
+  both = lambda right, wrong: jnp.concatenate([right, wrong])
+  features = network.decode(params, both(z, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1)))
+  data_std = local_deviation(consistency, features)
 
-  def estimate(features, sigma, base):
-    level = jnp.full(spec.shape[:2], sigma, jnp.float32)
-    return _denoise(network, consistency, params, base, noise, level, features, local_deviation(consistency, features))
+  def estimate(level_and_share):
+    sigma, share = level_and_share
+    base = share * both(spec, spec)
+    level = jnp.full(base.shape[:2], sigma, jnp.float32)
+    return _denoise(network, consistency, params, base, both(noise, noise), level, features, data_std)
 
-  decoded = estimate(own, consistency.sigma_max, jnp.zeros_like(spec))
-  swapped = estimate(wrong, consistency.sigma_max, jnp.zeros_like(spec))
+  levels = (consistency.sigma_max, *PROBED)
+  estimates = jax.lax.map(estimate, (jnp.float32(levels), jnp.float32([0, *(1 for _ in PROBED)])))
+  decoded, swapped = jnp.split(estimates[0], 2)
   target = envelope.log_magnitude(spec)
   metrics = {
       'swap': _norm(decoded - swapped) / jnp.maximum(_norm(decoded), 1e-9),
@@ -205,10 +224,9 @@ def probe(params, audio, key, *, network, representation, consistency):
       'log_magnitude_l1': jnp.mean(jnp.abs(envelope.log_magnitude(decoded) - target)),
       'log_magnitude_l1_swapped': jnp.mean(jnp.abs(envelope.log_magnitude(swapped) - target)),
       **latent_metrics(pre, z)}
-  for sigma in (0.2, 1.0):
-    for name, features in (('', own), ('_swapped', wrong)):
-      error = _norm(estimate(features, sigma, spec) - spec)
-      metrics[f'snr_{sigma}{name}'] = 20 * jnp.log10(_norm(spec) / jnp.maximum(error, 1e-9))
+  for sigma, estimate_there in zip(PROBED, estimates[1:]):
+    for name, half in zip(('', '_swapped'), jnp.split(estimate_there, 2)):
+      metrics[f'snr_{sigma}{name}'] = 20 * jnp.log10(_norm(spec) / jnp.maximum(_norm(half - spec), 1e-9))
   return jax.tree.map(jnp.float32, metrics)
 
 

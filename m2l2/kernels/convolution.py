@@ -49,19 +49,25 @@ _convolve.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x, out_gradient, size, padding):
-  """-> [A, B, I, O] for x [N, F, T, I], the result's gradient [N, F', T', O] and a kernel of size (A, B)."""
-  (a, b), (n, f, t, o) = size, out_gradient.shape
-  rows = max(r for r in range(1, f + 1) if f % r == 0 and (r == 1 or n * r * t <= BLOCK))
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  """-> [A, B, I, O] for x [N, F, T, I], the result's gradient [N, F', T', O] and a kernel of size (A, B).
+
+  The taps of a column are shifts of the gradient by rows, those of a row shifts of x by frames: A + B shifted copies
+  make all A x B sums in one product, whose sides are as long as can be.
+  """
+  (a, b), (n, f, _, i), (frames, o) = size, x.shape, out_gradient.shape[2:]
+  (before, after), columns = padding
+  rows = max(r for r in range(1, f + 1) if f % r == 0 and (r == 1 or n * r * frames <= BLOCK))
+  x = jnp.pad(x, ((0, 0), (0, 0), columns, (0, 0)))
+  out_gradient = jnp.pad(out_gradient, ((0, 0), (a - 1 - before, a - 1 - after), (0, 0), (0, 0)))
 
   def add_block(total, first):
-    block = jax.lax.dynamic_slice_in_dim(x, first, rows + a - 1, 1)
-    windows = jnp.concatenate([block[:, i:i + rows, j:j + t] for i in range(a) for j in range(b)], axis=-1)
-    gradient = jax.lax.dynamic_slice_in_dim(out_gradient, first, rows, 1)
+    block = jax.lax.dynamic_slice_in_dim(x, first, rows, 1)
+    gradient = jax.lax.dynamic_slice_in_dim(out_gradient, first, rows + a - 1, 1)
+    block = jnp.concatenate([block[:, :, j:j + frames] for j in range(b)], axis=-1)
+    gradient = jnp.concatenate([gradient[:, a - 1 - j:a - 1 - j + rows] for j in range(a)], axis=-1)
     places = ((0, 1, 2), (0, 1, 2))
-    return total + jax.lax.dot_general(gradient, windows, (places, ((), ())),
+    return total + jax.lax.dot_general(gradient, block, (places, ((), ())),
                                        preferred_element_type=jnp.float32), None
 
-  total = jnp.zeros((o, a * b * x.shape[-1]), jnp.float32)
-  total, _ = jax.lax.scan(add_block, total, jnp.arange(0, f, rows))
-  return total.T.reshape(a, b, x.shape[-1], o).astype(x.dtype)
+  total, _ = jax.lax.scan(add_block, jnp.zeros((a * o, b * i), jnp.float32), jnp.arange(0, f, rows))
+  return total.reshape(a, o, b, i).transpose(0, 2, 3, 1).astype(x.dtype)

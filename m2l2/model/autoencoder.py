@@ -18,7 +18,7 @@ from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.decoder import Decoder
 from m2l2.model.denoiser import Denoiser, token_grid
 from m2l2.model.encoder import Encoder
-from m2l2.model.layers import REMATS, groups
+from m2l2.model.layers import REMATS, draw_all, groups
 
 DTYPES = ('float32', 'bfloat16')
 TILES = (0, 128, 256)
@@ -205,7 +205,8 @@ def make_network(arch: Architecture) -> Network:
   def part(name):
     def run(params, *args):
       module = nnx.merge(graphdef, params)
-      return getattr(module, name)(*args)
+      with jax.named_scope(name):
+        return getattr(module, name)(*args)
     return jax.checkpoint(run) if arch.remat == 'full' else run
 
   decoder = part('decoder')
@@ -220,10 +221,13 @@ def make_network(arch: Architecture) -> Network:
     axes = variable.get_metadata('axes')
     return ('layers',) * (len(variable.shape) - len(axes)) + axes
 
-  leaves = dict(is_leaf=lambda x: isinstance(x, nnx.Variable))
+  def of_variables(function):
+    return nnx.to_pure_dict(jax.tree.map(function, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+
+  shapes = of_variables(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype))
+  inits = of_variables(lambda v: v.get_metadata('init'))
   return Network(
       arch=arch,
-      init=lambda key: nnx.to_pure_dict(nnx.split(build(key))[1]),
+      init=lambda key: draw_all(key, shapes, inits),
       encode=part('encoder'), decode=decode, denoise=part('denoiser'),
-      logical_axes=nnx.to_pure_dict(jax.tree.map(stacked_axes, abstract, **leaves)),
-      init_names=nnx.to_pure_dict(jax.tree.map(lambda v: v.get_metadata('init'), abstract, **leaves)))
+      logical_axes=of_variables(stacked_axes), init_names=of_variables(lambda v: v.get_metadata('init').name))

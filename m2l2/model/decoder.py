@@ -7,6 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from m2l2.kernels.contraction import contract
 from m2l2.model.envelope import EnvelopeHead, spread_bands
 from m2l2.model.layers import Linear, ZEROS, normal, param
 from m2l2.model.patchify import DePatchifier, join_slots
@@ -37,7 +38,7 @@ class DenseShortcut(nnx.Module):
 
   def __call__(self, z):
     l, size = self.mix.shape[:2]
-    return jnp.einsum('nlz,lzpw->npw', z * (l * size) ** -0.5, self.mix[...]) @ self.expand[...]
+    return contract(z * (l * size) ** -0.5, self.mix[...], 2) @ self.expand[...]
 
 
 class LinearSketch(nnx.Module):
@@ -54,7 +55,7 @@ class LinearSketch(nnx.Module):
 
   def __call__(self, z):
     straight = jnp.arctanh(jnp.clip(z, -LARGEST, LARGEST))
-    cells = jnp.einsum('nlz,lzftc->nftc', straight / 32, self.mix[...]) + self.centre[...][None]
+    cells = contract(straight / 32, self.mix[...], 2) + self.centre[...][None]
     return spread_bands(cells, *self.size)
 
 

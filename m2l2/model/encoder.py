@@ -6,6 +6,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from m2l2.kernels.contraction import contract
 from m2l2.model.envelope import band_means, log_magnitude
 from m2l2.model.layers import LayerNorm, Linear, ONES, ZEROS, normal, param
 from m2l2.model.patchify import Patchifier, split_slots
@@ -42,7 +43,7 @@ class DenseShortcut(nnx.Module):
   def __call__(self, tokens):
     p, width = self.mix.shape[:2]
     narrow = tokens @ self.reduce[...] * (p * width) ** -0.5
-    return jnp.einsum('npw,pwlz->nlz', narrow, self.mix[...]) + self.bias[...][None]
+    return contract(narrow, self.mix[...], 2) + self.bias[...][None]
 
 
 class LinearSketch(nnx.Module):
@@ -60,7 +61,7 @@ class LinearSketch(nnx.Module):
 
   def __call__(self, log_mag):
     cells = band_means(log_mag, self.centre.shape) - self.centre[...][None]
-    return jnp.einsum('nftc,ftclz->nlz', cells / 64, self.mix[...])
+    return contract(cells / 64, self.mix[...], 3)
 
 
 class Encoder(nnx.Module):

@@ -13,38 +13,76 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import numpy as np
 
+from m2l2.kernels import norms
+from m2l2.kernels.contraction import contract
 from m2l2.kernels.convolution import convolve
 from m2l2.model import packing
+from m2l2.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-  """An initialiser with the name that parameter tables show."""
+  """An initialiser: `scale` times what `draw(key, shape)` gives, float32; with the name that parameter tables show."""
   name: str
   draw: Callable
+  scale: float = 1.0
 
 
-ZEROS = Init('zeros', lambda key, shape: jnp.zeros(shape, jnp.float32))
-ONES = Init('ones', lambda key, shape: jnp.ones(shape, jnp.float32))
+def _zeros(key, shape):
+  return jnp.zeros(shape, jnp.float32)
+
+
+def _ones(key, shape):
+  return jnp.ones(shape, jnp.float32)
+
+
+def _uniform(key, shape):
+  return jax.random.uniform(key, shape, jnp.float32, -1, 1)
+
+
+ZEROS = Init('zeros', _zeros)
+ONES = Init('ones', _ones)
 
 
 def normal(std: float) -> Init:
-  return Init(f'normal({std:.4g})', lambda key, shape: std * jax.random.normal(key, shape, jnp.float32))
+  return Init(f'normal({std:.4g})', jax.random.normal, std)
 
 
 def xavier(fan_in: int, fan_out: int) -> Init:
   """Xavier uniform; the fans are given because named dimensions hide them."""
-  limit = (6 / (fan_in + fan_out)) ** 0.5
-  return Init(f'xavier({fan_in}, {fan_out})',
-              lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -limit, limit))
+  return Init(f'xavier({fan_in}, {fan_out})', _uniform, (6 / (fan_in + fan_out)) ** 0.5)
+
+
+def draw_all(key, shapes, inits):
+  """A tree of float32 arrays: `shapes` (of ShapeDtypeStructs) filled by `inits`, the same tree of Inits.
+
+  All that one distribution gives is drawn as one vector and cut: a generator for each of a hundred arrays took XLA's
+  CPU compiler as long as the train step.
+  """
+  leaves, structure = jax.tree.flatten(shapes)
+  inits = structure.flatten_up_to(inits)
+  drawn = [None] * len(leaves)
+  for i, draw in enumerate((_zeros, _ones, jax.random.normal, _uniform)):
+    own = [n for n, init in enumerate(inits) if init.draw is draw]
+    if draw in (_zeros, _ones) or not own:
+      for n in own:
+        drawn[n] = draw(None, leaves[n].shape)
+      continue
+    ends = np.cumsum([leaves[n].size for n in own]).tolist()
+    # On a mesh every device makes its part: rounded up, so that any number of devices divides it.
+    vector = constrain(draw(jax.random.fold_in(key, i), (-(-ends[-1] // 2**16) * 2**16,)), 'batch')
+    for n, end in zip(own, ends):
+      drawn[n] = inits[n].scale * vector[end - leaves[n].size:end].reshape(leaves[n].shape)
+  return structure.unflatten(drawn)
 
 
 def param(rngs: nnx.Rngs, shape, axes, init: Init) -> nnx.Param:
-  """A float32 parameter that carries its logical axes and its initialiser's name."""
+  """A float32 parameter that carries its logical axes and its initialiser."""
   if len(shape) != len(axes):
     raise ValueError(f'shape {shape} and axes {axes} differ in length')
-  return nnx.Param(init.draw(rngs.params(), tuple(shape)), axes=tuple(axes), init=init.name)
+  return nnx.Param(init.scale * init.draw(rngs.params(), tuple(shape)), axes=tuple(axes), init=init)
 
 
 def as_last(x, like):
@@ -65,7 +103,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x):
     kernel = self.kernel[...].astype(x.dtype)
-    out = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    out = contract(x, kernel)
     return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
 
 
@@ -124,12 +162,9 @@ class LayerNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x, cond=None):
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
     scale = self.scale(cond)
     # [B, S, D] meets the tokens here, inside the layer: it is never stored per token.
-    return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, :, None])).astype(x.dtype)
+    return norms.layer_norm(x, as_last(scale, x) if scale.ndim == 1 else scale[:, :, None], eps=self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -140,14 +175,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x):
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-    return (y * as_last(self.gain[...], y)).astype(x.dtype)
-
-
-def silu(x):
-  """x sigmoid(x), computed in float32 and rounded once."""
-  return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+    return norms.rms_norm(x, as_last(self.gain[...], x), eps=self.eps)
 
 
 def groups(dim: int) -> int:
@@ -165,22 +193,7 @@ class GroupNorm(nnx.Module):
 
   def __call__(self, x, cond=None):
     scale = self.scale(cond)
-    packed = x.shape[-1] // scale.shape[-1]
-
-    def mean(y):
-      """[N, F, T, C] -> [N, 1, 1, C], the mean of each channel's group; over the map first, which is cheap."""
-      channels = jnp.mean(y, axis=(1, 2)).reshape(y.shape[0], packed, self.groups, -1)
-      shared = jnp.broadcast_to(jnp.mean(channels, axis=(1, 3), keepdims=True), channels.shape)
-      return shared.reshape(y.shape[0], 1, 1, -1)
-
-    # Mean and variance in one pass over the map, about the mean of its first row: without that shift the difference
-    # of squares would lose the digits of a group whose mean is large.
-    y = x.astype(jnp.float32) - jax.lax.stop_gradient(mean(x[:, :1].astype(jnp.float32)))
-    first = mean(y)
-    variance = jnp.maximum(mean(jnp.square(y)) - jnp.square(first), 0.0)
-    y = (y - first) * jax.lax.rsqrt(variance + self.eps)
-    scale = jnp.tile(scale, (1,) * (scale.ndim - 1) + (packed,))
-    return (y * (as_last(scale, y) if scale.ndim == 1 else scale[:, None, None])).astype(x.dtype)
+    return norms.group_norm(x, scale[None] if scale.ndim == 1 else scale, groups=self.groups, eps=self.eps)
 
 
 REMATS = ('none', 'products', 'blocks', 'full')

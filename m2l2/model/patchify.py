@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l2.kernels.norms import silu
 from m2l2.model import packing
-from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, call, param, product, silu
+from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, call, param, product
 from m2l2.model.packing import PLAIN, depth_to_space, join_patches, space_to_depth, split_patches
 from m2l2.sharding import constrain
 
@@ -123,13 +124,13 @@ class Ladder(nnx.Module):
     """-> (x, outputs of every conv block); `features` are merged before the blocks as (x + f) / sqrt 2."""
     outputs = []
     for name, is_block in self.steps:
-      if not is_block:
-        x = constrain(call(getattr(self, name), x, remat=self.remat), 'batch', None, None, None)
-        continue
-      if features is not None:
-        x = merge(x, features[len(outputs)])
-      x = constrain(call(getattr(self, name), x, cond, remat=self.remat), 'batch', None, None, None)
-      outputs.append(x)
+      with jax.named_scope(name):
+        if is_block and features is not None:
+          x = merge(x, features[len(outputs)])
+        x = call(getattr(self, name), *((x, cond) if is_block else (x,)), remat=self.remat)
+        x = constrain(x, 'batch', None, None, None)
+      if is_block:
+        outputs.append(x)
     return x, outputs
 
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import sharding
-from m2l2.kernels.chunk_causal import chunk_causal_attention
-from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, product, rematerialised, silu
+from m2l2.kernels import norms
+from m2l2.kernels.chunk_causal import chunk_causal_attention, platform
+from m2l2.kernels.contraction import contract
+from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, product, rematerialised
 
 
 class Attention(nnx.Module):
@@ -28,10 +30,10 @@ class Attention(nnx.Module):
     b, s, p, d = x.shape
     qkv = self.qkv(x.reshape(b, s * p, d))
     qkv = sharding.constrain(qkv, 'batch', None, None, 'heads', None)
-    q, k, v = self.q_norm(qkv[:, :, 0]), self.k_norm(qkv[:, :, 1]), qkv[:, :, 2]
+    q, k, v = norms.normalised_qkv(qkv, jnp.stack([self.q_norm.gain[...], self.k_norm.gain[...]]), self.q_norm.eps)
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
     out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
-    return jnp.einsum('bphk,hkd->bpd', out, self.out[...].astype(x.dtype)).reshape(b, s, p, d)
+    return contract(out, self.out[...].astype(x.dtype), 2).reshape(b, s, p, d)
 
 
 class SwiGLU(nnx.Module):
@@ -44,7 +46,7 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x):
     h = sharding.constrain(self.inner(x), 'batch', None, None, None, 'mlp')
-    return self.out(silu(h[..., 0, :]) * h[..., 1, :])
+    return self.out(norms.swiglu(h))
 
 
 class Block(nnx.Module):
@@ -96,4 +98,8 @@ class Transformer(nnx.Module):
     def layer(x, state):
       return nnx.merge(graphdef, state)(x, cond, dtype=dtype), None
 
-    return jax.lax.scan(rematerialised(layer, self.remat), x, stacked)[0]
+    # A CPU's compiler makes equal kernels once, however often they stand in a program, but copies what a loop keeps for
+    # the backward pass in and out; others compile a loop in a fraction of the time.
+    unroll = platform() == 'cpu'
+    with jax.named_scope('layers'):
+      return jax.lax.scan(rematerialised(layer, self.remat), x, stacked, unroll=unroll)[0]

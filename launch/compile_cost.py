@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""What compiling costs, and where it comes from: kernels of the optimised program by named scope.
+
+  python launch/compile_cost.py --config=tiny
+  python launch/compile_cost.py --config=tiny22 --program=decode --depth=2
+  python launch/compile_cost.py --config=base:debug --against=../before     # another checkout, in turn with this one
+
+XLA's CPU compiler makes a function of machine code for each fusion and each reduction, sort, copy and product that
+stands alone, and its time goes with their number, not with their work. The table counts them by the named scope that
+they were traced in (a gradient counts where its forward pass stands). Seconds are of processor time (user), of tracing
+and of compiling apart, without any cache of compiled programs. One thread a core: even processor time doubles when
+the other thread of a core is busy, so compare figures of one run only.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROGRAMS = ('train', 'head', 'probe', 'encode', 'decode')
+# Operations that run as a kernel or a call of a library; the others are names of memory, or control.
+CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation')  # in the names of scopes
+NO_KERNEL = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'call', 'conditional',
+             'after-all', 'partition-id', 'replica-id', 'opt-barrier'}
+
+
+def main(argv=None) -> int:
+  args = parse(argv)
+  if args.against is None:
+    print(json.dumps(measure(args)) if args.json else table(measure(args)))
+    return 0
+  places = {'before': os.path.abspath(args.against), 'now': ROOT}
+  runs = {name: [] for name in places}
+  for _ in range(args.rounds):
+    for name, place in places.items():
+      runs[name].append(in_a_process_of_its_own(place, args))
+  seconds = {name: statistics.median(run['trace_seconds'] + run['compile_seconds'] for run in runs[name])
+             for name in runs}
+  for name in runs:
+    print(f"{name:>7}: {seconds[name]:.1f} s ({', '.join(format_seconds(run) for run in runs[name])}), "
+          f"{runs[name][0]['kernels']} kernels, {runs[name][0]['lines']} lines")
+  print(f"{args.config} {args.program}: {seconds['now'] / seconds['before']:.2f} of before")
+  return 0
+
+
+def parse(argv):
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', default='tiny', metavar='NAME[:WORDS]', help='a preset')
+  parser.add_argument('--program', default='train', choices=PROGRAMS,
+                      help='train step, head-start step, probe, or a call of the codec (default train)')
+  parser.add_argument('--depth', type=int, default=2, help='names of a scope that are told apart (default 2)')
+  parser.add_argument('--against', metavar='CHECKOUT', help='compile there and here in turn, and tell the ratio')
+  parser.add_argument('--rounds', type=int, default=1, help='of those (default 1)')
+  parser.add_argument('--hlo', metavar='FILE', help='the optimised program goes there')
+  parser.add_argument('--json', action='store_true', help='figures as JSON')
+  parser.add_argument('--root', default=ROOT, help=argparse.SUPPRESS)
+  return parser.parse_args(argv)
+
+
+def in_a_process_of_its_own(place, args) -> dict:
+  """The figures of another checkout by this script: it is run there, whatever scripts that checkout has."""
+  command = [sys.executable, os.path.abspath(__file__), f'--config={args.config}', f'--program={args.program}',
+             '--json', f'--root={place}']
+  environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': '', 'JAX_PLATFORMS': 'cpu'}
+  done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args) -> dict:
+  """Compiles one program of `args.config` in the checkout at `args.root`."""
+  sys.path.insert(0, args.root)
+  import jax
+  jax.config.update('jax_enable_compilation_cache', False)
+  config = preset(args.config, args.root)
+  began = processor_seconds()
+  lowered = lower(config, args.program)
+  traced = processor_seconds()
+  text = lowered.compile().as_text()
+  compiled = processor_seconds()
+  if args.hlo:
+    with open(args.hlo, 'w', encoding='utf-8') as file:
+      file.write(text)
+  scopes = kernels(text, depth=args.depth)
+  return {'config': args.config, 'program': args.program, 'trace_seconds': traced - began,
+          'compile_seconds': compiled - traced, 'kernels': sum(scopes.values()), 'lines': text.count('\n'),
+          'scopes': dict(scopes.most_common())}
+
+
+def preset(name, root):
+  name, _, words = name.partition(':')
+  sys.modules.setdefault('m2l2.configs', sys.modules.get('configs') or importlib.import_module('configs'))
+  assert os.path.dirname(sys.modules['m2l2.configs'].__file__) == os.path.join(root, 'configs')
+  return importlib.import_module(f'm2l2.configs.{name}').get_config(words)
+
+
+def lower(config, program):
+  """The program, traced for this machine: as `m2l2 train` and Codec compile it."""
+  import jax
+  import jax.numpy as jnp
+  from m2l2 import build
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  if program in ('encode', 'decode'):
+    return codec_program(config, program)
+  try:
+    steps = build.step_functions(config, ravel=True)
+    state = steps.pack(jax.eval_shape(steps.init, key))
+  except TypeError:  # a checkout from before states were ravelled
+    steps = build.step_functions(config)
+    state = jax.eval_shape(steps.init, key)
+  batch = {'audio': jax.ShapeDtypeStruct((config.train.batch_size, steps.channels, steps.crop_samples), jnp.float32)}
+  if program == 'probe':
+    return jax.jit(steps.probe_step).lower(state.params, batch, key)
+  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, envelope_only=True)
+  return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+
+def codec_program(config, program):
+  """One chunk encoded; a pair of chunks decoded in a step: the bulk of what Codec compiles."""
+  import jax
+  import jax.numpy as jnp
+  from m2l2 import build
+  network, process = build.network(config['model']), build.consistency(config['consistency'])
+  representation = build.representation(config['model'])
+  arch = network.arch
+  params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+  bottleneck = arch.make_bottleneck()
+  if program == 'encode':
+    audio = jax.ShapeDtypeStruct((1, arch.channels, representation.crop_samples(2)), jnp.float32)
+    return jax.jit(lambda params, audio: bottleneck(network.encode(params, representation.analyse(audio)))).lower(
+        params, audio)
+
+  def decode(params, z, noisy, sigma):
+    features = network.decode(params, z)
+    return process.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma)
+
+  shape = lambda *sizes: jax.ShapeDtypeStruct((1, 2, *sizes), jnp.float32)
+  return jax.jit(decode).lower(
+      params, shape(arch.num_latents, arch.latent_dim), shape(arch.bins, arch.frames, 2 * arch.channels), shape())
+
+
+def kernels(text, *, depth) -> collections.Counter:
+  """Optimised HLO -> number of kernels by scope."""
+  found, inside = collections.Counter(), False
+  inner = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', re.sub(r'.* call\(.*', '', text)))
+  for line in text.splitlines():
+    if line.endswith('{') and not line.startswith(' '):
+      inside = line.split()[0].lstrip('%') in inner  # of one kernel, or of a reduction
+    operation = re.match(r'\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(', line)
+    if operation and not inside and operation[1] not in NO_KERNEL:
+      name = re.search(r'op_name="([^"]*)"', line)
+      found[scope(name[1] if name else '', depth=depth)] += 1
+  return found
+
+
+def scope(name, *, depth) -> str:
+  """'jit(f)/transpose(jvp(student))/denoiser/while/body/x/mul' -> 'student/denoiser/x'."""
+  parts = []
+  for part in name.split('/')[1:-1]:
+    if part.startswith('jit(') or part in CONTROL:
+      continue
+    part = re.sub(r'^(?:\w+\()+|\)+$', '', part)
+    if re.fullmatch(r'[a-z]\w*', part) and part not in parts:
+      parts.append(part)
+  return '/'.join(parts[:depth]) or '(none)'
+
+
+def processor_seconds() -> float:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def format_seconds(run) -> str:
+  return f"{run['trace_seconds']:.1f} + {run['compile_seconds']:.1f}"
+
+
+def table(report) -> str:
+  lines = [f"{report['config']} {report['program']}: {format_seconds(report)} s of tracing and compiling, "
+           f"{report['kernels']} kernels, {report['lines']} lines"]
+  return '\n'.join([*lines, *(f'{count:6d}  {name}' for name, count in report['scopes'].items())])
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,157 @@
+"""Norms and SiLU with gradients of their own: two reductions and one pass over the array each way.
+
+What JAX derives by itself keeps every intermediate for the backward pass and walks over the array several times. Here
+only the input and the moments are kept. All maths is float32; results have the input's dtype.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.custom_vjp
+def silu(x):
+  """x sigmoid(x), rounded once."""
+  return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _silu_backward(x, gradient):
+  y = x.astype(jnp.float32)
+  gate = jax.nn.sigmoid(y)
+  return ((gradient.astype(jnp.float32) * gate * (1 + y * (1 - gate))).astype(x.dtype),)
+
+
+silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+
+
+@jax.custom_vjp
+def swiglu(h):
+  """SiLU(a) b of h [..., 2, M], the halves a and b."""
+  return silu(h[..., 0, :]) * h[..., 1, :]
+
+
+def _swiglu_backward(h, gradient):
+  a, b = h[..., 0, :], h[..., 1, :]
+  return (jnp.stack([_silu_backward(a, gradient * b)[0], gradient * silu(a)], axis=-2),)
+
+
+swiglu.defvjp(lambda h: (swiglu(h), h), _swiglu_backward)
+
+
+def layer_norm(x, scale, *, eps: float):
+  """(x - mean) / deviation * scale over the last axis; scale float32 of x's rank, broadcast where its size is 1."""
+  return _row_norm(x, scale, eps, True)
+
+
+def rms_norm(x, scale, *, eps: float):
+  """x / root mean square * scale over the last axis; scale as of `layer_norm`."""
+  return _row_norm(x, scale, eps, False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _row_norm(x, scale, eps, centred):
+  return _row_norm_forward(x, scale, eps, centred)[0]
+
+
+def _row_norm_forward(x, scale, eps, centred):
+  y = x.astype(jnp.float32)
+  mean = jnp.mean(y, axis=-1, keepdims=True) if centred else None
+  y = y - mean if centred else y
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  return (y * inverse * scale).astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _row_norm_backward(eps, centred, saved, gradient):
+  x, scale, mean, inverse = saved
+  y = x.astype(jnp.float32)
+  normal = ((y - mean) if centred else y) * inverse
+  gradient = gradient.astype(jnp.float32)
+  inner = gradient * scale
+  out = inner - normal * jnp.mean(inner * normal, axis=-1, keepdims=True)
+  if centred:
+    out = out - jnp.mean(inner, axis=-1, keepdims=True)
+  shared = tuple(i for i, size in enumerate(scale.shape) if size == 1 and x.shape[i] > 1)
+  return (inverse * out).astype(x.dtype), jnp.sum(gradient * normal, axis=shared, keepdims=True)
+
+
+_row_norm.defvjp(_row_norm_forward, _row_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def normalised_qkv(qkv, gains, eps):
+  """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
+
+  Its gradient is put together at once, where that of three slices would be three padded arrays and their sum.
+  """
+  qk = rms_norm(qkv[:, :, :2], gains[None, None, :, None], eps=eps)
+  return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
+
+
+def _normalised_qkv_forward(qkv, gains, eps):
+  return normalised_qkv(qkv, gains, eps), (qkv, gains)
+
+
+def _normalised_qkv_backward(eps, saved, gradients):
+  qkv, gains = saved
+  scale, qk = gains[None, None, :, None], qkv[:, :, :2]
+  _, moments = _row_norm_forward(qk, scale, eps, False)
+  inner, gain = _row_norm_backward(eps, False, moments, jnp.stack(gradients[:2], axis=2))
+  return jnp.concatenate([inner, gradients[2][:, :, None]], axis=2), gain[0, 0, :, 0]
+
+
+normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
+
+
+def group_norm(x, scale, *, groups: int, eps: float):
+  """GroupNorm of maps [N, F, T, P C] with a gain and no bias.
+
+  Args:
+    scale: [1, C] or [N, C] float32.
+    groups: of neighbouring channels among the C. A map whose P > 1 places lie side by side in its channels
+      (model/packing.py) shares the groups over them.
+  """
+  packed = x.shape[-1] // scale.shape[-1]
+  return _group_norm(x, jnp.tile(scale, (1, packed)), groups, packed, eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _group_norm(x, scale, groups, packed, eps):
+  return _group_norm_forward(x, scale, groups, packed, eps)[0]
+
+
+def _group_norm_forward(x, scale, groups, packed, eps):
+  y = x.astype(jnp.float32)
+  means = functools.partial(_group_means, groups=groups, packed=packed)
+  # Both moments in one pass, about the mean of the first row: without that shift the difference of squares would lose
+  # the digits of a group whose mean is large.
+  shift = means(jnp.mean(y[:, 0], axis=1))
+  shifted = y - shift[:, None, None]
+  first, second = means(jnp.stack([jnp.mean(shifted, axis=(1, 2)), jnp.mean(jnp.square(shifted), axis=(1, 2))]))
+  inverse = jax.lax.rsqrt(jnp.maximum(second - jnp.square(first), 0.0) + eps)
+  mean = shift + first
+  out = (y - mean[:, None, None]) * (inverse * scale)[:, None, None]
+  return out.astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _group_norm_backward(groups, packed, eps, saved, gradient):
+  x, scale, mean, inverse = saved
+  centred, gradient = x.astype(jnp.float32) - mean[:, None, None], gradient.astype(jnp.float32)
+  places = x.shape[1] * x.shape[2]
+  direct, along = jnp.sum(gradient, axis=(1, 2)), inverse * jnp.sum(gradient * centred, axis=(1, 2))
+  first, second = _group_means(jnp.stack([scale * direct, scale * along]) / places, groups=groups, packed=packed)
+  out = (gradient * (inverse * scale)[:, None, None] - (inverse * first)[:, None, None]
+         - centred * (jnp.square(inverse) * second)[:, None, None])
+  along = along if scale.shape[0] > 1 else jnp.sum(along, axis=0, keepdims=True)
+  return out.astype(x.dtype), along
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def _group_means(x, *, groups, packed):
+  """[..., P C] -> each channel's mean over its group."""
+  group = np.tile(np.repeat(np.arange(groups), x.shape[-1] // packed // groups), packed)
+  average = (group[:, None] == group) * np.float32(groups / x.shape[-1])
+  return jax.lax.dot_general(x, average, (((x.ndim - 1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

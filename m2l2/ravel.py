@@ -1,0 +1,64 @@
+"""A tree of arrays as one vector: what is done alike to every number then takes one loop instead of one an array.
+
+On a CPU the optimizer, the moving average and the guard of a small model were two thirds of the step's kernels: some
+eight loops for each of a hundred arrays, each compiled by itself. Runs on several devices keep their arrays apart,
+because each has a place of its own on the mesh.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Ravel:
+  """Between a tree of arrays of one dtype and the vector of all their numbers, in the order of the tree's leaves.
+
+  Args:
+    tree: arrays or ShapeDtypeStructs of the tree's structure and shapes.
+  """
+
+  def __init__(self, tree):
+    leaves, self._structure = jax.tree.flatten(tree)
+    self._shapes = [leaf.shape for leaf in leaves]
+    self._ends = np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()
+    self.size = self._ends[-1]
+
+  def vector(self, tree):
+    """Inside jit: tree -> [size]."""
+    return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
+
+  def tree(self, vector):
+    """[size], of numpy or of JAX -> the tree; numpy's arrays are views of the vector."""
+    starts = [0, *self._ends]
+    return self._structure.unflatten([
+        vector[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes)])
+
+  def pack(self, state):
+    """A state of jax arrays, or of ShapeDtypeStructs -> the same with a vector for each subtree built like the tree."""
+    def pack(part):
+      if not self._is_tree(part):
+        return part
+      leaves = jax.tree.leaves(part)
+      if isinstance(leaves[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=leaves[0].sharding)
+      whole = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
+      return jax.device_put(whole, leaves[0].sharding)
+    return jax.tree.map(pack, state, is_leaf=self._is_tree)
+
+  def unpack(self, state):
+    """The inverse of `pack`; the trees are of numpy's arrays, copies that the next step cannot overwrite."""
+    return jax.tree.map(lambda x: self.tree(np.array(x)) if x.shape == (self.size,) else x, state)
+
+  def _is_tree(self, part):
+    return jax.tree.structure(part) == self._structure
+
+
+class Apart:
+  """The same calls where every array stays by itself."""
+
+  def vector(self, tree):
+    return tree
+
+  tree = pack = unpack = vector
