@@ -12,6 +12,8 @@ import random
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # also: nothing runs long, everything is compiled
+# XLA's newer way to make loops out of fused operations takes twice as long to compile.
+os.environ['XLA_FLAGS'] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
 import jax  # noqa: E402

@@ -528,16 +528,26 @@ def test_pipes(models, song, folder):
   np.testing.assert_allclose(Latents.load(folder / 'piped').z, expected, atol=1e-5)
   command[3] = 'decode'
   audio = subprocess.run(command, input=latents.stdout, capture_output=True, check=True).stdout
-  for sink in (' | head -c 10', ' > /dev/full'):
-    line = shlex.join([*command[:3], 'decode', str(folder / 'piped'), '-', checkpoint, '--quiet']) + sink
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', line], capture_output=True, check=False)
-    if done.returncode:  # a short piece may go through before head ends
-      assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
-    assert done.returncode or 'full' not in sink
-  done = subprocess.run([*command[:3], 'encode', '-', '-', checkpoint], input=b'', capture_output=True, check=False)
-  assert done.returncode == 1 and done.stderr.startswith(b'm2l2: standard input: is empty')
   (folder / 'piped.wav').write_bytes(audio)
   assert audio_io.probe(folder / 'piped.wav').frames == 2000
+
+
+@pytest.mark.parametrize('sink', ['> /dev/full', pytest.param('| head -c 10', marks=pytest.mark.soak)])
+def test_a_pipe_that_ends(m2l2, models, song, folder, sink):
+  mid, checkpoint = folder / 'a.safetensors', f'--checkpoint={models / "mono"}'
+  assert m2l2('encode', song(samples=2000), mid, checkpoint)[0] == 0
+  line = f'{shlex.join([sys.executable, "-m", "m2l2", "decode", str(mid), "-", checkpoint, "--quiet"])} {sink}'
+  done = subprocess.run(['bash', '-o', 'pipefail', '-c', line], capture_output=True, check=False)
+  if done.returncode:  # a short piece may go through before head ends
+    assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
+  assert done.returncode or 'full' not in sink
+
+
+@pytest.mark.soak
+def test_an_empty_pipe_is_told(models):
+  command = [sys.executable, '-m', 'm2l2', 'encode', '-', '-', f'--checkpoint={models / "mono"}']
+  done = subprocess.run(command, input=b'', capture_output=True, check=False)
+  assert done.returncode == 1 and done.stderr.startswith(b'm2l2: standard input: is empty')
 
 
 def test_tags_are_kept(m2l2, models, folder):
@@ -610,8 +620,9 @@ def test_a_device_is_chosen(m2l2, models, song, folder):
     jax.config.update('jax_default_device', before)
 
 
+@pytest.mark.soak
 def test_60_lengths_take_five_compilations(models, tmp_path):
-  """Of a program that starts with nothing compiled."""
+  """Of a program that starts with nothing compiled; in test_codec.py, what is compiled serves other lengths."""
   program = """
 import sys
 import jax, numpy as np, soundfile

@@ -1,5 +1,5 @@
 """The loop, twice: with a model of one matrix, which compiles at once, each promise that it makes;
-with the shipped config, small, that kills change nothing and devices next to nothing.
+with the shipped config, small, that kills change nothing and devices next to nothing (soak).
 """
 
 import concurrent.futures
@@ -389,14 +389,15 @@ def test_what_cannot_be_measured_is_told_at_the_start(held_out, tmp_path, fields
   assert not (tmp_path / 'run/metrics.jsonl').exists()
 
 
-# Several processes.
+# In processes of their own.
 
-TWO_PROCESSES = """
+IN_PROCESS = """
 import functools, sys
 import jax
-process, port, workdir, music, steps = sys.argv[1:]
-jax.config.update('jax_num_cpu_devices', 2)
-jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+process, count, port, workdir, music, steps = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 4 // int(count))
+if count == '2':
+  jax.distributed.initialize(f'localhost:{port}', 2, int(process))
 import test_train
 from absl import logging
 from m2l2 import build, sharding, train
@@ -405,47 +406,68 @@ build.step_functions = test_train.small_functions
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
-  'train.checkpoint_every': 1000})
+  'train.checkpoint_every': 1000 if count == '2' else 2})
 print('updates', train.train(config, workdir))
 """
 
 
-def stopped_two(workdir, music, *, steps, ready, seconds=300):
-  """Starts two processes, sends SIGTERM to the second once `ready(what it says)`: the updates that each has done."""
+def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300):
+  """Starts one or two processes, sends a signal to the last once `ready(what it says)`.
+
+  Returns the updates that each has done; of those who were killed, None.
+  """
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   tests = os.path.dirname(__file__)
   environment = {**os.environ, 'PYTHONPATH': f'{tests}:{os.path.dirname(tests)}'}
-  logs, processes, end = [pathlib.Path(f'{workdir}.{i}.log') for i in range(2)], [], time.monotonic() + seconds
+  logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(processes)]
+  started, end = [], time.monotonic() + seconds
   try:
     for process, path in enumerate(logs):
       with open(path, 'w') as log:
-        processes.append(subprocess.Popen(
-          [sys.executable, '-c', TWO_PROCESSES, str(process), str(port), workdir, music, str(steps)],
+        started.append(subprocess.Popen(
+          [sys.executable, '-c', IN_PROCESS, str(process), str(processes), str(port), workdir, music, str(steps)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
-    while not ready(logs[1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in processes):
+    while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
       time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+    started[-1].send_signal(number)
+    while any(p.poll() is None for p in started) and time.monotonic() < end:
       time.sleep(0.05)
     said = [path.read_text() for path in logs]
-    assert [p.poll() for p in processes] == [0, 0], '\n'.join(said)
-    return [int(text.split('updates ')[1].split()[0]) for text in said]
+    expected = -signal.SIGKILL if number == signal.SIGKILL else 0
+    assert [p.poll() for p in started] == [expected] * processes, '\n'.join(said)
+    return [None if expected else int(text.split('updates ')[1].split()[0]) for text in said]
   finally:
-    for p in processes:
+    for p in started:
       p.kill()
       p.wait(10)
 
 
-def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music):
+def test_kill_9_and_then_on_to_the_end_equals_a_straight_run(small, tmp_path, music):
+  """Of the one matrix; the shipped config, killed more often, is soak below."""
+  run, steps = tmp_path / 'killed', 2000
+  stopped(run, music, steps=steps, processes=1, number=signal.SIGKILL,
+          ready=lambda said: len(soak_resume.trace(run)) >= 7)
+  reached = steps_of(run)[-1]
+  assert 7 <= reached < steps and not (run / 'snapshot').exists()
+  more = {'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': reached + 5, 'train.probe_every': 2}
+  for workdir in (run, tmp_path / 'straight'):
+    assert small(workdir, **more) == reached + 5
+  assert steps_of(run) == list(range(1, reached + 6))
+  losses = [[line['loss'] for line in soak_resume.trace(w)] for w in (run, tmp_path / 'straight')]
+  np.testing.assert_allclose(*losses, rtol=1e-5)  # on other devices
+
+
+@pytest.mark.parametrize('again', [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music, again):
   steps = 2000
   run = tmp_path / 'two'
-  done = stopped_two(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
+  done = stopped(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
-  # Told before its first step, the resumed run stops too.
-  done = stopped_two(run, music, steps=steps, ready=lambda said: 'going on from' in said)
-  assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  if again:  # told before its first step, the resumed run stops too
+    done = stopped(run, music, steps=steps, ready=lambda said: 'going on from' in said)
+    assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
   # One process with all its devices goes on from there, as if it had been alone from the start.
   more = {'train.steps': done[0] + 2, 'train.checkpoint_every': 1000}
   assert small(run, **more) == done[0] + 2
@@ -483,6 +505,7 @@ def runs(shared, tmp_path_factory):
   return {'straight': base / 'straight', 'spread': base / 'spread'}
 
 
+@pytest.mark.soak
 def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
   # A dozen steps: then rounding has grown through the updates (1e-6 at step 18, 1e-4 at step 40).
   losses = [[line['loss'] for line in soak_resume.trace(workdir)[:12]] for workdir in runs.values()]
@@ -490,6 +513,7 @@ def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
     runs, shared, tmp_path):
   run = tmp_path / 'run'
