@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 from launch import ablate
+from m2l2 import cli, main as training
 from m2l2.codec import Codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import soak_resume
 from test_codec import latents_for, make_config, make_params, music
+from test_learning import untrained
 
 CONFIG = 'configs/tiny.py:debug'
 SMALL = [f'--config.{name}={value}' for name, value in soak_resume.SMALL.items() if name != 'train.checkpoint_every']
@@ -43,8 +46,20 @@ def test_a_model_of_one_chunk_decodes_each_by_itself():
     codec.decode(latents, mode='parallel')
 
 
-def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
-  for name, value in soak_resume.environment(tmp_path / 'compiled').items():
+def in_this_process(what, *arguments):
+  """As ablate.run; a run that trains leaves random weights."""
+  if what == 'train':
+    parsed = training.parse(['ablate', *arguments], required=('config',))
+    untrained(parsed.config, Path(parsed.workdir))
+  else:
+    assert cli.main([what, *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize('trained', [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys, trained):
+  if not trained:
+    monkeypatch.setattr(ablate, 'run', in_this_process)
+  for name, value in soak_resume.environment(tmp_path / 'compiled').items() if trained else ():
     monkeypatch.setenv(name, value)
   soak_resume.write_music(tmp_path / 'train')
   (tmp_path / 'heldout').mkdir()
