@@ -33,7 +33,7 @@ def test_each_ablation_can_be_built_and_costs_what_its_network_does():
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():
-  config = make_config(chunks=1, widths=(8, 16), strides=((4, 4),), layers=1, head_dim=8)
+  config = make_config(chunks=1)
   codec = Codec(config=config, params=make_params(config), fingerprint='alone')
   latents = latents_for(codec, chunks=4)
   moved = latents.z.copy()

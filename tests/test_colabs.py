@@ -14,14 +14,14 @@ import types
 
 import IPython.display
 from m2l2 import clips
-from m2l2.configs import tiny22
+from m2l2.configs import tiny, tiny22
 from m2l2.data import audio_io
 from m2l2.snapshot import save_snapshot
 import nbclient
 import nbformat
 import numpy as np
 import pytest
-from test_codec import make_params, music
+from test_codec import ONE_LEVEL, make_params, music
 from test_layering import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
@@ -163,31 +163,44 @@ def test_training_begins_with_the_model_in_the_box(executed):
 # ---- the cells in this process -------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-  """A folder with a model of random weights that is called as the one in the box, and two clips of a second."""
-  place = tmp_path_factory.mktemp('cells')
-  config = json.loads(json.dumps(tiny22.get_config('debug').to_dict()))
-  save_snapshot(place / 'tiny', params=make_params(config), config=config, step=7)
+def small_config(name):
+  """For a notebook: what test_codec.py compiles, too; or, to be trained, as small as it can be."""
+  if name != 'train_on_your_music':
+    config = tiny.get_config('debug')
+    config.model.update(ONE_LEVEL)
+    config.train.nested = .5
+  else:
+    config = tiny22.get_config('debug')
+    config.model.update(ONE_LEVEL)
+  return config
+
+
+@pytest.fixture
+def place(tmp_path):
+  """A folder with two clips of half a second."""
   for seed, name in enumerate(('training', 'held_out')):
-    audio_io.write(place / f'{name}.wav', music(22050, channels=2, sample_rate=22050, seed=seed), 22050)
-  return place
+    audio_io.write(tmp_path / f'{name}.wav', music(22050, channels=2, seed=seed), 44100)
+  return tmp_path
 
 
 @pytest.fixture
 def run_cells(place, monkeypatch):
-  """`run_cells(name)` runs a notebook's cells with that model and those clips: the variables at the end."""
-  small = tiny22.get_config('debug')
+  """`run_cells(name)` runs a notebook's cells with those clips: the variables at the end.
+
+  In their folder lies a model of random weights that is called as the one in the box.
+  """
   monkeypatch.chdir(place)
   monkeypatch.setattr(clips, 'TRAINING', place / 'training.wav')
   monkeypatch.setattr(clips, 'HELD_OUT', place / 'held_out.wav')
-  monkeypatch.setattr(tiny22, 'get_config', lambda: small)
   monkeypatch.setattr(IPython.display, 'display', lambda *objects, **options: types.SimpleNamespace(
       update=lambda figure: figure.savefig(io.BytesIO())))
   monkeypatch.delitem(sys.modules, 'google.colab', raising=False)
 
   def run_cells(name):
-    variables = {}
+    config, variables = small_config(name), {}
+    plain = json.loads(json.dumps(config.to_dict()))
+    save_snapshot(place / 'tiny', params=make_params(plain), config=plain, step=7)
+    monkeypatch.setattr(tiny22, 'get_config', lambda: config)
     for cell in code_cells(with_steps(read(name))):
       lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(('%', '!'))]
       if 'find_spec' not in cell.source:  # the cell that installs, which test_it_opens_in_colab reads

@@ -17,6 +17,7 @@ import pytest
 from m2l2 import build
 from m2l2.interop import codicodec as interop
 
+
 @pytest.fixture(scope='module', params=kit.SEEDS)
 def seed(request):
   return request.param

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_codec import make_params
+from test_codec import ONE_LEVEL, make_params
 
 from launch import bounds, held_out, learn, pca_start, ship
 from m2l2 import build, codec, timing
@@ -19,6 +19,7 @@ from m2l2.model import envelope
 from m2l2.snapshot import save_snapshot
 
 RATE = 22050
+SMALL = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
 
 
 def tones(seconds, *, rate=RATE, seed=0):
@@ -228,7 +229,7 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
 
 def test_trials_are_compared_at_their_cost(tmp_path, monkeypatch):
   config = tiny.get_config('debug')
-  config.model.update(bins=16, frames=4, widths=(16,), head_dim=8, blocks=(1,), strides=())
+  config.model.update(ONE_LEVEL)
   flops = timing.model_flops(config)  # traced for once
   monkeypatch.setattr(timing, 'model_flops', lambda config: flops)
   (tmp_path / 'one').mkdir()
@@ -256,7 +257,7 @@ def test_trials_are_compared_at_their_cost(tmp_path, monkeypatch):
 
 
 def test_principal_components_to_begin_with(music, tmp_path):
-  run = ['--crops=100', f'--config.data.root={music}']
+  run = ['--crops=100', f'--config.data.root={music}', *SMALL]
   pca_start.run([f'--output={tmp_path}/start', '--config=tiny22.py:debug', *run])
   model = codec.load(tmp_path / 'start')
   rep, network = model.representation, model.network
