@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED=1
 
 # Programs that XLA compiled once are kept beside the environment.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/$(compilation_cache)}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
 
 soak=
 if [ "${1:-}" = --soak ]; then

@@ -3,6 +3,7 @@ with the shipped config, small, that kills change nothing and devices next to no
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import build, checkpoint, listening, metrics, train, train_step
+from m2l2 import build, checkpoint, codec, listening, metrics, sharding, train, train_step
 from m2l2.configs import tiny
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 import soak_resume
+from test_codec import ONE_LEVEL
 
 CROP, RATE = 64, 8000
 
@@ -479,7 +481,24 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-# The shipped config, small, in processes of its own.
+# The shipped config, small.
+
+
+def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
+  # On one device: of what several have alike, Orbax saves slices, and compiles hundreds of programs for them.
+  monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+  config = small_config(music)
+  config.model.alpha = tiny.get_config('debug').model.alpha
+  config.model.update(ONE_LEVEL)
+  config.train.update(steps=2, head_start=0., checkpoint_every=10)
+  assert train.train(config, str(tmp_path), ()) == 2
+  assert all(np.isfinite(line['loss']) for line in soak_resume.trace(tmp_path)) and steps_of(tmp_path) == [1, 2]
+  model = codec.load(tmp_path)
+  assert model.fingerprint == soak_resume.fingerprint(tmp_path)
+  assert model.encode(np.zeros(3000, np.float32), 44100).z.shape == (1, 3, 8, 8)
+
+
+# Again in processes of its own.
 
 STEPS = {'train.steps': 60}  # more than two killed runs can do
 SPREAD = {'mesh.preset': 'tp', 'mesh.fsdp': 2, 'mesh.tensor': 2, 'train.accumulate': 2}
