@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 from launch import ablate
 from m2l2 import cli, main as training
 from m2l2.codec import Codec
@@ -12,18 +13,19 @@ from m2l2.errors import UserError
 import numpy as np
 import pytest
 import soak_resume
-from test_codec import latents_for, make_config, make_params, music
+from test_codec import ONE_LEVEL, latents_for, make_config, make_params, music
 from test_learning import untrained
 
 CONFIG = 'configs/tiny.py:debug'
-SMALL = [f'--config.{name}={value}' for name, value in soak_resume.SMALL.items() if name != 'train.checkpoint_every']
+ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
+SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
 
 
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():
-  about = {name: ablate.describe('configs/tiny.py', ablate.fields_of(name, 'configs/tiny.py', []))
+  about = {name: ablate.describe(CONFIG, ONE_LEVEL_FLAGS + ablate.fields_of(name, CONFIG, ONE_LEVEL_FLAGS))
            for name in ('as_is', 'one_chunk', 'local')}
   whole = about['as_is']
-  assert whole['parameters'] == 2205984
+  assert whole['parameters'] == sum(x.size for x in jax.tree.leaves(make_params(make_config())))
   assert about['local']['parameters'] < about['one_chunk']['parameters'] < whole['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
   assert about['local']['gflop_a_step'] < whole['gflop_a_step']

@@ -194,7 +194,7 @@ def test_channels_through_a_mono_model(mono):
   assert np.abs(decoded[0] - decoded[1]).max() > 1e-3
   np.testing.assert_allclose(decoded[:1], mono.decode(mono.encode(one, 44100)), atol=1e-5)
   left, right = mono.decode(mono.encode(np.concatenate([one, one]), 44100))
-  np.testing.assert_array_equal(left, right)
+  np.testing.assert_allclose(left, right, atol=1e-6)  # not to the bit: places in a batch are rounded apart
   np.testing.assert_array_equal(mono.encode(one[0], 44100).z, mono.encode(one, 44100).z)
 
 
@@ -517,7 +517,8 @@ def test_the_config_decides_unless_told(ancestor):
 
 
 @pytest.mark.parametrize('which,streams,steps,refine', [
-    ('mono', 1, 1, True), ('mono', 2, 1, False), ('ancestor', 1, 2, False), ('ancestor', 1, 2, True)])
+    ('mono', 2, 1, False), ('ancestor', 1, 2, True),
+    *(pytest.param(*case, marks=pytest.mark.soak) for case in (('mono', 1, 1, True), ('ancestor', 1, 2, False)))])
 def test_streaming_is_decoding(request, which, streams, steps, refine):
   codec = request.getfixturevalue(which)
   rep = codec.representation
