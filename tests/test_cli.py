@@ -119,6 +119,7 @@ def test_other_rates_and_lengths(m2l2, models, song, folder, sample_rate, sample
   assert (info.frames, info.sample_rate, info.channels) == (samples, sample_rate, 1)
 
 
+@pytest.mark.soak
 def test_eight_channels_through_a_mono_model(m2l2, models, song, folder):
   source, out = song(channels=8, samples=900), folder / 'a.wav'
   assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
@@ -441,10 +442,15 @@ def program(*argv, **environment):
                         capture_output=True, env=environment)
 
 
+@pytest.mark.soak
 def test_the_program(models, song, folder):
+  """As test_pipes does for every run of the suite."""
   done = program('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
   assert (done.returncode, done.stderr) == (0, '')  # no bar where there is no terminal
   assert audio_io.probe(folder / 'a.wav').frames == 5000
+
+
+def test_the_programs_mistake(folder):
   done = program('reconstruct', folder / 'none.wav', folder / 'b.wav', '--checkpoint=none')
   assert done.returncode == 1 and done.stdout == '' and 'no such file' in one_line(done.stderr)
 
