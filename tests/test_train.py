@@ -495,7 +495,7 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   assert all(np.isfinite(line['loss']) for line in soak_resume.trace(tmp_path)) and steps_of(tmp_path) == [1, 2]
   model = codec.load(tmp_path)
   assert model.fingerprint == soak_resume.fingerprint(tmp_path)
-  assert model.encode(np.zeros(3000, np.float32), 44100).z.shape == (1, 3, 8, 8)
+  assert model.encode(np.zeros(3000, np.float32), 44100).z.shape == (1, 4, 8, 8)
 
 
 # Again in processes of its own.
