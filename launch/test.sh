@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything the tests need, then all tests; needs Python >= 3.11 and nothing else.
 #   ./launch/test.sh                 all: flake8, mypy, pytest
-#   ./launch/test.sh -k data -x      further arguments go to pytest
+#   ./launch/test.sh --soak          also what takes minutes each: the marker soak, then tests/soak_*.py, few kills
+#   ./launch/test.sh -k data -x      further arguments go to pytest; after --soak the scripts are left out then
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SECONDS=0
@@ -13,7 +14,13 @@ export PYTHONUNBUFFERED=1
 
 # Programs that XLA compiled once are kept beside the environment.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/$(compilation_cache)}
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+
+soak=
+if [ "${1:-}" = --soak ]; then
+  soak=yes
+  shift
+fi
 
 failed=()
 run() {
@@ -24,11 +31,17 @@ run() {
 }
 run flake8 "$bin/python" -m flake8
 run mypy "$bin/python" -m mypy
+options=()
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared;
 # in the order of tests/conftest.py, not files of many tests first.
-workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
-[ $# -eq 0 ] || workers=()
-run pytest "$bin/python" -m pytest tests ${workers[@]+"${workers[@]}"} "$@"
+[ $# -gt 0 ] || options+=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
+[ -z "$soak" ] || options+=(-m 'not gpu and not tpu and not torch and not visqol')
+run pytest "$bin/python" -m pytest tests ${options[@]+"${options[@]}"} "$@"
+if [ -n "$soak" ] && [ $# -eq 0 ]; then
+  run soak_resume "$bin/python" tests/soak_resume.py --kills=5
+  run soak_prepare "$bin/python" tests/soak_prepare.py kills --kills=3
+  run soak_encode "$bin/python" tests/soak_encode.py --kills=3
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
   say "FAILED after $SECONDS s: ${failed[*]}"

@@ -2,25 +2,30 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import jax
 from launch import ablate
+from m2l2 import cli, main as training
 from m2l2.codec import Codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 import numpy as np
 import pytest
 import soak_resume
-from test_codec import latents_for, make_config, make_params, music
+from test_codec import ONE_LEVEL, latents_for, make_config, make_params, music
+from test_learning import untrained
 
 CONFIG = 'configs/tiny.py:debug'
-SMALL = [f'--config.{name}={value}' for name, value in soak_resume.SMALL.items() if name != 'train.checkpoint_every']
+ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
+SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
 
 
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():
-  about = {name: ablate.describe('configs/tiny.py', ablate.fields_of(name, 'configs/tiny.py', []))
+  about = {name: ablate.describe(CONFIG, ONE_LEVEL_FLAGS + ablate.fields_of(name, CONFIG, ONE_LEVEL_FLAGS))
            for name in ('as_is', 'one_chunk', 'local')}
   whole = about['as_is']
-  assert whole['parameters'] == 2205984
+  assert whole['parameters'] == sum(x.size for x in jax.tree.leaves(make_params(make_config())))
   assert about['local']['parameters'] < about['one_chunk']['parameters'] < whole['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
   assert about['local']['gflop_a_step'] < whole['gflop_a_step']
@@ -30,7 +35,7 @@ def test_each_ablation_can_be_built_and_costs_what_its_network_does():
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():
-  config = make_config(chunks=1, widths=(8, 16), strides=((4, 4),), layers=1, head_dim=8)
+  config = make_config(chunks=1)
   codec = Codec(config=config, params=make_params(config), fingerprint='alone')
   latents = latents_for(codec, chunks=4)
   moved = latents.z.copy()
@@ -43,8 +48,20 @@ def test_a_model_of_one_chunk_decodes_each_by_itself():
     codec.decode(latents, mode='parallel')
 
 
-def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys):
-  for name, value in soak_resume.environment(tmp_path / 'compiled').items():
+def in_this_process(what, *arguments):
+  """As ablate.run; a run that trains leaves random weights."""
+  if what == 'train':
+    parsed = training.parse(['ablate', *arguments], required=('config',))
+    untrained(parsed.config, Path(parsed.workdir))
+  else:
+    assert cli.main([what, *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize('trained', [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys, trained):
+  if not trained:
+    monkeypatch.setattr(ablate, 'run', in_this_process)
+  for name, value in soak_resume.environment(tmp_path / 'compiled').items() if trained else ():
     monkeypatch.setenv(name, value)
   soak_resume.write_music(tmp_path / 'train')
   (tmp_path / 'heldout').mkdir()

@@ -5,14 +5,13 @@ import math
 import os
 import sys
 
-import jax
 import pytest
 
 from launch import bench
 from m2l2.configs import base, codicodec
 
-SMALLEST = dict(widths=(8, 16), strides=((4, 4),), blocks=(1, 1), layers=1, head_dim=8, window=128, hop=32, bins=64,
-                frames=8)
+SMALLEST = dict(stem=(4, 2), widths=(16,), strides=(), blocks=(1,), layers=1, head_dim=8, window=128, hop=32, bins=64,
+                frames=8, remat='none')
 
 
 def config_file(tmp_path, config, **model):
@@ -39,15 +38,7 @@ def measured(times):
   return all(number > 0 and math.isfinite(number) for number in numbers)
 
 
-@pytest.fixture
-def quick_compiler():
-  """Which code is timed does not matter here."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-def test_a_report(tmp_path, capsys, quick_compiler):
+def test_a_report(tmp_path, capsys):
   """In float32, so that one train step and one codec are compiled; decoding is timed as encoding is."""
   path = config_file(tmp_path, base.get_config('debug'), **SMALLEST)
   status, report, err = run(capsys, f'--config-json={path}', '--only=train,attention,encode', '--batch=2', '--steps=2',

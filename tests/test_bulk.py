@@ -28,14 +28,12 @@ SONGS = [('a.wav', 5000, 1, 44100), ('b/c.flac', 100, 2, 44100), ('b/d.wav', 300
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick():
-  """What is compiled runs for a moment only, and a model is compiled for once."""
-  jax.config.update('jax_disable_most_optimizations', True)
+def compiled_once():
+  """A model is compiled for once in a session."""
   patch = pytest.MonkeyPatch()
   patch.setattr(codec_lib, 'load', load_once)
   yield
   patch.undo()
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

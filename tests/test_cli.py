@@ -119,6 +119,7 @@ def test_other_rates_and_lengths(m2l2, models, song, folder, sample_rate, sample
   assert (info.frames, info.sample_rate, info.channels) == (samples, sample_rate, 1)
 
 
+@pytest.mark.soak
 def test_eight_channels_through_a_mono_model(m2l2, models, song, folder):
   source, out = song(channels=8, samples=900), folder / 'a.wav'
   assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
@@ -441,10 +442,15 @@ def program(*argv, **environment):
                         capture_output=True, env=environment)
 
 
+@pytest.mark.soak
 def test_the_program(models, song, folder):
+  """As test_pipes does for every run of the suite."""
   done = program('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
   assert (done.returncode, done.stderr) == (0, '')  # no bar where there is no terminal
   assert audio_io.probe(folder / 'a.wav').frames == 5000
+
+
+def test_the_programs_mistake(folder):
   done = program('reconstruct', folder / 'none.wav', folder / 'b.wav', '--checkpoint=none')
   assert done.returncode == 1 and done.stdout == '' and 'no such file' in one_line(done.stderr)
 
@@ -528,16 +534,26 @@ def test_pipes(models, song, folder):
   np.testing.assert_allclose(Latents.load(folder / 'piped').z, expected, atol=1e-5)
   command[3] = 'decode'
   audio = subprocess.run(command, input=latents.stdout, capture_output=True, check=True).stdout
-  for sink in (' | head -c 10', ' > /dev/full'):
-    line = shlex.join([*command[:3], 'decode', str(folder / 'piped'), '-', checkpoint, '--quiet']) + sink
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', line], capture_output=True, check=False)
-    if done.returncode:  # a short piece may go through before head ends
-      assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
-    assert done.returncode or 'full' not in sink
-  done = subprocess.run([*command[:3], 'encode', '-', '-', checkpoint], input=b'', capture_output=True, check=False)
-  assert done.returncode == 1 and done.stderr.startswith(b'm2l2: standard input: is empty')
   (folder / 'piped.wav').write_bytes(audio)
   assert audio_io.probe(folder / 'piped.wav').frames == 2000
+
+
+@pytest.mark.parametrize('sink', ['> /dev/full', pytest.param('| head -c 10', marks=pytest.mark.soak)])
+def test_a_pipe_that_ends(m2l2, models, song, folder, sink):
+  mid, checkpoint = folder / 'a.safetensors', f'--checkpoint={models / "mono"}'
+  assert m2l2('encode', song(samples=2000), mid, checkpoint)[0] == 0
+  line = f'{shlex.join([sys.executable, "-m", "m2l2", "decode", str(mid), "-", checkpoint, "--quiet"])} {sink}'
+  done = subprocess.run(['bash', '-o', 'pipefail', '-c', line], capture_output=True, check=False)
+  if done.returncode:  # a short piece may go through before head ends
+    assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
+  assert done.returncode or 'full' not in sink
+
+
+@pytest.mark.soak
+def test_an_empty_pipe_is_told(models):
+  command = [sys.executable, '-m', 'm2l2', 'encode', '-', '-', f'--checkpoint={models / "mono"}']
+  done = subprocess.run(command, input=b'', capture_output=True, check=False)
+  assert done.returncode == 1 and done.stderr.startswith(b'm2l2: standard input: is empty')
 
 
 def test_tags_are_kept(m2l2, models, folder):
@@ -610,8 +626,9 @@ def test_a_device_is_chosen(m2l2, models, song, folder):
     jax.config.update('jax_default_device', before)
 
 
+@pytest.mark.soak
 def test_60_lengths_take_five_compilations(models, tmp_path):
-  """Of a program that starts with nothing compiled."""
+  """Of a program that starts with nothing compiled; in test_codec.py, what is compiled serves other lengths."""
   program = """
 import sys
 import jax, numpy as np, soundfile

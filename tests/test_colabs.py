@@ -1,18 +1,29 @@
-"""The notebooks run from top to bottom, with the model in the box; here it is trained for fewer steps.
+"""The notebooks run from top to bottom: their cells here, with a small model, short clips and no training; else soak.
 
-As they are, in minutes: M2L2_COLAB_STEPS=500 python -m pytest tests/test_colabs.py -k runs
+Then in kernels, with the model in the box, which is trained for fewer steps. As they are, in minutes:
+M2L2_COLAB_STEPS=500 ./launch/test.sh --soak tests/test_colabs.py -k runs
 """
 
 import configparser
+import io
 import json
 import os
+from pathlib import Path
 import re
+import signal
 import sys
 import types
 
+import IPython.display
+from m2l2 import clips
+from m2l2.configs import tiny, tiny22
+from m2l2.data import audio_io
+from m2l2.snapshot import save_snapshot
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+from test_codec import ONE_LEVEL, make_params, music
 from test_layering import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
@@ -97,6 +108,7 @@ def test_there_are_three():
   assert NAMES == ['encode_decode', 'inspect_latents', 'train_on_your_music']
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('name, pictures, players', [
     ('encode_decode', 3, 5), ('inspect_latents', 6, 8), ('train_on_your_music', 3, 6)])
 def test_it_runs(executed, name, pictures, players):
@@ -112,6 +124,7 @@ def ratios(notebook):
   return [float(value) for value in re.findall(r"'ratio': ([0-9.]+)", printed(notebook))]
 
 
+@pytest.mark.soak
 def test_what_encode_decode_prints(executed, folder):
   notebook = executed('encode_decode')
   text = printed(notebook)
@@ -122,11 +135,13 @@ def test_what_encode_decode_prints(executed, folder):
   assert max(one_step, two_steps, whole) < first < 0.85  # music, with 2 of 8 embeddings too
 
 
+@pytest.mark.soak
 def test_the_first_embedding_carries_most(executed):
   """As the text says of the model in the box."""
   assert 'without embedding 0,' in printed(executed('inspect_latents'))
 
 
+@pytest.mark.soak
 def test_training_is_stopped_and_goes_on(executed, folder):
   notebook = executed('train_on_your_music')
   workdir = folder / 'runs' / 'mine'
@@ -138,11 +153,102 @@ def test_training_is_stopped_and_goes_on(executed, folder):
   assert {stopped, STEPS} <= set(saved)
 
 
+@pytest.mark.soak
 def test_training_begins_with_the_model_in_the_box(executed):
   """After so few steps nothing else would hear anything; and they do change the sound."""
   before, after = (ratios(executed('train_on_your_music'))[half] for half in (slice(0, 2), slice(2, 4)))
   assert max(before + after) < 0.85
   assert before != after
+
+
+# ---- the cells in this process -------------------------------------------------------------------
+
+
+def small_config():
+  """What test_codec.py compiles, too."""
+  config = tiny.get_config('debug')
+  config.model.update(ONE_LEVEL)
+  config.train.nested = .5
+  return config
+
+
+def stand_in(config, workdir, writers=()):
+  """In place of m2l2.train.train: its lines, its end at Ctrl-C, and other weights than there were."""
+  folder, stopped = Path(workdir), []
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'metrics.jsonl').open('a+') as lines:
+    lines.seek(0)
+    before, step = signal.signal(signal.SIGINT, lambda *_: stopped.append(True)), len(lines.readlines())
+    while step < config.train.steps and not stopped:
+      step += 1
+      lines.write(json.dumps({'step': step, 'loss': 3 / step}) + '\n')
+      lines.flush()
+      for write in writers:
+        write(step, {'loss': 3 / step})
+  signal.signal(signal.SIGINT, before)
+  plain = json.loads(json.dumps(config.to_dict()))
+  save_snapshot(folder / 'snapshot', params=make_params(plain, seed=1), config=plain, step=step)
+  return step
+
+
+@pytest.fixture
+def place(tmp_path):
+  """A folder with two clips of half a second."""
+  for seed, name in enumerate(('training', 'held_out')):
+    audio_io.write(tmp_path / f'{name}.wav', music(22050, channels=2, seed=seed), 44100)
+  return tmp_path
+
+
+@pytest.fixture
+def run_cells(place, monkeypatch):
+  """`run_cells(name)` runs a notebook's cells with those clips: the variables at the end.
+
+  In their folder lies a model of random weights that is called as the one in the box.
+  """
+  monkeypatch.chdir(place)
+  monkeypatch.setattr(clips, 'TRAINING', place / 'training.wav')
+  monkeypatch.setattr(clips, 'HELD_OUT', place / 'held_out.wav')
+  monkeypatch.setattr(IPython.display, 'display', lambda *objects, **options: types.SimpleNamespace(
+      update=lambda figure: figure.savefig(io.BytesIO())))
+  monkeypatch.delitem(sys.modules, 'google.colab', raising=False)
+
+  def run_cells(name):
+    config, variables = small_config(), {}
+    plain = json.loads(json.dumps(config.to_dict()))
+    save_snapshot(place / 'tiny', params=make_params(plain), config=plain, step=7)
+    monkeypatch.setattr(tiny22, 'get_config', lambda: config)
+    monkeypatch.setattr('m2l2.train.train', stand_in)
+    for cell in code_cells(with_steps(read(name))):
+      lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(('%', '!'))]
+      if 'find_spec' not in cell.source:  # the cell that installs, which test_it_opens_in_colab reads
+        exec('\n'.join(lines), variables)
+    return variables
+  return run_cells
+
+
+def test_cells_that_encode_and_decode(run_cells, place):
+  got = run_cells('encode_decode')
+  np.testing.assert_allclose(got['streamed'], got['whole'], atol=1e-5)
+  assert len(got['sounds']) == 2 and np.array_equal(got['again'].z, got['latents'].z)
+  assert (place / 'song.safetensors').is_file()
+
+
+def test_cells_that_inspect(run_cells):
+  got = run_cells('inspect_latents')
+  assert len(got['between']) == 5 and got['change'].shape[0] == got['first'].z.shape[2] > got['most']
+  assert np.any(got['dropped'] != got['mixed_first'])
+
+
+def test_cells_that_train_stop_and_go_on(run_cells, place):
+  got = run_cells('train_on_your_music')
+  assert STEPS // 2 <= got['stopped'] < STEPS == got['steps']
+  lines = [json.loads(line) for line in (place / 'runs/mine/metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == list(range(1, STEPS + 1))
+  assert got['codec'].config['train']['init_from'] == 'tiny'
+  assert len(got['rows']) == 6 and np.any(got['after'] != got['before']['held out'])
+
+
+# ---- what is written in them ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', NAMES)

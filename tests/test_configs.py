@@ -103,7 +103,9 @@ def test_parameters_are_float32_and_name_their_axes(name):
   jax.tree.map(check, state.params, functions.logical_axes)
 
 
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'mono'])
+# Tracing takes seconds: of the full sizes one in every run of the suite, the one in the box.
+@pytest.mark.parametrize('name', [
+  name if name == 'tiny22' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS if name != 'mono'])
 def test_the_whole_step_at_full_size_by_shapes(name):
   config = _config(name)
   functions, state = _functions(name)

@@ -1,14 +1,21 @@
-"""m2l2 at full size against CoDiCodec's own outputs (tests/conformance): same weights, inputs and noise, float32."""
+"""m2l2 at full size against CoDiCodec's own outputs (tests/conformance): same weights, inputs and noise, float32.
+
+One seed's latents in every run of the suite, by the encoder's weights alone; what takes longer is soak.
+"""
 
 import dataclasses
 import functools
+import types
 
+import jax
+import jax.numpy as jnp
 import kit
 import numpy as np
 import port
 import pytest
 
-pytestmark = pytest.mark.usefixtures('full_optimization')
+from m2l2 import build
+from m2l2.interop import codicodec as interop
 
 
 @pytest.fixture(scope='module', params=kit.SEEDS)
@@ -28,26 +35,52 @@ def hold(outputs):
   assert all(passed for _, _, passed in rows), [row for row in rows if not row[2]]
 
 
+def test_latents_of_one_seed():
+  model = port.make_config()['model']
+  network = build.network(model)
+  state = {name: kit.weight(name, tensor.shape, 0) if tensor.path[:1] in ((), ('encoder',)) else
+           np.zeros(tensor.shape, np.float32) for name, tensor in interop.state_dict_table(network.arch).items()}
+  params = interop.convert_weights(state, network.arch)
+
+  @jax.jit
+  def encode(encoder, spec):
+    others = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
+    return network.arch.make_bottleneck()(network.encode({**others, 'encoder': encoder}, spec))
+
+  spec = port.representation(types.SimpleNamespace(representation=build.representation(model)), kit.audio(0))
+  hold({'0/latents': np.asarray(encode(params['encoder'], spec[None])[0])})
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_encoder(seed):
   hold(port.encoder_outputs(make_codec(seed), seed))
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_features_and_denoiser(seed):
   hold(port.network_outputs(make_codec(seed), seed))
 
 
 # Other lengths are held at a small size, in test_codec, and by `port.py`: three minutes less.
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 @pytest.mark.parametrize('decoder,chunks', [('autoregressive', 1), ('autoregressive', 7), ('parallel', 7)])
 def test_decoders(chunks, decoder):
   hold({f'0/{decoder}/{chunks}/waveform': port.waveform(make_codec(0), decoder, chunks=chunks)})
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_live_decoding():
   """Its pieces do not depend on what follows, so the shorter signal is its beginning; 40 chunks: live.py."""
   whole = port.waveform(make_codec(0), 'live', chunks=2)
   hold({f'0/live/{chunks}/waveform': whole[:, :chunks * kit.FRAMES * kit.HOP] for chunks in (1, 2)})
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_one_chunk_alone():
   """A chunk's latents, features and left output do not need the other chunk's presence."""
   seed, codec = 0, make_codec(0)
@@ -65,6 +98,8 @@ def test_one_chunk_alone():
   assert np.linalg.norm(left - alone) < 1e-5 * np.linalg.norm(left)
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_native_rates_are_processed_as_they_are_and_mono_comes_back_as_mono():
   codec, audio = make_codec(0), kit.audio(0)
   np.testing.assert_array_equal(codec.encode(audio, 44100).z, codec.encode(audio, 48000).z)
@@ -75,6 +110,8 @@ def test_native_rates_are_processed_as_they_are_and_mono_comes_back_as_mono():
     np.testing.assert_allclose(codec.decode(dataclasses.replace(latents, **change), noise=noise), expected, atol=1e-7)
 
 
+@pytest.mark.soak
+@pytest.mark.usefixtures('full_optimization')
 def test_our_two_steps_on_their_weights():
   """Music2Latent2's decoding: one call a chunk, each chunk refined as the next one's left neighbour."""
   codec, latents = make_codec(0), kit.latents(0, chunks=2)

@@ -80,6 +80,7 @@ def test_threads_do_not_change_the_order(music, straight, options):
   assert_equal(take(music, 6, **options), straight)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('num_workers', [1, 2])
 def test_workers_do_not_change_the_order(music, straight, num_workers):
   assert_equal(take(music, 6, num_workers=num_workers, num_threads=2, prefetch=2), straight)
@@ -98,6 +99,7 @@ def test_rows_that_do_not_lie_together(music, straight):
 
 
 def test_processes_with_workers(music, straight):
+  """Of two workers; other numbers, and other sources' order by workers, are soak."""
   part = take(music, 3, blocks=(1,), of_blocks=2, num_workers=2)
   assert_equal(part, {k: v[:3, 4:] for k, v in straight.items()})
 
@@ -177,7 +179,7 @@ def test_all_good_files_are_used_and_bad_ones_named(tmp_path, caplog):
   assert not any(name in line for name, *_ in good.values() for line in lines)
 
 
-@pytest.mark.parametrize('num_workers', [0, 1])
+@pytest.mark.parametrize('num_workers', [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_nothing_usable_ends_with_one_line(tmp_path, num_workers):
   encode(tmp_path / 'short.wav', noise(10))
   (tmp_path / 'text.wav').write_text('text')
@@ -230,7 +232,8 @@ if __name__ == '__main__':
 '''
 
 
-@pytest.mark.parametrize('num_workers, end', [('0', 'leave'), ('2', 'close'), ('2', 'leave')])
+@pytest.mark.parametrize('num_workers, end', [
+    ('1', 'leave'), *(pytest.param(*case, marks=pytest.mark.soak) for case in (('0', 'leave'), ('2', 'close')))])
 def test_ending_is_quiet(music, tmp_path, num_workers, end):
   """In a plain script: absl flags unparsed, workers spawned, nothing on stderr but the faults,
   whether it closes the loader or just ends, with batches still in hand."""

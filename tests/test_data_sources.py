@@ -113,11 +113,12 @@ def straight():
   return np.array([1000 * s + k for s, k in map(which, range(10_000))]).reshape(-1, BATCH)
 
 
-@pytest.mark.parametrize('num_workers', [0, 1, 2])
-@pytest.mark.parametrize('hosts', [1, 2, 4])
+@pytest.mark.parametrize('hosts,num_workers', [  # workers take seconds to start
+    (1, 0), (2, 0), (4, 0), *(pytest.param(hosts, num_workers, marks=pytest.mark.soak) for hosts, num_workers in (
+        (1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)))])
 def test_10000_samples_in_one_order_whoever_reads_them(straight, hosts, num_workers):
   rows = np.split(straight, hosts, axis=1)
-  for h in (range(hosts) if num_workers == 0 else {0, hosts - 1}):  # workers take seconds to start
+  for h in (range(hosts) if num_workers == 0 else {0, hosts - 1}):
     own = numbers(blocks=(h,), of_blocks=hosts, num_workers=num_workers, worker_buffer=2)
     np.testing.assert_array_equal(own, rows[h])
 

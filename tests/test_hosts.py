@@ -1,7 +1,8 @@
 """Several processes on this machine as one run: starting, losing one, going on with as many as there are.
 
 All go through the real command. Where only the meeting and the ending matter, a stand-in for the
-loop saves the seconds of compiling.
+loop saves the seconds of compiling. Two of these are in every run of the suite; test_train.py trains
+in two processes; the rest is soak.
 """
 
 import contextlib
@@ -126,6 +127,7 @@ def train_all(processes):
   return lambda: all('trains' in processes.said(i) for i in range(len(processes.all)))
 
 
+@pytest.mark.soak
 def test_a_process_that_falls_silent_ends_the_others_by_name_and_in_time(tmp_path):
   with stand_ins(['w'] * 3, flags=flags(3, peer_timeout=8), log=tmp_path / 'silent') as processes:
     processes.wait_for(train_all(processes))
@@ -149,6 +151,7 @@ def test_when_the_first_process_is_killed_jax_aborts_the_others_and_their_last_w
     assert 'process 1 of 2' in line and 'another' in line and AGAIN in line, processes.show()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('what, says', [('mistake', 'there is no music here'), ('bug', 'ZeroDivisionError: a bug')])
 def test_a_process_that_fails_tells_the_others_why_at_once(what, says, tmp_path):
   with stand_ins(['w', what], flags=flags(2), log=tmp_path / what) as processes:
@@ -157,16 +160,31 @@ def test_a_process_that_fails_tells_the_others_why_at_once(what, says, tmp_path)
     assert ('Traceback' in processes.said(1)) == (what == 'bug') and 'Traceback' not in processes.said(0)
 
 
-def test_slurm_is_found_without_flags_and_all_end_well(tmp_path):
+def slurm(workdirs, *, log):
+  """Two tasks of a Slurm step, which are told nothing by flags."""
   port = free_port()
-  slurm = [{'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1',
-            'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i), 'JAX_COORDINATOR_PORT': str(port)} for i in range(2)]
-  with stand_ins(['quick'] * 2, flags=[['--multihost']] * 2, more=slurm, log=tmp_path / 'slurm') as processes:
+  more = [{'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1',
+           'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i), 'JAX_COORDINATOR_PORT': str(port)} for i in range(2)]
+  return stand_ins(workdirs, flags=[['--multihost']] * 2, more=more, log=log)
+
+
+@pytest.mark.soak
+def test_slurm_is_found_without_flags_and_all_end_well(tmp_path):
+  with slurm(['quick'] * 2, log=tmp_path / 'slurm') as processes:
     assert processes.statuses() == [0, 0], processes.show()
     for i in range(2):
       assert f'process {i} trains' in processes.said(i) and 'm2l2: ' not in processes.said(i)
 
 
+def test_slurm_is_found_without_flags_and_a_mistake_of_one_is_told_to_both(tmp_path):
+  with slurm(['w', 'mistake'], log=tmp_path / 'slurm') as processes:
+    assert processes.statuses() == [1, 1], processes.show()
+    for i in range(2):
+      assert f'process {i} trains' in processes.said(i) and 'Traceback' not in processes.said(i)
+      assert 'there is no music here' in processes.last_line(i), processes.show()
+
+
+@pytest.mark.soak
 def test_a_process_whose_peers_never_come_ends_with_a_line(tmp_path):
   own = [[*flags(2)[0], '--start_timeout=5']]
   with stand_ins(['w'], flags=own, log=tmp_path / 'alone') as processes:
@@ -196,6 +214,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line():
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.soak
 def test_no_cluster_and_no_flags_is_one_line(tmp_path):
   with stand_ins(['w'], flags=[['--multihost']], log=tmp_path / 'none') as processes:
     assert processes.statuses() == [1] and 'found no cluster' in processes.last_line(0), processes.show()
@@ -265,6 +284,7 @@ def checkpoints_in(workdir):
   return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if folder.exists() else []
 
 
+@pytest.mark.soak
 def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
   rng = random.Random(os.getpid())
   # Nothing happens to this one.

@@ -40,9 +40,12 @@ def _network(**fields):
 
 
 def _random(tree, *, scale=.3):
-  """Seeded noise added to every leaf: breaks the zero-initialised projections."""
+  """Seeded noise added to every leaf: breaks the zero-initialised projections.
+
+  By numpy, like what else is done here with arrays of many shapes: each shape would be compiled.
+  """
   rng = np.random.default_rng(1)
-  return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * scale, x.dtype), tree)
+  return jax.tree.map(lambda x: np.asarray(x) + (rng.normal(size=x.shape) * scale).astype(x.dtype), tree)
 
 
 def _initial(network):
@@ -58,7 +61,9 @@ def _spec(network, *lead):
 
 def _at(x, chunk, value):
   """x [B, S, ...] with one chunk replaced by that of `value`."""
-  return x.at[:, chunk].set(value[:, chunk])
+  x = np.array(x)
+  x[:, chunk] = value[:, chunk]
+  return x
 
 
 class _Model:
@@ -85,7 +90,8 @@ def model():
 
 def _differ(a, b):
   """Relative size of a difference."""
-  return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+  a, b = np.asarray(a), np.asarray(b)
+  return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 # --- who sees whom ---
@@ -209,7 +215,7 @@ class _Opening:
       params, grads, aux = update(params)
       flat = jax.tree_util.tree_leaves_with_path(grads)
       self.opened.append({jax.tree_util.keystr(path, simple=True, separator='/')
-                          for path, g in flat if jnp.any(g != 0)})
+                          for path, g in flat if np.any(np.asarray(g))})
       if not step:
         self.pre, self.out = aux
     self.names = {jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in flat}

@@ -28,8 +28,7 @@ _OPTIONS = {'xla_backend_optimization_level': 0}  # compiling is what these test
 def functions():
   config = base.get_config('debug')
   with config.unlocked():
-    config.model.update(stem=(4, 2), bins=64, frames=8, widths=(8, 16), head_dim=8, blocks=(1, 1), strides=((4, 2),),
-                        remat='none')
+    config.model.update(stem=(4, 2), bins=64, frames=8, widths=(16,), head_dim=8, blocks=(1,), strides=(), remat='none')
     config.train.update(steps=100, warmup_steps=1, learning_rate=1e-3)
   return build.step_functions(json.loads(json.dumps(config.to_dict())))
 
@@ -68,7 +67,9 @@ def alone():
   return losses(sharding.make_mesh(data=1, devices=jax.devices()[:1]), 'dp')
 
 
-@pytest.mark.parametrize('preset', sharding.PRESETS)
+# tp splits by all that the others split by.
+@pytest.mark.parametrize('preset', [
+    preset if preset == 'tp' else pytest.param(preset, marks=pytest.mark.soak) for preset in sharding.PRESETS])
 def test_five_steps_are_those_of_one_device(preset):
   values, placed, params = losses(sharding.make_mesh(**MESHES[preset][0]), preset)
   expected, _, expected_params = alone()
@@ -80,13 +81,18 @@ def test_five_steps_are_those_of_one_device(preset):
   assert max(moved) < 1e-4
 
 
+@functools.cache
+def base_shapes():
+  made = build.step_functions(json.loads(json.dumps(base.get_config().to_dict())))
+  return jax.eval_shape(made.init, jax.random.key(0)).params, made.logical_axes
+
+
 @pytest.mark.parametrize('preset', sharding.PRESETS)
 def test_where_base_lies(preset):
   """Golden tables of the full size; what finds no place is listed at the end."""
-  made = build.step_functions(json.loads(json.dumps(base.get_config().to_dict())))
-  params = jax.eval_shape(made.init, jax.random.key(0)).params
+  params, logical_axes = base_shapes()
   placed = sharding.param_shardings(
-      params, made.logical_axes, mesh=sharding.make_mesh(**MESHES[preset][1]), preset=preset)
+      params, logical_axes, mesh=sharding.make_mesh(**MESHES[preset][1]), preset=preset)
   lines = [f'{jax.tree_util.keystr(path, simple=True, separator="/")}  {"x".join(map(str, x.shape))}  {tuple(s.spec)}'
            for (path, x), s in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(placed.shardings))]
   lines += [f'whole on every device: {name} {shape}' for name, shape in placed.unplaced]

@@ -1,12 +1,14 @@
 """The loop, twice: with a model of one matrix, which compiles at once, each promise that it makes;
-with the shipped config, small, that kills change nothing and devices next to nothing.
+with the shipped config, small, that kills change nothing and devices next to nothing (soak).
 """
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import build, checkpoint, listening, metrics, train, train_step
+from m2l2 import build, checkpoint, codec, listening, metrics, sharding, train, train_step
 from m2l2.configs import tiny
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 import soak_resume
+from test_codec import ONE_LEVEL
 
 CROP, RATE = 64, 8000
 
@@ -86,6 +89,21 @@ def small(monkeypatch, music):
     small_config(music, **changes), str(workdir), writers)
 
 
+@pytest.fixture(scope='module')
+def straight(music, tmp_path_factory):
+  """A run of the small model to which nothing happened. To be read; `again` gives one that may be changed."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(build, 'step_functions', small_functions)
+    assert train.train(small_config(music), str(workdir), ()) == 6
+  return workdir
+
+
+@pytest.fixture
+def again(straight, tmp_path):
+  return shutil.copytree(straight, tmp_path / 'again')
+
+
 @pytest.fixture
 def warnings(monkeypatch):
   """What the loop warns of."""
@@ -114,15 +132,14 @@ def stop_at(monkeypatch, step):
 # The loop's promises, with the small model.
 
 
-def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(small, tmp_path, music):
-  assert small(tmp_path) == 6
-  assert sorted(os.listdir(tmp_path)) == ['checkpoints', 'config.json', 'goodput.json', 'metrics.jsonl', 'snapshot']
-  config = json.loads((tmp_path / 'config.json').read_text())
+def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(straight, music):
+  assert sorted(os.listdir(straight)) == ['checkpoints', 'config.json', 'goodput.json', 'metrics.jsonl', 'snapshot']
+  config = json.loads((straight / 'config.json').read_text())
   assert config == train._plain(small_config(music))
-  snapshot = load_snapshot(tmp_path)
+  snapshot = load_snapshot(straight)
   assert snapshot.step == 6 and snapshot.config == config
-  assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
-  assert all(line['loss'] > 0 for line in soak_resume.trace(tmp_path))
+  assert steps_of(straight) == [1, 2, 3, 4, 5, 6]
+  assert all(line['loss'] > 0 for line in soak_resume.trace(straight))
 
 
 def test_the_first_and_last_step_are_logged_whatever_the_period(small, tmp_path):
@@ -138,9 +155,8 @@ def test_probes_look_at_raw_and_averaged_weights(small, tmp_path):
   assert probed[3]['probe/draw'] == probed[3]['probe_ema/draw'] != probed[6]['probe/draw']
 
 
-def test_speed_and_waiting_are_logged(small, tmp_path):
-  small(tmp_path)
-  line = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+def test_speed_and_waiting_are_logged(small, again):
+  line = json.loads((again / 'metrics.jsonl').read_text().splitlines()[-1])
   steps, samples = line['time/steps_per_second'], line['time/samples_per_second']
   assert steps > 0 and samples == pytest.approx(8 * steps, rel=1e-5)
   assert line['time/audio_seconds_per_second'] == pytest.approx(samples * CROP / RATE, rel=1e-5)
@@ -150,9 +166,9 @@ def test_speed_and_waiting_are_logged(small, tmp_path):
   assert line['time/tflops_per_second'] == pytest.approx(steps * flops / 8 / 1e12, rel=1e-5)
   assert 'time/mfu' not in line
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 0
-  small(tmp_path, **{'train.steps': 7})
-  again = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert 0 < again['time/goodput'] < 1 and again['time/restarts'] == 1
+  small(again, **{'train.steps': 7})
+  line = json.loads((again / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 1
 
 
 def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_told(
@@ -190,47 +206,39 @@ def test_batches_ahead_and_a_trace_change_nothing(small, tmp_path, monkeypatch):
 
 
 def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(
-    small, tmp_path, monkeypatch):
-  small(tmp_path / 'straight')
+    small, straight, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     stop_at(patch, 3)
     done = small(tmp_path / 'stopped')
   assert 3 <= done < 6 and steps_of(tmp_path / 'stopped') == list(range(1, done + 1))
   assert load_snapshot(tmp_path / 'stopped').step == done
   assert small(tmp_path / 'stopped') == 6
-  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'stopped') == []
+  assert soak_resume.differences(straight, tmp_path / 'stopped') == []
 
 
-def test_a_lost_checkpoint_costs_its_steps_only(small, tmp_path, warnings):
-  small(tmp_path / 'straight')
-  small(tmp_path / 'other')
+def test_a_lost_checkpoint_costs_its_steps_only(small, straight, again, tmp_path, warnings):
   for name in ('state', 'about'):
-    os.rename(tmp_path / 'other/checkpoints/6' / name, tmp_path / name)
-  assert small(tmp_path / 'other') == 6
+    os.rename(again / 'checkpoints/6' / name, tmp_path / name)
+  assert small(again) == 6
   assert any('checkpoint 6' in text for text in warnings)
-  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'other') == []
+  assert soak_resume.differences(straight, again) == []
 
 
-def test_a_run_that_is_done_stays_as_it_is(small, tmp_path):
-  small(tmp_path)
-  before = (tmp_path / 'metrics.jsonl').read_text()
-  fingerprint = soak_resume.fingerprint(tmp_path)
-  assert small(tmp_path) == 6
-  assert (tmp_path / 'metrics.jsonl').read_text() == before
-  assert soak_resume.fingerprint(tmp_path) == fingerprint
+def test_a_run_that_is_done_stays_as_it_is(small, straight, again):
+  assert small(again) == 6
+  assert (again / 'metrics.jsonl').read_text() == (straight / 'metrics.jsonl').read_text()
+  assert soak_resume.fingerprint(again) == soak_resume.fingerprint(straight)
 
 
-def test_a_resumed_run_may_differ_and_says_in_what(small, tmp_path, warnings):
+def test_a_resumed_run_may_differ_and_says_in_what(small, again, tmp_path, warnings):
   small(tmp_path / 'straight', **{'train.steps': 8})
-  small(tmp_path / 'longer')
-  assert small(tmp_path / 'longer', **{'train.steps': 8}) == 8
+  assert small(again, **{'train.steps': 8}) == 8
   assert warnings == ['this run differs from the one it continues in train.steps: 6 -> 8']
-  assert soak_resume.differences(tmp_path / 'straight', tmp_path / 'longer') == []
-  assert json.loads((tmp_path / 'longer/config.json').read_text())['train']['steps'] == 8
+  assert soak_resume.differences(tmp_path / 'straight', again) == []
+  assert json.loads((again / 'config.json').read_text())['train']['steps'] == 8
 
 
-def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, tmp_path, monkeypatch):
-  small(tmp_path)
+def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, again, monkeypatch):
   starts = []
   make_loader = train.make_loader
 
@@ -239,22 +247,20 @@ def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, tmp_path, m
     return make_loader(**fields)
 
   monkeypatch.setattr(train, 'make_loader', spy)
-  small(tmp_path, **{'train.steps': 8, 'train.batch_size': 16})
-  small(tmp_path, **{'train.steps': 9, 'train.batch_size': 16})
+  small(again, **{'train.steps': 8, 'train.batch_size': 16})
+  small(again, **{'train.steps': 9, 'train.batch_size': 16})
   assert starts == [(6 * 8, 16), (6 * 8 + 2 * 16, 16)]
 
 
-def test_other_files_on_resume_are_warned_of(small, tmp_path, warnings):
-  small(tmp_path / 'run')
+def test_other_files_on_resume_are_warned_of(small, again, tmp_path, warnings):
   more = soak_resume.write_music(tmp_path / 'more', files=4, sample_rate=RATE)
-  small(tmp_path / 'run', **{'data.root': str(more), 'train.steps': 7})
+  small(again, **{'data.root': str(more), 'train.steps': 7})
   assert any('not those of the run so far' in text for text in warnings)
 
 
-def test_a_model_that_no_longer_fits_is_one_clear_line(small, tmp_path):
-  small(tmp_path)
+def test_a_model_that_no_longer_fits_is_one_clear_line(small, again):
   with pytest.raises(UserError, match=r'layer/w .*model.latent_dim: 8 -> 4') as error:
-    small(tmp_path, **{'model.latent_dim': 4})
+    small(again, **{'model.latent_dim': 4})
   assert '\n' not in str(error.value)
 
 
@@ -361,17 +367,16 @@ def test_held_out_clips_are_measured_and_the_best_weights_kept(held_out, tmp_pat
   assert (tmp_path / 'metrics.jsonl').read_text() == before
 
 
-def test_measuring_changes_no_training_and_resumes_exactly(held_out, small, tmp_path, monkeypatch):
-  small(tmp_path / 'plain', **{'train.checkpoint_every': 3})
+def test_measuring_changes_no_training_and_resumes_exactly(held_out, straight, tmp_path, monkeypatch):
   held_out(tmp_path / 'straight')
   with monkeypatch.context() as patch:
     stop_at(patch, 4)  # between two evaluations
     assert held_out(tmp_path / 'stopped') < 6
   assert held_out(tmp_path / 'stopped') == 6
   assert measured(tmp_path / 'stopped') == measured(tmp_path / 'straight')
-  assert soak_resume.fingerprint(tmp_path / 'plain') == soak_resume.fingerprint(tmp_path / 'stopped')
-  losses = [[line['loss'] for line in soak_resume.trace(tmp_path / run) if 'loss' in line]
-            for run in ('plain', 'straight', 'stopped')]
+  assert soak_resume.fingerprint(straight) == soak_resume.fingerprint(tmp_path / 'stopped')
+  losses = [[line['loss'] for line in soak_resume.trace(run) if 'loss' in line]
+            for run in (straight, tmp_path / 'straight', tmp_path / 'stopped')]
   assert losses[0] == losses[1] == losses[2]
   kept = [load_snapshot(tmp_path / run / 'best') for run in ('straight', 'stopped')]
   assert kept[0].fingerprint == kept[1].fingerprint and kept[0].extra == kept[1].extra
@@ -389,14 +394,15 @@ def test_what_cannot_be_measured_is_told_at_the_start(held_out, tmp_path, fields
   assert not (tmp_path / 'run/metrics.jsonl').exists()
 
 
-# Several processes.
+# In processes of their own.
 
-TWO_PROCESSES = """
+IN_PROCESS = """
 import functools, sys
 import jax
-process, port, workdir, music, steps = sys.argv[1:]
-jax.config.update('jax_num_cpu_devices', 2)
-jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+process, count, port, workdir, music, steps = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 4 // int(count))
+if count == '2':
+  jax.distributed.initialize(f'localhost:{port}', 2, int(process))
 import test_train
 from absl import logging
 from m2l2 import build, sharding, train
@@ -405,47 +411,68 @@ build.step_functions = test_train.small_functions
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
-  'train.checkpoint_every': 1000})
+  'train.checkpoint_every': 1000 if count == '2' else 2})
 print('updates', train.train(config, workdir))
 """
 
 
-def stopped_two(workdir, music, *, steps, ready, seconds=300):
-  """Starts two processes, sends SIGTERM to the second once `ready(what it says)`: the updates that each has done."""
+def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300):
+  """Starts one or two processes, sends a signal to the last once `ready(what it says)`.
+
+  Returns the updates that each has done; of those who were killed, None.
+  """
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   tests = os.path.dirname(__file__)
   environment = {**os.environ, 'PYTHONPATH': f'{tests}:{os.path.dirname(tests)}'}
-  logs, processes, end = [pathlib.Path(f'{workdir}.{i}.log') for i in range(2)], [], time.monotonic() + seconds
+  logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(processes)]
+  started, end = [], time.monotonic() + seconds
   try:
     for process, path in enumerate(logs):
       with open(path, 'w') as log:
-        processes.append(subprocess.Popen(
-          [sys.executable, '-c', TWO_PROCESSES, str(process), str(port), workdir, music, str(steps)],
+        started.append(subprocess.Popen(
+          [sys.executable, '-c', IN_PROCESS, str(process), str(processes), str(port), workdir, music, str(steps)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
-    while not ready(logs[1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in processes):
+    while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
       time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
-    while any(p.poll() is None for p in processes) and time.monotonic() < end:
+    started[-1].send_signal(number)
+    while any(p.poll() is None for p in started) and time.monotonic() < end:
       time.sleep(0.05)
     said = [path.read_text() for path in logs]
-    assert [p.poll() for p in processes] == [0, 0], '\n'.join(said)
-    return [int(text.split('updates ')[1].split()[0]) for text in said]
+    expected = -signal.SIGKILL if number == signal.SIGKILL else 0
+    assert [p.poll() for p in started] == [expected] * processes, '\n'.join(said)
+    return [None if expected else int(text.split('updates ')[1].split()[0]) for text in said]
   finally:
-    for p in processes:
+    for p in started:
       p.kill()
       p.wait(10)
 
 
-def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music):
+def test_kill_9_and_then_on_to_the_end_equals_a_straight_run(small, tmp_path, music):
+  """Of the one matrix; the shipped config, killed more often, is soak below."""
+  run, steps = tmp_path / 'killed', 2000
+  stopped(run, music, steps=steps, processes=1, number=signal.SIGKILL,
+          ready=lambda said: len(soak_resume.trace(run)) >= 7)
+  reached = steps_of(run)[-1]
+  assert 7 <= reached < steps
+  more = {'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': reached + 5, 'train.probe_every': 2}
+  for workdir in (run, tmp_path / 'straight'):
+    assert small(workdir, **more) == reached + 5
+  assert steps_of(run) == list(range(1, reached + 6))
+  losses = [[line['loss'] for line in soak_resume.trace(w)] for w in (run, tmp_path / 'straight')]
+  np.testing.assert_allclose(*losses, rtol=1e-5)  # on other devices
+
+
+@pytest.mark.parametrize('again', [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tmp_path, music, again):
   steps = 2000
   run = tmp_path / 'two'
-  done = stopped_two(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
+  done = stopped(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
-  # Told before its first step, the resumed run stops too.
-  done = stopped_two(run, music, steps=steps, ready=lambda said: 'going on from' in said)
-  assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  if again:  # told before its first step, the resumed run stops too
+    done = stopped(run, music, steps=steps, ready=lambda said: 'going on from' in said)
+    assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
   # One process with all its devices goes on from there, as if it had been alone from the start.
   more = {'train.steps': done[0] + 2, 'train.checkpoint_every': 1000}
   assert small(run, **more) == done[0] + 2
@@ -454,7 +481,24 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-# The shipped config, small, in processes of its own.
+# The shipped config, small.
+
+
+def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
+  # On one device: of what several have alike, Orbax saves slices, and compiles hundreds of programs for them.
+  monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+  config = small_config(music)
+  config.model.alpha = tiny.get_config('debug').model.alpha
+  config.model.update(ONE_LEVEL)
+  config.train.update(steps=2, head_start=0., checkpoint_every=10)
+  assert train.train(config, str(tmp_path), ()) == 2
+  assert all(np.isfinite(line['loss']) for line in soak_resume.trace(tmp_path)) and steps_of(tmp_path) == [1, 2]
+  model = codec.load(tmp_path)
+  assert model.fingerprint == soak_resume.fingerprint(tmp_path)
+  assert model.encode(np.zeros(3000, np.float32), 44100).z.shape == (1, 4, 8, 8)
+
+
+# Again in processes of its own.
 
 STEPS = {'train.steps': 60}  # more than two killed runs can do
 SPREAD = {'mesh.preset': 'tp', 'mesh.fsdp': 2, 'mesh.tensor': 2, 'train.accumulate': 2}
@@ -483,6 +527,7 @@ def runs(shared, tmp_path_factory):
   return {'straight': base / 'straight', 'spread': base / 'spread'}
 
 
+@pytest.mark.soak
 def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
   # A dozen steps: then rounding has grown through the updates (1e-6 at step 18, 1e-4 at step 40).
   losses = [[line['loss'] for line in soak_resume.trace(workdir)[:12]] for workdir in runs.values()]
@@ -490,6 +535,7 @@ def test_8_devices_and_2_microbatches_change_the_loss_by_rounding_only(runs):
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_kill_9_twice_then_sigterm_then_on_to_the_end_equals_a_straight_run(
     runs, shared, tmp_path):
   run = tmp_path / 'run'
