@@ -13,7 +13,7 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
+from m2l2 import build, checkpoint, compilation_cache, hosts, metrics, sharding, timing
 from m2l2.codec import locate
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.data.sources import KINDS
@@ -40,8 +40,8 @@ def train(config, workdir, writers=()) -> int:
       that stay non-finite; one line each.
   """
   fields, plain, began = config.train, _plain(config), time.time()
-  workdir = os.path.abspath(_local(workdir))
-  main = jax.process_index() == 0
+  workdir, main = os.path.abspath(_local(workdir)), jax.process_index() == 0
+  compilation_cache.use(workdir)
   functions = build.step_functions(config)
   key = jax.random.key(config.seed)
 
