@@ -59,6 +59,7 @@ def main(workdir):
   for name, path, prefix in (('training clip', TRAINING, ''), ('held-out clip', HELD_OUT, 'heldout_')):
     audio, source_rate = audio_io.read(path)
     audio = audio if source_rate == rate else audio_io.resample(audio, from_rate=source_rate, to_rate=rate)
+    print(f'measuring the {name}, as it began and after {step} steps', flush=True)
     before, figures_before = measure(began, audio, rate)
     after, figures_after = measure(trained, audio, rate)
     report[name.replace(' ', '_').replace('-', '_')] = {
