@@ -14,11 +14,13 @@ import subprocess
 import sys
 
 # pip's settings in uv's words: options (a setting of several words gives one option for each) and variables.
-OPTIONS = {'index-url': '--default-index', 'extra-index-url': '--index', 'find-links': '--find-links',
-           'constraint': '--constraint', 'trusted-host': '--allow-insecure-host'}
+OPTIONS = {'extra-index-url': '--index', 'find-links': '--find-links', 'constraint': '--constraint',
+           'trusted-host': '--allow-insecure-host'}
 SWITCHES = {'no-index': '--no-index', 'no-cache-dir': '--no-cache'}
 VARIABLES = {'cert': ('SSL_CERT_FILE',), 'client-cert': ('SSL_CLIENT_CERT',), 'proxy': ('HTTPS_PROXY', 'HTTP_PROXY'),
              'timeout': ('UV_HTTP_TIMEOUT',), 'default-timeout': ('UV_HTTP_TIMEOUT',)}
+from pip._internal.models.index import PyPI  # noqa: E402
+PYPI = PyPI.simple_url  # pip's default
 # These change nothing of what is installed into an environment.
 IGNORED = {'break-system-packages', 'cache-dir', 'config-file', 'disable-pip-version-check', 'log', 'no-color', 'no-compile',
            'no-input', 'no-python-version-warning', 'no-warn-script-location', 'progress-bar', 'quiet', 'require-venv',
@@ -38,7 +40,11 @@ def pip_settings(listing: str) -> dict[str, str]:
 
 def for_uv(settings: dict[str, str]) -> tuple[list[str], dict[str, str]]:
   """pip's settings -> uv's (options, variables of the environment). Raises ValueError: uv has no word for one."""
-  options, variables = [], {}
+  # Of a release that several indexes have, uv sees the files of the first alone, where pip sees all: so the main index
+  # comes first, as an extra one may have but some of the files.
+  settings = {'index-url': PYPI, **settings}
+  main = settings.pop('index-url')
+  options, variables = [f'--index={main}', f'--default-index={main}'], {}
   for name, text in settings.items():
     if name in OPTIONS:
       options += [f'{OPTIONS[name]}={word}' for word in text.split()]
