@@ -7,7 +7,7 @@ say() { printf '%s\n' "$*" >&2; }
 
 give_up() { say "$(basename "$0"): $*"; exit 1; }
 
-# A folder's name for programs that XLA compiled, for launch/test.sh, whose tests keep theirs apart from the user's. They
+# A folder's name for programs that XLA compiled, for launch/test.sh: its tests keep theirs apart from the user's. They
 # are machine code: one folder for each kind of processor, so that a disk moved to another machine never serves them.
 compilation_cache() {
   printf 'xla-%s\n' "$( { grep -m1 '^flags' /proc/cpuinfo || uname -a; } 2>/dev/null | cksum | tr -d ' ')"

@@ -22,9 +22,9 @@ VARIABLES = {'cert': ('SSL_CERT_FILE',), 'client-cert': ('SSL_CLIENT_CERT',), 'p
 from pip._internal.models.index import PyPI  # noqa: E402
 PYPI = PyPI.simple_url  # pip's default
 # These change nothing of what is installed into an environment.
-IGNORED = {'break-system-packages', 'cache-dir', 'config-file', 'disable-pip-version-check', 'log', 'no-color', 'no-compile',
-           'no-input', 'no-python-version-warning', 'no-warn-script-location', 'progress-bar', 'quiet', 'require-venv',
-           'require-virtualenv', 'retries', 'root-user-action', 'user', 'verbose'}
+IGNORED = {'break-system-packages', 'cache-dir', 'config-file', 'disable-pip-version-check', 'log', 'no-color',
+           'no-compile', 'no-input', 'no-python-version-warning', 'no-warn-script-location', 'progress-bar', 'quiet',
+           'require-venv', 'require-virtualenv', 'retries', 'root-user-action', 'user', 'verbose'}
 
 
 def pip_settings(listing: str) -> dict[str, str]:

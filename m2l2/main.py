@@ -16,8 +16,8 @@
   --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
                          0, as for one that is done, unless a script wants to tell them apart
 
-Compiled programs are kept, so that a restart does not compile again: where JAX_COMPILATION_CACHE_DIR says, without it in
-~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
+Compiled programs are kept, so that a restart does not compile again: where JAX_COMPILATION_CACHE_DIR says, without it
+in ~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
 """
 
 import importlib.util
