@@ -9,6 +9,7 @@ sigma_max: decoding starts from pure noise, so all that is heard comes through t
 the model's own rate.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -55,6 +56,9 @@ def main(workdir):
   began = load(fields['init_from']) if fields['init_from'] else Codec(
       config=trained.config, fingerprint='untrained',
       params=trained.network.init(jax.random.key(trained.config['seed'])))
+  if all(began.config[part] == trained.config[part] for part in ('model', 'consistency')):
+    params, began = began.params, copy.copy(trained)  # nothing is traced and compiled twice
+    began.params = params
   rate = trained.native_rates[0]
   report, rows = {'seed': SEED, 'steps': step, 'sample_rate': rate}, {}
   for name, path, prefix in (('training clip', TRAINING, ''), ('held-out clip', HELD_OUT, 'heldout_')):
