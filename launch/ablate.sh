@@ -14,5 +14,4 @@ case "${1:-}" in
 esac
 
 make_environment .venv train
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/$(compilation_cache)}
 exec .venv/bin/python launch/ablate.py "$@"

@@ -7,8 +7,8 @@ say() { printf '%s\n' "$*" >&2; }
 
 give_up() { say "$(basename "$0"): $*"; exit 1; }
 
-# A folder's name for programs that XLA compiled. They are machine code: one folder for each kind of
-# processor, so that a disk moved to another machine never serves them.
+# A folder's name for programs that XLA compiled, for launch/test.sh: its tests keep theirs apart from the user's. They
+# are machine code: one folder for each kind of processor, so that a disk moved to another machine never serves them.
 compilation_cache() {
   printf 'xla-%s\n' "$( { grep -m1 '^flags' /proc/cpuinfo || uname -a; } 2>/dev/null | cksum | tr -d ' ')"
 }
@@ -51,14 +51,14 @@ make_environment() {
     "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   if [ "$(cat "$directory/stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
   ensure_venv_module "$python"
-  say "making $directory with $("$python" --version 2>&1): about a minute, 1 GB"
+  say "making $directory with $("$python" --version 2>&1): half a minute to two, 1 GB"
   if [ -e "$directory/pyvenv.cfg" ] && [ ! -e "$directory/made-by-m2l2" ]; then
     give_up "$directory is an environment of somebody else's making; move it away and run this again"
   fi
   rm -rf "$directory"
   "$python" -m venv "$directory" || give_up "could not make $directory"
   touch "$directory/made-by-m2l2"
-  "$directory/bin/python" -m pip install -qq --editable ".[$extras]" </dev/null ||
+  "$directory/bin/python" launch/install.py ".[$extras]" </dev/null ||
     give_up "pip could not install m2l2[$extras]; its message is above"
   printf '%s\n' "$stamp" > "$directory/stamp"  # last: a broken install is made anew
 }

@@ -73,7 +73,6 @@ if [ -z "$inside" ]; then
   exit
 fi
 
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv/$(compilation_cache)}
 trap : TERM  # preemption: Slurm tells this shell too, which waits for the processes to save
 code=0
 "${step[@]}" || code=$?

@@ -44,7 +44,7 @@ start() {
   shift
   [ "$bucket" = - ] || mount_bucket "$bucket"
   {
-    printf 'export JAX_COMPILATION_CACHE_DIR=%q\nexec ' "$home/$(compilation_cache)"
+    printf 'exec '
     quoted "$PWD/launch/restart.sh" "$HOME/m2l2-venv/bin/m2l2" train "$@"
   } > "$home/train.sh"
   sudo tee /etc/systemd/system/m2l2.service >/dev/null <<UNIT

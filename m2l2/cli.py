@@ -501,6 +501,7 @@ def _new_sound(source, *, overwrite):
 def _evaluate(args):
   with _extra('eval', 'evaluation'):
     from m2l2.evaluation import embeddings, evaluate, report, seams
+  from m2l2 import compilation_cache
   from m2l2.data import audio_io
   if not (args.estimate or args.checkpoint):
     raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
@@ -510,6 +511,7 @@ def _evaluate(args):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
   files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
+  compilation_cache.use()  # of the networks that judge; --checkpoint is not always given
   metrics, names = evaluate.split_names(args.metrics, with_files=files)
   embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
   with contextlib.ExitStack() as stack:
@@ -634,7 +636,7 @@ def _extra(name, what):
 
 
 def _load(args):
-  """The Codec, on the device that is asked for. Programs that XLA compiled once are kept for the next start."""
+  """The Codec, on the device that is asked for."""
   import jax
   from m2l2 import codec
   path = codec.locate(args.checkpoint)
@@ -651,29 +653,7 @@ def _load(args):
     if int(number or 0) >= len(devices):
       raise UserError(f'--device={args.device}: there are {len(devices)}, counted from 0')
     jax.config.update('jax_default_device', devices[int(number or 0)])
-  _keep_compiled()
   return codec.load(path)
-
-
-def _keep_compiled():
-  """JAX's cache of compiled programs in the user's cache directory, where nobody has set another.
-
-  One for each kind of processor: a CPU's programs use its own instructions.
-  """
-  import hashlib
-  import jax
-  if jax.config.jax_compilation_cache_dir:
-    return
-  base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-  try:
-    with open('/proc/cpuinfo', encoding='utf-8') as file:
-      processor = next((line for line in file if line.startswith(('flags', 'Features'))), '')
-  except OSError:
-    import platform
-    processor = ' '.join(platform.uname())
-  name = f'xla-{hashlib.sha256(processor.encode()).hexdigest()[:12]}'
-  jax.config.update('jax_compilation_cache_dir', os.path.join(base, 'm2l2', name))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def _encode_file(codec, info, *, discrete=False, embeddings=None, quiet):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build, encoding, output
+from m2l2 import build, compilation_cache, encoding, output
 from m2l2.data import audio_io
 from m2l2.decoding import REFINE, Sampler
 from m2l2.errors import UserError
@@ -47,8 +47,11 @@ def locate(path):
 def load(path) -> 'Codec':
   """A Codec from a snapshot, a workdir, or the name of a model in the box.
 
+  Programs that are compiled from here on are kept for the next start (m2l2/compilation_cache.py says where).
+
   Raises UserError: nothing there, or what is there is damaged.
   """
+  compilation_cache.use()
   snapshot = load_snapshot(locate(path))
   return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint,
                latent_scale=snapshot.extra.get('latents'))

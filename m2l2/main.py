@@ -16,8 +16,8 @@
   --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
                          0, as for one that is done, unless a script wants to tell them apart
 
-Compiled programs are kept between runs in the directory that JAX_COMPILATION_CACHE_DIR names; without it, on
-accelerators, in WORKDIR/compiled, so that a restart does not compile again.
+Compiled programs are kept, so that a restart does not compile again: where JAX_COMPILATION_CACHE_DIR says, without it
+in ~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
 """
 
 import importlib.util
@@ -27,7 +27,6 @@ import re
 import sys
 
 from absl import flags, logging
-import jax
 from ml_collections import config_flags
 
 from m2l2 import hosts
@@ -77,16 +76,6 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   return values
 
 
-def keep_compiled(workdir):
-  """Sets JAX's cache of compiled programs to workdir/compiled where the user has set none.
-
-  The workdir is what all processes of a run and all its restarts share. Not on CPUs: their programs depend on the
-  processor's features, and the next start may find another one.
-  """
-  if not jax.config.jax_compilation_cache_dir and jax.default_backend() != 'cpu' and '://' not in workdir:
-    jax.config.update('jax_compilation_cache_dir', os.path.join(os.path.abspath(workdir), 'compiled'))
-
-
 def main(argv=None) -> int:
   """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
   argv = list(sys.argv if argv is None else argv)
@@ -110,7 +99,6 @@ def main(argv=None) -> int:
         coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
         start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
     from m2l2.train import train
-    keep_compiled(values.workdir)
     done = train(values.config, values.workdir)
     if several:
       several.leave()

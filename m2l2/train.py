@@ -13,7 +13,7 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, hosts, metrics, sharding, timing
+from m2l2 import build, checkpoint, compilation_cache, hosts, metrics, sharding, timing
 from m2l2.codec import locate
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.data.sources import KINDS
@@ -40,15 +40,14 @@ def train(config, workdir, writers=()) -> int:
       that stay non-finite; one line each.
   """
   fields, plain, began = config.train, _plain(config), time.time()
-  workdir = os.path.abspath(_local(workdir))
-  main = jax.process_index() == 0
+  workdir, main = os.path.abspath(_local(workdir)), jax.process_index() == 0
+  compilation_cache.use(workdir)
   key = jax.random.key(config.seed)
 
   # ================================================================================================
   # Mesh, and a batch that divides
   # ================================================================================================
-  mesh = sharding.make_mesh(
-    data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
   functions = build.step_functions(config, ravel=sharding.is_one_cpu(mesh))
   _check(config, shards=sharding.batch_shards(mesh))
   logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
@@ -131,9 +130,8 @@ def train(config, workdir, writers=()) -> int:
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
       sharding=sharding.batch_sharding(mesh))
     compiling = time.perf_counter()
-    compiled = lambda step: jax.jit(
-      step, donate_argnums=0, out_shardings=(packed, whole)
-    ).lower(state, {'audio': audio}).compile()
+    compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
+      state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
     train_step = compiled(functions.train_step)
     if first < functions.head_start:
       head_step = compiled(functools.partial(functions.train_step, envelope_only=True))

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from launch import install
 from m2l2 import main
 import m2l2.train
 
@@ -381,6 +382,43 @@ def test_a_mistake_is_one_clear_line(script, arguments, says, place):
   assert result.returncode == 1 and not result.stdout
   assert len(result.stderr.splitlines()) == 1 and says in result.stderr, result.stderr
   assert not place.calls()
+
+
+# ---- installing ----------------------------------------------------------------------------------
+
+
+def test_uv_is_told_what_pip_is_set_to():
+  listed = ("global.index-url='https://user@mirror/simple'\nglobal.constraint='/etc/c.txt'\n"
+            ":env:.proxy='http://proxy:1'\nglobal.extra-index-url='\\nhttps://a\\nhttps://b'\n"
+            "install.constraint='/home/c.txt'\n"
+            "global.no-index='false'\nglobal.cert='/ca.pem'\n:env:.no-input='1'\ndownload.pre='1'\n")
+  options, variables = install.for_uv(install.pip_settings(listed))
+  assert options == ['--index=https://user@mirror/simple', '--default-index=https://user@mirror/simple',
+                     '--constraint=/home/c.txt', '--index=https://a', '--index=https://b']
+  assert variables == {'SSL_CERT_FILE': '/ca.pem', 'HTTPS_PROXY': 'http://proxy:1', 'HTTP_PROXY': 'http://proxy:1'}
+  with pytest.raises(ValueError, match='require-hashes'):
+    install.for_uv(install.pip_settings("install.require-hashes='1'"))
+
+
+@pytest.mark.parametrize('listed, uv, calls', [
+  ('', {}, ['pip config', 'pip install', 'uv pip']),
+  ('', {'pip install': 1}, ['pip config', 'pip install', 'pip install']),
+  ('', {'uv pip': 2}, ['pip config', 'pip install', 'uv pip', 'pip install']),
+  ("global.require-hashes='1'", {}, ['pip config', 'pip install'])])
+def test_pip_does_what_uv_cannot(listed, uv, calls, monkeypatch):
+  called = []
+
+  class Process:  # stands for both ways to start one
+    def __init__(self, command, **_):
+      called.append(' '.join(command[2:4]))
+      self.stdout = listed if called[-1] == 'pip config' else []
+      self.returncode = 0 if '--editable' in command and called[-1] == 'pip install' else uv.get(called[-1], 0)
+
+    __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+  monkeypatch.setattr(install.subprocess, 'run', Process)
+  monkeypatch.setattr(install.subprocess, 'Popen', Process)
+  assert install.main('.[train]') == 0 and called == calls
 
 
 def test_the_container_is_built_from_what_is_sent():

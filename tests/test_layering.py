@@ -22,6 +22,7 @@ FLOORS = {
     'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
     'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
                    'm2l2.consistency', 'm2l2.sharding'),
+    'm2l2.compilation_cache': ('jax',),
     'm2l2.errors': (),
     'm2l2.snapshot': ('numpy', 'safetensors', 'm2l2.errors'),
 }

@@ -78,18 +78,3 @@ def test_a_config_that_does_not_run_is_one_line(tmp_path):
   with pytest.raises(UserError) as error:
     main.parse(['m2l2', f'--config={tmp_path}/broken.py', '--workdir=w'])
   assert '\n' not in str(error.value) and 'broken.py' in str(error.value)
-
-
-@pytest.mark.parametrize('backend, own, expected', [
-  ('tpu', None, 'run/compiled'), ('gpu', None, 'run/compiled'), ('cpu', None, None), ('tpu', '/mine', '/mine')])
-def test_a_restart_on_an_accelerator_need_not_compile_again(monkeypatch, tmp_path, backend, own, expected):
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(main.jax, 'default_backend', lambda: backend)
-  before = main.jax.config.jax_compilation_cache_dir
-  main.jax.config.update('jax_compilation_cache_dir', own)
-  try:
-    main.keep_compiled('run')
-    found = main.jax.config.jax_compilation_cache_dir
-  finally:
-    main.jax.config.update('jax_compilation_cache_dir', before)
-  assert found == (expected and os.path.join(tmp_path, expected))

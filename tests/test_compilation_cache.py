@@ -1,0 +1,110 @@
+"""Where compiled programs are kept; and that a second start, in a real second process, compiles nothing."""
+
+import io
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from m2l2 import compilation_cache
+from test_codec import make_snapshot
+
+# Trains (a model of one matrix), or encodes and decodes; prints what JAX's cache lacked, and what it had.
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+counts = {'cache_misses': 0, 'cache_hits': 0}
+def count(name, **more):
+  kind = name.rpartition('/')[2]
+  if kind in counts:
+    counts[kind] += 1
+jax.monitoring.register_event_listener(count)
+what, tests, *places = sys.argv[1:]
+if what == 'train':
+  sys.path.append(tests)
+  import test_train
+  test_train.build.step_functions = test_train.small_functions
+  assert test_train.train.train(test_train.small_config(places[0], **{'train.steps': 2}), 'run') == 2
+else:
+  import m2l2
+  codec = m2l2.load(places[0])
+  codec.decode(codec.encode(np.ones((1, 500), np.float32), 44100), 0, refine=False)
+print(*counts.values())
+"""
+
+
+@pytest.mark.parametrize('what', ['train', 'decode'])
+def test_a_second_start_compiles_nothing(what, tone, tmp_path):
+  if what == 'train':
+    place = tone('music/a.wav', sample_rate=8000).parent
+  else:
+    place = make_snapshot(tmp_path / 'model', layers=1, head_dim=4, registers=1, cond_dim=8, widths=(8, 8),
+                          blocks=(1, 1), strides=((4, 4),))
+  environment = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_COMP', 'JAX_PERS'))}
+  environment |= {'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+  counted = []
+  for start in ('first', 'second'):  # each in a folder of its own: nothing is kept there
+    (tmp_path / start).mkdir()
+    done = subprocess.run([sys.executable, '-c', PROGRAM, what, Path(__file__).parent, place], cwd=tmp_path / start,
+                          env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counted.append([int(number) for number in done.stdout.split()[-2:]])
+  (misses, _), (none, hits) = counted
+  assert misses > 1 and none == 0 and hits == misses
+  [kept] = (tmp_path / 'cache' / 'm2l2').iterdir()
+  assert kept.name.startswith('xla-') and len(list(kept.glob('*-cache'))) == misses
+
+
+@pytest.fixture
+def setting(monkeypatch):
+  """`setting(value)` is what the user set; `setting()` what holds. JAX's own comes back afterwards."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = {name: getattr(jax.config, name) for name in names}
+
+  def get_or_set(*value):
+    if value:
+      jax.config.update(names[0], *value)
+    return jax.config.jax_compilation_cache_dir
+
+  yield get_or_set
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.mark.parametrize('backend, processes, own, expected', [
+  ('cpu', 1, None, None), ('gpu', 1, None, None), ('cpu', 2, None, None), ('tpu', 64, None, 'run/compiled'),
+  ('tpu', 64, '/mine', '/mine'), ('cpu', 1, '', '')])
+def test_the_place(backend, processes, own, expected, setting, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'home'))
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  setting(own)
+  compilation_cache.use('run')
+  expected = compilation_cache.default_folder() if expected is None else expected
+  assert setting() == (expected and str(tmp_path / expected))
+  compilation_cache.use()  # what was decided holds for the process
+  assert setting() == (expected and str(tmp_path / expected))
+
+
+def test_no_place_is_no_fault(setting, tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  setting(None)
+  compilation_cache.use()
+  assert setting() is None
+
+
+def test_each_kind_of_processor_has_its_own(monkeypatch):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setenv('HOME', '/home/me')
+  found = []
+  for flags in ('sse2 avx2', 'sse2 avx2 avx512f', 'sse2 avx2'):
+    lines = io.StringIO(f'cpu MHz: {len(found)}\nflags\t: {flags}\n')
+    monkeypatch.setattr(compilation_cache, 'open', lambda *_, **__: lines, raising=False)
+    found.append(Path(compilation_cache.default_folder()))
+  assert found[0] == found[2] != found[1] and {path.parent for path in found} == {Path('/home/me/.cache/m2l2')}
