@@ -82,7 +82,7 @@ def measure(args) -> dict:
   began = processor_seconds()
   lowered = lower(config, args.program)
   traced = processor_seconds()
-  text = lowered.compile().as_text()
+  text = lowered.compile(compiler_options=options(config, args.program)).as_text()
   compiled = processor_seconds()
   if args.hlo:
     with open(args.hlo, 'w', encoding='utf-8') as file:
@@ -119,6 +119,14 @@ def lower(config, program):
     return jax.jit(steps.probe_step).lower(state.params, batch, key)
   step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, envelope_only=True)
   return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+
+def options(config, program):
+  """What XLA is told of that program, as by `m2l2 train`."""
+  from m2l2 import build
+  if program not in ('train', 'head'):
+    return None
+  return getattr(build, 'compiler_options', lambda config: None)(config)
 
 
 def codec_program(config, program):
