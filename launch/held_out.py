@@ -112,7 +112,7 @@ def numbers_per_second(codec: Codec) -> float:
 def made_by_all(codec, sounds, latents, rate, args):
   """({system: its reconstructions}, {system: kbit/s where that says something})."""
   each = lambda function: {name: function(audio) for name, audio in sounds.items()}
-  untrained = Codec(config=codec.config, fingerprint='untrained', params=codec.network.init(jax.random.key(0)))
+  untrained = Codec(config=codec.config, fingerprint='untrained', params=jax.jit(codec.network.init)(jax.random.key(0)))
   per_second = numbers_per_second(codec)
   coded = each(lambda audio: opus(audio, sample_rate=rate, bits_per_second=16 * per_second))
   systems = {

@@ -55,7 +55,7 @@ def main(workdir):
     raise UserError(f"training stopped at step {step} of {fields['steps']}: run the same command to go on")
   began = load(fields['init_from']) if fields['init_from'] else Codec(
       config=trained.config, fingerprint='untrained',
-      params=trained.network.init(jax.random.key(trained.config['seed'])))
+      params=jax.jit(trained.network.init)(jax.random.key(trained.config['seed'])))
   if all(began.config[part] == trained.config[part] for part in ('model', 'consistency')):
     params, began = began.params, copy.copy(trained)  # nothing is traced and compiled twice
     began.params = params

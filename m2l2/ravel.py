@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 
@@ -41,10 +42,12 @@ class Ravel:
       if not self._is_tree(part):
         return part
       leaves = jax.tree.leaves(part)
+      place = leaves[0].sharding
+      if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
       if isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=leaves[0].sharding)
-      whole = np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves])
-      return jax.device_put(whole, leaves[0].sharding)
+        return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=place)
+      return jax.device_put(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves]), place)
     return jax.tree.map(pack, state, is_leaf=self._is_tree)
 
   def unpack(self, state):

@@ -56,8 +56,6 @@ class StepFunctions:
   probe_step(packed params, batch, key) -> metrics of one-step decoding from sigma_max
   """
   init: Callable
-  pack: Callable
-  unpack: Callable
   train_step: Callable
   probe_step: Callable
   logical_axes: dict
@@ -67,6 +65,8 @@ class StepFunctions:
   sample_rate: int
   native_rates: tuple
   head_start: int = 0
+  pack: Callable = lambda state: state
+  unpack: Callable = lambda state: state
 
 
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,

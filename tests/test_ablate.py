@@ -21,6 +21,7 @@ ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL
 SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
 
 
+@pytest.mark.soak
 def test_each_ablation_can_be_built_and_costs_what_its_network_does():
   about = {name: ablate.describe(CONFIG, ONE_LEVEL_FLAGS + ablate.fields_of(name, CONFIG, ONE_LEVEL_FLAGS))
            for name in ('as_is', 'one_chunk', 'local')}

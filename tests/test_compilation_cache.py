@@ -37,7 +37,7 @@ print(*counts.values())
 """
 
 
-@pytest.mark.parametrize('what', ['train', 'decode'])
+@pytest.mark.parametrize('what', [pytest.param('train', marks=pytest.mark.soak), 'decode'])
 def test_a_second_start_compiles_nothing(what, tone, tmp_path):
   if what == 'train':
     place = tone('music/a.wav', sample_rate=8000).parent

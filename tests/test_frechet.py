@@ -145,6 +145,7 @@ def test_vggish_equals_torchvggish_on_made_up_weights(torch_golden, clip):
   np.testing.assert_allclose(made, expected, atol=1e-4)
 
 
+@pytest.mark.soak
 def test_clap_equals_laion_clap_on_made_up_weights(torch_golden, clip):
   shapes, expected = torch_golden['clap']
   assert shapes == clap.shapes()

@@ -238,8 +238,8 @@ from m2l2 import build, main
 cache_key._hash_accelerator_config = lambda *unused: None
 make = build.step_functions
 
-def step_functions(config):
-  functions = make(config)
+def step_functions(config, **options):
+  functions = make(config, **options)
   def train_step(state, batch, **options):
     state, metrics = functions.train_step(state, batch, **options)
     bits = jax.lax.bitcast_convert_type(batch['audio'], jnp.uint32).reshape(-1)

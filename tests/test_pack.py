@@ -105,6 +105,7 @@ def test_what_train_small_would_do(tmp_path):
   assert done.returncode == 1 and 'run ./launch/get_music.sh first' in done.stderr
 
 
+@pytest.mark.soak
 def test_train_small_goes_from_a_pack_to_a_model(music, tmp_path):
   output = tmp_path / 'pack'
   pack.main([f'--input={music[0]}', f'--output={output}', '--hours=0.01', '--megabytes=0.2', '--leave-out=0.3'])

@@ -79,6 +79,7 @@ def test_the_whole_network():
   assert_close(*(jax.jit(lambda network=network: outcome(network))() for network in (plain, packed)), rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_gradients_through_both_ladders():
   shape = dict(widths=(16, 32, 64), blocks=(1, 1, 1), strides=((2, 2), (4, 2)), remat='none')
 

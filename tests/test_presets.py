@@ -69,7 +69,7 @@ def alone():
 
 # tp splits by all that the others split by.
 @pytest.mark.parametrize('preset', [
-    preset if preset == 'tp' else pytest.param(preset, marks=pytest.mark.soak) for preset in sharding.PRESETS])
+    pytest.param(preset, marks=pytest.mark.soak) for preset in sharding.PRESETS])
 def test_five_steps_are_those_of_one_device(preset):
   values, placed, params = losses(sharding.make_mesh(**MESHES[preset][0]), preset)
   expected, _, expected_params = alone()

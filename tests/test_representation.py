@@ -193,7 +193,8 @@ def test_wrong_lengths_are_refused():
     rep.layout(0)
 
 
-@pytest.mark.parametrize('transform, channels', [('polar', 1), ('polar', 2), ('component', 1)])
+@pytest.mark.parametrize('transform, channels', [
+    ('polar', 1), pytest.param('polar', 2, marks=pytest.mark.soak), ('component', 1)])
 def test_noise_of_a_signal_has_unit_variance_and_is_a_spectrogram(transform, channels):
   rep = Representation(channels=channels, window=256, hop=64, bins=128, frames=32, transform=transform)
   noises = {kind: jax.vmap(lambda key: rep.noise(key, 2, kind=kind))(jax.random.split(jax.random.key(0), 8))

@@ -31,7 +31,7 @@ from test_codec import ONE_LEVEL
 CROP, RATE = 64, 8000
 
 
-def small_functions(config):
+def small_functions(config, ravel=False):
   """A step as the loop wants it: 'audio' is fitted by one matrix; as quick to compile as can be."""
   width = config.model.latent_dim
 
@@ -62,8 +62,8 @@ def small_functions(config):
     return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
 
   return types.SimpleNamespace(
-    init=init, train_step=step, probe_step=probe, head_start=0, crop_samples=CROP, channels=1,
-    sample_rate=RATE,
+    init=init, pack=lambda state: state, unpack=lambda state: state, train_step=step, probe_step=probe, head_start=0,
+    crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 
 

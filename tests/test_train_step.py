@@ -334,6 +334,7 @@ def real():
     state=dataclasses.replace(blank, params=params, ema=params))
 
 
+@pytest.mark.soak
 def test_a_few_steps_of_the_real_network(real):
   state, batch = real.state, real.batch
   first, metrics = real.step(state, batch)

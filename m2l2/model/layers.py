@@ -103,7 +103,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x):
     kernel = self.kernel[...].astype(x.dtype)
-    out = contract(x, kernel)
+    out = product(contract(x, kernel))
     return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
 
 

@@ -33,7 +33,7 @@ class Attention(nnx.Module):
     q, k, v = norms.normalised_qkv(qkv, jnp.stack([self.q_norm.gain[...], self.k_norm.gain[...]]), self.q_norm.eps)
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
     out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
-    return contract(out, self.out[...].astype(x.dtype), 2).reshape(b, s, p, d)
+    return product(contract(out, self.out[...].astype(x.dtype), 2)).reshape(b, s, p, d)
 
 
 class SwiGLU(nnx.Module):
