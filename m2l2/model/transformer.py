@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from m2l2 import sharding
 from m2l2.kernels import norms
-from m2l2.kernels.chunk_causal import chunk_causal_attention, platform
+from m2l2.kernels.chunk_causal import chunk_causal_attention
 from m2l2.kernels.contraction import contract
 from m2l2.model.layers import LayerNorm, Linear, RMSNorm, ZEROS, as_last, normal, param, product, rematerialised
 
@@ -98,8 +98,5 @@ class Transformer(nnx.Module):
     def layer(x, state):
       return nnx.merge(graphdef, state)(x, cond, dtype=dtype), None
 
-    # A CPU's compiler makes equal kernels once, however often they stand in a program, but copies what a loop keeps for
-    # the backward pass in and out; others compile a loop in a fraction of the time.
-    unroll = platform() == 'cpu'
     with jax.named_scope('layers'):
-      return jax.lax.scan(rematerialised(layer, self.remat), x, stacked, unroll=unroll)[0]
+      return jax.lax.scan(rematerialised(layer, self.remat), x, stacked)[0]
