@@ -5,11 +5,11 @@
   python launch/compile_cost.py --config=tiny22 --program=decode --depth=2
   python launch/compile_cost.py --config=base:debug --against=../before     # another checkout, in turn with this one
 
-XLA's CPU compiler makes a function of machine code for each fusion and each reduction, sort, copy and product that
-stands alone, and its time goes with their number, not with their work. The table counts them by the named scope that
-they were traced in (a gradient counts where its forward pass stands). Seconds are of processor time (user), of tracing
-and of compiling apart, without any cache of compiled programs. One thread a core: even processor time doubles when
-the other thread of a core is busy, so compare figures of one run only.
+XLA's CPU compiler makes machine code for each loop that differs from the others, and its time goes with their number,
+not with their work (products, convolutions and most reductions are calls of libraries and cost it nothing). The table
+counts all kernels by the named scope that they were traced in; a gradient counts where its forward pass stands. Seconds
+are of processor time (user), of tracing and of compiling apart, without any cache of compiled programs. Even processor
+time doubles when the other thread of a core is busy, so compare figures of one run only.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRAMS = ('train', 'head', 'probe', 'encode', 'decode')
-# Operations that run as a kernel or a call of a library; the others are names of memory, or control.
 CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation')  # in the names of scopes
+# Operations that are no kernel and no call of a library, but names of memory, or control.
 NO_KERNEL = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'call', 'conditional',
              'after-all', 'partition-id', 'replica-id', 'opt-barrier'}
 
@@ -97,7 +97,10 @@ def preset(name, root):
   name, _, words = name.partition(':')
   sys.modules.setdefault('m2l2.configs', sys.modules.get('configs') or importlib.import_module('configs'))
   assert os.path.dirname(sys.modules['m2l2.configs'].__file__) == os.path.join(root, 'configs')
-  return importlib.import_module(f'm2l2.configs.{name}').get_config(words)
+  try:
+    return importlib.import_module(f'm2l2.configs.{name}').get_config(words)
+  except (ModuleNotFoundError, ValueError) as error:
+    raise SystemExit(f'compile_cost: --config={name}: {error}') from error
 
 
 def lower(config, program):

@@ -118,7 +118,11 @@ def _cudnn(q, k, v):
 def masked_dense_attention(q, k, v, *, num_chunks: int):
   """The same by one dense attention and a mask: the reference that the tests hold the others against."""
   chunk = jnp.arange(q.shape[1]) // (q.shape[1] // num_chunks)
-  return _dense(q, k, v, mask=chunk[:, None] >= chunk[None, :])
+  logits = jnp.einsum('bqhk,bphk->bhqp', q, k, preferred_element_type=jnp.float32)
+  logits = logits * jnp.float32(q.shape[-1] ** -0.5)
+  logits = jnp.where(chunk[:, None] >= chunk[None, :], logits, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+  return jnp.einsum('bhqp,bphk->bqhk', weights, v)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -171,12 +175,3 @@ def _add_first(total, part):
 
 def _matmul(names, x, y):
   return jnp.einsum(names, x, y, preferred_element_type=jnp.float32)
-
-
-def _dense(q, k, v, *, mask=None):
-  logits = jnp.einsum('bqhk,bphk->bhqp', q, k, preferred_element_type=jnp.float32)
-  logits = logits * jnp.float32(q.shape[-1] ** -0.5)
-  if mask is not None:
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('bhqp,bphk->bqhk', weights, v)
