@@ -100,7 +100,8 @@ def get_config(arg=''):
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
   train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
   train.nested = 0.0                   # chance that a chunk trains with a random prefix of its embeddings alone
-  train.head_start = 0.0               # first part of the steps, [0, 1), that trains the envelope alone
+  train.head_start = 0.0               # first part of the steps, [0, 1), that trains on something easier:
+  train.head_start_on = 'data'         # data: one step from sigma_max gives the data; envelope: the envelope alone
   train.log_every = 100
   train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
   train.checkpoint_every = 1000
@@ -152,6 +153,7 @@ def short_run(config):
   config.consistency.skip = 'flow'
   config.consistency.step_exponent = 2.0
   config.train.envelope_weight = 100.0
+  config.train.head_start_on = 'envelope'
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 

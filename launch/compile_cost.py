@@ -120,7 +120,7 @@ def lower(config, program):
   batch = {'audio': jax.ShapeDtypeStruct((config.train.batch_size, steps.channels, steps.crop_samples), jnp.float32)}
   if program == 'probe':
     return jax.jit(steps.probe_step).lower(state.params, batch, key)
-  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, envelope_only=True)
+  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, head=True)
   return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 

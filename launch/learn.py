@@ -113,8 +113,8 @@ def steps_within(config, cpu_seconds: float) -> int:
       (config.train.batch_size, functions.channels, functions.crop_samples)), jnp.float32)}
   state = jax.jit(functions.init)(jax.random.key(0))
 
-  def seconds(envelope_only):
-    step = jax.jit(functools.partial(functions.train_step, envelope_only=envelope_only))
+  def seconds(head):
+    step = jax.jit(functools.partial(functions.train_step, head=head))
     jax.block_until_ready(step(state, batch))
     times = []
     for _ in range(3):

@@ -118,8 +118,11 @@ def native_rates(model: Mapping) -> tuple:
   return rates
 
 
-def step_functions(config, *, ravel=False):
-  """The whole config -> `train_step.StepFunctions` (needs the `train` extra); `ravel`: see ravel.py."""
+def step_functions(config, *, ravel=False, data=None):
+  """The whole config -> `train_step.StepFunctions` (needs the `train` extra).
+
+  ravel: see ravel.py. data: what stands in the place of the config's Representation, for data that are no sound.
+  """
   from m2l2 import optim, train_step  # here, so that inference never imports optax
 
   train = config['train']
@@ -129,9 +132,13 @@ def step_functions(config, *, ravel=False):
                     'train.envelope_weight > 0 trains')
   if not 0 <= train['head_start'] < 1:
     raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 or more, below 1")
-  if train['head_start'] and not (net.arch.envelope and train['envelope_weight'] > 0):
-    raise UserError('train.head_start trains the envelope alone: it needs model.envelope=True and '
-                    'train.envelope_weight above 0')
+  if train['head_start_on'] not in train_step.HEAD_STARTS:
+    raise UserError(f"train.head_start_on={train['head_start_on']!r} is not known: choose from "
+                    f'{", ".join(train_step.HEAD_STARTS)}')
+  if (train['head_start'] and train['head_start_on'] == 'envelope'
+      and not (net.arch.envelope and train['envelope_weight'] > 0)):
+    raise UserError("train.head_start with train.head_start_on='envelope' trains the envelope alone: it needs "
+                    'model.envelope=True and train.envelope_weight above 0')
   if not 0 <= train['envelope_bands'] <= net.arch.bins:
     raise UserError(f"train.envelope_bands={train['envelope_bands']} is a number of bands, 0 to model.bins")
   if not 0 <= train['nested'] <= 1:
@@ -144,11 +151,11 @@ def step_functions(config, *, ravel=False):
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
       clip_norm=train['clip_norm'])
   return train_step.make_step_functions(
-      network=net, representation=representation(config['model']), consistency=process, optimizer=optimizer,
+      network=net, representation=data or representation(config['model']), consistency=process, optimizer=optimizer,
       schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
       accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
       envelope_bands=train['envelope_bands'], nested=train['nested'],
-      head_start=int(train['head_start'] * train['steps']),
+      head_start=int(train['head_start'] * train['steps']), head_start_on=train['head_start_on'],
       native_rates=native_rates(config['model']), ravel=ravel)
 
 

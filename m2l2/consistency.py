@@ -150,18 +150,22 @@ class Consistency:
 
   # Loss.
 
-  def loss(self, student, teacher, *, high, low):
-    """Pseudo-Huber distance of whole chunks over the noise gap: [B, S, ...] -> [B, S].
+  def distance(self, estimate, target):
+    """Pseudo-Huber distance of whole chunks, [B, S, ...] -> [B, S]; `target` gets no gradient.
 
-    sqrt(||a - b||^2 + c^2) - c with c = huber sqrt(D), D the size of one chunk; weight 1 / (high - low),
-    0 where the gap is 0 (both levels at sigma_min: both sides equal the data).
+    sqrt(||a - b||^2 + c^2) - c with c = huber sqrt(D), D the size of one chunk.
     """
-    axes = tuple(range(2, student.ndim))
-    square = jnp.sum(jnp.square(student - jax.lax.stop_gradient(teacher)), axis=axes)
-    c = self.huber * float(np.prod(student.shape[2:])) ** 0.5
+    axes = tuple(range(2, estimate.ndim))
+    square = jnp.sum(jnp.square(estimate - jax.lax.stop_gradient(target)), axis=axes)
+    c = self.huber * float(np.prod(estimate.shape[2:])) ** 0.5
+    return jnp.sqrt(square + c * c) - c
+
+  def loss(self, student, teacher, *, high, low):
+    """`distance` over the noise gap: [B, S, ...] -> [B, S]; weight 1 / (high - low), 0 where the gap is 0 (both levels
+    at sigma_min: both sides equal the data)."""
     gap = high - low
     weight = jnp.where(gap > 0, 1 / jnp.maximum(gap, 1e-12), 0.0)
-    return weight * (jnp.sqrt(square + c * c) - c)
+    return weight * self.distance(student, teacher)
 
   # Samplers: `denoise(x, sigma)` is bound to the network and the features by the caller.
 

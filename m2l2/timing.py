@@ -102,7 +102,7 @@ def model_flops(config) -> Callable[[int], float]:
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
   head_start = functions.head_start
   step = step_flops(functions, batch).total
-  head = step_flops(functions, batch, envelope_only=True).total if head_start else 0.0
+  head = step_flops(functions, batch, head=True).total if head_start else 0.0
   return lambda n: head * min(n, head_start) + step * max(n - head_start, 0)
 
 

@@ -134,7 +134,7 @@ def train(config, workdir, writers=()) -> int:
       state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
     train_step = compiled(functions.train_step)
     if first < functions.head_start:
-      head_step = compiled(functools.partial(functions.train_step, envelope_only=True))
+      head_step = compiled(functools.partial(functions.train_step, head=True))
     _log_memory(train_step, seconds=time.perf_counter() - compiling)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
     hosts.meet('compiled')

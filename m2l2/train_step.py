@@ -17,10 +17,11 @@ from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
 from m2l2.optim import ema_decay, ema_update
 from m2l2.ravel import Apart, Ravel
-from m2l2.representation import Representation
+from m2l2.representation import Representation, coherence
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
 PROBED = (0.2, 1.0)             # noise levels that the probe denoises at
+HEAD_STARTS = ('data', 'envelope')
 SATURATED = 0.99                # |z| above this counts as saturated
 
 
@@ -51,8 +52,8 @@ class StepFunctions:
   pack(state) -> the state as the step takes it, unpack(state) -> as checkpoints and snapshots have it (of any part of
     it, such as state.ema; to be called outside jit): the same, or, with `ravel`, parameters, average and moments as one
     vector each
-  train_step(packed state, batch, envelope_only=False) -> (packed state, metrics); batch['audio'] is float32
-    [B, C, N], N = crop_samples; the first `head_start` steps are to be called with envelope_only=True
+  train_step(packed state, batch, head=False) -> (packed state, metrics); batch['audio'] is float32
+    [B, C, N], N = crop_samples; the first `head_start` steps are to be called with head=True
   probe_step(packed params, batch, key) -> metrics of one-step decoding from sigma_max
   """
   init: Callable
@@ -72,18 +73,20 @@ class StepFunctions:
 def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
                         optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
                         total_steps: int, accumulate: int, envelope_weight: float, envelope_bands: int, nested: float,
-                        head_start: int, native_rates, ravel: bool = False) -> StepFunctions:
+                        head_start: int, head_start_on: str, native_rates, ravel: bool = False) -> StepFunctions:
   """Binds the parts to the three functions.
 
   `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For its first
-  `head_start` steps the loop calls train_step(..., envelope_only=True): then the denoiser does not even run. (Two
-  programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
+  `head_start` steps the loop calls train_step(..., head=True), which trains on what `head_start_on` says:
+    'data': one step from sigma_max is to give the data itself (a regression through all three networks);
+    'envelope': the envelope alone; the denoiser does not even run.
+  (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
   """
   bottleneck = network.arch.make_bottleneck()
   chunks = network.arch.chunks
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
-  def loss_fn(params, audio, keys, step, *, envelope_only):
+  def loss_fn(params, audio, keys, step, *, head):
     """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
     progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
     with jax.named_scope('analyse'):
@@ -102,24 +105,33 @@ def make_step_functions(*, network: Network, representation: Representation, con
 
     def consistency_loss():
       with jax.named_scope('student'):
-        student = _denoise(network, consistency, params, spec, noise, high, features, data_std)
+        student = denoise(network, consistency, params, spec, noise, high, features, data_std)
       with jax.named_scope('teacher'):
-        teacher = _denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+        teacher = denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
       return consistency.loss(student, teacher, high=high, low=low)
 
-    per_chunk = jnp.zeros_like(high) if envelope_only else consistency_loss()
-    loss = jnp.mean(per_chunk)
+    def regression_loss():
+      with jax.named_scope('student'):
+        top = jnp.full_like(high, consistency.sigma_max)
+        return consistency.distance(denoise(network, consistency, params, spec, noise, top, features, data_std), spec)
+
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
-    if not envelope_only:
+    if not head:
+      per_chunk = consistency_loss()
+      loss = jnp.mean(per_chunk)
       metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
+    elif head_start_on == 'data':
+      loss = metrics['loss/regression'] = jnp.mean(regression_loss())
+    else:
+      loss = jnp.float32(0)
     if 'log_magnitude' in features:
       error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec, bands=envelope_bands))
       metrics['loss/envelope'] = error
       loss = loss + envelope_weight * error
     return loss, metrics
 
-  def gradients(params, audio, keys, step, *, envelope_only):
-    grad = jax.value_and_grad(functools.partial(loss_fn, envelope_only=envelope_only), has_aux=True)
+  def gradients(params, audio, keys, step, *, head):
+    grad = jax.value_and_grad(functools.partial(loss_fn, head=head), has_aux=True)
     if accumulate == 1:
       (loss, metrics), grads = grad(params, audio, keys, step)
       return grads, {'loss': loss, **metrics}
@@ -141,11 +153,11 @@ def make_step_functions(*, network: Network, representation: Representation, con
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
                       opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
-  def train_step(state, batch, *, envelope_only=False):
+  def train_step(state, batch, *, head=False):
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(stored.tree(state.params), audio, keys, state.step, envelope_only=envelope_only)
+    grads, metrics = gradients(stored.tree(state.params), audio, keys, state.step, head=head)
     grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -195,6 +207,7 @@ def probe(params, audio, key, *, network, representation, consistency):
 
   swap: relative change of the output when another item's latents meet the same noise.
   energy: RMS of the output over RMS of the source.
+  coherence: of the output, see representation.coherence; coherence_source: what the source has.
   log_magnitude_l1: mean |error| of the output's log-magnitudes; log_magnitude_l1_swapped with the wrong latents.
   snr_{sigma}: SNR in dB of denoising at that level, with the right latents and with the wrong ones.
   """
@@ -212,7 +225,7 @@ def probe(params, audio, key, *, network, representation, consistency):
     sigma, share = level_and_share
     base = share * both(spec, spec)
     level = jnp.full(base.shape[:2], sigma, jnp.float32)
-    return _denoise(network, consistency, params, base, both(noise, noise), level, features, data_std)
+    return denoise(network, consistency, params, base, both(noise, noise), level, features, data_std)
 
   levels = (consistency.sigma_max, *PROBED)
   estimates = jax.lax.map(estimate, (jnp.float32(levels), jnp.float32([0, *(1 for _ in PROBED)])))
@@ -221,6 +234,7 @@ def probe(params, audio, key, *, network, representation, consistency):
   metrics = {
       'swap': _norm(decoded - swapped) / jnp.maximum(_norm(decoded), 1e-9),
       'energy': _norm(decoded) / _norm(spec),
+      'coherence': jnp.mean(coherence(decoded)), 'coherence_source': jnp.mean(coherence(spec)),
       'log_magnitude_l1': jnp.mean(jnp.abs(envelope.log_magnitude(decoded) - target)),
       'log_magnitude_l1_swapped': jnp.mean(jnp.abs(envelope.log_magnitude(swapped) - target)),
       **latent_metrics(pre, z)}
@@ -269,7 +283,11 @@ def feature_metrics(features):
   return {'feature/rms': jnp.max(rms), 'feature/varying': jnp.mean(varying / jnp.maximum(rms, 1e-9))}
 
 
-def _denoise(network, consistency, params, spec, noise, sigma, features, data_std):
+def denoise(network, consistency, params, spec, noise, sigma, features, data_std=None):
+  """The consistency function of spec + sigma noise: arrays [B, S, F, T, 2C], sigma [B, S], the decoder's features.
+
+  data_std: `local_deviation` of the features, where they have one.
+  """
   noisy = spec + sigma[:, :, None, None, None] * noise
   return consistency.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma, sigma_data=data_std)
 

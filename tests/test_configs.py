@@ -288,6 +288,7 @@ def test_local_preconditioning_needs_the_envelope():
 def test_a_head_start_needs_the_envelope(section, field, value):
   config = base.get_config('debug')
   config.model.envelope, config.train.envelope_weight, config.train.head_start = True, 1., .5
+  config.train.head_start_on = 'envelope'
   config[section][field] = value
   with pytest.raises(UserError, match='^train.head_start ') as error:
     build.step_functions(config)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import scipy.signal
 import soxr
 
 from m2l2.errors import UserError
 from m2l2.evaluation import pairs
 
 RATE = 44100
-EVERY_METRIC = ['si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio']
+EVERY_METRIC = ['si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio', 'coherence', 'coherence_reference']
 
 
 def noise(*shape, seed=0, gain=.1):
@@ -150,8 +151,34 @@ def test_si_sdr_of_known_noise():
 
 def test_a_perfect_estimate():
   audio = music()
+  own = pairs.coherence(audio, sample_rate=RATE)
   assert pairs.pair_metrics(audio, audio, sample_rate=RATE) == {
-      'si_sdr': 150, 'mel_l1_db': 0, 'lsd_db': 0, 'mrstft': 0, 'ratio': 0}
+      'si_sdr': 150, 'mel_l1_db': 0, 'lsd_db': 0, 'mrstft': 0, 'ratio': 0, 'coherence': own, 'coherence_reference': own}
+
+
+def test_coherence_tells_partials_from_noise_with_their_magnitudes():
+  rng = np.random.default_rng(0)
+  tone = .5 * np.sin(2 * np.pi * 440.3 * np.arange(3 * RATE) / RATE)
+  white = rng.standard_normal(3 * RATE)
+  assert pairs.coherence(tone, sample_rate=RATE) == pytest.approx(1, abs=1e-4)
+  assert .15 < pairs.coherence(white, sample_rate=RATE) < .2
+  chord = .1 * np.sin(2 * np.pi * np.outer([220, 277.2, 329.6, 440], np.arange(3 * RATE)) / RATE).sum(axis=0)
+  frames = scipy.signal.stft(chord, nperseg=2048, noverlap=1536)[2]
+  phases = np.exp(2j * np.pi * rng.random(frames.shape))
+  scrambled = scipy.signal.istft(np.abs(frames) * phases, nperseg=2048, noverlap=1536)[1]
+  assert pairs.coherence(chord, sample_rate=RATE) > .95
+  assert .15 < pairs.coherence(scrambled, sample_rate=RATE) < .3
+  # At half the rate the frames are as long in seconds: the same music has the same figure.
+  half = soxr.resample(chord, RATE, RATE // 2)
+  assert pairs.coherence(half, sample_rate=RATE // 2) == pytest.approx(pairs.coherence(chord, sample_rate=RATE), abs=.01)
+
+
+def test_coherence_leaves_silent_blocks_out():
+  tone = .5 * np.sin(2 * np.pi * 440.3 * np.arange(RATE) / RATE)
+  pause = np.concatenate([tone, np.zeros(2 * RATE)])
+  assert pairs.coherence(pause, sample_rate=RATE) > .9
+  with pytest.raises(UserError, match='shorter than 6 frames'):
+    pairs.coherence(tone[:2000], sample_rate=RATE)
 
 
 def test_shaped_noise_has_the_level_and_the_spectrum_of_the_music():
@@ -252,7 +279,7 @@ def test_a_sample_rate_of_zero_is_refused():
     pairs.mel_l1_db(music(.1), music(.1), sample_rate=0)
 
 
-@pytest.mark.parametrize('name', ['si_sdr', 'mrstft', 'ratio'])
+@pytest.mark.parametrize('name', ['si_sdr', 'mrstft', 'ratio', 'coherence_reference'])
 def test_silence_makes_a_metric_undefined(name):
   silence = np.zeros((2, 4000), np.float32)
   with pytest.raises(UserError, match='silen'):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2l2.model.envelope import log_magnitude
-from m2l2.representation import Representation, istft, stft
+from m2l2.representation import Representation, coherence, istft, stft
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
@@ -210,3 +210,28 @@ def test_noise_of_a_signal_has_unit_variance_and_is_a_spectrogram(transform, cha
     return float(np.mean(np.square(again[..., 4:-4, :])) / np.mean(np.square(noise[..., 4:-4, :])))
 
   assert .97 < kept(noises['signal'][:, :1]) < 1.03 and kept(noises['bins'][:, :1]) < .5
+
+
+def test_coherence_is_its_definition():
+  rng = np.random.default_rng(0)
+  spec = rng.standard_normal((2, 5, 12, 4)).astype(np.float32)
+  for item, value in zip(spec, np.asarray(coherence(jnp.asarray(spec)))):
+    num = den = 0
+    for channel in range(2):
+      x = item[..., 2 * channel] + 1j * item[..., 2 * channel + 1]
+      for f in range(5):
+        terms = [x[f, t + 4] * np.conj(x[f, t]) for t in range(8)]
+        num += abs(sum(terms))
+        den += sum(abs(term) for term in terms)
+    assert value == pytest.approx(num / den, rel=1e-5)
+  assert coherence(spec) == pytest.approx(np.asarray(coherence(jnp.asarray(spec))), rel=1e-5)
+  assert not np.any(coherence(np.zeros((3, 5, 12, 2))))
+
+
+def test_coherence_of_a_tone_of_noise_and_of_random_phases():
+  small = Representation(window=512, hop=128, bins=256, frames=64)
+  samples = small.crop_samples(2)
+  tone = np.sin(2 * np.pi * 0.0731 * np.arange(samples))[None]
+  white = np.random.default_rng(0).standard_normal((1, samples))
+  spec = np.asarray(small.analyse(jnp.float32(np.stack([tone, white]))))
+  assert np.all(coherence(spec[0]) > .98) and np.all((coherence(spec[1]) > .15) & (coherence(spec[1]) < .22))

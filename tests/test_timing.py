@@ -45,9 +45,9 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
   def step_functions(config):
     assert (config.model.attention, config.model.tile) == ('xla', '0')
 
-    def train_step(state, batch, *, envelope_only=False):
+    def train_step(state, batch, *, head=False):
       product = batch['audio'][:, 0] @ state['w']
-      return product if envelope_only else product @ state['w'] if config.model.remat == 'none' else None
+      return product if head else product @ state['w'] if config.model.remat == 'none' else None
 
     return types.SimpleNamespace(
         init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,

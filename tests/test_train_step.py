@@ -60,7 +60,7 @@ def _functions(*, network=TOY, **fields):
     'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(),
     'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
     'total_steps': 10, 'accumulate': 1, 'envelope_weight': 1., 'envelope_bands': 0, 'nested': 0., 'head_start': 0,
-    'native_rates': (44100,), **fields})
+    'head_start_on': 'envelope', 'native_rates': (44100,), **fields})
 
 
 def _batch(size=16, functions=None, seed=0):
@@ -278,7 +278,7 @@ def test_nested_latents_lose_a_suffix():
 def test_head_start_trains_the_envelope_alone(toy):
   functions = _functions(head_start=2)
   assert functions.head_start == 2
-  first = _jit(functools.partial(functions.train_step, envelope_only=True))
+  first = _jit(functools.partial(functions.train_step, head=True))
   step = _jit(functions.train_step)
   state, losses = toy.state, []
   for n in range(3):
@@ -288,6 +288,23 @@ def test_head_start_trains_the_envelope_alone(toy):
     assert moved == (n == 2)
     assert np.any(before.params['encoder']['w'] != state.params['encoder']['w'])
   assert losses[:2] == [None, None] and losses[2] > 0
+
+
+def test_head_start_on_data_regresses_one_step_from_sigma_max_onto_them(toy):
+  functions = _functions(head_start=2, head_start_on='data', envelope_weight=0.)
+  state, metrics = _jit(functools.partial(functions.train_step, head=True))(toy.state, toy.batch)
+  consistency, params = Consistency(), toy.state.params
+  spec = REPRESENTATION.analyse(toy.batch['audio'])
+  keys = jax.vmap(lambda item: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), item))(jnp.arange(16))
+  noise = jnp.stack([jax.random.normal(jax.random.split(key, 3)[1], x.shape) for key, x in zip(keys, spec)])
+  features = TOY.decode(params, Tanh()(TOY.encode(params, spec)))
+  estimate = consistency.denoise(lambda x, s: TOY.denoise(params, x, s, features), spec + 80 * noise,
+                                 jnp.full(spec.shape[:2], 80.))
+  distance = np.sqrt(np.sum(np.square(np.asarray(estimate - spec)), axis=(2, 3, 4)))  # c is small beside it
+  np.testing.assert_allclose(metrics['loss/regression'], np.mean(distance), rtol=2e-3)
+  assert metrics['loss'] == metrics['loss/regression'] and 'loss/consistency' not in metrics
+  for name in ('encoder', 'decoder', 'denoiser'):
+    assert np.any(toy.state.params[name]['w'] != state.params[name]['w'])
 
 
 def test_probe_tells_used_latents_from_ignored_ones(toy):

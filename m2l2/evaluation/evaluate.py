@@ -22,7 +22,7 @@ from m2l2.evaluation.embeddings import EMBEDDINGS, IN_THE_BOX
 STEREO_METRICS = ('si_sdr_left', 'si_sdr_right', 'side_mid_db')
 METRICS = (*pairs.PAIR_METRICS, *STEREO_METRICS, 'seam_db', 'visqol')
 # What lower and higher values mean, for tables.
-HIGHER_IS_BETTER = ('si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
+HIGHER_IS_BETTER = ('coherence', 'si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def measure(loaded: Loaded, names: Sequence[str], *, chunks: seams.Chunks = seam
 
   attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed,
                                      names=[name for name in ('mel_l1_db', 'lsd_db') if name in names]))
-  for name in ('si_sdr', 'mrstft', 'ratio'):
+  for name in ('si_sdr', 'mrstft', 'ratio', 'coherence', 'coherence_reference'):
     if name in names:
       attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed, names=[name]))
   if len(r) == len(x) == 2:

@@ -18,6 +18,7 @@ import scipy.fft
 import scipy.signal
 import soxr
 
+from m2l2 import representation
 from m2l2.errors import UserError
 
 SAMPLE_RATE = 44100
@@ -178,7 +179,32 @@ def log_mel_db(audio, *, sample_rate: int) -> np.ndarray:
   return _log_mel_db(prepared(audio, sample_rate=sample_rate, what='audio')).T
 
 
-PAIR_METRICS = ('si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio')
+def coherence(audio, *, sample_rate: int) -> float:
+  """How far partials carry their phase along, 0 to 1: `representation.coherence`, mean over blocks of 64 frames.
+
+  Of spectra with |c|^0.65 up to 11 kHz (window 2048, hop 512 at 44.1 kHz, which are 1024 and 256 at half that rate),
+  blocks without sound left out. Music has .5 to .8, a steady tone 1, white noise .18, exact magnitudes with random
+  phases .2 to .28: a model whose phases are noise stays there, one that sounds like music comes near its source.
+
+  Raises:
+    UserError: empty, not finite, silent, or too short for one difference of phases (6 frames).
+  """
+  return _coherence(prepared(audio, sample_rate=sample_rate, what='audio'), what='audio')
+
+
+def _coherence(mono: np.ndarray, *, what: str) -> float:
+  frames = np.concatenate([block[:, :N_FFT // 4] for block in spectra(mono)])[N_FFT // HOP // 2:-(N_FFT // HOP // 2)]
+  frames = frames * np.maximum(np.abs(frames), 1e-9) ** (0.65 - 1)
+  blocks = [frames[i:i + 64] for i in range(0, len(frames), 64)]
+  blocks = [block for i, block in enumerate(blocks) if len(block) == 64 or (i == 0 and len(block) > 5)]
+  values = [representation.coherence(np.stack([block.T.real, block.T.imag], axis=-1))
+            for block in blocks if np.abs(block).sum() > 1e-2 * len(block)]
+  if not values:
+    raise UserError(f'coherence is undefined: the {what} is silent or shorter than 6 frames; leave this pair out')
+  return float(np.mean(values))
+
+
+PAIR_METRICS = ('si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio', 'coherence', 'coherence_reference')
 
 
 def pair_metrics(reference, estimate, *, sample_rate: int, names=PAIR_METRICS, seed: int = 0) -> dict[str, float]:
@@ -205,6 +231,9 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=PAIR_METRICS, s
     values['mrstft'] = mrstft(r, x, sample_rate=SAMPLE_RATE)
   if 'ratio' in names:
     values['ratio'] = values['mel_l1_db'] / shaped_noise_mel_l1_db(r, sample_rate=SAMPLE_RATE, seed=seed)
+  for name, mono, what in (('coherence', x, 'estimate'), ('coherence_reference', r, 'reference')):
+    if name in names:
+      values[name] = _coherence(mono, what=what)
   return {name: values[name] for name in names}
 
 
@@ -239,10 +268,15 @@ def _decibel(magnitude: np.ndarray, floor: float) -> np.ndarray:
   return 20 * np.log10(np.maximum(magnitude, floor))
 
 
-def magnitudes(mono: np.ndarray, *, n_fft: int = N_FFT, hop: int = HOP, window_length: int | None = None,
-               bins: int | None = None) -> Iterator[np.ndarray]:
-  """Blocks [frames, bins] of |STFT|, the first `bins` (by default those up to 16 kHz at 44.1 kHz); a shorter window is
-  centred."""
+def magnitudes(mono: np.ndarray, **framing) -> Iterator[np.ndarray]:
+  """The absolute values of `spectra`, block by block."""
+  return map(np.abs, spectra(mono, **framing))
+
+
+def spectra(mono: np.ndarray, *, n_fft: int = N_FFT, hop: int = HOP, window_length: int | None = None,
+            bins: int | None = None) -> Iterator[np.ndarray]:
+  """Blocks [frames, bins] of the STFT, the first `bins` (by default those up to 16 kHz at 44.1 kHz); a shorter window
+  is centred."""
   window_length = window_length or n_fft
   bins = bins or int(MAX_HZ * n_fft / SAMPLE_RATE) + 1
   # Outside of its window a frame is zero, and magnitudes do not see the shift: only the window's
@@ -254,7 +288,7 @@ def magnitudes(mono: np.ndarray, *, n_fft: int = N_FFT, hop: int = HOP, window_l
   views = np.lib.stride_tricks.sliding_window_view(padded, window_length)[::hop][:frames]
   for start in range(0, frames, BLOCK_FRAMES):
     framed = views[start:start + BLOCK_FRAMES] * window
-    yield np.abs(scipy.fft.rfft(framed, n_fft, axis=1)[:, :bins])
+    yield scipy.fft.rfft(framed, n_fft, axis=1)[:, :bins]
 
 
 def _prepared_pair(reference, estimate, *, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:

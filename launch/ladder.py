@@ -1,0 +1,445 @@
+#!/usr/bin/env python3
+"""A ladder of known answers: does the recipe learn? Each rung says what must come out, and fails where it does not.
+
+  python launch/ladder.py T1                                   # one rung; exits 1 where it fails
+  python launch/ladder.py C train.head_start=0                 # the same without its head start
+  python launch/ladder.py M --data=data/prepared
+
+  G   independent Gaussian bins: the network must become their flow map, which is known in closed form
+  T1  two pairs of harmonic tones, the same in each step: phases and latents are remembered
+  T2  harmonic tones without end: those never heard come back through their latents
+  C   one real clip of 6 s, random crops
+  P   piano, pieces never heard (rendered from generated scores; fluidsynth and fluid-soundfont-gm are needed)
+  M   general music, packages never heard
+
+  --quick            G and T1 in a form of at most a minute, as the tests run them
+  --seed=N           of weights and of noise
+  --output=DIR       default runs/ladder: DIR/ladder.jsonl gets a line a run; P and M are trained in DIR/NAME
+  --name=NAME        of the run in the table; the rung's own by default
+  --data=PLACE       of P: what launch/piano.py made (data/piano); of M: music to train on, as prepared with
+                     --validation-fraction=0.08 (data/prepared)
+  --held=DIR         of M: where the excerpts of launch/excerpts/validation.txt are (data/music/train)
+  group.field=VALUE  what differs from the rung's config
+
+Figures: SNR in dB of the compressed spectrogram, of one step from sigma_max with the right latents and with another
+crop's (`own`, `wrong`), of denoising at lower levels (`own_1`, `wrong_1`: sigma 1); `left_1`, `left_2`: of the left
+chunk after one step and after the second denoising; `coherence`: representation.coherence, beside the source's;
+`log_magnitude`: mean error of log-magnitudes from sigma_max, with right and wrong latents.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import json
+import math
+import os
+from pathlib import Path
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import soundfile
+import soxr
+
+from m2l2 import build, timing
+from m2l2.codec import load
+from m2l2.configs import base
+from m2l2.errors import UserError
+from m2l2.evaluation import excerpts
+from m2l2.evaluation.embeddings import make_embedder
+from m2l2.model import envelope
+from m2l2.representation import coherence
+from m2l2.train import train
+from m2l2.train_step import denoise, local_deviation
+
+EMBEDDING = 'musicnn_mtt'
+SIGMA_CONDS = (0.1, 0.3, 0.965, 2.0, 5.0, 15.0)  # the curve of the paper's figure 3
+LEVELS = (0.2, 1.0, 5.0)
+CLIP = 'm2l2/assets/clips/train/crystan-credits.ogg'
+
+
+# Rungs' configs: base with other sizes, and with learning rate, warm-up and average to match the steps.
+
+
+def recipe(*, steps, batch_size, learning_rate=1e-3, warmup_steps=100, ema_decay=0.95):
+  """The paper's recipe for a small network and a short run."""
+  config = base.get_config().unlock()
+  config.model.remat = 'none'
+  config.consistency.step_exponent = 2.0
+  config.train.update(
+      steps=steps, batch_size=batch_size, learning_rate=learning_rate, final_learning_rate=learning_rate / 10,
+      warmup_steps=warmup_steps, ema_decay=ema_decay, b2=0.99, probe_every=0, log_every=50, checkpoint_every=500)
+  return config
+
+
+def gaussian_config(quick):
+  config = recipe(steps=400 if quick else 1500, batch_size=16)
+  config.model.update(
+      native_rates=(8000,), window=64, hop=16, bins=32, frames=32, widths=(16, 32), blocks=(1, 1), strides=((4, 4),),
+      layers=1, head_dim=32, cond_dim=32, registers=1, num_latents=1, latent_dim=1)
+  return config
+
+
+def tones_config(quick):
+  config = recipe(steps=1500, batch_size=2)
+  config.model.update(
+      native_rates=(8000,), window=128, hop=32, bins=64, frames=64, widths=(16, 32, 64), blocks=(1, 1, 1),
+      strides=((4, 2), (2, 2)), layers=2, head_dim=32, cond_dim=64, registers=4, num_latents=8, latent_dim=8)
+  if quick:  # a quarter of the numbers
+    config.train.steps = 800
+    config.model.update(native_rates=(4000,), window=64, hop=16, bins=32, frames=32)
+  return config
+
+
+def unheard_tones_config(quick):
+  config = tones_config(quick)
+  config.train.update(steps=6000, batch_size=8, ema_decay=0.99)
+  return config
+
+
+def clip_config(quick):
+  """2.9 M parameters; latents by linear paths, and a head start."""
+  config = recipe(steps=1000, batch_size=4)
+  config.model.update(
+      native_rates=(11025,), window=512, hop=128, bins=256, frames=64, stem=(4, 2), widths=(48, 96), blocks=(2, 1),
+      strides=((4, 4),), layers=3, head_dim=32, cond_dim=96, registers=4, num_latents=8, latent_dim=32,
+      latent_norm=True, shortcut=True, shortcut_width=8)
+  config.train.head_start = 0.25
+  return config
+
+
+def corpus_config(quick):
+  """Room on every level: as many channels as a patch holds numbers (64 in 64, 256 in 256). 11.5 M parameters."""
+  config = clip_config(quick)
+  config.train.update(steps=2400, warmup_steps=200, ema_decay=0.99, head_start=0.1)
+  config.model.update(widths=(64, 256), blocks=(1, 1), strides=((4, 4),), cond_dim=128)
+  return config
+
+
+# Data.
+
+
+def tones(rng, count, samples, rate=8000):
+  """Harmonic tones, one a crop, 110 to 880 Hz, of at most four partials with random phases: [count, 1, samples]."""
+  pitch = 110 * 2 ** rng.uniform(0, 3, (count, 1, 1))
+  partial = np.arange(1, 5)[None, :, None]
+  amplitude = rng.uniform(0.3, 0.8, (count, 1, 1)) ** (partial - 1) * (pitch * partial < 0.45 * rate)
+  phase = rng.uniform(0, 2 * np.pi, (count, 4, 1))
+  sines = amplitude * np.sin(2 * np.pi * pitch * partial * np.arange(samples) / rate + phase)
+  audio = sines.sum(axis=1) * rng.uniform(0.1, 0.4, (count, 1)) + 1e-3 * rng.standard_normal((count, samples))
+  return audio[:, None].astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+  """Stands where a Representation stands: its `audio` are independent Gaussian bins, rows with known deviations."""
+  bins: int = 32
+  frames: int = 32
+  channels: int = 1
+
+  @property
+  def deviations(self):
+    return np.geomspace(1.6, 0.06, self.bins).astype(np.float32)
+
+  def crop_samples(self, chunks):
+    return chunks * self.bins * self.frames * 2
+
+  def draw(self, rng, count):
+    shape = (count, 2, self.bins, self.frames, 2)
+    return (rng.standard_normal(shape) * self.deviations[:, None, None]).astype(np.float32).reshape(count, 1, -1)
+
+  def analyse(self, audio):
+    return audio.reshape(audio.shape[0], -1, self.bins, self.frames, 2)
+
+  def noise(self, key, chunks, *, kind):
+    return jax.random.normal(key, (chunks, self.bins, self.frames, 2))
+
+
+def read_clip(path, rate):
+  audio, own = soundfile.read(path, dtype='float32', always_2d=True)
+  return soxr.resample(audio.mean(axis=1), own, rate).astype(np.float32)
+
+
+def crops(audio, starts, samples):
+  return np.stack([audio[start:start + samples][None] for start in starts])
+
+
+# Training and measuring.
+
+
+def fit(functions, config, batches):
+  """config.train.steps steps on what `batches(step)` gives; returns the averaged weights."""
+  jitted = {head: jax.jit(functools.partial(functions.train_step, head=head), donate_argnums=0)
+            for head in (True, False)}
+  state = functions.pack(jax.jit(functions.init)(jax.random.key(config.seed)))
+  compiled, began = {}, None
+  for step in range(config.train.steps):
+    batch = {'audio': jnp.asarray(batches(step))}
+    head = step < functions.head_start
+    if head not in compiled:
+      compiled[head] = jitted[head].lower(state, batch).compile(compiler_options=build.compiler_options(config))
+    began = began or time.process_time()
+    state, metrics = compiled[head](state, batch)
+    if (step + 1) % max(1, config.train.steps // 10) == 0:
+      show(f'step {step + 1}', {name: float(metrics[name]) for name in (
+          'loss', 'norm/gradients', 'latent/spread', 'latent/pre_rms')})
+  return jax.device_put(functions.unpack(state).ema), time.process_time() - began
+
+
+def judge(functions, config, params, audio, seed=5):
+  """Figures of a network on audio [B, 1, N], B >= 2: see the top."""
+  network, process = functions.network, build.consistency(config.consistency)
+  representation = build.representation(config.model)
+  bottleneck = network.arch.make_bottleneck()
+  run = jax.jit(lambda x, noise, sigma, features: denoise(
+      network, process, params, x, noise, sigma, features, local_deviation(process, features)))
+
+  spec = representation.analyse(audio)
+  z = bottleneck(jax.jit(network.encode)(params, spec))
+  decode = jax.jit(network.decode)
+  own, wrong = decode(params, z), decode(params, jnp.roll(z, 1, axis=0))
+  keys = jax.random.split(jax.random.key(seed), 2 * len(audio)).reshape(2, len(audio))
+  draw = jax.vmap(lambda k: representation.noise(k, 2, kind=process.noise))
+  noise, second = draw(keys[0]), draw(keys[1])
+  level = lambda sigma: jnp.full(spec.shape[:2], sigma, jnp.float32)
+  figures = {'coherence_source': coherence(spec).mean(), 'spread': jnp.std(z, axis=(0, 1)).mean()}
+
+  one = run(jnp.zeros_like(spec), noise, level(process.sigma_max), own)
+  other = run(jnp.zeros_like(spec), noise, level(process.sigma_max), wrong)
+  error = lambda x: jnp.abs(envelope.log_magnitude(x) - envelope.log_magnitude(spec)).mean() * envelope.UNIT
+  figures |= {'own': snr(spec, one), 'wrong': snr(spec, other), 'coherence': coherence(one).mean(),
+              'energy': jnp.sqrt(jnp.sum(one ** 2) / jnp.sum(spec ** 2)),
+              'log_magnitude': error(one), 'log_magnitude_wrong': error(other), 'left_1': snr(spec[:, :1], one[:, :1])}
+  for sigma in LEVELS:
+    for name, features in (('own', own), ('wrong', wrong)):
+      figures[f'{name}_{sigma:g}'] = snr(spec, run(spec, noise, level(sigma), features))
+  # The second denoising: the left chunk as it came, noise again, a new chunk to its right.
+  curve = {}
+  for sigma in sorted({*SIGMA_CONDS, process.sigma_cond}):
+    pair = jnp.stack([one[:, 0], jnp.zeros_like(one[:, 0])], axis=1)
+    levels = jnp.stack([jnp.full(len(spec), sigma), jnp.full(len(spec), process.sigma_max)], axis=1)
+    two = run(pair, second, levels, own)
+    curve[f'{sigma:g}'] = {'left': snr(spec[:, :1], two[:, :1]), 'coherence': coherence(two[:, :1]).mean()}
+  at = curve[f'{process.sigma_cond:g}']
+  figures |= {'left_2': at['left'], 'coherence_2': at['coherence'], 'sigma_cond': curve}
+  return jax.tree.map(float, figures)
+
+
+def snr(target, estimate):
+  """Mean over chunks of the SNR in dB."""
+  axes = (2, 3, 4)
+  return jnp.mean(10 * jnp.log10(jnp.sum(target ** 2, axis=axes) / jnp.sum((target - estimate) ** 2, axis=axes)))
+
+
+# The rungs: each returns (figures, failures).
+
+
+def gaussian(config, args):
+  """Flow map of a Gaussian of deviation s: x / sqrt(1 + (sigma / s)^2), of SNR 10.7, 2.3, -1.4 dB at sigma / s = .3, 1,
+  3; a Wiener filter has 10.8, 3.0, .5."""
+  representation = Gaussian()
+  functions = build.step_functions(config, ravel=True, data=representation)
+  process, network = build.consistency(config.consistency), functions.network
+  rng = np.random.default_rng(config.seed)
+  params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size))
+
+  spec = representation.analyse(jnp.asarray(representation.draw(np.random.default_rng(999), 16)))
+  features = network.decode(params, network.arch.make_bottleneck()(network.encode(params, spec)))
+  noise = jax.random.normal(jax.random.key(5), spec.shape)
+  run = jax.jit(lambda x, sigma: denoise(
+      network, process, params, x, noise, jnp.full(spec.shape[:2], sigma, jnp.float32), features))
+  figures, failures = {}, []
+  for ratio in (0.3, 1.0, 3.0):
+    gain = 1 / math.sqrt(1 + ratio ** 2)
+    known = -10 * math.log10((1 - gain) ** 2 + (gain * ratio) ** 2)
+    rows = []
+    for row in range(0, representation.bins, 3):
+      estimate = run(spec, ratio * representation.deviations[row])[:, :, row]
+      rows.append(10 * math.log10(float(jnp.sum(spec[:, :, row] ** 2) / jnp.sum((spec[:, :, row] - estimate) ** 2))))
+    figures[f'snr_{ratio:g}'], figures[f'known_{ratio:g}'] = float(np.mean(rows)), known
+    if abs(np.mean(rows) - known) > 0.3:
+      failures.append(f'SNR at sigma / s = {ratio:g} is {np.mean(rows):.2f} dB, not {known:.2f} +- .3')
+  sample = run(jnp.zeros_like(spec), process.sigma_max)
+  level = 20 * np.log10(np.asarray(jnp.std(sample, axis=(0, 1, 3, 4))) / representation.deviations)
+  figures['rows_db'] = float(np.abs(level).max())
+  if figures['rows_db'] > 0.8:
+    failures.append(f'a row of one-step samples is off by {figures["rows_db"]:.2f} dB, more than .8')
+  return {**figures, 'cpu_s': seconds}, failures
+
+
+def remembered_tones(config, args):
+  functions = build.step_functions(config, ravel=True)
+  audio = tones(np.random.default_rng(config.seed), config.train.batch_size, functions.crop_samples,
+                rate=functions.sample_rate)
+  params, seconds = fit(functions, config, lambda step: audio)
+  figures = judge(functions, config, params, audio)
+  least = 10 if args.quick else 14
+  return {**figures, 'cpu_s': seconds}, check(figures, {
+      f'one step reaches {least} dB': figures['own'] >= least,
+      'the second denoising gains 1 dB': figures['left_2'] >= figures['left_1'] + 1,
+      'wrong latents stay below 0 dB': figures['wrong'] < 0})
+
+
+def unheard_tones(config, args):
+  functions = build.step_functions(config, ravel=True)
+  rng = np.random.default_rng(config.seed)
+  params, seconds = fit(
+      functions, config, lambda step: tones(rng, config.train.batch_size, functions.crop_samples))
+  figures = judge(functions, config, params, tones(np.random.default_rng(999), 32, functions.crop_samples))
+  return {**figures, 'cpu_s': seconds}, check(figures, {
+      'one step reaches 6 dB': figures['own'] >= 6, 'coherence reaches .8': figures['coherence'] >= 0.8})
+
+
+def one_clip(config, args):
+  """A sample has at best 3 dB less SNR than the mean, which a regression gives: 2.4 dB here, in the same sizes."""
+  functions = build.step_functions(config, ravel=True)
+  clip = read_clip(CLIP, functions.sample_rate)
+  last = len(clip) - functions.crop_samples
+  rng = np.random.default_rng(config.seed)
+  params, seconds = fit(functions, config, lambda step: crops(
+      clip, rng.integers(0, last, config.train.batch_size), functions.crop_samples))
+  figures = judge(functions, config, params, crops(
+      clip, np.linspace(0, last, 4).astype(int), functions.crop_samples))
+  return {**figures, 'cpu_s': seconds}, check(figures, {
+      "coherence reaches .9 of the clip's": figures['coherence'] >= 0.9 * figures['coherence_source'],
+      'right latents gain 2 dB over wrong ones': figures['own'] >= figures['wrong'] + 2,
+      "one step is within 3.5 dB of a regression's 2.4": figures['own'] >= 2.4 - 3.5,
+      'two steps are no worse than one': figures['left_2'] >= figures['left_1']})
+
+
+def corpus(config, args, sounds, goals):
+  """Trains as `m2l2 train` does, in a workdir of its own (the same command goes on with it), and judges on sounds."""
+  workdir = Path(args.output) / args.name
+  began = time.process_time()
+  train(config, str(workdir))
+  seconds = time.process_time() - began
+  codec, functions = load(workdir), build.step_functions(config)
+  crop = functions.crop_samples
+  whole = [audio for audio in sounds.values() if audio.shape[1] >= crop]
+  figures = judge(functions, config, codec.params, np.stack([audio[:, :crop] for audio in whole]))
+  rate, embedders = functions.sample_rate, {EMBEDDING: make_embedder(EMBEDDING)}
+  latents = excerpts.encode(codec, sounds, rate)
+  for name, estimates in (('', excerpts.decode(codec, latents, refine=False)),
+                          ('_2', excerpts.decode(codec, latents, refine=True)),
+                          ('_bound', noise_phases(codec.representation, sounds))):
+    judged = excerpts.judge(sounds, estimates, rate, metrics=('mel_l1_db', 'coherence', 'coherence_reference'),
+                            embedders=embedders)
+    figures[f'fd{name}'] = judged['frechet'][EMBEDDING]['value']
+    figures |= {f'{metric}_of_sound{name}': judged['metrics'][metric]['mean'] for metric in judged['metrics']}
+  return {**figures, 'cpu_s': seconds}, check(figures, goals(figures))
+
+
+def noise_phases(representation, sounds):
+  """Each sound with its magnitudes and the phases of noise: what a model comes to that knows all but phases."""
+  rng, made = np.random.default_rng(0), {}
+  for name, audio in sounds.items():
+    layout = representation.layout(audio.shape[1])
+    padded = np.pad(audio, ((0, 0), (layout.lead, representation.crop_samples(layout.chunks) - layout.lead
+                                     - audio.shape[1])))
+    spec = representation.analyse(jnp.asarray(padded))
+    angle = rng.uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
+    spec = representation.magnitude(spec) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    sound, _ = representation.synthesise(jnp.float32(spec))
+    made[name] = np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
+  return made
+
+
+def piano(config, args):
+  root = Path(args.data or 'data/piano')
+  if not (root / 'train').is_dir():
+    raise UserError(f'{root}/train is missing: python launch/piano.py --output={root} renders it')
+  config.data.root = str(root / 'train')
+  rate, sounds = build.native_rates(config.model)[0], {}
+  for path in sorted((root / 'heldout').glob('*.flac')):
+    audio, own = soundfile.read(path, dtype='float32')
+    for start in np.linspace(5, len(audio) / own - 15, 3):
+      part = audio[int(start * own):int((start + 6) * own)]
+      sounds[f'{path.stem}@{start:.0f}'] = soxr.resample(part, own, rate)[None].astype(np.float32)
+  return corpus(config, args, sounds, lambda f: {
+      'coherence reaches .5': f['coherence'] >= 0.5, 'two steps are no worse than one': f['left_2'] >= f['left_1'],
+      'FD is below that of exact magnitudes with random phases': f['fd'] < f['fd_bound']})
+
+
+def music(config, args):
+  config.data.root = args.data or 'data/prepared'
+  folder = Path(__file__).resolve().parent / 'excerpts'
+  rate = build.native_rates(config.model)[0]
+  sounds = excerpts.load(folder / 'validation.txt', args.held, seconds=6, sample_rate=rate)
+  return corpus(config, args, sounds, lambda f: {
+      'FD is below 200': f['fd'] < 200, 'coherence reaches .35': f['coherence'] >= 0.35})
+
+
+def check(figures, conditions):
+  return [name for name, holds in conditions.items() if not holds]
+
+
+RUNGS = {'G': (gaussian_config, gaussian), 'T1': (tones_config, remembered_tones),
+         'T2': (unheard_tones_config, unheard_tones), 'C': (clip_config, one_clip), 'P': (corpus_config, piano),
+         'M': (corpus_config, music)}
+
+
+def show(title, figures):
+  numbers = ' '.join(f'{name} {value:.3g}' for name, value in figures.items() if isinstance(value, (int, float)))
+  print(f'{title}: {numbers}', flush=True)
+
+
+def override(config, changes):
+  """Applies group.field=VALUE to the config. Raises UserError for what it does not have."""
+  for change in changes:
+    name, _, value = change.partition('=')
+    group, _, field = name.partition('.')
+    if not value or field not in config.get(group, {}):
+      raise UserError(f'{change!r}: give group.field=VALUE with a field of configs/base.py')
+    try:
+      value = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      pass  # a word
+    try:
+      config[group][field] = value
+    except TypeError as error:
+      raise UserError(f'{change!r}: {error}') from error
+  return config
+
+
+def run(argv) -> dict:
+  """One rung's line: its figures, what they cost, and what failed."""
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('rung', choices=RUNGS)
+  flags.add_argument('changes', nargs='*', metavar='group.field=VALUE')
+  flags.add_argument('--quick', action='store_true')
+  flags.add_argument('--seed', type=int, default=0)
+  flags.add_argument('--output', default='runs/ladder')
+  flags.add_argument('--name')
+  flags.add_argument('--data')
+  flags.add_argument('--held', default='data/music/train')
+  args = flags.parse_intermixed_args(argv)
+  args.name = args.name or args.rung
+  make_config, climb = RUNGS[args.rung]
+  config = make_config(args.quick)
+  config.seed = args.seed
+  config = override(config, args.changes)
+  figures, failures = climb(config, args)
+  steps = config.train.steps
+  line = {'name': args.name, 'rung': args.rung, 'changes': ' '.join(args.changes), 'seed': args.seed,
+          'steps': steps, 'pflop': timing.model_flops(config)(steps) / 1e15, **figures, 'failures': failures}
+  os.makedirs(args.output, exist_ok=True)
+  with open(Path(args.output) / 'ladder.jsonl', 'a', encoding='utf-8') as file:
+    file.write(json.dumps(line) + '\n')
+  return line
+
+
+def main(argv) -> int:
+  line = run(argv)
+  show(line['name'], {name: value for name, value in line.items() if name != 'seed'})
+  print('PASS' if not line['failures'] else f'FAIL: {"; ".join(line["failures"])}')
+  return 1 if line['failures'] else 0
+
+
+if __name__ == '__main__':
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except UserError as error:
+    sys.exit(f'ladder: {error}')
