@@ -65,6 +65,9 @@ def train(config, workdir, writers=()) -> int:
     shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    for level, width, numbers in functions.network.arch.cramped:
+      logging.warning('model.widths[%d] is %d, and a patch of that level holds %d numbers of the noisy sound: partials '
+                      'will break off (see README, "What helps short runs")', level, width, numbers)
     if main:
       table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
       logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it

@@ -170,7 +170,8 @@ def test_coherence_tells_partials_from_noise_with_their_magnitudes():
   assert .15 < pairs.coherence(scrambled, sample_rate=RATE) < .3
   # At half the rate the frames are as long in seconds: the same music has the same figure.
   half = soxr.resample(chord, RATE, RATE // 2)
-  assert pairs.coherence(half, sample_rate=RATE // 2) == pytest.approx(pairs.coherence(chord, sample_rate=RATE), abs=.01)
+  assert pairs.coherence(half, sample_rate=RATE // 2) == pytest.approx(
+      pairs.coherence(chord, sample_rate=RATE), abs=.01)
 
 
 def test_coherence_leaves_silent_blocks_out():

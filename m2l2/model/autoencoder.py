@@ -148,6 +148,20 @@ class Architecture:
     return 1 if self.embeddings == 'summary' else math.gcd(self.num_latents, self.grid[1])
 
   @property
+  def cramped(self) -> list:
+    """(level, width, numbers of a patch) of each level with fewer channels than the patch it stands for has numbers.
+
+    What does not fit into the tokens cannot be followed over more than the few frames that convolutions see: a partial
+    breaks off. The paper's model has room on each level.
+    """
+    found, numbers = [], 2 * self.channels * math.prod(self.stem)
+    for level, width in enumerate(self.widths):
+      numbers *= math.prod(self.strides[level - 1]) if level else 1
+      if width < numbers:
+        found.append((level, width, numbers))
+    return found
+
+  @property
   def has_decoder(self) -> bool:
     return self.cross_connections or self.envelope
 
