@@ -50,13 +50,19 @@ def mappings():
 
   Each takes some of the 65,530 mappings that Linux lets a process have, and where none is left XLA crashes. Later files
   find the longer ones in the cache on disk.
+
+  What earlier files left (traces, mostly) is none of the collector's business meanwhile: to go through it takes 1.5 s,
+  and each loader that is closed asks for it.
   """
+  gc.collect()
+  gc.freeze()
   yield
   try:
     count = len(Path('/proc/self/maps').read_bytes().splitlines())
   except OSError:  # not Linux
     return
   if count > MAPPINGS:
+    gc.unfreeze()
     jax.clear_caches()
     gc.collect()
 

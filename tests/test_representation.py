@@ -10,6 +10,7 @@ from m2l2.representation import Representation, istft, stft
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
+
 def _numpy(function, **options):
   """One program that returns numpy arrays; op by op, each op and each slice would be a program."""
   compiled = jax.jit(function, **options)
