@@ -11,6 +11,7 @@ source launch/environment.sh
 make_environment .venv-test train,beam,av,dev
 bin=$PWD/.venv-test/bin
 export PYTHONUNBUFFERED=1
+unset PYTHONDONTWRITEBYTECODE  # with it, each process that a test starts parses all of JAX again: 3 to 5 s
 
 # Programs that XLA compiled once are kept beside the environment.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR-$PWD/.venv-test/$(compilation_cache)}

@@ -12,6 +12,7 @@ import random
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # also: nothing runs long, everything is compiled
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # or each of them parses all that it imports again, for seconds
 # --xla_cpu_use_fusion_emitters=false would compile in half the time, but at backend optimisation level 0, which the
 # line above means, gradients came out wrong by 1 % (test_microbatches_make_the_same_update).
 
@@ -49,13 +50,19 @@ def mappings():
 
   Each takes some of the 65,530 mappings that Linux lets a process have, and where none is left XLA crashes. Later files
   find the longer ones in the cache on disk.
+
+  What earlier files left (traces, mostly) is none of the collector's business meanwhile: to go through it takes 1.5 s,
+  and each loader that is closed asks for it.
   """
+  gc.collect()
+  gc.freeze()
   yield
   try:
     count = len(Path('/proc/self/maps').read_bytes().splitlines())
   except OSError:  # not Linux
     return
   if count > MAPPINGS:
+    gc.unfreeze()
     jax.clear_caches()
     gc.collect()
 

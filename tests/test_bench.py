@@ -5,10 +5,13 @@ import math
 import os
 import sys
 
+from ml_collections import ConfigDict
 import pytest
 
 from launch import bench
+from m2l2 import build
 from m2l2.configs import base, codicodec
+from test_train import small_functions
 
 SMALLEST = dict(stem=(4, 2), widths=(16,), strides=(), blocks=(1,), layers=1, head_dim=8, window=128, hop=32, bins=64,
                 frames=8, remat='none')
@@ -38,8 +41,11 @@ def measured(times):
   return all(number > 0 and math.isfinite(number) for number in numbers)
 
 
-def test_a_report(tmp_path, capsys):
+@pytest.mark.parametrize('real', [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_a_report(tmp_path, capsys, monkeypatch, real):
   """In float32, so that one train step and one codec are compiled; decoding is timed as encoding is."""
+  if not real:  # the step of test_train.py, of one matrix: the real one takes 25 s to compile
+    monkeypatch.setattr(build, 'step_functions', lambda config: small_functions(ConfigDict(config)))
   path = config_file(tmp_path, base.get_config('debug'), **SMALLEST)
   status, report, err = run(capsys, f'--config-json={path}', '--only=train,attention,encode', '--batch=2', '--steps=2',
                             '--seconds=.05', '--seed=3', '--peak-tflops=1')

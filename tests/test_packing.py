@@ -1,5 +1,7 @@
 """Packed maps: the same network with its narrow levels rearranged, piece by piece and whole."""
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from m2l2.configs import base
 from m2l2.errors import UserError
 from m2l2.model import packing
 from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
+from test_codec import make_params
 
 PACKS = [(1, 2), (2, 1), (2, 2)]
 
@@ -20,30 +23,38 @@ def conv(x, kernel, padding):
 
 
 def draw(*shape):
-  return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.float32)
+  return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize('pack', PACKS)
 def test_two_convolutions_of_packed_places_are_two_of_plain_ones(pack):
-  x, first, second = draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3)
-  plain = conv(conv(x, first, 'SAME'), second, 'SAME')
-  packed = packing.space_to_depth(x, pack)
-  between = conv(packed, packing.packed_kernel(first, pack), ((1, 1), (1, 1)))
-  between = packing.clear_edges(between, pack)
-  inward = [(0, 0) if p > 1 else (1, 1) for p in pack]
-  out = conv(between, packing.packed_kernel(second, pack), inward)
-  np.testing.assert_allclose(packing.depth_to_space(out, pack), plain, rtol=1e-5, atol=1e-4)
+  @jax.jit  # op by op, each would be a program
+  def both(x, first, second):
+    plain = conv(conv(x, first, 'SAME'), second, 'SAME')
+    packed = packing.space_to_depth(x, pack)
+    between = conv(packed, packing.packed_kernel(first, pack), ((1, 1), (1, 1)))
+    between = packing.clear_edges(between, pack)
+    inward = [(0, 0) if p > 1 else (1, 1) for p in pack]
+    out = conv(between, packing.packed_kernel(second, pack), inward)
+    return packing.depth_to_space(out, pack), plain
+
+  found, plain = both(draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3))
+  np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('pack', PACKS)
 def test_from_plain_to_packed_and_between_aligned_places(pack):
-  x, kernel = draw(2, 6, 8, 5), draw(3, 3, 5, 4)
-  plain = conv(x, kernel, 'SAME')
-  windows = packing.windows(x, pack)
-  entered = windows @ packing.window_kernel(kernel, pack).reshape(windows.shape[-1], -1)
-  np.testing.assert_allclose(packing.depth_to_space(entered, pack), plain, rtol=1e-5, atol=1e-5)
-  aligned = conv(packing.space_to_depth(x, pack), packing.packed_kernel(kernel, pack, aligned=True), ((1, 1), (1, 1)))
-  np.testing.assert_allclose(packing.depth_to_space(aligned, pack), plain, rtol=1e-5, atol=1e-5)
+  @jax.jit
+  def all_three(x, kernel):
+    plain = conv(x, kernel, 'SAME')
+    windows = packing.windows(x, pack)
+    entered = windows @ packing.window_kernel(kernel, pack).reshape(windows.shape[-1], -1)
+    aligned = conv(packing.space_to_depth(x, pack), packing.packed_kernel(kernel, pack, aligned=True), ((1, 1), (1, 1)))
+    return plain, packing.depth_to_space(entered, pack), packing.depth_to_space(aligned, pack)
+
+  plain, *others = all_three(draw(2, 6, 8, 5), draw(3, 3, 5, 4))
+  for found in others:
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_frames_are_packed_first_and_only_what_the_next_stride_divides():
@@ -68,15 +79,15 @@ def test_the_whole_network():
   fields = {**base.get_config('debug').model.to_dict(), 'envelope': True, 'layers': 1, 'head_dim': 8,
             'widths': (8, 16), 'blocks': (1, 1), 'strides': ((4, 4),)}
   plain, packed = (build.network({**fields, 'tile': tile}) for tile in ('0', '128'))
-  params = away_from_zero(jax.jit(plain.init)(jax.random.key(0)))
+  params = make_params({'model': {**fields, 'tile': '0'}})
   spec = draw(1, 2, fields['bins'], fields['frames'], 2 * fields['channels'])
 
-  def outcome(network):
+  def outcome(network, params, spec):
     z = jnp.tanh(network.encode(params, spec))
     features = network.decode(params, z)
     return z, features['log_magnitude'], network.denoise(params, spec, jnp.array([[1.0, 0.5]]), features)
 
-  assert_close(*(jax.jit(lambda network=network: outcome(network))() for network in (plain, packed)), rtol=1e-5)
+  assert_close(*(jax.jit(functools.partial(outcome, network))(params, spec) for network in (plain, packed)), rtol=1e-5)
 
 
 @pytest.mark.soak

@@ -487,6 +487,8 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
 def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   # On one device: of what several have alike, Orbax saves slices, and compiles hundreds of programs for them.
   monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+  # Counting its FLOPs takes 10 s of tracing: test_timing.py does.
+  monkeypatch.setattr(train.timing, 'model_flops', lambda config: lambda steps: 1e9 * steps)
   config = small_config(music)
   config.model.alpha = tiny.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)

@@ -74,10 +74,15 @@ def _batch(size=16, functions=None, seed=0):
 @pytest.fixture(scope='module')
 def toy():
   functions = _functions()
-  step = _jit(functions.train_step)
-  state = functions.init(jax.random.key(0))
-  return types.SimpleNamespace(step=step, state=state, batch=_batch(),
+  step, fourfold = _jit(functions.train_step), _jit(_functions(accumulate=4).train_step)
+  state = _jit(functions.init)(jax.random.key(0))
+  return types.SimpleNamespace(step=step, fourfold=fourfold, loss=_loss(functions), state=state, batch=_batch(),
                                after=step(state, _batch()))
+
+
+def _loss(functions):
+  """The loss alone of an update: gradients that nobody reads are not compiled."""
+  return _jit(lambda state, batch: functions.train_step(state, batch)[1]['loss/consistency'])
 
 
 def _close(got, want, *, tolerance=1e-5):
@@ -94,34 +99,39 @@ def _same(got, want):
 
 def _gradients(before, after):
   """What plain descent at rate 1 has subtracted."""
-  return jax.tree.map(jnp.subtract, before.params, after.params)
+  return jax.tree.map(np.subtract, before.params, after.params)
 
 
 def test_the_loss_is_the_papers(toy):
   # Written out item by item: one noise for both levels, a level for each chunk, features once.
   consistency, params = Consistency(), toy.state.params
-  spec = REPRESENTATION.analyse(toy.batch['audio'])
-  step_key = jax.random.fold_in(jax.random.key(0), 0)
+  params = jax.tree.map(np.asarray, params)
+  spec = np.asarray(_jit(REPRESENTATION.analyse)(toy.batch['audio']))
+
+  @_jit
+  def draw(item):  # what is drawn by JAX; all the rest is numpy, of which nothing is compiled
+    step_key = jax.random.fold_in(jax.random.key(0), 0)
+    level_key, noise_key, _ = jax.random.split(jax.random.fold_in(step_key, item), 3)
+    return jax.random.normal(noise_key, spec.shape[1:]), consistency.sample_levels(level_key, chunks=2, progress=0.)
+
   losses = []
   for item, x in enumerate(spec):
-    level_key, noise_key, _ = jax.random.split(jax.random.fold_in(step_key, item), 3)
-    noise = jax.random.normal(noise_key, x.shape)
-    levels = consistency.sample_levels(level_key, chunks=2, progress=0.)
-    z = jnp.tanh(jnp.einsum('sftc,cz->sz', jnp.abs(x), params['encoder']['w']) / 32)
+    noise, levels = jax.tree.map(np.asarray, draw(item))
+    z = np.tanh(np.einsum('sftc,cz->sz', np.abs(x), params['encoder']['w']) / 32)
     feature = z @ params['decoder']['w']
     for s in range(2):
       sides = []
       for sigma in (levels[0][s], levels[1][s]):
         c_skip = .25 / ((sigma - .002)**2 + .25)
-        c_out, c_in = .5 * (sigma - .002) / jnp.sqrt(sigma**2 + .25), 1 / jnp.sqrt(sigma**2 + .25)
+        c_out, c_in = .5 * (sigma - .002) / np.sqrt(sigma**2 + .25), 1 / np.sqrt(sigma**2 + .25)
         noisy = x[s] + sigma * noise[s]
         network = (c_in * noisy) @ params['denoiser']['w'] + feature[s][None, None] + (
-          jnp.log(sigma) * params['denoiser']['cond'])[None, None]
+          np.log(sigma) * params['denoiser']['cond'])[None, None]
         sides.append(c_skip * noisy + c_out * network)
       c = .00054 * 256**.5
-      distance = jnp.sqrt(jnp.sum(jnp.square(sides[0] - sides[1])) + c**2) - c
+      distance = np.sqrt(np.sum(np.square(sides[0] - sides[1])) + c**2) - c
       losses.append(distance / (levels[0][s] - levels[1][s]))
-  _close(toy.after[1]['loss/consistency'], jnp.mean(jnp.stack(losses)), tolerance=1e-4)
+  _close(toy.after[1]['loss/consistency'], np.mean(losses), tolerance=1e-4)
 
 
 # --- randomness, devices, microbatches ---
@@ -133,14 +143,15 @@ def test_same_state_and_batch_give_the_same_bits(toy):
 
 def test_the_step_and_the_seed_change_the_noise(toy):
   later = dataclasses.replace(toy.state, step=jnp.int32(1))
-  other = _jit(_functions(seed=1).train_step)
-  losses = {float(metrics['loss/consistency']) for _, metrics in (
-    toy.after, toy.step(later, toy.batch), other(toy.state, toy.batch))}
-  assert len(losses) == 3
+  other = _loss(_functions(seed=1))
+  losses = [float(loss(state, toy.batch)) for loss, state in (
+    (toy.loss, toy.state), (toy.loss, later), (other, toy.state))]
+  assert len(set(losses)) == 3 and np.ptp(losses) > 1e-3
+  _close(losses[0], toy.after[1]['loss/consistency'])
 
 
 def test_microbatches_make_the_same_update(toy):
-  state, metrics = _jit(_functions(accumulate=4).train_step)(toy.state, toy.batch)
+  state, metrics = toy.fourfold(toy.state, toy.batch)
   _close(_gradients(toy.state, state), _gradients(toy.state, toy.after[0]))
   for name in ('loss', 'loss/consistency', 'loss/envelope', 'norm/gradients'):
     _close(metrics[name], toy.after[1][name])
@@ -181,7 +192,7 @@ def test_eight_devices_and_microbatches_make_the_same_update(toy):
 
 def test_an_items_noise_does_not_depend_on_the_rest_of_the_batch(toy):
   def loss(audio):
-    return toy.step(toy.state, {'audio': audio})[1]['loss/consistency']
+    return toy.loss(toy.state, {'audio': audio})
 
   # What the first half adds to the loss is the same with and without a second half.
   half = toy.batch['audio'][:8]
@@ -220,10 +231,10 @@ def test_bands_of_the_loss_hold_all_of_it():
 
 
 def test_latent_metrics_tell_a_common_mode_from_spread():
-  signs = jnp.asarray(np.random.default_rng(0).choice([-1., 1.], (64, 2, 1, 8)), jnp.float32)
-  spread = train_step.latent_metrics(signs * 3, jnp.tanh(signs * .5))
-  common = train_step.latent_metrics(signs[:1] * jnp.full((64, 1, 1, 1), 3.),
-                                     jnp.broadcast_to(jnp.tanh(signs[:1, :1] * 3), signs.shape))
+  signs = np.float32(np.random.default_rng(0).choice([-1., 1.], (64, 2, 1, 8)))
+  metrics = _jit(train_step.latent_metrics)
+  spread = metrics(signs * 3, np.tanh(signs * .5))
+  common = metrics(np.repeat(signs[:1] * 3, 64, axis=0), np.broadcast_to(np.tanh(signs[:1, :1] * 3), signs.shape))
   assert spread['latent/spread'] > .4 and common['latent/spread'] < 1e-5
   assert spread['latent/common'] < .1 and common['latent/common'] > .99
   assert spread['latent/saturated'] == 0 and common['latent/saturated'] == 1
@@ -247,15 +258,16 @@ def test_bad_audio_skips_the_update_and_the_next_good_one_goes_on(toy):
 
 
 def test_one_bad_microbatch_shows_in_the_loss(toy):
-  bad = {'audio': toy.batch['audio'].at[3, 0, 5].set(np.nan)}
-  state, metrics = _jit(_functions(accumulate=2).train_step)(toy.state, bad)
+  bad = {'audio': np.array(toy.batch['audio'])}
+  bad['audio'][3, 0, 5] = np.nan
+  state, metrics = toy.fourfold(toy.state, bad)
   assert np.isnan(metrics['loss']) and int(state.skipped) == 1
   _same(state.params, toy.state.params)
 
 
-def test_teacher_and_levels_pass_no_gradient():
+def test_teacher_and_levels_pass_no_gradient(toy):
   # With both levels at sigma_min there is nothing to learn but the envelope.
-  state = _functions().init(jax.random.key(0))
+  state = toy.state
   still = Consistency(p_mean=-60., p_std=.1, sampling='lognormal')
   after, metrics = _jit(_functions(consistency=still).train_step)(state, _batch())
   assert metrics['loss/consistency'] == 0 and metrics['loss/envelope'] > 0
