@@ -2,8 +2,8 @@
 
     m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
 
-Expected cost: 49 TFLOP a step of 16 pairs, student and teacher; 39 EFLOP for the 800,000 steps of the ancestor's
-recipe: 2.3 days at a sustained 200 TFLOP/s. Counted, not run. Other configs are deltas on this one.
+Expected cost: 58.9 TFLOP a step of 16 pairs, student and teacher; 47 EFLOP for the 800,000 steps of the ancestor's
+recipe: 2.7 days at a sustained 200 TFLOP/s. Counted, not run. Other configs are deltas on this one.
 Append `:debug` to any of them to shrink it so that it runs in seconds and logs every step.
 """
 

@@ -3,9 +3,11 @@
     m2l2 import-codicodec codicodec.pt runs/codicodec     # its published weights
     m2l2 train --config=configs/codicodec.py --config.data.root=MUSIC --workdir=runs/codicodec
 
-Another point of the space of models that `base` spans. The training recipe is what is known of the paper's (2 million
-steps of 16 pairs); its random mixing of items is not here. Expected cost: 39 TFLOP a step, 4.6 days at a sustained
-200 TFLOP/s; counted, not run.
+Another point of the space of models that `base` spans. The training recipe is what is known of the paper's: 2 million
+steps of 16 pairs, half of the samples sums of two crops, and the noise levels of its ancestor's index grid (whose code
+calls that log-normal).
+
+Expected cost: 45.6 TFLOP a step of 16 pairs, 91 EFLOP in all: 5.3 days at a sustained 200 TFLOP/s. Counted, not run.
 """
 
 from m2l2.configs import base
@@ -24,7 +26,6 @@ def get_config(arg=''):
   model.bottleneck = 'fsq'
   model.latents_in_denoiser = True
 
-  config.consistency.sampling = 'lognormal'
   config.consistency.step_exponent = 2.0
   config.consistency.renoise = 'variance'
   # Its decoding: the chunk before at sigma(0.4), two steps a chunk and no refinement; five steps in parallel.
@@ -34,4 +35,5 @@ def get_config(arg=''):
   config.consistency.parallel_steps = 5
 
   config.train.steps = 2_000_000
+  config.data.mix = 0.5
   return base.finish(config, arg)

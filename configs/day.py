@@ -5,7 +5,8 @@
 What `base` would need 5 days for, in one: fewer steps (their last ones twice as long, see consistency.step_exponent),
 and the latents are tokens of the denoiser too. Give it 200 hours of music or more; with less it remembers.
 
-Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all: 28 hours at a sustained 100 TFLOP/s. Counted, not run.
+Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all: a day at a sustained 117 TFLOP/s. Counted,
+not run.
 
 Look at the log while it runs, and stop it where it does not learn: by step 30,000 probe_ema/coherence should be beyond
 .35 (probe_ema/coherence_source is what the music has) and probe_ema/swap beyond .2, latent/saturated always below .05.

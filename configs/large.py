@@ -2,7 +2,7 @@
 
     m2l2 train --config=configs/large.py --config.train.batch_size=256 --config.data.root=MUSIC --workdir=runs/large
 
-Expected cost: 117 TFLOP for 16 pairs, 2.4 times what `base` costs. Counted, not run.
+Expected cost: 140 TFLOP a step of 16 pairs, 2.4 times what `base` costs. Counted, not run.
 """
 
 from m2l2.configs import base

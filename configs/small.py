@@ -10,7 +10,7 @@ in runs/small/box. The pack is mono. On other music, or with `:stereo`:
     m2l2 train --config=configs/small.py --config.data.root=MUSIC --config.train.init_from=runs/start \\
       --workdir=runs/small
 
-Expected cost: 7.3 TFLOP a step of 16 pairs, 0.15 EFLOP in all: 24 minutes at a sustained 100 TFLOP/s. Counted, not run
+Expected cost: 9.0 TFLOP a step of 16 pairs, 0.18 EFLOP in all: 30 minutes at a sustained 100 TFLOP/s. Counted, not run
 on a GPU.
 """
 

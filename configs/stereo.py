@@ -2,7 +2,7 @@
 
     m2l2 train --config=configs/stereo.py --config.data.root=MUSIC --workdir=runs/stereo
 
-Expected cost as `base`: 49 TFLOP a step, 2.3 days at a sustained 200 TFLOP/s. Counted, not run.
+Expected cost: 58.9 TFLOP a step of 16 pairs, as `base`; 2.7 days at a sustained 200 TFLOP/s. Counted, not run.
 
 Stereo runs are known to collapse near the end of warm-up (every latent at +-1). With latent_norm each embedding comes
 to the tanh with RMS 0.4, whatever its length, so they cannot; the longer warm-up and lower rate are ours, too. Not yet

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import m2l2.configs
-from m2l2 import build
+from m2l2 import build, timing
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
@@ -158,6 +158,18 @@ def test_the_parameter_count_in_words_is_right(name):
   count = int(_table(name)[0].split()[0].replace(',', ''))
   decimals = len(stated.partition('.')[2])
   assert f'{count / 1e6:.{decimals}f}' == stated
+
+
+# Tracing takes seconds: two in every run of the suite.
+@pytest.mark.parametrize('name', [
+  name if name in ('clip', 'day') else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
+def test_the_cost_in_words_is_right(name):
+  text, config = importlib.import_module(f'm2l2.configs.{name}').__doc__, _config(name)
+  stated, unit, pairs = re.search(r'([\d.]+) ([TG])FLOP a\s+step\s+of\s+(\d+)\s+pairs', text).groups()
+  flops, head = timing.model_flops(config), int(config.train.head_start * config.train.steps)
+  assert int(pairs) == config.train.batch_size
+  decimals = len(stated.partition('.')[2])
+  assert f'{(flops(head + 1) - flops(head)) / {"T": 1e12, "G": 1e9}[unit]:.{decimals}f}' == stated
 
 
 def test_every_field_of_the_classes_is_in_base():
