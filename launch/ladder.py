@@ -14,7 +14,8 @@
 
   --quick            G and T1 in a form of at most a minute, as the tests run them
   --seed=N           of weights and of noise
-  --output=DIR       default runs/ladder: DIR/ladder.jsonl gets a line a run; P and M are trained in DIR/NAME
+  --output=DIR       default runs/ladder: DIR/ladder.jsonl gets a line a run, DIR/NAME its weights; P and M are
+                     trained there, and the same command goes on with them
   --name=NAME        of the run in the table; the rung's own by default
   --data=PLACE       of P: what launch/piano.py made (data/piano); of M: music to train on, as prepared with
                      --validation-fraction=0.08 (data/prepared)
@@ -52,6 +53,7 @@ from m2l2.evaluation import excerpts
 from m2l2.evaluation.embeddings import make_embedder
 from m2l2.model import envelope
 from m2l2.representation import coherence
+from m2l2.snapshot import save_snapshot
 from m2l2.train import train
 from m2l2.train_step import denoise, local_deviation
 
@@ -61,7 +63,8 @@ LEVELS = (0.2, 1.0, 5.0)
 CLIP = 'm2l2/assets/clips/train/crystan-credits.ogg'
 
 
-# Rungs' configs: base with other sizes, and with learning rate, warm-up and average to match the steps.
+# Rungs' configs: base with other sizes, and with learning rate, warm-up and average to match the steps. G and T1 are
+# the paper's recipe but for these; T2, C, P and M have linear paths to the latents and a head start.
 
 
 def recipe(*, steps, batch_size, learning_rate=1e-3, warmup_steps=100, ema_decay=0.95):
@@ -76,10 +79,11 @@ def recipe(*, steps, batch_size, learning_rate=1e-3, warmup_steps=100, ema_decay
 
 
 def gaussian_config(quick):
-  config = recipe(steps=400 if quick else 1500, batch_size=16)
+  config = recipe(steps=800 if quick else 2000, batch_size=8, learning_rate=4e-3, ema_decay=0.98)
+  config.train.final_learning_rate = 1e-4
   config.model.update(
-      native_rates=(8000,), window=64, hop=16, bins=32, frames=32, widths=(16, 32), blocks=(1, 1), strides=((4, 4),),
-      layers=1, head_dim=32, cond_dim=32, registers=1, num_latents=1, latent_dim=1)
+      native_rates=(8000,), window=64, hop=16, bins=Gaussian.bins, frames=Gaussian.frames, stem=(2, 2), widths=(16, 32),
+      blocks=(1, 1), strides=((4, 4),), layers=1, head_dim=32, cond_dim=32, registers=1, num_latents=1, latent_dim=1)
   return config
 
 
@@ -92,14 +96,18 @@ def tones_config(quick):
     # A quarter of the numbers; and linear paths, because without them it is a matter of luck in which thousand of steps
     # the latents begin to differ.
     config.train.steps = 800
-    config.model.update(native_rates=(4000,), window=64, hop=16, bins=32, frames=32, latent_norm=True, shortcut=True,
-                        shortcut_width=8)
+    config.model.update(SMALL | PATHS)
   return config
 
 
+SMALL = dict(native_rates=(4000,), window=64, hop=16, bins=32, frames=32)
+PATHS = dict(latent_norm=True, shortcut=True, shortcut_width=8)  # tokens -> latents -> tokens
+
+
 def unheard_tones_config(quick):
-  config = tones_config(quick)
-  config.train.update(steps=6000, batch_size=8, ema_decay=0.99)
+  config = tones_config(False)
+  config.model.update(SMALL | PATHS)
+  config.train.update(steps=3000, batch_size=8, ema_decay=0.99, head_start=0.1)
   return config
 
 
@@ -167,8 +175,9 @@ def crops(audio, starts, samples):
 # Training and measuring.
 
 
-def fit(functions, config, batches):
-  """config.train.steps steps on what `batches(step)` gives; returns the averaged weights."""
+def fit(functions, config, batches, *, output):
+  """config.train.steps steps on what `batches(step)` gives -> the averaged weights, which m2l2.load(output) reads too,
+  and the processor seconds of the steps."""
   jitted = {head: jax.jit(functools.partial(functions.train_step, head=head), donate_argnums=0)
             for head in (True, False)}
   state = functions.pack(jax.jit(functions.init)(jax.random.key(config.seed)))
@@ -183,7 +192,10 @@ def fit(functions, config, batches):
     if (step + 1) % max(1, config.train.steps // 10) == 0:
       show(f'step {step + 1}', {name: float(metrics[name]) for name in (
           'loss', 'norm/gradients', 'latent/spread', 'latent/pre_rms')})
-  return jax.device_put(functions.unpack(state).ema), time.process_time() - began
+  seconds = time.process_time() - began
+  params = functions.unpack(state).ema
+  save_snapshot(output, params=params, config=json.loads(json.dumps(config.to_dict())), step=config.train.steps)
+  return jax.device_put(params), seconds
 
 
 def judge(functions, config, params, audio, seed=5):
@@ -197,7 +209,7 @@ def judge(functions, config, params, audio, seed=5):
   spec = representation.analyse(audio)
   z = bottleneck(jax.jit(network.encode)(params, spec))
   decode = jax.jit(network.decode)
-  own, wrong = decode(params, z), decode(params, jnp.roll(z, 1, axis=0))
+  own, wrong = decode(params, z), decode(params, jnp.roll(z, len(z) // 2, axis=0))
   keys = jax.random.split(jax.random.key(seed), 2 * len(audio)).reshape(2, len(audio))
   draw = jax.vmap(lambda k: representation.noise(k, 2, kind=process.noise))
   noise, second = draw(keys[0]), draw(keys[1])
@@ -241,7 +253,8 @@ def gaussian(config, args):
   functions = build.step_functions(config, ravel=True, data=representation)
   process, network = build.consistency(config.consistency), functions.network
   rng = np.random.default_rng(config.seed)
-  params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size))
+  params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size),
+                        output=workdir(args))
 
   spec = representation.analyse(jnp.asarray(representation.draw(np.random.default_rng(999), 16)))
   features = network.decode(params, network.arch.make_bottleneck()(network.encode(params, spec)))
@@ -262,8 +275,9 @@ def gaussian(config, args):
   sample = run(jnp.zeros_like(spec), process.sigma_max)
   level = 20 * np.log10(np.asarray(jnp.std(sample, axis=(0, 1, 3, 4))) / representation.deviations)
   figures['rows_db'] = float(np.abs(level).max())
-  if figures['rows_db'] > 0.8:
-    failures.append(f'a row of one-step samples is off by {figures["rows_db"]:.2f} dB, more than .8')
+  most = 1.6 if args.quick else 0.8
+  if figures['rows_db'] > most:
+    failures.append(f'a row of one-step samples is off by {figures["rows_db"]:.2f} dB, more than {most:g}')
   return {**figures, 'cpu_s': seconds}, failures
 
 
@@ -271,7 +285,7 @@ def remembered_tones(config, args):
   functions = build.step_functions(config, ravel=True)
   audio = tones(np.random.default_rng(config.seed), config.train.batch_size, functions.crop_samples,
                 rate=functions.sample_rate)
-  params, seconds = fit(functions, config, lambda step: audio)
+  params, seconds = fit(functions, config, lambda step: audio, output=workdir(args))
   figures = judge(functions, config, params, audio)
   least = 6 if args.quick else 14
   return {**figures, 'cpu_s': seconds}, check(figures, {
@@ -283,9 +297,9 @@ def remembered_tones(config, args):
 def unheard_tones(config, args):
   functions = build.step_functions(config, ravel=True)
   rng = np.random.default_rng(config.seed)
-  params, seconds = fit(
-      functions, config, lambda step: tones(rng, config.train.batch_size, functions.crop_samples))
-  figures = judge(functions, config, params, tones(np.random.default_rng(999), 32, functions.crop_samples))
+  draw = lambda rng, count: tones(rng, count, functions.crop_samples, rate=functions.sample_rate)
+  params, seconds = fit(functions, config, lambda step: draw(rng, config.train.batch_size), output=workdir(args))
+  figures = judge(functions, config, params, draw(np.random.default_rng(999), 32))
   return {**figures, 'cpu_s': seconds}, check(figures, {
       'one step reaches 6 dB': figures['own'] >= 6, 'coherence reaches .8': figures['coherence'] >= 0.8})
 
@@ -297,9 +311,9 @@ def one_clip(config, args):
   last = len(audio) - functions.crop_samples
   rng = np.random.default_rng(config.seed)
   params, seconds = fit(functions, config, lambda step: crops(
-      audio, rng.integers(0, last, config.train.batch_size), functions.crop_samples))
+      audio, rng.integers(0, last, config.train.batch_size), functions.crop_samples), output=workdir(args))
   figures = judge(functions, config, params, crops(
-      audio, np.linspace(0, last, 4).astype(int), functions.crop_samples))
+      audio, np.linspace(0, last, 24).astype(int), functions.crop_samples))
   return {**figures, 'cpu_s': seconds}, check(figures, {
       "coherence reaches .9 of the clip's": figures['coherence'] >= 0.9 * figures['coherence_source'],
       'right latents gain 2 dB over wrong ones': figures['own'] >= figures['wrong'] + 2,
@@ -309,11 +323,10 @@ def one_clip(config, args):
 
 def corpus(config, args, sounds, goals):
   """Trains as `m2l2 train` does, in a workdir of its own (the same command goes on with it), and judges on sounds."""
-  workdir = Path(args.output) / args.name
   began = time.process_time()
-  train(config, str(workdir))
+  train(config, str(workdir(args)))
   seconds = time.process_time() - began
-  codec, functions = load(workdir), build.step_functions(config)
+  codec, functions = load(workdir(args)), build.step_functions(config)
   crop = functions.crop_samples
   whole = [audio for audio in sounds.values() if audio.shape[1] >= crop]
   figures = judge(functions, config, codec.params, np.stack([audio[:, :crop] for audio in whole]))
@@ -367,6 +380,10 @@ def music(config, args):
   sounds = excerpts.load(folder / 'validation.txt', args.held, seconds=6, sample_rate=rate)
   return corpus(config, args, sounds, lambda f: {
       'FD is below 200': f['fd'] < 200, 'coherence reaches .35': f['coherence'] >= 0.35})
+
+
+def workdir(args) -> Path:
+  return Path(args.output) / args.name
 
 
 def check(figures, conditions):

@@ -9,6 +9,7 @@ import pytest
 from m2l2 import Latents
 from m2l2.errors import UserError
 from m2l2.evaluation import edits, pictures
+from m2l2.evaluation.pairs import log_mel_db
 
 RATE = 44100
 
@@ -92,6 +93,10 @@ def test_pictures_show_their_arguments(tmp_path):
   figure = pictures.spectrograms({'one': (audio, RATE), 'two': (audio, RATE)})
   assert [axis.get_title() for axis in figure.axes] == ['one', 'two']
   assert figure.axes[0].get_xlim() == pytest.approx((0, 0.1))
+  named = {label.get_text(): label.get_position()[1] for label in figure.axes[0].get_yticklabels()}
+  tone = np.sin(2 * np.pi * 1000 * np.arange(4410) / 44100)  # its name stands at the row that it lights
+  row = int(log_mel_db(tone, sample_rate=44100)[:, 4].argmax())
+  assert row <= named['1,000'] <= row + 1 and figure.axes[0].get_ylim()[1] <= 128
   pictures.save(figure, tmp_path / 'a.png')
   assert [path.name for path in tmp_path.iterdir()] == ['a.png']
   z = latents()

@@ -237,18 +237,26 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=PAIR_METRICS, s
   return {name: values[name] for name in names}
 
 
+def mel_edges(*, bands: int = MEL_BANDS, max_hz: float = MAX_HZ) -> np.ndarray:
+  """Where the triangles of Slaney's mel scale begin, peak and end: float64 [bands + 2] in Hz.
+
+  The scale (Auditory Toolbox, 1998) is linear below 1 kHz, 200/3 Hz a mel, and logarithmic above, 27 mels for a factor
+  of 6.4.
+  """
+  log_step = np.log(6.4) / 27
+  top_mel = (max_hz / (200 / 3) if max_hz < 1000 else 15 + np.log(max_hz / 1000) / log_step)
+  mel = np.linspace(0, top_mel, bands + 2)
+  return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * log_step))
+
+
 @functools.cache
 def mel_filterbank(*, sample_rate: int = SAMPLE_RATE, n_fft: int = N_FFT, bands: int = MEL_BANDS,
                    max_hz: float = MAX_HZ) -> np.ndarray:
   """Triangles on Slaney's mel scale, each of unit area over Hz: float64 [n_fft // 2 + 1, bands].
 
-  Slaney's scale (Auditory Toolbox, 1998) is linear below 1 kHz, 200/3 Hz a mel, and logarithmic
-  above, 27 mels for a factor of 6.4. The array is shared and read-only.
+  The array is shared and read-only.
   """
-  log_step = np.log(6.4) / 27
-  top_mel = (max_hz / (200 / 3) if max_hz < 1000 else 15 + np.log(max_hz / 1000) / log_step)
-  mel = np.linspace(0, top_mel, bands + 2)
-  edge = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * log_step))
+  edge = mel_edges(bands=bands, max_hz=max_hz)
   hz = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]
   rising = (hz - edge[:-2]) / (edge[1:-1] - edge[:-2])
   falling = (edge[2:] - hz) / (edge[2:] - edge[1:-1])

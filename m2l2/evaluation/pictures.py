@@ -12,26 +12,32 @@ import numpy as np
 
 from m2l2.errors import UserError
 from m2l2.evaluation.embeddings import EMBEDDINGS
-from m2l2.evaluation.pairs import log_mel_db
+from m2l2.evaluation.pairs import log_mel_db, mel_edges
 from m2l2.latents import Latents
 
 # What tells whether a run learns: README, "Train".
 CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')
 WIDTH = 11  # inches
+HZ = (100, 200, 500, 1000, 2000, 5000, 10_000)  # that spectrograms name
 
 
 def spectrograms(sounds) -> Figure:
-  """Log-mel spectrograms under each other, all on one scale from -70 to 20 dB.
+  """Log-mel spectrograms under each other, up to half of the highest rate, all on one scale from -70 to 20 dB.
 
   Args:
     sounds: {title: (float [channels, samples], sample rate in Hz)}.
   """
   figure, axes = _panels(rows=len(sounds), height=2.3)
+  edges = mel_edges()
+  band = lambda hz: np.interp(hz, edges, np.arange(len(edges)) - .5)  # a band's peak is in the middle of its row
+  top = max(rate for _, rate in sounds.values()) / 2
   for axis, (title, (audio, rate)) in zip(axes, sounds.items(), strict=True):
     axis.imshow(log_mel_db(audio, sample_rate=rate), origin='lower', aspect='auto', vmin=-70, vmax=20, cmap='magma',
                 extent=(0, audio.shape[1] / rate, 0, 128))
     axis.set_title(title, fontsize=10)
-    axis.set_ylabel('mel band')
+    axis.set_ylim(0, min(band(top), 128))
+    axis.set_yticks(band([hz for hz in HZ if hz <= top]), [f'{hz:,}' for hz in HZ if hz <= top])
+    axis.set_ylabel('Hz')
   axes[-1].set_xlabel('seconds')
   return figure
 
