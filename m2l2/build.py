@@ -130,8 +130,8 @@ def step_functions(config, *, ravel=False, data=None):
   if process.local and not (net.arch.envelope and train['envelope_weight'] > 0):
     raise UserError('consistency.local needs the envelope that model.envelope=True predicts and '
                     'train.envelope_weight > 0 trains')
-  if not 0 <= train['head_start'] < 1:
-    raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 or more, below 1")
+  if not 0 <= train['head_start'] <= 1:
+    raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 to 1")
   if train['head_start_on'] not in train_step.HEAD_STARTS:
     raise UserError(f"train.head_start_on={train['head_start_on']!r} is not known: choose from "
                     f'{", ".join(train_step.HEAD_STARTS)}')

@@ -135,10 +135,10 @@ def train(config, workdir, writers=()) -> int:
     compiling = time.perf_counter()
     compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
       state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
-    train_step = compiled(functions.train_step)
-    if first < functions.head_start:
-      head_step = compiled(functools.partial(functions.train_step, head=True))
-    _log_memory(train_step, seconds=time.perf_counter() - compiling)
+    steps = {head: compiled(functools.partial(functions.train_step, head=head)) for head, needed in (
+      (True, first < functions.head_start), (False, functions.head_start < fields.steps)) if needed}
+    for largest in list(steps.values())[-1:]:
+      _log_memory(largest, seconds=time.perf_counter() - compiling)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
     hosts.meet('compiled')
 
@@ -206,7 +206,7 @@ def train(config, workdir, writers=()) -> int:
       rejected += int(rows['rejected'].sum())
       trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
-        state, values = (head_step if step < functions.head_start else train_step)(state, batch)
+        state, values = steps[step < functions.head_start](state, batch)
       step += 1
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0

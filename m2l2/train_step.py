@@ -21,7 +21,7 @@ from m2l2.representation import Representation, coherence
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
 PROBED = (0.2, 1.0)             # noise levels that the probe denoises at
-HEAD_STARTS = ('data', 'envelope')
+HEAD_STARTS = ('data', 'magnitudes', 'envelope')
 SATURATED = 0.99                # |z| above this counts as saturated
 
 
@@ -79,6 +79,7 @@ def make_step_functions(*, network: Network, representation: Representation, con
   `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For its first
   `head_start` steps the loop calls train_step(..., head=True), which trains on what `head_start_on` says:
     'data': one step from sigma_max is to give the data itself (a regression through all three networks);
+    'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
     'envelope': the envelope alone; the denoiser does not even run.
   (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
   """
@@ -110,18 +111,21 @@ def make_step_functions(*, network: Network, representation: Representation, con
         teacher = denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
       return consistency.loss(student, teacher, high=high, low=low)
 
-    def regression_loss():
+    def head_loss():
       with jax.named_scope('student'):
         top = jnp.full_like(high, consistency.sigma_max)
-        return consistency.distance(denoise(network, consistency, params, spec, noise, top, features, data_std), spec)
+        estimate = denoise(network, consistency, params, spec, noise, top, features, data_std)
+      if head_start_on == 'data':
+        return consistency.distance(estimate, spec)
+      return jnp.mean(jnp.abs(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)), axis=(2, 3, 4))
 
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
     if not head:
       per_chunk = consistency_loss()
       loss = jnp.mean(per_chunk)
       metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
-    elif head_start_on == 'data':
-      loss = metrics['loss/regression'] = jnp.mean(regression_loss())
+    elif head_start_on != 'envelope':
+      loss = metrics['loss/head_start'] = jnp.mean(head_loss())
     else:
       loss = jnp.float32(0)
     if 'log_magnitude' in features:

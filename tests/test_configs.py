@@ -25,6 +25,8 @@ from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
+# Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.
+EACH = [pytest.param(name, marks=pytest.mark.soak) if name in ('large', 'mono', 'xl') else name for name in CONFIGS]
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 LOGICAL_AXES = {
   'layers', 'embed', 'heads', 'head_dim', 'mlp', 'cond', 'conv_in', 'conv_out', 'kernel_f',
@@ -72,7 +74,7 @@ def test_all_configs_are_here():
   assert {'base', 'mono', 'stereo', 'tiny'} <= set(CONFIGS)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_parameters_are_those_of_the_golden(name):
   golden = GOLDENS / f'{name}.txt'
   lines = _table(name)
@@ -94,7 +96,7 @@ def test_mono_is_base_by_another_name():
   assert _config('mono').to_dict() == _config('base').to_dict()
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_parameters_are_float32_and_name_their_axes(name):
   def check(x, axes):
     assert x.dtype == jnp.float32 and len(axes) == x.ndim and set(axes) <= LOGICAL_AXES
@@ -124,7 +126,7 @@ def test_the_whole_step_at_full_size_by_shapes(name):
     2 * config.model.frames * config.model.hop + config.model.window - config.model.hop)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_config_survives_json(name):
   config = _config(name)
   plain = _plain(config)
@@ -141,7 +143,7 @@ def test_architecture_survives_json(name):
   hash(arch)  # static arguments are hashed: lists have become tuples
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_a_config_is_a_delta_of_base_and_says_how_to_run_it(name):
   def names(config):
     return {key: set(value) if isinstance(value, dict) else key for key, value in config.items()}
@@ -151,7 +153,7 @@ def test_a_config_is_a_delta_of_base_and_says_how_to_run_it(name):
   assert f'm2l2 train --config=configs/{name}.py' in text and '--workdir=' in text
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_the_parameter_count_in_words_is_right(name):
   text = importlib.import_module(f'm2l2.configs.{name}').__doc__
   stated = re.search(r'([\d.]+) M parameters', text)[1]
@@ -183,7 +185,7 @@ def test_every_field_of_the_classes_is_in_base():
 # --- words after the colon ---
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_debug_shrinks_sizes_and_keeps_choices(name):
   small, full = _config(name, 'debug'), _config(name)
   network = build.network(small.model)
@@ -206,7 +208,7 @@ def test_channels_by_a_word(arg, channels):
   assert (config.train.log_every == 1) == ('debug' in arg)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', EACH)
 def test_an_unknown_word_is_one_clear_line(name):
   with pytest.raises(ValueError, match="^config argument 'hd' is not known: use debug.*") as error:
     _config(name, 'debug,hd')

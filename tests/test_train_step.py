@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from m2l2 import build, train_step
 from m2l2.configs import tiny
 from m2l2.consistency import Consistency
+from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
 from m2l2.model.bottleneck import Tanh
 from m2l2.representation import Representation
@@ -302,8 +303,9 @@ def test_head_start_trains_the_envelope_alone(toy):
   assert losses[:2] == [None, None] and losses[2] > 0
 
 
-def test_head_start_on_data_regresses_one_step_from_sigma_max_onto_them(toy):
-  functions = _functions(head_start=2, head_start_on='data', envelope_weight=0.)
+@pytest.mark.parametrize('kind', ['data', 'magnitudes'])
+def test_head_start_regresses_one_step_from_sigma_max(toy, kind):
+  functions = _functions(head_start=2, head_start_on=kind, envelope_weight=0.)
   state, metrics = _jit(functools.partial(functions.train_step, head=True))(toy.state, toy.batch)
   consistency, params = Consistency(), toy.state.params
   spec = REPRESENTATION.analyse(toy.batch['audio'])
@@ -312,9 +314,12 @@ def test_head_start_on_data_regresses_one_step_from_sigma_max_onto_them(toy):
   features = TOY.decode(params, Tanh()(TOY.encode(params, spec)))
   estimate = consistency.denoise(lambda x, s: TOY.denoise(params, x, s, features), spec + 80 * noise,
                                  jnp.full(spec.shape[:2], 80.))
-  distance = np.sqrt(np.sum(np.square(np.asarray(estimate - spec)), axis=(2, 3, 4)))  # c is small beside it
-  np.testing.assert_allclose(metrics['loss/regression'], np.mean(distance), rtol=2e-3)
-  assert metrics['loss'] == metrics['loss/regression'] and 'loss/consistency' not in metrics
+  if kind == 'data':
+    distance = np.sqrt(np.sum(np.square(np.asarray(estimate - spec)), axis=(2, 3, 4)))  # c is small beside it
+  else:
+    distance = np.abs(np.asarray(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)))
+  np.testing.assert_allclose(metrics['loss/head_start'], np.mean(distance), rtol=2e-3)
+  assert metrics['loss'] == metrics['loss/head_start'] and 'loss/consistency' not in metrics
   for name in ('encoder', 'decoder', 'denoiser'):
     assert np.any(toy.state.params[name]['w'] != state.params[name]['w'])
 
