@@ -146,6 +146,9 @@ def step_functions(config, *, ravel=False, data=None):
   if train['nested'] and config['model']['bottleneck'] == 'fsq':
     raise UserError('train.nested needs continuous latents: a token cannot say that it was left out. Set it to 0, or '
                     "model.bottleneck='tanh'")
+  for level, width, numbers in net.arch.cramped:
+    logging.log_first_n(logging.WARNING, 'model.widths[%d] is %d, and a patch of that level holds %d numbers of the '
+                        'noisy sound: partials will break off', 1, level, width, numbers)
   optimizer, schedule = optim.make_optimizer(
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],

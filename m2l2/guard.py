@@ -32,8 +32,8 @@ class Ailment:
 
 
 AILMENTS = (
-    Ailment('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start '
-            '(train.head_start) or set model.shortcut and model.shortcut_width'),
+    Ailment('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
+            'train.head_start, or set model.shortcut and model.shortcut_width'),
     Ailment('latent/rank', 0.05, 'the latents differ in very few directions; set model.shortcut_width, or lower '
             'train.learning_rate'),
     # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.
@@ -43,9 +43,9 @@ AILMENTS = (
             'lower train.learning_rate or lengthen train.warmup_steps', above=True),
     Ailment('feature/rms', 10.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
     Ailment('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
-            'start (train.head_start)'),
-    Ailment('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start '
-            '(train.head_start)', since=500))
+            'start, train.head_start'),
+    Ailment('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start, '
+            'train.head_start', since=500))
 LASTING = 3  # logged steps in a row
 
 

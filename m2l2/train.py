@@ -65,9 +65,6 @@ def train(config, workdir, writers=()) -> int:
     shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    for level, width, numbers in functions.network.arch.cramped:
-      logging.warning('model.widths[%d] is %d, and a patch of that level holds %d numbers of the noisy sound: partials '
-                      'will break off (see README, "What helps short runs")', level, width, numbers)
     if main:
       table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
       logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it
@@ -135,10 +132,9 @@ def train(config, workdir, writers=()) -> int:
     compiling = time.perf_counter()
     compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
       state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
-    steps = {head: compiled(functools.partial(functions.train_step, head=head)) for head, needed in (
-      (True, first < functions.head_start), (False, functions.head_start < fields.steps)) if needed}
-    for largest in list(steps.values())[-1:]:
-      _log_memory(largest, seconds=time.perf_counter() - compiling)
+    train_step = compiled(functions.train_step) if functions.head_start < fields.steps else None
+    head_step = compiled(functools.partial(functions.train_step, head=True)) if first < functions.head_start else None
+    _log_memory(train_step or head_step, seconds=time.perf_counter() - compiling)
     probe_step = jax.jit(functions.probe_step, out_shardings=whole)
     hosts.meet('compiled')
 
@@ -206,7 +202,7 @@ def train(config, workdir, writers=()) -> int:
       rejected += int(rows['rejected'].sum())
       trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
-        state, values = steps[step < functions.head_start](state, batch)
+        state, values = (head_step if step < functions.head_start else train_step)(state, batch)
       step += 1
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
@@ -293,7 +289,7 @@ def _with_weights_of(path, state, shardings):
 
 
 def _log_memory(compiled, *, seconds):
-  memory = compiled.memory_analysis()
+  memory = compiled and compiled.memory_analysis()  # no program: a run of head start alone that is at its end
   if memory is None:  # not every backend tells
     logging.info('the step compiled in %.1f s', seconds)
     return

@@ -28,7 +28,7 @@ flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 
 MAPPINGS = 20_000
 LONGEST = (  # files that use test_codec.py's models come after it: they find its programs in the cache
-  'test_train.py', 'test_codec.py', 'test_model.py', 'test_cli.py', 'test_bulk.py', 'test_prepare.py',
+  'test_train.py', 'test_codec.py', 'test_ladder.py', 'test_model.py', 'test_cli.py', 'test_bulk.py', 'test_prepare.py',
   'test_train_step.py', 'test_presets.py', 'test_learning.py', 'test_colabs.py', 'test_hosts.py', 'test_conformance.py',
 )
 

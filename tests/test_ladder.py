@@ -21,9 +21,15 @@ def test_the_rung_holds(rung, tmp_path):
   assert json.loads((tmp_path / 'ladder.jsonl').read_text()) == line
 
 
-def test_what_does_not_learn_fails(tmp_path, capsys):
-  assert ladder.main(['T1', '--quick', 'train.steps=2', f'--output={tmp_path}']) == 1
-  assert 'FAIL: one step reaches 6 dB; the second denoising gains 1 dB' in capsys.readouterr().out
+def test_what_does_not_learn_fails(tmp_path, capsys, monkeypatch):
+  figures = {'own': -1., 'wrong': -1., 'left_1': -1., 'left_2': -1.5, 'sigma_cond': {'1': {'left': -1.5}}}
+  monkeypatch.setattr(ladder, 'fit', lambda *_, **__: (None, 1.))
+  monkeypatch.setattr(ladder, 'judge', lambda *_: figures)
+  assert ladder.main(['T1', '--quick', f'--output={tmp_path}']) == 1
+  assert 'FAIL: one step reaches 4 dB; the second denoising gains 0.3 dB\n' in capsys.readouterr().out
+  figures.update(own=9., left_1=9., sigma_cond={'1': {'left': 10.5}})
+  assert ladder.main(['T1', '--quick', f'--output={tmp_path}']) == 0
+  assert capsys.readouterr().out.endswith('PASS\n')
 
 
 def test_fields_are_changed_and_unknown_ones_refused():

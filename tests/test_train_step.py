@@ -345,7 +345,7 @@ METRICS = {
   'latent/pre_rms', 'latent/spread', 'latent/saturated', 'latent/common', 'latent/mean', 'latent/std', 'feature/rms',
   'feature/varying', 'learning_rate', 'ema_decay', 'skipped', 'skipped_in_a_row'}
 BANDS = {'loss/sigma_0_0.05', 'loss/sigma_0.05_0.5', 'loss/sigma_0.5_5', 'loss/sigma_5_inf'}
-PROBES = {'swap', 'energy', 'log_magnitude_l1', 'log_magnitude_l1_swapped', 'snr_0.2',
+PROBES = {'swap', 'energy', 'coherence', 'coherence_source', 'log_magnitude_l1', 'log_magnitude_l1_swapped', 'snr_0.2',
           'snr_0.2_swapped', 'snr_1.0', 'snr_1.0_swapped', 'latent/pre_rms', 'latent/spread',
           'latent/saturated', 'latent/common', 'latent/mean', 'latent/std', 'latent/rank'}
 
