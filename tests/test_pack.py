@@ -105,6 +105,18 @@ def test_what_train_small_would_do(tmp_path):
   assert done.returncode == 1 and 'run ./launch/get_music.sh first' in done.stderr
 
 
+def test_a_gpus_quarter_of_an_hour_says_what_it_lacks(tmp_path):
+  def quarter(*arguments):
+    return subprocess.run(['bash', SCRIPT.parent / 'gpu_quarter.sh', *arguments], capture_output=True, text=True,
+                          check=False, timeout=60)
+
+  assert quarter('--help').stdout.startswith('Nine minutes on one GPU')
+  for wrong, says in (('--minutes=0', 'a whole number of minutes'), (f'--pack={tmp_path}/no', 'no is no pack'),
+                      ('--pac=x', 'does not know --pac=x')):
+    done = quarter(wrong, f'--output={tmp_path}/out')
+    assert done.returncode == 1 and says in done.stderr and not (tmp_path / 'out').exists()
+
+
 @pytest.mark.soak
 def test_train_small_goes_from_a_pack_to_a_model(music, tmp_path):
   output = tmp_path / 'pack'
