@@ -44,6 +44,7 @@ def measure(codec: Codec, audio, sample_rate):
 
 
 def main(workdir):
+  jax.config.update('jax_disable_most_optimizations', True)  # compiling takes longer than all that runs here
   trained, step = load(workdir), load_snapshot(workdir).step
   fields = trained.config['train']
   if step < fields['steps']:

@@ -15,11 +15,12 @@ case "${1:-}" in
   *) give_up "does not know $1 (try --help)" ;;
 esac
 
-steps=${STEPS:-120}
+steps=${STEPS:-80}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || give_up "STEPS=$steps must be a whole number of steps"
 run=runs/quickstart clip=m2l2/assets/clips/train/crystan-credits.ogg heldout=m2l2/assets/clips/heldout/savino-palace.ogg
 
 make_environment .venv train
+unset PYTHONDONTWRITEBYTECODE  # four processes import the same: where it is set, each parses all of it again
 mkdir -p "$run"
 say 'The model in the box: a clip through it; the first time its programs are compiled, 10 to 20 s'
 .venv/bin/m2l2 reconstruct $clip "$run/reconstruction.wav" --checkpoint=tiny --overwrite
