@@ -15,7 +15,7 @@ case "${1:-}" in
   *) give_up "does not know $1 (try --help)" ;;
 esac
 
-steps=${STEPS:-80}
+steps=${STEPS:-60}
 [[ $steps =~ ^[1-9][0-9]*$ ]] || give_up "STEPS=$steps must be a whole number of steps"
 run=runs/quickstart clip=m2l2/assets/clips/train/crystan-credits.ogg heldout=m2l2/assets/clips/heldout/savino-palace.ogg
 
