@@ -1,4 +1,4 @@
-"""For one clip and a quarter of an hour on a CPU: what the recipe can do where it can remember. 2.9 M parameters, mono.
+"""For one clip and 20 minutes on a CPU: what the recipe can do where it can remember. 2.9 M parameters, mono.
 
     m2l2 train --config=configs/clip.py --config.data.root=m2l2/assets/clips/train/crystan-credits.ogg \\
       --workdir=runs/clip
@@ -40,10 +40,10 @@ def get_config(arg=''):
   train.head_start = 0.25
   train.batch_size = 4
   train.learning_rate = 1e-3
-  train.final_learning_rate = 2e-5
+  train.final_learning_rate = 1e-4
   train.warmup_steps = 100
   train.b2 = 0.99
-  train.ema_decay = 0.98
+  train.ema_decay = 0.95
   train.log_every = 20
   train.probe_every = 200
   train.checkpoint_every = 200

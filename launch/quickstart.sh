@@ -27,8 +27,8 @@ say 'The model in the box: a clip through it; the first time its programs are co
 say "Listen to $run/reconstruction.wav: $clip through 345 numbers a second and channel (after $SECONDS s)"
 .venv/bin/m2l2 reconstruct $heldout "$run/heldout_reconstruction.wav" --checkpoint=tiny --overwrite
 say "Learning: a small model, $steps steps on that clip alone; its programs are compiled first, most of a minute"
-# Head start alone: one step from pure noise is to have the clip's magnitudes. The whole recipe takes a quarter of an
-# hour on one core (configs/clip.py).
+# Head start alone: one step from pure noise is to have the clip's magnitudes. The whole recipe takes 20 minutes
+# on one core (configs/clip.py).
 .venv/bin/m2l2 train --config=configs/clip.py --config.data.root=$clip --config.train.steps="$steps" \
   --config.train.head_start=1 --config.train.head_start_on=magnitudes --config.train.batch_size=2 \
   --config.train.learning_rate=2e-3 --config.train.warmup_steps=10 --config.train.probe_every=0 --workdir="$run"
