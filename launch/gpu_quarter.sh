@@ -21,7 +21,7 @@ SECONDS=0
 minutes=9 output=runs/gpu workdir=runs/small pack=data/pack config=configs/small.py python=python3 wheels='' checks=1
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit ;;
+    -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit ;;
     --minutes=*) minutes=${1#*=} ;;
     --output=*) output=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;

@@ -10,7 +10,7 @@
   T2  harmonic tones without end: those never heard come back through their latents
   C   one real clip of 6 s, random crops
   P   piano, pieces never heard (rendered from generated scores; fluidsynth and fluid-soundfont-gm are needed)
-  M   general music, packages never heard
+  M   general music, tracks never heard
 
   --quick            G and T1 in a form of at most a minute, as the tests run them
   --seed=N           of weights and of noise
@@ -42,12 +42,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import soundfile
-import soxr
 
 from m2l2 import build, timing
+from m2l2.clips import TRAINING
 from m2l2.codec import load
 from m2l2.configs import base, clip
+from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation import excerpts
 from m2l2.evaluation.embeddings import make_embedder
@@ -60,7 +60,6 @@ from m2l2.train_step import denoise, local_deviation
 EMBEDDING = 'musicnn_mtt'
 SIGMA_CONDS = (0.1, 0.3, 0.965, 2.0, 5.0, 15.0)  # the curve of the paper's figure 3
 LEVELS = (0.2, 1.0, 5.0)
-CLIP = 'm2l2/assets/clips/train/crystan-credits.ogg'
 
 
 # Rungs' configs: base with other sizes, and with learning rate, warm-up and average to match the steps. G and T1 are
@@ -112,6 +111,7 @@ def unheard_tones_config(quick):
 
 
 def clip_config(quick):
+  """Linear paths to the latents and a head start on the data."""
   return clip.get_config().unlock()
 
 
@@ -163,9 +163,11 @@ class Gaussian:
     return jax.random.normal(key, (chunks, self.bins, self.frames, 2))
 
 
-def read_clip(path, rate):
-  audio, own = soundfile.read(path, dtype='float32', always_2d=True)
-  return soxr.resample(audio.mean(axis=1), own, rate).astype(np.float32)
+def read_mono(path, rate):
+  """The file at `rate`, float32 [samples]."""
+  audio, own = audio_io.read(path)
+  audio = audio.mean(axis=0, keepdims=True)
+  return (audio if own == rate else audio_io.resample(audio, from_rate=own, to_rate=rate))[0]
 
 
 def crops(audio, starts, samples):
@@ -316,7 +318,7 @@ def unheard_tones(config, args):
 def one_clip(config, args):
   """A sample has at best 3 dB less SNR than the mean, which a regression gives: 2.4 dB here, in the same sizes."""
   functions = build.step_functions(config, ravel=True)
-  audio = read_clip(CLIP, functions.sample_rate)
+  audio = read_mono(TRAINING, functions.sample_rate)
   last = len(audio) - functions.crop_samples
   rng = np.random.default_rng(config.seed)
   params, seconds = fit(functions, config, lambda step: crops(
@@ -373,10 +375,9 @@ def piano(config, args):
   config.data.root = str(root / 'train')
   rate, sounds = build.native_rates(config.model)[0], {}
   for path in sorted((root / 'heldout').glob('*.flac')):
-    audio, own = soundfile.read(path, dtype='float32')
-    for start in np.linspace(5, len(audio) / own - 15, 3):
-      part = audio[int(start * own):int((start + 6) * own)]
-      sounds[f'{path.stem}@{start:.0f}'] = soxr.resample(part, own, rate)[None].astype(np.float32)
+    audio = read_mono(path, rate)
+    for start in np.linspace(5, len(audio) / rate - 15, 3):
+      sounds[f'{path.stem}@{start:.0f}'] = audio[None, int(start * rate):int((start + 6) * rate)]
   return corpus(config, args, sounds, lambda f: {
       'coherence reaches .5': f['coherence'] >= 0.5, 'two steps are no worse than one': f['left_2'] >= f['left_1'],
       'FD is below that of exact magnitudes with random phases': f['fd'] < f['fd_bound']})

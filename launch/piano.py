@@ -14,16 +14,17 @@ from concurrent import futures
 import os
 from pathlib import Path
 import shutil
-import subprocess
 import sys
-import tempfile
 
 import mido
 import numpy as np
-import soundfile
-import soxr
 
-SOUNDFONT = '/usr/share/sounds/sf2/FluidR3_GM.sf2'
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import probe_data  # noqa: E402  (the checkout's own)
+from m2l2.data import audio_io  # noqa: E402
+from m2l2.errors import UserError  # noqa: E402
+
 MODES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 8, 11))
 FIGURES = ((0, 1, 2), (0, 2, 1, 2), (0, 1, 2, 1))  # in which order an accompaniment plays its chord
 HELD_SEED = 1_000_000
@@ -75,29 +76,20 @@ def midi(notes, pedals, tempo) -> mido.MidiFile:
 
 
 def render(seed: int, path: Path, *, seconds: float, rate: int):
-  """Writes the piece of that seed; a piece half written has another name."""
-  with tempfile.TemporaryDirectory() as folder:
-    written, sound = os.path.join(folder, 'score.mid'), os.path.join(folder, 'sound.wav')
-    score(seed, seconds).save(written)
-    subprocess.run(['fluidsynth', '-ni', '-q', '-r', '44100', '-g', '0.6', '-F', sound, SOUNDFONT, written],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    audio, own = soundfile.read(sound, dtype='float32', always_2d=True)
-  audio = np.clip(soxr.resample(audio.mean(axis=1), own, rate), -1, 1)
-  part = path.with_suffix('.part')
-  soundfile.write(part, audio, rate, format='FLAC')
-  os.replace(part, path)
+  """Writes the piece of that seed; `audio_io` leaves no half file."""
+  audio = probe_data.render(score(seed, seconds), probe_data.SOUNDFONTS[0])
+  audio_io.write(path, audio_io.resample(audio, from_rate=probe_data.RATE, to_rate=rate), rate)
 
 
-def main(argv=None) -> int:
+def main(argv=None):
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--output', type=Path, default=Path('data/piano'))
   for name, default in (('pieces', 80), ('held', 12), ('rate', 11025)):
     flags.add_argument(f'--{name}', type=int, default=default)
   flags.add_argument('--seconds', type=float, default=180.0)
   args = flags.parse_args(argv)
-  if not shutil.which('fluidsynth') or not os.path.isfile(SOUNDFONT):
-    print('piano: needs fluidsynth and its soundfont: apt install fluidsynth fluid-soundfont-gm', file=sys.stderr)
-    return 1
+  if not shutil.which('fluidsynth') or not os.path.isfile(probe_data.SOUNDFONTS[0]):
+    raise UserError('fluidsynth or its soundfont is missing: apt install fluidsynth fluid-soundfont-gm')
   work = [(seed, args.output / 'train' / f'{seed:04d}.flac') for seed in range(args.pieces)]
   work += [(HELD_SEED + seed, args.output / 'heldout' / f'{seed:04d}.flac') for seed in range(args.held)]
   for _, path in work:
@@ -106,8 +98,10 @@ def main(argv=None) -> int:
     list(pool.map(lambda item: render(*item, seconds=args.seconds, rate=args.rate),
                   [item for item in work if not item[1].exists()]))
   print(f'{args.output}: {args.pieces} pieces to train on, {args.held} held out, of {args.seconds:g} s and more')
-  return 0
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  try:
+    main()
+  except UserError as error:
+    sys.exit(f'piano: {error}')

@@ -40,6 +40,8 @@ class Listener:
     metrics, names = evaluate.split_names(fields['metrics'])
     if fields['best'] and fields['best'] not in (*metrics, *names):
       raise UserError(f'evaluate.best={fields["best"]!r} is not among evaluate.metrics={fields["metrics"]}')
+    if fields['best'] in evaluate.UNORDERED:
+      raise UserError(f"evaluate.best={fields['best']!r}: neither its high nor its low values are good; name another")
     self._metrics = metrics
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}

@@ -62,6 +62,8 @@ def test_the_best_setting_is_found(swept, clips):
   assert swept['settings'][3]['values']['si_sdr']['error'] > 0
   with pytest.raises(UserError, match='is to be told by .* name one of level, si_sdr'):
     sweep.sweep(StandIn(), clips, metrics=('si_sdr',), embedders={'level': len}, by='visqol')
+  with pytest.raises(UserError, match='coherence tells no best'):
+    sweep.sweep(StandIn(), clips, metrics=('coherence',), embedders={})
   with pytest.raises(UserError, match='too small'):
     sweep.sweep(StandIn(), clips, values=(.001,))
 

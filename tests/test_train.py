@@ -385,6 +385,7 @@ def test_measuring_changes_no_training_and_resumes_exactly(held_out, straight, t
 @pytest.mark.parametrize('fields, message', [
   ({'evaluate.every': -1}, 'evaluate.every=-1'),
   ({'evaluate.best': 'visqol'}, "evaluate.best='visqol' is not among"),
+  ({'evaluate.metrics': 'coherence', 'evaluate.best': 'coherence'}, 'neither its high nor its low'),
   ({'evaluate.metrics': 'loudness'}, "unknown metric 'loudness'"),
   ({'evaluate.root': '/nowhere'}, 'no such directory'),
   ({'evaluate.clips': 0}, 'must be positive')])

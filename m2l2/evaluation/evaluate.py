@@ -22,7 +22,8 @@ from m2l2.evaluation.embeddings import EMBEDDINGS, IN_THE_BOX
 STEREO_METRICS = ('si_sdr_left', 'si_sdr_right', 'side_mid_db')
 METRICS = (*pairs.PAIR_METRICS, *STEREO_METRICS, 'seam_db', 'visqol')
 # What lower and higher values mean, for tables.
-HIGHER_IS_BETTER = ('coherence', 'si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
+UNORDERED = ('coherence', 'coherence_reference')  # good is what is near the reference's, neither high nor low
+HIGHER_IS_BETTER = ('si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,13 +192,25 @@ def coherence(audio, *, sample_rate: int) -> float:
   return _coherence(prepared(audio, sample_rate=sample_rate, what='audio'), what='audio')
 
 
+def _whole_frames(mono: np.ndarray) -> Iterator[np.ndarray]:
+  """Blocks of 64 frames [frames, bins up to 11 kHz] that lie in the signal whole; of a short one what there is."""
+  outside = N_FFT // HOP // 2  # frames at either end that reach beyond it
+  held, short = None, True
+  for frames in spectra(mono, bins=N_FFT // 4):
+    held = frames[outside:] if held is None else np.concatenate([held, frames])
+    while len(held) >= 64 + outside:
+      yield held[:64]
+      held, short = held[64:], False
+  if short:
+    yield held[:-outside]
+
+
 def _coherence(mono: np.ndarray, *, what: str) -> float:
-  frames = np.concatenate([block[:, :N_FFT // 4] for block in spectra(mono)])[N_FFT // HOP // 2:-(N_FFT // HOP // 2)]
-  frames = frames * np.maximum(np.abs(frames), 1e-9) ** (0.65 - 1)
-  blocks = [frames[i:i + 64] for i in range(0, len(frames), 64)]
-  blocks = [block for i, block in enumerate(blocks) if len(block) == 64 or (i == 0 and len(block) > 5)]
-  values = [representation.coherence(np.stack([block.T.real, block.T.imag], axis=-1))
-            for block in blocks if np.abs(block).sum() > 1e-2 * len(block)]
+  values = []
+  for block in _whole_frames(mono):
+    block = block * np.maximum(np.abs(block), 1e-9) ** (0.65 - 1)
+    if len(block) > 5 and np.abs(block).sum() > 1e-2 * len(block):
+      values.append(representation.coherence(np.stack([block.T.real, block.T.imag], axis=-1)))
   if not values:
     raise UserError(f'coherence is undefined: the {what} is silent or shorter than 6 frames; leave this pair out')
   return float(np.mean(values))

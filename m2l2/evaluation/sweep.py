@@ -44,6 +44,8 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
   if by not in (*embedders, *metrics):
     raise UserError(f'the best sigma_cond is to be told by {by!r}, which is not measured: name one of '
                     f'{", ".join([*embedders, *metrics])}')
+  if by in evaluate.UNORDERED:
+    raise UserError(f'{by} tells no best sigma_cond: neither high nor low values are good, but those near the original')
   for value in values:
     codec.check_decoding(seed, sigma_cond=value)
   chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
