@@ -26,11 +26,27 @@ def draw(shape, size):
 def test_result_and_gradients_are_those_of_the_plain_convolution(shape, size, padding):
   x, kernel = draw(shape, size)
   out, pull = jax.vjp(lambda x, kernel: convolution.convolve(x, kernel, padding), x, kernel)
-  expected, plain_pull = jax.vjp(lambda x, kernel: convolution._plain(x, kernel, padding), x, kernel)
+  expected, plain_pull = jax.vjp(lambda x, kernel: convolution._plain(x, kernel, padding, (1, 1)), x, kernel)
   np.testing.assert_array_equal(out, expected)
   weight = jax.random.normal(jax.random.key(1), out.shape)
   for ours, theirs in zip(pull(weight), plain_pull(weight), strict=True):
     assert jnp.abs(ours - theirs).max() < 1e-5 * jnp.abs(theirs).max()
+
+
+@pytest.mark.parametrize('exact,error,dilation', [(False, 4e-3, (1, 1)), (True, 1e-5, (1, 1)), (True, 1e-5, (1, 4))])
+def test_products_of_float32_maps_may_read_bfloat16(exact, error, dilation):
+  x, kernel = draw((2, 8, 16, 4), (3, 3, 4))
+  low = kernel.astype(jnp.bfloat16)
+  out, pull = jax.vjp(jax.jit(lambda x, kernel: convolution.convolve(
+      x, kernel, ((1, 1), (1, 1)), exact=exact, dilation=dilation)), x, low)
+  expected, plain = jax.vjp(lambda x, kernel: convolution._plain(x, kernel, ((1, 1), (1, 1)), dilation), x,
+                            low.astype(jnp.float32))
+  assert out.dtype == jnp.float32
+  assert 0 < jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected) < error
+  weight = jax.random.normal(jax.random.key(1), out.shape)
+  for ours, theirs, dtype in zip(pull(weight), plain(weight), (jnp.float32, jnp.bfloat16), strict=True):
+    assert ours.dtype == dtype
+    assert jnp.linalg.norm(ours.astype(jnp.float32) - theirs) < 1e-2 * jnp.linalg.norm(theirs)
 
 
 def test_it_is_as_exact_as_float32_sums_are():

@@ -192,6 +192,33 @@ def test_bfloat16_runs_close_to_float32(model):
     assert 1e-5 < _differ(low.astype(jnp.float32), full) < .05
 
 
+def _equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from _equations(inner)
+
+
+@pytest.mark.parametrize('tile', ['0', '128'])
+def test_sums_of_the_denoiser_are_never_rounded_to_bfloat16(tile):
+  """Late in training student and teacher differ by less than that: see launch/rounding.py."""
+  network = _network(**{**ALL, 'widths': (16, 64), 'tile': tile, 'dtype': 'bfloat16'})
+  params = _initial(network)
+  spec = jax.ShapeDtypeStruct((1, 2, 64, 8, 4), jnp.float32)
+  z = jax.ShapeDtypeStruct((1, 2, 8, 8), jnp.float32)
+  sigma = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+
+  def dtypes(function, *args):
+    found = {}
+    for equation in _equations(jax.make_jaxpr(function)(*args).jaxpr):
+      found.setdefault(equation.primitive.name, set()).update(str(out.aval.dtype) for out in equation.outvars)
+    return {name: found[name] for name in ('add', 'conv_general_dilated', 'dot_general')}
+
+  features = jax.eval_shape(network.decode, params, z)
+  assert 'bfloat16' not in set().union(*dtypes(network.denoise, params, spec, sigma, features).values())
+  assert 'bfloat16' in dtypes(network.decode, params, z)['conv_general_dilated']  # of which both have the same
+
+
 # --- at init, and the first updates ---
 
 

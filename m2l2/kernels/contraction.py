@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x, kernel, axes: int = 1):
-  """[..., *in] by [*in, *out] -> [..., *out] in x's dtype; `axes` is the number of `in` dimensions."""
-  return _dot(x, kernel, range(x.ndim - axes, x.ndim), range(axes))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x, kernel, axes: int = 1, dtype=None):
+  """[..., *in] by [*in, *out] -> [..., *out] in `dtype`, x's by default; `axes` is the number of `in` dimensions."""
+  return _dot(x, kernel, range(x.ndim - axes, x.ndim), range(axes), dtype)
 
 
-def _forward(x, kernel, axes):
-  return contract(x, kernel, axes), (x, kernel)
+def _forward(x, kernel, axes, dtype):
+  return contract(x, kernel, axes, dtype), (x, kernel)
 
 
-def _backward(axes, saved, gradient):
+def _backward(axes, dtype, saved, gradient):
   x, kernel = saved
+  gradient = gradient.astype(x.dtype)
   out, lead = kernel.ndim - axes, x.ndim - axes
   dx = _dot(gradient, kernel, range(lead, lead + out), range(axes, kernel.ndim))
   return dx, _dot(x, gradient, range(lead), range(lead)).astype(kernel.dtype)
@@ -30,6 +31,6 @@ def _backward(axes, saved, gradient):
 contract.defvjp(_forward, _backward)
 
 
-def _dot(x, y, of_x, of_y):
+def _dot(x, y, of_x, of_y, dtype=None):
   return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())),
-                             preferred_element_type=jnp.promote_types(x.dtype, y.dtype))
+                             preferred_element_type=dtype or jnp.promote_types(x.dtype, y.dtype))

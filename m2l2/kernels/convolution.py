@@ -15,34 +15,63 @@ from m2l2.kernels.chunk_causal import platform
 BLOCK = 1024  # places of a map in each product, at most; maps of a few are left to XLA
 
 
-def convolve(x, kernel, padding):
-  """[N, F, T, I] by [A, B, I, O] -> [N, F', T', O] in x's dtype; `padding` ((before, after), (before, after))."""
-  return _convolve(x, kernel, tuple(tuple(pair) for pair in padding)) if _blocks_pay(x) else _plain(x, kernel, padding)
+def convolve(x, kernel, padding, *, exact=False, dilation=(1, 1)):
+  """[N, F, T, I] by [A, B, I, O] -> [N, F', T', O] in x's dtype.
+
+  Args:
+    kernel: of x's dtype, or bfloat16 where x is float32: the products then read x rounded to bfloat16, and their sums
+      are not rounded.
+    padding: ((before, after), (before, after)), rows and frames.
+    exact: x is read as the sum of two bfloat16 then: twice the products forward, none more backward.
+    dilation: of the kernel.
+  """
+  if kernel.dtype == x.dtype and not _blocks_pay(x, dilation):
+    return _plain(x, kernel, padding, dilation)
+  return _convolve(x, kernel, tuple(tuple(pair) for pair in padding), exact, tuple(dilation))
 
 
-def _blocks_pay(x) -> bool:
+def split(x, dtype):
+  """x, float32, as two numbers of a lower `dtype` whose sum it is up to 2^-16; gradients pass by the first alone."""
+  info = jnp.finfo(dtype)
+  rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast to and fro XLA may leave out
+  return x.astype(dtype), jax.lax.stop_gradient(x - rounded).astype(dtype)
+
+
+def _blocks_pay(x, dilation) -> bool:
   """On one CPU device alone: split over several, each block would wait for all of them."""
   mesh = jax.sharding.get_abstract_mesh()
-  return platform() == 'cpu' and (mesh.empty or mesh.size == 1) and x.shape[1] * x.shape[2] >= BLOCK // 4
+  return (platform() == 'cpu' and (mesh.empty or mesh.size == 1) and x.shape[1] * x.shape[2] >= BLOCK // 4
+          and dilation == (1, 1))
 
 
-def _plain(x, kernel, padding):
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+def _plain(x, kernel, padding, dilation, dtype=None):
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, rhs_dilation=dilation, preferred_element_type=dtype,
+                                      dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x, kernel, padding):
-  return _plain(x, kernel, padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x, kernel, padding, exact, dilation):
+  return _forward(x, kernel, padding, exact, dilation)[0]
 
 
-def _forward(x, kernel, padding):
-  return _plain(x, kernel, padding), (x, kernel)
+def _forward(x, kernel, padding, exact, dilation):
+  if x.dtype == kernel.dtype or not exact:
+    low = x.astype(kernel.dtype)
+    return _plain(low, kernel, padding, dilation, x.dtype), (low, kernel)
+  low, rest = split(x, kernel.dtype)
+  both = jnp.concatenate([low, rest], axis=-1), jnp.concatenate([kernel, kernel], axis=2)
+  return _plain(*both, padding, dilation, x.dtype), (low, kernel)
 
 
-def _backward(padding, saved, out_gradient):
+def _backward(padding, exact, dilation, saved, out_gradient):
   x, kernel = saved
-  _, pull = jax.vjp(lambda x: _plain(x, kernel, padding), x)
-  return *pull(out_gradient), kernel_gradient(x, out_gradient, kernel.shape[:2], padding)
+  dtype, out_gradient = out_gradient.dtype, out_gradient.astype(x.dtype)
+  if not _blocks_pay(x, dilation):
+    _, pull = jax.vjp(lambda x, kernel: _plain(x, kernel, padding, dilation), x, kernel)
+    x_gradient, gradient = pull(out_gradient)
+    return x_gradient.astype(dtype), gradient
+  _, pull = jax.vjp(lambda x: _plain(x, kernel, padding, dilation), x)
+  return pull(out_gradient)[0].astype(dtype), kernel_gradient(x, out_gradient, kernel.shape[:2], padding)
 
 
 _convolve.defvjp(_forward, _backward)

@@ -7,37 +7,59 @@ only the input and the moments are kept. All maths is float32; results have the 
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
 
-@jax.custom_vjp
-def silu(x):
-  """x sigmoid(x), rounded once."""
+def silu(x, dtype=None):
+  """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is kept in `dtype`, its own by default."""
+  return _silu(x, jnp.dtype(dtype or x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _silu(x, dtype):
   return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
-def _silu_backward(x, gradient):
-  y = x.astype(jnp.float32)
-  gate = jax.nn.sigmoid(y)
-  return ((gradient.astype(jnp.float32) * gate * (1 + y * (1 - gate))).astype(x.dtype),)
+def _silu_gradient(x, gradient):
+  """float32, of a gradient and an x of whatever dtypes."""
+  x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+  gate = jax.nn.sigmoid(x)
+  return gradient * gate * (1 + x * (1 - gate))
 
 
-silu.defvjp(lambda x: (silu(x), x), _silu_backward)
+_silu.defvjp(lambda x, dtype: (_silu(x, dtype), keep(x, dtype)),
+             lambda dtype, x, gradient: (_silu_gradient(x, gradient).astype(gradient.dtype),))
 
 
-@jax.custom_vjp
-def swiglu(h):
-  """SiLU(a) b of h [..., 2, M], the halves a and b."""
-  return silu(h[..., 0, :]) * h[..., 1, :]
+def swiglu(h, dtype=None):
+  """SiLU(a) b of h [..., 2, M], the halves a and b, in `dtype` (h's by default), in which h is kept too."""
+  return _swiglu(h, jnp.dtype(dtype or h.dtype))
 
 
-def _swiglu_backward(h, gradient):
-  a, b = h[..., 0, :], h[..., 1, :]
-  return (jnp.stack([_silu_backward(a, gradient * b)[0], gradient * silu(a)], axis=-2),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _swiglu(h, dtype):
+  return (_silu(h[..., 0, :], h.dtype) * h[..., 1, :]).astype(dtype)
 
 
-swiglu.defvjp(lambda h: (swiglu(h), h), _swiglu_backward)
+def _swiglu_forward(h, dtype):
+  return _swiglu(h, dtype), (keep(h, dtype), jnp.zeros((), h.dtype))
+
+
+def _swiglu_backward(dtype, saved, gradient):
+  h, like = saved
+  a, b = (h[..., i, :] for i in range(2))
+  halves = _silu_gradient(a, gradient * b), gradient * _silu(a, a.dtype)
+  return (jnp.stack([half.astype(like.dtype) for half in halves], axis=-2),)
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def keep(x, dtype=None):
+  """x in `dtype`, marked as what a rematerialised layer keeps ('product': model/layers.py)."""
+  return checkpoint_name(x.astype(dtype or x.dtype), 'product')
 
 
 def layer_norm(x, scale, *, eps: float):
@@ -79,29 +101,34 @@ def _row_norm_backward(eps, centred, saved, gradient):
 _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def normalised_qkv(qkv, gains, eps):
+def normalised_qkv(qkv, gains, eps, dtype=None):
   """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
 
-  Its gradient is put together at once, where that of three slices would be three padded arrays and their sum.
+  Its gradient is put together at once, where that of three slices would be three padded arrays and their sum. `dtype`
+  as of `swiglu`.
   """
+  return _normalised_qkv(qkv, gains, eps, jnp.dtype(dtype or qkv.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _normalised_qkv(qkv, gains, eps, dtype):
   qk = rms_norm(qkv[:, :, :2], gains[None, None, :, None], eps=eps)
-  return qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]
+  return tuple(x.astype(dtype) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
 
 
-def _normalised_qkv_forward(qkv, gains, eps):
-  return normalised_qkv(qkv, gains, eps), (qkv, gains)
+def _normalised_qkv_forward(qkv, gains, eps, dtype):
+  return _normalised_qkv(qkv, gains, eps, dtype), (keep(qkv, dtype), gains, jnp.zeros((), qkv.dtype))
 
 
-def _normalised_qkv_backward(eps, saved, gradients):
-  qkv, gains = saved
+def _normalised_qkv_backward(eps, dtype, saved, gradients):
+  qkv, gains, like = saved
   scale, qk = gains[None, None, :, None], qkv[:, :, :2]
   _, moments = _row_norm_forward(qk, scale, eps, False)
   inner, gain = _row_norm_backward(eps, False, moments, jnp.stack(gradients[:2], axis=2))
-  return jnp.concatenate([inner, gradients[2][:, :, None]], axis=2), gain[0, 0, :, 0]
+  return jnp.concatenate([inner, gradients[2][:, :, None]], axis=2).astype(like.dtype), gain[0, 0, :, 0]
 
 
-normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
+_normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
 
 
 def group_norm(x, scale, *, groups: int, eps: float):

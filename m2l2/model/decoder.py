@@ -77,11 +77,12 @@ class Decoder(nnx.Module):
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, output_norm=False, remat=remat,
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
-                                      rngs=rngs)
+                                      dtype=dtype, rngs=rngs)
     kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
     self.shortcut = kind((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
     self.envelope = (
-        EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], rngs=rngs)
+        EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], dtype=dtype,
+                     rngs=rngs)
         if envelope else None)
     self.sketch = (
         LinearSketch((num_latents, latent_dim), sketch_grid, bins=bins, frames=grid[1] * math.prod(

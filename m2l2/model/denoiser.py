@@ -54,6 +54,9 @@ class Denoiser(nnx.Module):
 
   Cross connections (where the features have 'maps') go into the patchifier, one per conv block; skips from each of its
   blocks into the de-patchifier; both merge as (a + b) / sqrt 2. `latents` adds the summary embeddings to the tokens.
+
+  Products read `dtype`; all else is float32, because the loss compares two outputs that late in training differ by a
+  thousandth, which is less than roundings to bfloat16 on the way would move them.
   """
 
   def __init__(self, *, channels, bins, stem, grid, widths, blocks, strides, transformer, chunks, num_latents,
@@ -64,7 +67,8 @@ class Denoiser(nnx.Module):
     self.embedding = NoiseEmbedding(cond_dim, rngs=rngs)
     self.gains = NoiseGains(cond_dim, rows, rngs=rngs)
     in_channels = channels * (3 if envelope_input else 2)
-    ladder = dict(widths=widths, blocks=blocks, strides=strides, cond_dim=cond_dim, remat=remat, tile=tile)
+    ladder = dict(widths=widths, blocks=blocks, strides=strides, cond_dim=cond_dim, remat=remat, tile=tile,
+                  dtype=dtype)
     self.patchifier = Patchifier(in_channels, stem=stem, rngs=rngs, **ladder)
     self.latents_in = Linear(latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs) if latents else None
     self.registers = (
@@ -74,7 +78,7 @@ class Denoiser(nnx.Module):
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, rngs=rngs, **ladder)
     self.output = OutputHead(widths[0], 2 * channels, stem=stem, pack=self.patchifier.packs[0], cond_dim=cond_dim,
-                             rngs=rngs)
+                             dtype=dtype, rngs=rngs)
     self.envelope_input = envelope_input
     self.cond_dim = cond_dim
     self.dtype = dtype
@@ -90,22 +94,22 @@ class Denoiser(nnx.Module):
 
     if self.envelope_input:
       x = jnp.concatenate([x, jax.lax.stop_gradient(features['log_magnitude'])], axis=-1)
-    x = x.reshape(b * s, *x.shape[2:]).astype(self.dtype)
+    x = x.reshape(b * s, *x.shape[2:])
     maps = [m.reshape(b * s, *m.shape[2:]) for m in features['maps']] if 'maps' in features else None
     tokens, skips = self.patchifier(x, gain=gains[:, 0], features=maps, cond=flat_cond)
 
     num_tokens, dim = tokens.shape[1:]
     parts = [tokens.reshape(b, s, num_tokens, dim)]
     if self.latents_in is not None:
-      parts.append(self.latents_in(features['z'].astype(self.dtype)))
+      parts.append(self.latents_in(features['z'].astype(self.dtype), jnp.float32))
     if self.registers is not None:
-      parts.append(jnp.broadcast_to(self.registers[...].astype(self.dtype), (b, s, *self.registers.shape)))
-    h = self.transformer(jnp.concatenate(parts, axis=2), cond)
-    h = self.transformer.norm_output(h[:, :, :num_tokens], cond).astype(self.dtype)
+      parts.append(jnp.broadcast_to(self.registers[...], (b, s, *self.registers.shape)))
+    h = self.transformer(jnp.concatenate(parts, axis=2), cond, self.dtype)
+    h = self.transformer.norm_output(h[:, :, :num_tokens], cond)
 
     h, _ = self.depatchifier(h.reshape(b * s, num_tokens, dim), features=skips, cond=flat_cond)
     out = self.output(h, gain=gains[:, 1], cond=flat_cond)
-    return out.reshape(b, s, *out.shape[1:]).astype(jnp.float32)
+    return out.reshape(b, s, *out.shape[1:])
 
 
 def token_grid(bins, frames, stem, strides):

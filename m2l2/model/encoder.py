@@ -82,7 +82,7 @@ class Encoder(nnx.Module):
     in_channels = channels * (3 if magnitude_input else 2)
     self.gain = param(rngs, (bins // stem[0],), ('freq',), ONES)
     self.patchifier = Patchifier(in_channels, stem=stem, widths=widths, blocks=blocks, strides=strides,
-                                 remat=remat, tile=tile, rngs=rngs)
+                                 remat=remat, tile=tile, dtype=dtype, rngs=rngs)
     self.queries = param(rngs, (num_latents, dim), ('latents', 'embed'), normal(dim ** -0.5))
     self.registers = param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5))
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,

@@ -82,8 +82,8 @@ def spread_bands(cells, bins: int, frames: int):
 class EnvelopeHead(nnx.Module):
   """Finest decoder map [N, F', T', C] -> log-magnitudes [N, F, T, channels] float32."""
 
-  def __init__(self, dim, channels, *, bins, stem, pack=PLAIN, rngs):
-    self.head = OutputHead(dim, channels, stem=stem, pack=pack, init=normal(0.02), rngs=rngs)
+  def __init__(self, dim, channels, *, bins, stem, pack=PLAIN, dtype, rngs):
+    self.head = OutputHead(dim, channels, stem=stem, pack=pack, init=normal(0.02), dtype=dtype, rngs=rngs)
     self.bias = param(rngs, (bins, 1, channels), ('freq', None, None), ZEROS)
 
   def __call__(self, x):

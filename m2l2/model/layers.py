@@ -3,7 +3,9 @@
 Letters: B batch, S chunk, N = B*S chunks side by side, F frequency, T frame, P token, L latent, Z latent
 width, D width, C channel, H head, K head width, M hidden width of an MLP.
 
-Parameters are float32; a layer computes in the dtype of its input. Norms compute in float32.
+Parameters are float32; a layer computes in the dtype of its input. Norms compute in float32. Products may give float32
+of bfloat16: what the denoiser's layers add up is not rounded to bfloat16, only what its products read
+(launch/rounding.py measures why).
 """
 
 from collections.abc import Callable
@@ -101,10 +103,11 @@ class Linear(nnx.Module):
     self.kernel = param(rngs, (in_dim, *out_dims), axes, init or xavier(in_dim, size))
     self.bias = param(rngs, out_dims, axes[1:], ZEROS) if bias else None
 
-  def __call__(self, x):
+  def __call__(self, x, dtype=None):
+    """In `dtype`, x's by default."""
     kernel = self.kernel[...].astype(x.dtype)
-    out = product(contract(x, kernel))
-    return out if self.bias is None else out + as_last(self.bias[...].astype(x.dtype), out)
+    out = product(contract(x, kernel, 1, dtype))
+    return out if self.bias is None else out + as_last(self.bias[...].astype(out.dtype), out)
 
 
 class Conv3x3(nnx.Module):
@@ -112,26 +115,29 @@ class Conv3x3(nnx.Module):
 
   On packed maps it goes from aligned places to shifted ones, from shifted to aligned with `inward`, or from aligned to
   aligned with `aligned`; `enter` goes from a plain map to aligned places.
+
+  The result is in x's dtype; products read `dtype`, x's by default, see `convolve`.
   """
 
-  def __init__(self, in_dim, out_dim, *, init=None, bias=False, rngs):
+  def __init__(self, in_dim, out_dim, *, init=None, bias=False, dtype=None, exact=False, rngs):
     self.kernel = param(rngs, (3, 3, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'),
                         init or xavier(9 * in_dim, 9 * out_dim))
     self.bias = param(rngs, (out_dim,), ('conv_out',), ZEROS) if bias else None
+    self.dtype, self.exact = dtype, exact
 
   def __call__(self, x, *, pack=packing.PLAIN, inward=False, aligned=False):
     kernel = self.kernel[...]
     if pack != packing.PLAIN:
       kernel = packing.packed_kernel(kernel, pack, aligned=aligned)
     padding = [(0, 0) if inward and p > 1 else (1, 1) for p in pack]
-    return self._add_bias(product(convolve(x, kernel.astype(x.dtype), padding)))
+    return self._add_bias(product(convolve(x, kernel.astype(self.dtype or x.dtype), padding, exact=self.exact)))
 
   def enter(self, x, pack):
     if pack == packing.PLAIN:
       return self(x)
     kernel = packing.window_kernel(self.kernel[...], pack)
     kernel = kernel.reshape(-1, kernel.shape[-1]).astype(x.dtype)
-    return self._add_bias(jnp.einsum('nftw,wc->nftc', packing.windows(x, pack), kernel))
+    return self._add_bias(contract(packing.windows(x, pack), kernel))
 
   def _add_bias(self, out):
     if self.bias is None:

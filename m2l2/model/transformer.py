@@ -1,7 +1,7 @@
 """Pre-norm transformer with QK-norm and SwiGLU; its layers are stacked, scanned and rematerialised.
 
-The residual stream is float32 whatever the dtype of the layers: 24 roundings of it to bfloat16 would double the
-error of the whole model (measured against torch's autocast, which keeps it in float32 too).
+The residual stream and what products add to it are float32 whatever the dtype of the layers: 24 roundings to bfloat16
+would double the error of the whole model (measured against torch's autocast, which keeps the stream in float32 too).
 """
 
 from flax import nnx
@@ -27,13 +27,15 @@ class Attention(nnx.Module):
     self.impl = impl
 
   def __call__(self, x):
+    """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     b, s, p, d = x.shape
-    qkv = self.qkv(x.reshape(b, s * p, d))
+    qkv = self.qkv(x.reshape(b, s * p, d), jnp.float32)
     qkv = sharding.constrain(qkv, 'batch', None, None, 'heads', None)
-    q, k, v = norms.normalised_qkv(qkv, jnp.stack([self.q_norm.gain[...], self.k_norm.gain[...]]), self.q_norm.eps)
+    gains = jnp.stack([self.q_norm.gain[...], self.k_norm.gain[...]])
+    q, k, v = norms.normalised_qkv(qkv, gains, self.q_norm.eps, x.dtype)
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
     out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
-    return product(contract(out, self.out[...].astype(x.dtype), 2)).reshape(b, s, p, d)
+    return product(contract(out, self.out[...].astype(x.dtype), 2, jnp.float32)).reshape(b, s, p, d)
 
 
 class SwiGLU(nnx.Module):
@@ -45,8 +47,9 @@ class SwiGLU(nnx.Module):
     self.out = Linear(hidden, dim, axes=('mlp', 'embed'), init=ZEROS, bias=False, rngs=rngs)
 
   def __call__(self, x):
-    h = sharding.constrain(self.inner(x), 'batch', None, None, None, 'mlp')
-    return self.out(norms.swiglu(h))
+    """[B, S, P, D] in the dtype of products -> the same shape, float32."""
+    h = sharding.constrain(self.inner(x, jnp.float32), 'batch', None, None, None, 'mlp')
+    return self.out(norms.swiglu(h, x.dtype), jnp.float32)
 
 
 class Block(nnx.Module):
@@ -59,9 +62,9 @@ class Block(nnx.Module):
   def __call__(self, x, cond=None, *, dtype=jnp.float32):
     """x [B, S, P, D] float32 -> the same; attention and MLP compute in `dtype`."""
     with jax.named_scope('attention'):
-      x = x + self.attention(self.attention_norm(x, cond).astype(dtype)).astype(x.dtype)
+      x = x + self.attention(self.attention_norm(x, cond).astype(dtype))
     with jax.named_scope('mlp'):
-      x = x + self.mlp(self.mlp_norm(x, cond).astype(dtype)).astype(x.dtype)
+      x = x + self.mlp(self.mlp_norm(x, cond).astype(dtype))
     # Said in the loop's body: without it the compiler changes its mind about the carry, and copies it whole.
     return sharding.constrain(x, 'batch', None, None, None)
 
@@ -69,7 +72,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """Tokens [B, S, P, D] -> the residual stream [B, S, P, D] float32, chunk-causal over S.
 
-  The layers compute in the dtype of the tokens.
+  The layers' products read `dtype`, that of the tokens by default.
 
   Learned positions over [chunks, tokens]; one norm after adding them; `norm_output` (an attribute) is for
   the caller that wants it (present where `output_norm`).
@@ -89,8 +92,8 @@ class Transformer(nnx.Module):
     self.norm_output = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs) if output_norm else None
     self.remat = remat
 
-  def __call__(self, x, cond=None):
-    dtype = x.dtype
+  def __call__(self, x, cond=None, dtype=None):
+    dtype = dtype or x.dtype
     x = x.astype(jnp.float32)
     x = self.norm_input(x + as_last(self.positions[...][:x.shape[1]], x), cond)
     graphdef, stacked = nnx.split(self.layers)
