@@ -357,6 +357,7 @@ def _check_latents(path):
 @contextlib.contextmanager
 def _over(planned, name, args):
   """Gives (a bar's function, passing). `passing(job)` tells of a fault, then goes on; that of a lone file ends all."""
+  from m2l2.data.audio_io import shown
   faults = 0
 
   @contextlib.contextmanager
@@ -365,10 +366,13 @@ def _over(planned, name, args):
     try:
       yield
     except UserError as error:
+      line = ' '.join(str(error).split())
+      if job.name not in line and shown(job.target) not in line:  # as what a codec says of channels
+        line = f'{job.name}: {line}'
       if len(planned) == 1:
-        raise
+        raise UserError(line) from error
       faults += 1
-      print('m2l2:', ' '.join(str(error).split()), file=sys.stderr)
+      print('m2l2:', line, file=sys.stderr)
 
   with _bar(f'{name} files', len(planned), quiet=args.quiet or len(planned) == 1) as done:
     yield done, passing

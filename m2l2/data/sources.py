@@ -101,7 +101,7 @@ class AudioFiles:
     return shown(self.path(number))
 
   def open(self, number: int) -> AudioReader:
-    return AudioReader(self.path(number))
+    return AudioReader(self.path(number), whole=False)
 
   @property
   def fingerprint(self) -> str:
