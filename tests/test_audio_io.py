@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import subprocess
 
 from fuzz_audio import mutate
 import numpy as np
@@ -388,6 +389,76 @@ def test_write_and_read_back(tmp_path, name, error, channels):
   umask = os.umask(0)
   os.umask(umask)
   assert os.stat(path).st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize('rate, channels', [(200_001, 1), (768_000, 2), (44100, 256)])
+def test_vorbis_beyond_its_limits_is_refused(tmp_path, rate, channels):
+  """libsndfile crashes there."""
+  with pytest.raises(UserError) as error:
+    audio_io.write(tmp_path / 'a.ogg', np.zeros((channels, 8)), rate)
+  assert 'name it *.wav' in one_line(tmp_path / 'a.ogg', error) and os.listdir(tmp_path) == []
+  audio_io.write(tmp_path / 'b.wav', np.zeros((channels, 8)), rate)
+  audio_io.write(tmp_path / 'c.ogg', np.zeros((1, 8)), 200_000)
+
+
+# As the specifications of Vorbis and Opus have it: for each channel of a stream its place in a WAV (by its mask: front
+# left, front right, centre, LFE, back left, back right, (back centre,) side left, side right).
+ORDERS = {1: [0], 2: [0, 1], 3: [0, 2, 1], 4: [0, 1, 2, 3], 5: [0, 2, 1, 3, 4], 6: [0, 2, 1, 4, 5, 3],
+          7: [0, 2, 1, 5, 6, 4, 3], 8: [0, 2, 1, 6, 7, 4, 5, 3], 9: list(range(9))}
+
+
+@pytest.mark.parametrize('channels', ORDERS)
+def test_channels_keep_their_places(tmp_path, channels):
+  t, lfe = np.arange(12_000) / 48_000, 3 if channels in (6, 7, 8) else None
+  audio = np.float32([.3 * np.sin(2 * np.pi * (60 if i == lfe else 500 + 300 * i) * t) for i in range(channels)])
+  audio_io.write(tmp_path / 'a.ogg', audio, 48_000)
+  raw, _ = soundfile.read(tmp_path / 'a.ogg', always_2d=True)
+  middle = np.s_[3000:9000]
+  for place, channel in enumerate(ORDERS[channels]):
+    assert np.abs(raw[middle, place] - audio[channel][middle]).max() < .1, (place, channel)
+  for start in (0, 3000):
+    part, _ = audio_io.read(tmp_path / 'a.ogg', start=start)
+    assert np.abs(part[:, 3000 - start:9000 - start] - audio[:, middle]).max() < .1
+  if channels < 9:
+    encode(tmp_path / 'a.opus', audio[ORDERS[channels]], rate=48_000, format='OGG', subtype='OPUS')
+    assert np.abs(audio_io.read(tmp_path / 'a.opus')[0][:, middle] - audio[:, middle]).max() < .1
+
+
+def test_long_texts_do_not_spoil_a_wav(tmp_path, caplog):
+  tags = {'title': 'A title', 'comment': 'ö' * 35_000}
+  for name in ('a.wav', 'a.flac', 'a.ogg'):
+    with audio_io.AudioWriter(tmp_path / name, 44100, 1, tags=tags) as writer:
+      writer.write(np.zeros((1, 1000)))
+    kept = audio_io.probe(tmp_path / name).tags
+    assert kept == (tags if name != 'a.wav' else {**tags, 'comment': 'ö' * 1000})
+    assert (f'{tmp_path / name}: the comment is cut to 2000 bytes' in caplog.text) == (name == 'a.wav')
+
+
+def test_texts_of_windows_are_read(tmp_path):
+  for given, text in (('Café – Götterdämmerung', 'cp1252'), ('Café \ufffd', 'utf-8')):
+    with soundfile.SoundFile(tmp_path / 'a.wav', 'w', 44100, 1) as file:
+      file.title, file.artist = 'T' * len(given.encode(text)), 'plain'
+      file.write(np.zeros(10))
+    data = (tmp_path / 'a.wav').read_bytes()
+    (tmp_path / 'a.wav').write_bytes(data.replace(b'T' * len(given.encode(text)), given.encode(text)))
+    assert audio_io.probe(tmp_path / 'a.wav').tags == {'title': given, 'artist': 'plain'}
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path):
+  with subprocess.Popen(['true']) as dead:
+    pass
+
+  def left(target, *, machine=audio_io._machine(), process=dead.pid):
+    path = tmp_path / f'.{target}.{machine}.{process}.0123abcd.part'
+    path.write_bytes(b'half')
+    return path.name
+  name = f'a[1]{"ö" * 60}.wav'
+  made = audio_io._temporary(os.fspath(tmp_path / name))
+  short = os.path.basename(made)[1:].split(f'.{audio_io._machine()}.')[0]
+  left(short)
+  kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work
+  audio_io.write(tmp_path / name, np.zeros((1, 8)), 8000)
+  assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
 
 
 def test_clipping_is_counted(tmp_path, caplog):

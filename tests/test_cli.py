@@ -155,6 +155,37 @@ def test_an_old_output_is_replaced_only_by_a_whole_one(m2l2, models, song, folde
   assert audio_io.probe(out).frames == 5000
 
 
+def test_encode_overwrites_nothing_unasked(m2l2, models, song, folder):
+  weights, checkpoint = folder / 'model.safetensors', f'--checkpoint={models / "mono"}'
+  safetensors.numpy.save_file({'w': np.zeros(3, np.float32)}, weights)
+  before = weights.read_bytes()
+  for overwrite, expected in (([], 1), (['--overwrite'], 0)):
+    status, _, errors = m2l2('encode', song(), weights, checkpoint, *overwrite)
+    assert status == expected and (weights.read_bytes() == before) is (expected == 1)
+    assert not expected or 'is there already; name another output, or add --overwrite' in one_line(errors)
+
+
+def test_encode_over_many_goes_on_with_what_is_there(m2l2, models, song, folder):
+  one, two = song('one.wav', samples=900), song('two.wav', samples=900)
+  command = ('encode', one, two, f'{folder}/', f'--checkpoint={models / "mono"}')
+  assert m2l2(*command)[0] == 0
+  (folder / 'two.safetensors').unlink()
+  before = os.stat(folder / 'one.safetensors').st_mtime_ns
+  status, said, errors = m2l2(*command)
+  assert (status, errors) == (0, '') and 'one.safetensors: is there already' in said
+  assert os.stat(folder / 'one.safetensors').st_mtime_ns == before and (folder / 'two.safetensors').exists()
+  status, _, errors = m2l2(*command[:-1], f'--checkpoint={models / "other"}')  # another model's are not it
+  assert status == 1 and errors.count('is there already; name another output') == 2
+
+
+def test_what_is_wrong_with_one_of_many_is_named(m2l2, models, song, folder):
+  many = song('many.wav', samples=900, channels=70)
+  status, _, errors = m2l2('encode', song(samples=900), many, f'{folder}/', f'--checkpoint={models / "stereo"}')
+  assert status == 1 and f'{many}: ' in errors.splitlines()[0] and '70' in errors.splitlines()[0]
+  status, _, errors = m2l2('encode', many, folder / 'a.safetensors', f'--checkpoint={models / "stereo"}')
+  assert status == 1 and f'{many}: ' in one_line(errors)
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 
@@ -414,7 +445,8 @@ def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
 # ---- being stopped -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('number,status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number,status', [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_stopped_in_the_middle_leaves_nothing(
     m2l2, models, song, folder, monkeypatch, request, number, status):
   written = []
@@ -427,11 +459,12 @@ def test_stopped_in_the_middle_leaves_nothing(
     signal.raise_signal(number)
 
   monkeypatch.setattr(audio_io.AudioWriter, 'write', write)
-  before = signal.getsignal(signal.SIGTERM)
+  before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
   result = m2l2('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
   assert result[0] == status and 'Traceback' not in result[2]
   assert len(written) == 1 and len(written[0]) == 1  # there was a temporary file
-  assert os.listdir(folder) == [] and signal.getsignal(signal.SIGTERM) is before
+  assert os.listdir(folder) == [] and before == [
+      signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
 
 
 # ---- the real program ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Audio files in and out, and resampling: the only file that knows soundfile and soxr.
 
-Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it).
+Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it); the channels are in
+WAV's order (5.1: left, right, centre, LFE, back left, back right), whatever the format's own is.
 Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...). Every failure that a
 user can mend is a `UserError` of one line that begins with the path.
 
@@ -14,11 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import glob
+import hashlib
 import io
 import math
 import mmap
 import os
 import secrets
+import socket
 import stat
 import tempfile
 
@@ -46,6 +50,8 @@ TAGS = ('title', 'artist', 'album', 'date', 'tracknumber', 'genre', 'comment', '
 RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
 _WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack: never hand it a whole song
+_WAV_TEXT = 2000  # bytes; libsndfile reads no text of a WAV where one is longer than 2045
+_VORBIS_LIMITS = 200_000, 255  # Hz and channels; beyond them libsndfile crashes
 _WAV_LIMIT = 2**32 - 2**16  # bytes; a WAV's sizes are 32-bit
 _UNKNOWN_LENGTH = 2**62  # libsndfile says 2**63 - 1 where the header states no length
 _MAX_RATE = 2**31 - 1
@@ -125,6 +131,17 @@ def _ends_early(streams, what: str) -> str:
   return f'goes on after {seconds:.1f} s with {what}; only what comes before that is read'
 
 
+def _texts(file) -> dict[str, str]:
+  """Text by name. What is not UTF-8 is taken for Windows' Latin 1, as Windows' programs write it; soundfile would lose it."""
+  found = file.copy_metadata()
+  for name, text in found.items():
+    if '\ufffd' in text:
+      with contextlib.suppress(AttributeError, KeyError):  # soundfile's own, which another version may call otherwise
+        raw = soundfile._ffi.string(soundfile._snd.sf_get_string(file._file, soundfile._str_types[name]))
+        found[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
+  return found
+
+
 class _Sound(soundfile.SoundFile):
   """Reads on without a seek: after each read soundfile seeks to where it stands anyway, and an MP3 then lacks the bits of
   frames before."""
@@ -183,7 +200,7 @@ class _Stream:
   def _read(self, frames):
     audio = self.file.read(frames, dtype='float32', always_2d=True)
     self._position += len(audio)
-    return audio
+    return audio[:, self._part.order] if self._part.order else audio
 
   def _reopen(self, position: int, pieces):
     self.file.close()
@@ -396,7 +413,7 @@ class AudioReader:
     return foreign
 
   def _tags(self, foreign) -> dict[str, str]:
-    found = foreign.tags if foreign else self._streams[0].file.copy_metadata()
+    found = foreign.tags if foreign else _texts(self._streams[0].file)
     return {name: found[name] for name in TAGS if found.get(name)}
 
   def _most(self) -> int:
@@ -474,7 +491,8 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
 
   By default the path must name audio that can be written (.wav, .flac, .ogg); give the allowed
   `extensions` for another kind of file, or None for any. A file or directory without any write
-  bit counts as read-only for root too. The test itself leaves nothing behind.
+  bit counts as read-only for root too. The test itself leaves nothing behind, and takes away what processes of this
+  machine that were killed have left beside `path`.
   """
   name = shown(path)
   if extensions is not None and _extension(path) not in extensions:
@@ -490,6 +508,7 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
   for place in (folder, target):
     if os.path.exists(place) and not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
       raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
+  _remove_leftovers(target)
   trial = _temporary(target)
   try:
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -531,21 +550,52 @@ def _extension(path) -> str:
 
 
 def _temporary(target: str) -> str:
-  """A free name beside the target; hidden, so that no scan takes it for music."""
+  """A free name beside the target; hidden, so that no scan takes it for music. It tells who made it."""
   folder, base = os.path.split(target)
-  return os.path.join(folder, f'.{base[:64]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+  return os.path.join(folder, f'.{_short(base)}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part')
+
+
+def _short(base: str) -> str:
+  """What fits into 255 bytes with more behind it."""
+  return os.fsdecode(os.fsencode(base)[:64])
+
+
+def _machine() -> str:
+  """A word for this machine, and this container on it: process numbers mean something there."""
+  return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _remove_leftovers(target: str):
+  """Takes away the temporary files of a target whose makers are no more."""
+  folder, base = os.path.split(target)
+  for path in glob.iglob(os.path.join(glob.escape(folder), f'.{glob.escape(_short(base))}.{_machine()}.*.part')):
+    number = path.split('.')[-3]
+    if number.isdecimal() and not _is_alive(int(number)):
+      with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _is_alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:  # somebody else's
+    pass
+  return True
 
 
 class AudioWriter:
   """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
 
-  24-bit PCM for .wav and .flac, Vorbis for .ogg. Samples outside [-1, 1] are clipped, counted in
+  24-bit PCM for .wav and .flac, Vorbis for .ogg. Channels come in WAV's order. Samples outside [-1, 1] are clipped, counted in
   `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
   none lies outside. After an exception nothing is left behind.
 
   Args:
     path, sample_rate, channels: of the file.
-    tags: text to keep in it by libsndfile's names, as far as the format has a place for it.
+    tags: text to keep in it by libsndfile's names, as far as the format has a place for it; a WAV has it for 2000 bytes
+      each, and the log says what is cut.
     normalize: as above; the audio is held in a temporary file until its peak is known.
 
   Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
@@ -556,13 +606,17 @@ class AudioWriter:
                normalize: bool = False):
     check_writable(path)
     self.clipped = 0
-    self._held = tempfile.TemporaryFile() if normalize else None
     self._peak = 1.0
     self._name = shown(path)
     self._channels = channels
     self._target = os.path.realpath(path)
     self._temporary = _temporary(self._target)
     self._format, subtype = WRITE_FORMATS[_extension(path)]
+    if self._format == 'OGG' and (sample_rate > _VORBIS_LIMITS[0] or channels > _VORBIS_LIMITS[1]):
+      raise UserError(f'{self._name}: OGG Vorbis ends at {_VORBIS_LIMITS[0]} Hz and {_VORBIS_LIMITS[1]} channels, and here '
+                      f'are {channels} at {sample_rate} Hz; name it *.wav')
+    self._order = containers.XIPH_ORDER.get(channels) if self._format == 'OGG' else None
+    self._held = tempfile.TemporaryFile() if normalize else None
     self._bytes = 0
     try:
       self._file = soundfile.SoundFile(
@@ -574,6 +628,9 @@ class AudioWriter:
           f'{self._name}: {self._format} cannot be written with {channels} channels at '
           f'{sample_rate} Hz ({_reason(e)})') from e
     for name, text in (tags or {}).items():
+      if self._format == 'WAV' and len(text.encode()) > _WAV_TEXT:
+        text = text.encode()[:_WAV_TEXT].decode('utf-8', 'ignore')
+        logging.warning('%s: the %s is cut to %d bytes, a WAV holds no more (FLAC does)', self._name, name, _WAV_TEXT)
       with contextlib.suppress(*_FILE_ERRORS):  # a format without a place for it
         setattr(self._file, name, text)
 
@@ -606,6 +663,7 @@ class AudioWriter:
   def _write(self, audio):
     self.clipped += int(np.count_nonzero(np.abs(audio) > 1))
     samples = np.clip(audio, -1, 1).T
+    samples = samples[:, self._order] if self._order else samples
     try:
       for start in range(0, len(samples), _WRITE_SAMPLES):
         self._file.write(np.ascontiguousarray(samples[start:start + _WRITE_SAMPLES]))

@@ -29,6 +29,7 @@ class Part:
 
   Attributes:
     pieces: what to hand to libsndfile for it, in order.
+    order: where the channels of WAV's order are among the stream's; empty: they are in that order.
     skip: samples at the beginning that are not the file's.
     frames: samples after them that are, 0: as libsndfile finds.
     positions, offsets: of Vorbis: pages; who decodes from the one at the offset on gets the sample at the position first.
@@ -37,6 +38,7 @@ class Part:
     end: of Vorbis: where the part ends.
   """
   pieces: tuple[Piece, ...]
+  order: Sequence[int] = ()
   skip: int = 0
   frames: int = 0
   positions: Sequence[int] = ()
@@ -61,6 +63,11 @@ class Contents:
   parts: tuple[Part, ...] = ()
   stated: int = 0
   unended: bool = False
+
+
+# Vorbis and Opus have an order of channels of their own: of 5.1 left, centre, right, back left, back right, LFE.
+# By the number of channels: which of WAV's channels each of the stream's is.
+XIPH_ORDER = {3: (0, 2, 1), 5: (0, 2, 1, 3, 4), 6: (0, 2, 1, 4, 5, 3), 7: (0, 2, 1, 5, 6, 4, 3), 8: (0, 2, 1, 6, 7, 4, 5, 3)}
 
 
 class Joined(io.RawIOBase):
@@ -206,9 +213,16 @@ def _ogg(buffer) -> Contents:
 
 
 def _ogg_part(buffer, pages, end) -> Part:
-  pieces = ((pages[0].offset, end),)
-  if buffer[pages[0].body:pages[0].body + 7] != b'\x01vorbis':
-    return Part(pieces)
+  pieces, head = ((pages[0].offset, end),), bytes(buffer[pages[0].body:pages[0].body + 19])
+  vorbis, channels = head[:7] == b'\x01vorbis', 0
+  if vorbis:
+    channels = head[11]
+  elif head[:8] == b'OpusHead' and head[18] == 1:
+    channels = head[9]
+  of_wav = XIPH_ORDER.get(channels, ())
+  order = tuple(of_wav.index(channel) for channel in range(len(of_wav)))
+  if not vorbis:
+    return Part(pieces, order=order)
   sizes = buffer[pages[0].body + 28]
   sizes, modes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), [], 0, 0, 0, None
   positions, offsets = array('q'), array('q')
@@ -225,7 +239,7 @@ def _ogg_part(buffer, pages, end) -> Part:
       if heads >= 3:
         first = number + 1
         if heads > 3 or not modes:
-          return Part(pieces)
+          return Part(pieces, order=order)
       continue
     start = None
     for begin, length, continued in _starts(page):
@@ -240,8 +254,8 @@ def _ogg_part(buffer, pages, end) -> Part:
     if number == first and 0 <= page.granule < position and not page.flags & 4 and page.lacing and page.lacing[-1] < 255:
       position = page.granule  # the encoder's lead, which decoders drop
   if first is None or first >= len(pages):
-    return Part(pieces)
-  return Part(pieces, positions=positions, offsets=offsets, header=(pages[0].offset, pages[first].offset), end=end)
+    return Part(pieces, order=order)
+  return Part(pieces, order=order, positions=positions, offsets=offsets, header=(pages[0].offset, pages[first].offset), end=end)
 
 
 def _packets(page) -> list[tuple[int, int, bool]]:
