@@ -424,6 +424,24 @@ def test_channels_keep_their_places(tmp_path, channels):
     assert np.abs(audio_io.read(tmp_path / 'a.opus')[0][:, middle] - audio[:, middle]).max() < .1
 
 
+@pytest.mark.parametrize('rate', [8000, 16000, 24000])
+def test_opus_is_read_at_48_khz(tmp_path, rate):
+  """At which it is coded; libsndfile would decode at a lower one where the header says that the source had one."""
+  audio = tone(rate=48000, samples=48000, frequency=11000.)
+  path = encode(tmp_path / 'a.opus', audio, rate=48000, format='OGG', subtype='OPUS')
+  expected, _ = audio_io.read(path)
+  data = bytearray(open(path, 'rb').read())
+  at = data.index(b'OpusHead') + 12
+  data[at:at + 4] = rate.to_bytes(4, 'little')
+  data[22:26] = bytes(4)
+  data[22:26] = containers._crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
+  open(path, 'wb').write(data)
+  assert soundfile.info(path).samplerate == rate
+  read, found = audio_io.read(path)
+  assert found == audio_io.probe(path).sample_rate == 48000
+  np.testing.assert_array_equal(read, expected)
+
+
 def test_long_texts_do_not_spoil_a_wav(tmp_path, caplog):
   tags = {'title': 'A title', 'comment': 'ö' * 35_000}
   for name in ('a.wav', 'a.flac', 'a.ogg'):

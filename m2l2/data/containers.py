@@ -59,7 +59,7 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Contents:
   """Attributes: parts, in order, none where libsndfile needs no help; stated: samples that the header of a file promises
-  beyond those that are there; unended: whether the last stream lacks its end mark."""
+  beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame."""
   parts: tuple[Part, ...] = ()
   stated: int = 0
   unended: bool = False
@@ -170,6 +170,8 @@ def _ends_well(buffer, at, order) -> bool:
 
 # ---- Ogg -------------------------------------------------------------------------------------------
 
+_OPUS_RATE = (48000).to_bytes(4, 'little')
+
 
 @dataclasses.dataclass(frozen=True)
 class _Page:
@@ -222,6 +224,8 @@ def _ogg_part(buffer, pages, end) -> Part:
   of_wav = XIPH_ORDER.get(channels, ())
   order = tuple(of_wav.index(channel) for channel in range(len(of_wav)))
   if not vorbis:
+    if head[:8] == b'OpusHead' and head[12:16] != _OPUS_RATE:
+      pieces = (_opus_page(buffer, pages[0]), (pages[0].body + sum(pages[0].lacing), end))
     return Part(pieces, order=order)
   sizes = buffer[pages[0].body + 28]
   sizes, modes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), [], 0, 0, 0, None
@@ -256,6 +260,17 @@ def _ogg_part(buffer, pages, end) -> Part:
   if first is None or first >= len(pages):
     return Part(pieces, order=order)
   return Part(pieces, order=order, positions=positions, offsets=offsets, header=(pages[0].offset, pages[first].offset), end=end)
+
+
+def _opus_page(buffer, page) -> bytes:
+  """The first page of an Opus stream, at 48 kHz: libsndfile decodes at a rate near the one that was encoded, as 24 kHz
+  of what was at 32 kHz, and with it half of the sound."""
+  data = bytearray(buffer[page.offset:page.body + sum(page.lacing)])
+  at = page.body - page.offset + 12
+  data[at:at + 4] = _OPUS_RATE
+  data[22:26] = bytes(4)
+  data[22:26] = _crc(bytes(data), 32, 0x04c11db7).to_bytes(4, 'little')
+  return bytes(data)
 
 
 def _packets(page) -> list[tuple[int, int, bool]]:
@@ -400,7 +415,7 @@ def _alike(header: bytes) -> tuple[int, int]:
 
 
 def _mp3(buffer, at=0) -> Contents:
-  helped, parts, lacking, at = bool(at), [], 0, _next_run(buffer, at)
+  helped, unended, parts, lacking, at = bool(at), False, [], 0, _next_run(buffer, at)
   while at is not None and len(parts) <= _MOST_PARTS:
     stated = _xing(buffer, at)
     if stated and stated[0]:
@@ -415,6 +430,7 @@ def _mp3(buffer, at=0) -> Contents:
     else:
       begin = at + _frame_bytes(buffer[at:at + 4]) if stated else at  # a Xing or VBRI header without what is needed
       frames, end = _run(buffer, begin)
+      unended = end + 4 <= len(buffer) < end + _frame_bytes(buffer[end:end + 4])
       if frames:
         # mpg123 takes all frames for as long as the first, and reads no more of them than would fit: so the shortest
         # comes first, and more of them follow than rounding could take away.
@@ -424,7 +440,7 @@ def _mp3(buffer, at=0) -> Contents:
     at = _next_run(buffer, max(end, at + 1))
   if not parts or len(parts) > _MOST_PARTS or len(parts) == 1 and not helped:
     return Contents()
-  return Contents(tuple(parts), stated=lacking)
+  return Contents(tuple(parts), stated=lacking, unended=unended)
 
 
 def _next_run(buffer, at) -> int | None:
