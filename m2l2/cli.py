@@ -770,7 +770,7 @@ def _decoded_line(path, latents) -> str:
 def _say(args, line):
   """On standard output, unless that is where the result goes."""
   if not args.quiet:
-    print(line, file=sys.stderr if getattr(args, 'target', None) == '-' else sys.stdout)
+    print(line, file=sys.stderr if getattr(args, 'target', None) in ('-', '/dev/stdout') else sys.stdout)
 
 
 @contextlib.contextmanager
