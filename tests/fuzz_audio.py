@@ -287,7 +287,7 @@ def main():
   parser.add_argument('--keep', help='a directory for the files that differ')
   args = parser.parse_args()
   logging.set_verbosity(logging.ERROR)
-  counts, faults, refused = collections.Counter(), [], 0
+  counts, faults, refused, number = collections.Counter(), [], 0, -1
   for number in range(args.files):
     with tempfile.TemporaryDirectory() as folder:
       try:
@@ -295,12 +295,15 @@ def main():
       except subprocess.CalledProcessError:  # the writer does not take such a sound
         refused += 1
         continue
+      except KeyboardInterrupt:  # enough: the figures so far
+        number -= 1
+        break
       for fault in found:
         print(f'{number}: {fault}', flush=True)
       faults += [fault.partition(': ')[2][:40] for fault in found[:1]]
       if found and args.keep:
         shutil.copytree(folder, os.path.join(args.keep, str(number)), dirs_exist_ok=True)
-  print(f'{args.files - refused} files read ({refused} not taken by their writers), {len(faults)} with faults; '
+  print(f'{number + 1 - refused} files read ({refused} not taken by their writers), {len(faults)} with faults; '
         + ', '.join(f'{name}: {count}' for name, count in sorted(counts.items())))
   return 1 if faults else 0
 
