@@ -6,7 +6,8 @@ Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...). E
 user can mend is a `UserError` of one line that begins with the path.
 
 Seeking is exact: a read at `start` gives the very samples of the whole file's read, bit for bit
-(Opus, and MP3 here and there: within 1e-7), for every format above, whoever wrote it. Streams one after the other in a file
+(MP3 here and there: within 1e-7; Opus: as a rule within 1e-7, in a file of three channels 2e-3 was seen), for every
+format above, whoever wrote it. Streams one after the other in a file
 (`cat a.ogg b.ogg`) are read as one, as far as rate and channels stay. What a file lacks of what its
 header promises, or what of it cannot be read, is named once in the log, with seconds.
 """
