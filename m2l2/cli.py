@@ -29,7 +29,7 @@ def main(argv=None) -> int:
   """Runs one command; returns its exit status.
 
   0: the job is done. 1: a mistake of the user's, told in one line. 2: a command line that is none.
-  130, 143: stopped by Ctrl-C or SIGTERM; nothing half-written is left.
+  129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM; nothing half-written is left.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -40,7 +40,7 @@ def main(argv=None) -> int:
       _parser().error(f'unrecognized arguments: {" ".join(rest)}')
     args.rest = rest
     _quiet_libraries()
-    with _stopped_by_sigterm():
+    with _stopped_by_signals():
       args.run(args)
     return 0
   except UserError as error:
@@ -80,10 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument('--device', metavar='KIND[:N]', help='cpu, gpu or tpu, the N-th of them (default: the best)')
     made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
 
+  def overwrite(made):
+    made.add_argument('--overwrite', action='store_true', help='replace files that are there (default: refuse)')
+
   def sound(made):
     made.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',
                       help='of several files, or of what goes to a pipe (default wav)')
-    made.add_argument('--overwrite', action='store_true', help='replace audio files that are there (default: refuse)')
+    overwrite(made)
     made.add_argument('--normalize', action='store_true',
                       help='scale the whole file down where it would pass full scale (default: clip, and say so)')
     made.add_argument('--batch', type=int, metavar='N',
@@ -145,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
                  example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny\n'
                          '  m2l2 encode albums/ latents/ --checkpoint=runs/tiny')
   files(made, audio_in, latents)
+  overwrite(made)
   made.add_argument('--discrete', action='store_true',
                     help='store int32 tokens (models with an FSQ bottleneck)')
   rate(made)
@@ -337,11 +341,17 @@ def _encode(args):
   from m2l2.data import audio_io
   planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output='.safetensors')
   with _over(planned, 'encode', args) as (done, passing):
-    codec = _encoder(args) if len(planned) > 1 else None  # what is wrong for all files is told once
+    many = len(planned) > 1
+    codec = _encoder(args) if many else None  # what is wrong for all files is told once
     for job in planned:
       with passing(job), jobs.reading(job) as path:
         info = audio_io.probe(path)
-        with jobs.writing(job, output='.safetensors', check=_check_latents) as target:
+        if many and not args.overwrite and _are_there(job.target, codec, args):
+          _say(args, f'{audio_io.shown(job.target)}: is there already')
+          done(1)
+          continue
+        check = _new_file(job.source, overwrite=args.overwrite, extensions=('.safetensors',))
+        with jobs.writing(job, output='.safetensors', check=check) as target:
           codec = codec or _encoder(args)
           latents = _encode_file(codec, info, discrete=args.discrete, embeddings=args.embeddings, quiet=args.quiet)
           latents.save(target)
@@ -349,14 +359,21 @@ def _encode(args):
       done(1)
 
 
-def _check_latents(path):
-  from m2l2.data import audio_io
-  audio_io.check_writable(path, extensions=('.safetensors',))
+def _are_there(path, codec, args) -> bool:
+  """Whether what is to be made is what an earlier run over the same files made."""
+  from m2l2.latents import Latents
+  try:
+    latents = Latents.load(path)
+  except UserError:
+    return False
+  return (latents.model == codec.fingerprint and (latents.z.ndim == 3) == args.discrete
+          and args.embeddings in (None, latents.z.shape[2]))
 
 
 @contextlib.contextmanager
 def _over(planned, name, args):
   """Gives (a bar's function, passing). `passing(job)` tells of a fault, then goes on; that of a lone file ends all."""
+  from m2l2.data.audio_io import shown
   faults = 0
 
   @contextlib.contextmanager
@@ -365,10 +382,13 @@ def _over(planned, name, args):
     try:
       yield
     except UserError as error:
+      line = ' '.join(str(error).split())
+      if job.name not in line and shown(job.target) not in line:  # as what a codec says of channels
+        line = f'{job.name}: {line}'
       if len(planned) == 1:
-        raise
+        raise UserError(line) from error
       faults += 1
-      print('m2l2:', ' '.join(str(error).split()), file=sys.stderr)
+      print('m2l2:', line, file=sys.stderr)
 
   with _bar(f'{name} files', len(planned), quiet=args.quiet or len(planned) == 1) as done:
     yield done, passing
@@ -446,7 +466,7 @@ def _decode_jobs(args, planned, opened):
         for job in group:
           with passing(job), contextlib.ExitStack() as files:
             source, latents_by = opened(files.enter_context(jobs.reading(job)))
-            check = _new_sound(job.source, overwrite=args.overwrite)
+            check = _new_file(job.source, overwrite=args.overwrite)
             target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
             codec = codec or _decoder(args)
             # Opened first: that the format does not take these channels is told before the work.
@@ -483,12 +503,12 @@ def _decoder(args):
   return codec
 
 
-def _new_sound(source, *, overwrite):
-  """A check of where audio is to be written: what lies there may be the only copy of somebody's song."""
+def _new_file(source, *, overwrite, extensions=None):
+  """A check of where a result (audio by default) is to be written: what lies there may be somebody's only copy."""
   from m2l2.data import audio_io
 
   def check(path):
-    audio_io.check_writable(path)
+    audio_io.check_writable(path, extensions=extensions or tuple(audio_io.WRITE_FORMATS))
     if not os.path.exists(path):
       return
     if os.path.exists(source) and os.path.samefile(source, path):
@@ -750,7 +770,7 @@ def _decoded_line(path, latents) -> str:
 def _say(args, line):
   """On standard output, unless that is where the result goes."""
   if not args.quiet:
-    print(line, file=sys.stderr if getattr(args, 'target', None) == '-' else sys.stdout)
+    print(line, file=sys.stderr if getattr(args, 'target', None) in ('-', '/dev/stdout') else sys.stdout)
 
 
 @contextlib.contextmanager
@@ -807,16 +827,20 @@ def _quiet_libraries():
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm():
-  """SIGTERM unwinds like Ctrl-C does, so that temporary files are removed."""
+def _stopped_by_signals():
+  """SIGTERM, and SIGHUP of a terminal that is closed, unwind like Ctrl-C does, so that temporary files are removed."""
   def stop(number, frame):
     raise SystemExit(128 + number)
+  before = {}
   try:
-    before = signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])):
+      if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+        before[number] = signal.signal(number, stop)
   except ValueError:  # not the main thread: signals are somebody else's
     yield
     return
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)

@@ -1,9 +1,9 @@
 """Which files a command reads and what it makes of each: one file, many, a folder, a glob, or `-` for a pipe."""
 
 from collections.abc import Callable, Iterator, Sequence
+import collections
 import contextlib
 import dataclasses
-import glob
 import os
 import shutil
 import sys
@@ -14,6 +14,8 @@ from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 
 PIPE = '-'
+_STDIN = ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
+_STDOUT = ('/dev/stdout', '/dev/fd/1', '/proc/self/fd/1')
 AUDIO = (*sources.EXTENSIONS, *ffmpeg.EXTENSIONS)
 LATENTS = ('.safetensors',)
 
@@ -34,7 +36,8 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
   """The jobs of a command line.
 
   One file goes to `target`, or into it if that is a directory. Several files, a directory (at any depth) or a glob
-  go into the directory `target`, which is made, under their own names with the extension `output`.
+  go into the directory `target`, which is made, under their own names with the extension `output`; song.wav and
+  song.flac of one directory keep theirs before it. What lies in a pipe (as of `<(...)` in a shell) is a file, too.
 
   Args:
     given: files, directories, globs or PIPE.
@@ -42,12 +45,13 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
 
   Raises UserError: nothing there, two inputs for one output, or outputs that the next call would take for inputs.
   """
+  given, target = [PIPE if place in _STDIN else place for place in given], PIPE if target in _STDOUT else target
   if given == [PIPE]:
     return [Job(PIPE, target)]
   if PIPE in given:
     raise UserError('- (standard input) is one file: give no other beside it')
   found = [(base, name) for place in given for base, name in _find(place, inputs)]
-  many = len(given) > 1 or not os.path.isfile(given[0])
+  many = len(given) > 1 or not (os.path.isfile(given[0]) or is_pipe(given[0]))
   if not many and not os.path.isdir(target) and not target.endswith('/'):
     return [Job(given[0], target)]
   if target == PIPE:
@@ -59,8 +63,10 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
       raise UserError(f'{shown(target)}: lies in {shown(place)}, where it would be an input the next time: name a '
                       'directory elsewhere')
   jobs, taken = [], {}
-  for base, name in found:
-    made = os.path.join(target, os.path.splitext(name)[0] + output)
+  stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(found))
+  for base, name in dict.fromkeys(found):  # what is given twice is one
+    stem = os.path.splitext(name)[0]
+    made = os.path.join(target, (stem if stems[stem] == 1 else name) + output)
     source = os.path.join(base, name)
     if made in taken:
       raise UserError(f'{shown(source)} and {shown(taken[made])} would both become {shown(made)}: rename one, or give '
@@ -72,23 +78,22 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
 
 def _find(place, inputs) -> Iterator[tuple[str, str]]:
   """(directory, name relative to it) of every file that a place stands for."""
-  if os.path.isfile(place):
+  if os.path.isfile(place) or is_pipe(place):  # whatever its extension
     yield os.path.split(place)
     return
-  base = os.path.dirname(place)
-  if os.path.isdir(place):
-    base, files = place, [os.path.join(place, name) for name in sorted(sources.walk(place, tuple(inputs)))]
-  elif glob.has_magic(place):
-    files = [path for path in sorted(glob.glob(place, recursive=True))
-             if path.lower().endswith(tuple(inputs)) and os.path.isfile(path)]
-  else:
+  found = sources.find_files(place, tuple(inputs))
+  if not found:
     raise UserError(f'{shown(place)}: there is no such file or directory')
-  while glob.has_magic(base):
-    base = os.path.dirname(base)
-  if not files:
+  base, names = found
+  if not names:
     raise UserError(f'{shown(place)}: no files there (looked for *{", *".join(inputs)})')
-  for path in files:
-    yield base, os.path.relpath(path, base or '.')
+  for name in sorted(names):
+    yield base, name
+
+
+def is_pipe(path) -> bool:
+  """Whether a path leads to a pipe, a device or a socket: what can be read or written once, from its beginning."""
+  return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _is_below(path, folder) -> bool:
@@ -100,13 +105,17 @@ def _is_below(path, folder) -> bool:
 @contextlib.contextmanager
 def reading(job: Job) -> Iterator[str]:
   """The path to read: for a pipe, a temporary file with what came through it, called by its right name in errors."""
-  if job.source != PIPE:
+  if job.source != PIPE and not is_pipe(job.source):
     yield job.source
     return
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'standard input')
-    with open(path, 'wb') as file:
-      shutil.copyfileobj(sys.stdin.buffer, file)
+    with open(path, 'wb') as file, contextlib.ExitStack() as opened:
+      try:
+        pipe = sys.stdin.buffer if job.source == PIPE else opened.enter_context(open(job.source, 'rb'))
+        shutil.copyfileobj(pipe, file)
+      except OSError as error:
+        raise UserError(f'{job.name}: cannot be read ({error.strerror})') from error
     try:
       yield path
     except UserError as error:
@@ -119,7 +128,7 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
 
   For a pipe it is a temporary file, which goes through it when the block ends well.
   """
-  if job.target != PIPE:
+  if job.target != PIPE and not is_pipe(job.target):
     folder = os.path.dirname(job.target)
     try:
       if job.makes_folder:
@@ -134,9 +143,15 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
     yield path
     try:
       with open(path, 'rb') as file:
+        if job.target != PIPE:
+          with open(job.target, 'wb') as pipe:
+            shutil.copyfileobj(file, pipe)
+          return
         shutil.copyfileobj(file, sys.stdout.buffer)
       sys.stdout.buffer.flush()
     except OSError as error:  # a pipe whose reader has gone, a full disk
+      if job.target != PIPE:
+        raise UserError(f'{shown(job.target)}: not all could be written ({error.strerror})') from error
       with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more, and say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       raise UserError(f'standard output: not all could be written ({error.strerror})') from error

@@ -1,7 +1,28 @@
-"""Damages audio files: what a hostile or broken corpus holds. Not a test by itself."""
+"""Damages audio files: what a hostile or broken corpus holds; as a script, makes good ones by the writers people use.
 
+  python tests/fuzz_audio.py --files=500 --seed=0
+
+Writes random sounds by ffmpeg, sox, lame, oggenc, opusenc and flac, as far as they are installed, some of them through
+pipes, chained or cut short, and holds what `audio_io` reads against what ffmpeg decodes: samples, the channels' order,
+lengths; and reads at places and in blocks against the whole. Prints a line for each that differs, then the figures.
+Not a test by itself.
+"""
+
+import argparse
+import collections
+import os
+import pathlib
 import random
+import shutil
 import struct
+import subprocess
+import sys
+import tempfile
+
+from absl import logging
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 _HEADER = 96  # bytes; the headers of WAV and FLAC, and the first page or frame of OGG and MP3, lie there
 _EXTREMES = (0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff, 0x10000,
@@ -109,3 +130,183 @@ def _append(data, rng):
 
 _DAMAGES = (_flip_header, _flip_header, _flip_body, _extreme_header, _extreme_header, _lie, _lie, _lie, _cut_short,
             _hole, _not_finite, _cut_out, _double, _move, _append)
+
+
+# ---- good files by real writers ------------------------------------------------------------------
+
+_LAYOUTS = {1: 'mono', 2: 'stereo', 3: '3.0', 4: 'quad', 5: '5.0', 6: '5.1', 7: '6.1', 8: '7.1'}
+# extension: commands that make it, with the most channels each takes; {q} is a quality from 0 to 1.
+_WRITERS = {
+    'wav': (('ffmpeg -c:a pcm_s16le', 8), ('ffmpeg -c:a pcm_s24le', 8), ('ffmpeg -c:a pcm_f32le', 8), ('sox', 8),
+            ('ffmpeg -c:a libmp3lame -b:a 128k', 2), ('ffmpeg -c:a pcm_mulaw', 2), ('ffmpeg -c:a adpcm_ms', 2),
+            ('sox -e gsm', 1)),
+    'flac': (('ffmpeg -c:a flac', 8), ('flac', 8), ('sox', 8)),
+    'aiff': (('ffmpeg', 2), ('sox', 8)),
+    'ogg': (('ffmpeg -c:a libvorbis -q:a {0:.1f}', 8), ('ffmpeg -c:a vorbis -strict -2', 2), ('oggenc -q {0:.1f}', 8),
+            ('sox', 2), ('ffmpeg -c:a flac', 2)),
+    'opus': (('ffmpeg -c:a libopus', 7), ('opusenc', 8)),
+    'mp3': (('ffmpeg -c:a libmp3lame -q:a {1:.0f}', 2), ('ffmpeg -c:a libmp3lame -b:a 64k', 2), ('lame -V {1:.0f}', 2),
+            ('ffmpeg -c:a libmp3lame -q:a {1:.0f} -write_xing 0', 2), ('lame -b 96', 2), ('lame --abr 80 -t', 2),
+            ('sox', 2)),
+    'm4a': (('ffmpeg -c:a aac', 6),),
+}
+_MOST_DELAY = 2400  # samples of coders that decoders keep or drop as they like
+
+
+def _sound(rng) -> tuple[np.ndarray, int]:
+  """([channels, samples], rate): tones, one for each channel, with bursts and silences."""
+  channels = rng.choice((1, 1, 2, 2, 2, 2, 3, 4, 5, 6, 6, 7, 8))
+  rate = rng.choice((8000, 22050, 32000, 44100, 44100, 48000))
+  samples = rng.choice((1, 100, 1152, rate // 3, 3 * rate, 3 * rate + 1, 7 * rate + 577, 12 * rate))
+  noise, t = np.random.default_rng(rng.randrange(2**32)), np.arange(samples) / rate
+  lfe = 3 if channels >= 6 else None
+  audio = np.stack([.2 * np.sin(2 * np.pi * (55 if i == lfe else 330 * (i + 2) ** .8) * t) for i in range(channels)])
+  for _ in range(rng.choice((0, 0, 3, 30))):
+    start, length = rng.randrange(samples), rng.choice((200, 2000, rate))
+    part = audio[:, start:start + length]
+    part += .3 * noise.standard_normal(part.shape) * np.exp(-np.arange(part.shape[1]) / 1000)
+  if rng.random() < .3:
+    audio[:, samples // 4:samples // 2] = 0
+  return np.clip(audio, -1, 1).astype(np.float32), rate
+
+
+def _run(command, **more):
+  return subprocess.run(command, check=True, capture_output=True, **more).stdout
+
+
+def _write(wav, target, command, *, channels, quality, piped):
+  program, *options = command.format(10 * quality, 9 * quality).split()
+  kind = target.suffix[1:]
+  if program == 'ffmpeg':
+    layout = ['-mapping_family', '1'] if kind == 'opus' and channels > 2 else []
+    forms = {'aiff': 'aiff', 'm4a': 'ipod'}
+    out = ['-f', forms.get(kind, kind), '-'] if piped else [str(target)]
+    data = _run(['ffmpeg', '-v', 'error', '-y', '-channel_layout', _LAYOUTS[channels], '-i', str(wav), *options,
+                 *layout, *out])
+    if piped:
+      target.write_bytes(data)
+  elif program == 'sox':
+    _run(['sox', '-D', str(wav), *options, str(target)])
+  elif program == 'lame':
+    _run(['lame', '--quiet', *options, str(wav), str(target)])
+  elif program == 'oggenc':
+    _run(['oggenc', '-Q', *options, '-o', str(target), str(wav)])
+  elif program == 'opusenc':
+    _run(['opusenc', '--quiet', str(wav), str(target)])
+  elif piped:
+    target.write_bytes(_run(['flac', '-s', '-c', '-'], input=wav.read_bytes()))
+  else:
+    _run(['flac', '-s', '-f', '-o', str(target), str(wav)])
+
+
+def _by_ffmpeg(path, channels) -> np.ndarray:
+  data = subprocess.run(['ffmpeg', '-v', 'quiet', '-i', str(path), '-map', '0:a:0', '-f', 'f32le', '-'], check=False,
+                        capture_output=True).stdout
+  return np.frombuffer(data[:len(data) // (4 * channels) * 4 * channels], np.float32).reshape(-1, channels).T
+
+
+def _difference(audio, expected, *, chained=False) -> str | None:
+  """What tells them apart: the channels' order, the length, the samples."""
+  slack = 0 if audio.shape == expected.shape else _MOST_DELAY
+  if abs(audio.shape[1] - expected.shape[1]) > slack * (2 if chained else 1):
+    return f'length {audio.shape[1]}, not {expected.shape[1]}'
+  n = min(audio.shape[1], expected.shape[1])
+  if n < 2000:
+    return None
+  audio, expected = audio[:, :n].astype(np.float64), expected[:, :n].astype(np.float64)
+  power = np.abs(np.fft.rfft(audio)), np.abs(np.fft.rfft(expected))
+  power = [p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-9) for p in power]
+  if (found := np.argmax(power[0] @ power[1].T, axis=1).tolist()) != list(range(len(audio))):
+    return f'channels in the order {found}'
+  error = np.abs(audio - expected)
+  if not slack and np.quantile(error, .99) > 2e-3:
+    return f'samples: 99 of 100 within {np.quantile(error, .99):.2g}, all within {error.max():.2g}'
+  return None
+
+
+def _fuzz_one(rng, folder, counts) -> list[str]:
+  """The faults of one random file, and counts what it was."""
+  from m2l2.data import audio_io
+  from m2l2.errors import UserError
+  import soundfile
+  audio, rate = _sound(rng)
+  kind = rng.choice(list(_WRITERS))
+  command, most = rng.choice([writer for writer in _WRITERS[kind] if shutil.which(writer[0].split()[0])])
+  audio = audio[:most]
+  soundfile.write(folder / 'in.wav', audio.T, rate, subtype='PCM_16')
+  piped = kind in ('wav', 'flac') and command.split()[0] in ('ffmpeg', 'flac') and rng.random() < .3
+  target, quality = folder / f'a.{kind}', rng.random()
+  _write(folder / 'in.wav', target, command, channels=len(audio), quality=quality, piped=piped)
+  expected = _by_ffmpeg(target, len(audio))
+  treatment = rng.choice(('', '', '', 'chained', 'cut'))
+  if treatment == 'chained' and kind in ('m4a', 'wav', 'aiff') or treatment == 'cut' and (
+      kind in ('m4a', 'flac') or 'flac' in command or piped or expected.shape[1] < rate):
+    treatment = ''
+  data = target.read_bytes()
+  if treatment == 'chained':
+    target.write_bytes(2 * data)
+    expected = np.concatenate([expected, expected], axis=1)
+  elif treatment == 'cut':
+    target.write_bytes(data[:len(data) * 2 // 3])
+    expected = _by_ffmpeg(target, len(expected))
+  what = (f'{kind} by {command}, {len(audio)} channels, {rate} Hz, {audio.shape[1]} samples '
+          f'{"piped " * piped}{treatment}')
+  counts[f'{kind} by {command.split()[0]}'] += 1
+  counts[treatment or 'whole'] += 1
+  try:
+    with audio_io.AudioReader(target) as reader:
+      full = np.concatenate(list(reader.blocks(block_samples=rng.choice((1000, 65536, 2**20)))), axis=1)
+      note = reader.note
+    faults = [_difference(full, expected, chained=treatment == 'chained')]
+    if treatment == 'cut' and not note:
+      faults.append('cut short, and nothing is said')
+    again, _ = audio_io.read(target)
+    if not np.array_equal(full, again):
+      faults.append(f'blocks differ from the whole by {np.abs(full - again[:, :full.shape[1]]).max():.2g}')
+    for _ in range(10):
+      start = rng.randrange(full.shape[1])
+      frames = min(rng.choice((1, 500, 5000)), full.shape[1] - start)
+      part, _ = audio_io.read(target, start=start, frames=frames)
+      error = np.abs(part - full[:, start:start + frames]).max()
+      if error > (1e-6 if kind in ('opus', 'mp3') else 0):
+        faults.append(f'a read at {start} differs by {error:.2g}')
+        break
+  except UserError as error:
+    counts['refused in one line'] += 1
+    print(f'{what}: refused: {error}')
+    return []
+  except Exception as error:  # whatever it is, it is a fault here
+    faults = [f'{type(error).__name__}: {error}']
+  return [f'{what}: {fault}' for fault in faults if fault]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--files', type=int, default=100)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--keep', help='a directory for the files that differ')
+  args = parser.parse_args()
+  logging.set_verbosity(logging.ERROR)
+  counts, faults, refused, number = collections.Counter(), [], 0, -1
+  for number in range(args.files):
+    with tempfile.TemporaryDirectory() as folder:
+      try:
+        found = _fuzz_one(random.Random(args.seed * 10**6 + number), pathlib.Path(folder), counts)
+      except subprocess.CalledProcessError:  # the writer does not take such a sound
+        refused += 1
+        continue
+      except KeyboardInterrupt:  # enough: the figures so far
+        number -= 1
+        break
+      for fault in found:
+        print(f'{number}: {fault}', flush=True)
+      faults += [fault.partition(': ')[2][:40] for fault in found[:1]]
+      if found and args.keep:
+        shutil.copytree(folder, os.path.join(args.keep, str(number)), dirs_exist_ok=True)
+  print(f'{number + 1 - refused} files read ({refused} not taken by their writers), {len(faults)} with faults; '
+        + ', '.join(f'{name}: {count}' for name, count in sorted(counts.items())))
+  return 1 if faults else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

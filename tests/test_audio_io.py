@@ -1,12 +1,16 @@
 """Audio files in and out: exact seeks, exact lengths, one clear line for every bad file."""
 
 import os
+import re
+import struct
+import subprocess
 
+from fuzz_audio import mutate
 import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data import audio_io
+from m2l2.data import audio_io, containers
 from m2l2.errors import UserError
 
 KINDS = {
@@ -78,9 +82,6 @@ def test_reads_in_bounded_pieces(tmp_path, monkeypatch):
 
 
 def test_bad_files_are_named_in_one_line(tmp_path):
-  flac = encode(tmp_path / 'good.flac', tone(rate=44100, samples=90000), rate=44100, format='FLAC',
-                subtype='PCM_16')
-  bytes_ = open(flac, 'rb').read()
   (tmp_path / 'zero.wav').write_bytes(b'')
   (tmp_path / 'text.wav').write_text('no audio in here\n' * 20)
   (tmp_path / 'text.mp3').write_text('no audio in here\n' * 20)
@@ -88,15 +89,10 @@ def test_bad_files_are_named_in_one_line(tmp_path):
   (tmp_path / 'folder.wav').mkdir()
   soundfile.write(tmp_path / 'none.wav', np.zeros((0, 2)), 44100)
   os.mkfifo(tmp_path / 'pipe.wav')
-  unstated = bytearray(bytes_)
-  unstated[21] &= 0xf0  # STREAMINFO's 36 bits of total samples
-  unstated[22:26] = bytes(4)
-  (tmp_path / 'unstated.flac').write_bytes(unstated)
   expected = {
       'missing.wav': 'no such file', 'zero.wav': 'is empty', 'text.wav': 'is not audio',
       'text.mp3': 'is not audio', 'data.raw': 'is not audio', 'folder.wav': 'is a directory',
       'none.wav': 'holds no samples', 'pipe.wav': 'not a regular file',
-      'unstated.flac': 'does not state its length',
   }
   for name, words in expected.items():
     path = str(tmp_path / name)
@@ -144,16 +140,208 @@ def test_truncated_files(tmp_path):
   assert audio_io.read(lying, start=10, frames=99)[0].shape == (2, 99)
 
 
-def test_mp3_shorter_than_stated_is_taken_as_it_is(tmp_path, caplog):
-  audio = np.random.default_rng(0).uniform(-.3, .3, (1, 100000)).astype(np.float32)
-  path = encode(tmp_path / 'a.mp3', audio, rate=44100, format='MP3', subtype='MPEG_LAYER_III')
-  bytes_ = open(path, 'rb').read()
-  half = str(tmp_path / 'half.mp3')
-  open(half, 'wb').write(bytes_[:len(bytes_) // 2])
-  blocks = list(audio_io.read_blocks(half, block_samples=20000))
-  taken = sum(b.shape[1] for b in blocks)
-  assert 30000 < taken < 70000 and audio_io.probe(half).frames == 100000
-  assert f'ends after {taken} of 100000' in caplog.text
+def bursts(*, rate, samples, channels=2, every=3):
+  """[channels, samples]: silence, and a burst of noise that dies away every so many seconds, at odd places."""
+  rng, audio = np.random.default_rng(0), np.zeros((channels, samples), np.float32)
+  half, fade = rate // 2, np.exp(-np.arange(rate // 2) / 3000)
+  for start in range(rate // 3, samples - half, int(every * rate) + 77):
+    audio[:, start:start + half] = rng.uniform(-.5, .5, (channels, half)) * fade
+  return audio
+
+
+def without_xing(data):
+  """An MP3's bytes without the frame that states its length, which libsndfile's writer begins with."""
+  assert b'Xing' in data[:200] or b'Info' in data[:200]
+  kbit, rate = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160)[data[2] >> 4], (44100, 48000, 32000)[data[2] >> 2 & 3]
+  return data[144000 * kbit // rate + (data[2] >> 1 & 1):]
+
+
+def same_wherever_it_is_read(path, starts, *, tolerance=0.):
+  """The samples of the whole file, after the same were read at places and in blocks."""
+  with soundfile.SoundFile(path) as file:  # at once: between reads soundfile seeks
+    first = file.read(dtype='float32', always_2d=True).T
+  full, _ = audio_io.read(path)
+  np.testing.assert_allclose(full[:, :first.shape[1]], first, atol=tolerance)
+  for start in starts:
+    part = audio_io.read(path, start=start, frames=3000)[0]
+    np.testing.assert_allclose(part, full[:, start:start + 3000], atol=tolerance, err_msg=f'{path} at {start}')
+  for size in (4096, 50001):
+    np.testing.assert_allclose(np.concatenate(list(audio_io.read_blocks(path, block_samples=size)), axis=1), full,
+                               atol=tolerance)
+  return full
+
+
+def test_an_mp3_that_is_nearly_silent_is_the_same_wherever_it_is_read(tmp_path):
+  # Its frames are short, so that the bits of one lie many frames before it.
+  path, audio = tmp_path / 'a.mp3', bursts(rate=44100, samples=500_000)
+  with soundfile.SoundFile(path, 'w', 44100, 2, format='MP3', bitrate_mode='VARIABLE', compression_level=.5) as file:
+    file.write(audio.T)
+  starts = [place + shift for place in range(14700, 460_000, 132_377) for shift in (-400, 700, 2000)]
+  same_wherever_it_is_read(path, starts)
+  # Without a stated length: every frame, whatever the first one suggests.
+  data = without_xing(path.read_bytes())
+  path.write_bytes(b'ID3\4\0\0\0\0\0\7' + bytes(7) + data + b'TAG'.ljust(128, b'\0'))
+  full, _ = audio_io.read(path)
+  assert 500_000 <= full.shape[1] == audio_io.probe(path).frames < 503_000
+  lag = 1105  # of encoder and decoder
+  assert np.abs(full[:, lag:lag + 499_000] - audio[:, :499_000]).mean() < .006
+  for start in starts:
+    np.testing.assert_array_equal(audio_io.read(path, start=start, frames=3000)[0], full[:, start:start + 3000])
+
+
+def test_vbr_mp3_without_a_length_is_read_to_its_end(tmp_path, caplog):
+  """Loud first: libsndfile takes all frames for as long as the first ones."""
+  rng, path = np.random.default_rng(0), tmp_path / 'a.mp3'
+  audio = np.concatenate([rng.uniform(-.9, .9, (1, 100_000)), np.zeros((1, 400_000))], axis=1).astype(np.float32)
+  for sound in (audio, audio[:, ::-1]):
+    with soundfile.SoundFile(path, 'w', 44100, 1, format='MP3', bitrate_mode='VARIABLE') as file:
+      file.write(sound.T)
+    path.write_bytes(without_xing(path.read_bytes()))
+    full, _ = audio_io.read(path)
+    assert 500_000 <= full.shape[1] == audio_io.probe(path).frames < 503_000
+    loud = np.flatnonzero(np.abs(full[0]) > .1)
+    assert abs((loud[-1] - loud[0]) - 100_000) < 3000
+  assert not caplog.text
+
+
+def by_ffmpeg(path, audio, *, rate, codec):
+  import av
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream(codec, rate=rate, layout='stereo', options={'strict': 'experimental'})
+    size = stream.codec_context.frame_size or 64
+    for start in range(0, audio.shape[1] - size, size):
+      frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio[:, start:start + size]), 'fltp', 'stereo')
+      frame.rate, frame.pts = rate, start
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  return str(path)
+
+
+@pytest.mark.parametrize('rate, writer', [(44100, 'FFmpeg'), (16000, 'libsndfile')])
+def test_vorbis_is_the_same_wherever_it_is_read(tmp_path, rate, writer):
+  """FFmpeg's pages begin inside packets; libsndfile's seeks then miss by half a block."""
+  audio = bursts(rate=rate, samples=8 * rate, every=.6)
+  audio += np.random.default_rng(1).uniform(-.01, .01, audio.shape).astype(np.float32)
+  if writer == 'FFmpeg':
+    path = by_ffmpeg(tmp_path / 'a.ogg', audio, rate=rate, codec='vorbis')
+  else:
+    path = encode(tmp_path / 'a.ogg', audio, rate=rate, format='OGG', subtype='VORBIS')
+  data = open(path, 'rb').read()
+  ends = [struct.unpack_from('<q', data, found.start() + 6)[0] for found in re.finditer(b'OggS', data)]  # of pages
+  starts = [end + shift for end in ends[3::9] for shift in (-500, 70, 450)]
+  starts += range(8 * rate - 40_000, 8 * rate, 1500)
+  same_wherever_it_is_read(path, [0, *(start for start in starts if 0 <= start < 8 * rate - 6000)])
+
+
+CHAINS = {'a.ogg': ('OGG', 'VORBIS'), 'a.opus': ('OGG', 'OPUS'), 'a.flac': ('FLAC', 'PCM_16'),
+          'a.mp3': ('MP3', 'MPEG_LAYER_III')}
+
+
+@pytest.mark.parametrize('name', CHAINS)
+@pytest.mark.parametrize('equal', [False, True])
+def test_streams_one_after_the_other_are_one(tmp_path, name, equal, caplog):
+  format, subtype = CHAINS[name]
+  files = [encode(tmp_path / f'{i}{name}', bursts(rate=48000, samples=n, every=.5), rate=48000, format=format,
+                  subtype=subtype) for i, n in enumerate((150_000, 150_000 if equal else 70_001))]
+  audio = [audio_io.read(file)[0] for file in files]
+  (tmp_path / name).write_bytes(b''.join(open(file, 'rb').read() for file in files))
+  if equal and name != 'a.flac' or not equal:  # also for crops, which do not read all of a FLAC
+    with audio_io.AudioReader(tmp_path / name, whole=False) as reader:
+      assert reader.info.frames == sum(part.shape[1] for part in audio)
+  full, _ = audio_io.read(tmp_path / name)
+  assert full.shape[1] == sum(part.shape[1] for part in audio)
+  np.testing.assert_array_equal(full, np.concatenate(audio, axis=1))
+  for start in (149_000, 151_000, 80_000):
+    np.testing.assert_allclose(audio_io.read(tmp_path / name, start=start, frames=5000)[0], full[:, start:start + 5000],
+                               atol=1e-6)
+  with audio_io.AudioReader(name, data=(tmp_path / name).read_bytes()) as reader:
+    np.testing.assert_array_equal(np.concatenate(list(reader.blocks(block_samples=9999)), axis=1), full)
+  assert not caplog.text
+
+
+def test_a_stream_of_another_kind_behind_is_told(tmp_path, caplog):
+  one = encode(tmp_path / '1.flac', tone(rate=8000, samples=16000), rate=8000, format='FLAC', subtype='PCM_16')
+  two = encode(tmp_path / '2.flac', tone(rate=9000, samples=9000), rate=9000, format='FLAC', subtype='PCM_16')
+  (tmp_path / 'a.flac').write_bytes(open(one, 'rb').read() + open(two, 'rb').read())
+  for _ in range(2):
+    assert audio_io.read(tmp_path / 'a.flac')[0].shape == (2, 16000)
+  assert caplog.text.count(f'{tmp_path}/a.flac: goes on after 2.0 s with 2 channels at 9000 Hz') == 1
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_what_is_cut_short_is_told_with_seconds(tmp_path, name, caplog):
+  rate, format, subtype = KINDS[name]
+  path = encode(tmp_path / name, tone(rate=rate, samples=4 * rate), rate=rate, format=format, subtype=subtype)
+  data = open(path, 'rb').read()
+  audio_io.read(path)
+  assert not caplog.text
+  open(path, 'wb').write(data[:len(data) // 2])
+  if format == 'FLAC':
+    with pytest.raises(UserError, match='truncated'):
+      audio_io.read(path)
+    return
+  full, _ = audio_io.read(path)
+  assert .8 * rate < full.shape[1] < 2.5 * rate
+  seconds = f'{full.shape[1] / rate:.1f}'
+  words = f'ends after {seconds} s without an end mark' if format == 'OGG' else (
+      f'is cut short: holds {seconds} of the 4.0 s that its header states')
+  assert f'{path}: {words}' in caplog.text
+  with audio_io.AudioReader(path, whole=False) as reader:  # as crops are
+    assert words in reader.note and reader.info.frames == full.shape[1]
+    end = full.shape[1] - 2000
+    np.testing.assert_allclose(reader.read(start=end, frames=2000), full[:, end:], atol=1e-6)
+  assert caplog.text.count(path) == 1
+
+
+def test_lengths_that_a_pipe_leaves_open(tmp_path):
+  audio = tone(rate=44100, samples=90001)
+  for bits, seed in (('PCM_16', 0), ('PCM_24', 1)):
+    path = encode(tmp_path / f'{seed}.flac', audio, rate=44100, format='FLAC', subtype=bits)
+    data, expected = bytearray(open(path, 'rb').read()), audio_io.read(path)[0]
+    data[21] &= 0xf0  # STREAMINFO's 36 bits of total samples
+    data[22:26] = bytes(4)
+    open(path, 'wb').write(data)
+    np.testing.assert_array_equal(audio_io.read(path)[0], expected)
+    np.testing.assert_array_equal(audio_io.read(path, start=70000)[0], expected[:, 70000:])
+  path = encode(tmp_path / 'a.wav', audio, rate=44100, format='WAV', subtype='PCM_16')
+  data, expected = bytearray(open(path, 'rb').read()), audio_io.read(path)[0]
+  for size in (0, 2**32 - 1, 2**31 - 1):
+    at = data.index(b'data')
+    data[4:8] = data[at + 4:at + 8] = size.to_bytes(4, 'little')
+    open(path, 'wb').write(data)
+    np.testing.assert_array_equal(audio_io.read(path)[0], expected)
+  data[at + 4:] = bytes(4) + b'LIST' + bytes([4, 0, 0, 0]) + b'INFO'  # nothing, and something behind it
+  open(path, 'wb').write(data)
+  with pytest.raises(UserError, match='holds no samples'):
+    audio_io.read(path)
+
+
+def test_gsm_and_mp3_inside_wav(tmp_path):
+  audio = tone(rate=8000, samples=40000, channels=1)
+  path = encode(tmp_path / 'gsm.wav', audio, rate=8000, format='WAV', subtype='GSM610')
+  full, _ = audio_io.read(path)
+  assert full.shape == (1, 40320) and np.abs(full[:, :40000] - audio).mean() < .1  # blocks of 320
+  for start in (1, 9999, 35000):
+    np.testing.assert_array_equal(audio_io.read(path, start=start, frames=4000)[0], full[:, start:start + 4000])
+  mp3 = open(encode(tmp_path / 'a.mp3', tone(rate=44100, samples=200_000), rate=44100, format='MP3',
+                    subtype='MPEG_LAYER_III'), 'rb').read()
+  expected, _ = audio_io.read(tmp_path / 'a.mp3')
+  chunks = b'WAVEfmt ' + struct.pack('<IHHIIHHHHIHHH', 30, 0x55, 2, 44100, 16000, 1, 0, 12, 1, 2, 417, 1, 1393)
+  chunks += b'data' + struct.pack('<I', len(mp3)) + mp3
+  for text in (chunks, chunks + b'LIST' + struct.pack('<I', 4) + b'INFO'):
+    (tmp_path / 'mp3.wav').write_bytes(b'RIFF' + struct.pack('<I', len(text)) + text)
+    np.testing.assert_array_equal(audio_io.read(tmp_path / 'mp3.wav')[0], expected)
+    np.testing.assert_array_equal(audio_io.read(tmp_path / 'mp3.wav', start=99_999)[0], expected[:, 99_999:])
+
+
+def test_damaged_bytes_do_not_stop_the_look_into_a_file(tmp_path):
+  """Whatever a file holds, what containers cannot tell is libsndfile's affair; never another exception."""
+  for name, (rate, format, subtype) in KINDS.items():
+    path = encode(tmp_path / name, tone(rate=rate, samples=rate), rate=rate, format=format, subtype=subtype)
+    data = open(path, 'rb').read()
+    for seed in range(60):
+      contents = containers.inspect(mutate(data, seed))
+      assert all(part.frames >= 0 for part in contents.parts)
 
 
 def test_check_finite(tmp_path):
@@ -201,6 +389,94 @@ def test_write_and_read_back(tmp_path, name, error, channels):
   umask = os.umask(0)
   os.umask(umask)
   assert os.stat(path).st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize('rate, channels', [(200_001, 1), (768_000, 2), (44100, 256)])
+def test_vorbis_beyond_its_limits_is_refused(tmp_path, rate, channels):
+  """libsndfile crashes there."""
+  with pytest.raises(UserError) as error:
+    audio_io.write(tmp_path / 'a.ogg', np.zeros((channels, 8)), rate)
+  assert 'name it *.wav' in one_line(tmp_path / 'a.ogg', error) and os.listdir(tmp_path) == []
+  audio_io.write(tmp_path / 'b.wav', np.zeros((channels, 8)), rate)
+  audio_io.write(tmp_path / 'c.ogg', np.zeros((1, 8)), 200_000)
+
+
+# As the specifications of Vorbis and Opus have it: for each channel of a stream its place in a WAV (by its mask: front
+# left, front right, centre, LFE, back left, back right, (back centre,) side left, side right).
+ORDERS = {1: [0], 2: [0, 1], 3: [0, 2, 1], 4: [0, 1, 2, 3], 5: [0, 2, 1, 3, 4], 6: [0, 2, 1, 4, 5, 3],
+          7: [0, 2, 1, 5, 6, 4, 3], 8: [0, 2, 1, 6, 7, 4, 5, 3], 9: list(range(9))}
+
+
+@pytest.mark.parametrize('channels', ORDERS)
+def test_channels_keep_their_places(tmp_path, channels):
+  t, lfe = np.arange(12_000) / 48_000, 3 if channels in (6, 7, 8) else None
+  audio = np.float32([.3 * np.sin(2 * np.pi * (60 if i == lfe else 500 + 300 * i) * t) for i in range(channels)])
+  audio_io.write(tmp_path / 'a.ogg', audio, 48_000)
+  raw, _ = soundfile.read(tmp_path / 'a.ogg', always_2d=True)
+  middle = np.s_[3000:9000]
+  for place, channel in enumerate(ORDERS[channels]):
+    assert np.abs(raw[middle, place] - audio[channel][middle]).max() < .1, (place, channel)
+  for start in (0, 3000):
+    part, _ = audio_io.read(tmp_path / 'a.ogg', start=start)
+    assert np.abs(part[:, 3000 - start:9000 - start] - audio[:, middle]).max() < .1
+  if channels < 9:
+    encode(tmp_path / 'a.opus', audio[ORDERS[channels]], rate=48_000, format='OGG', subtype='OPUS')
+    assert np.abs(audio_io.read(tmp_path / 'a.opus')[0][:, middle] - audio[:, middle]).max() < .1
+
+
+@pytest.mark.parametrize('rate', [8000, 16000, 24000])
+def test_opus_is_read_at_48_khz(tmp_path, rate):
+  """At which it is coded; libsndfile would decode at a lower one where the header says that the source had one."""
+  audio = tone(rate=48000, samples=48000, frequency=11000.)
+  path = encode(tmp_path / 'a.opus', audio, rate=48000, format='OGG', subtype='OPUS')
+  expected, _ = audio_io.read(path)
+  data = bytearray(open(path, 'rb').read())
+  at = data.index(b'OpusHead') + 12
+  data[at:at + 4] = rate.to_bytes(4, 'little')
+  data[22:26] = bytes(4)
+  data[22:26] = containers._crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
+  open(path, 'wb').write(data)
+  assert soundfile.info(path).samplerate == rate
+  read, found = audio_io.read(path)
+  assert found == audio_io.probe(path).sample_rate == 48000
+  np.testing.assert_array_equal(read, expected)
+
+
+def test_long_texts_do_not_spoil_a_wav(tmp_path, caplog):
+  tags = {'title': 'A title', 'comment': 'ö' * 35_000}
+  for name in ('a.wav', 'a.flac', 'a.ogg'):
+    with audio_io.AudioWriter(tmp_path / name, 44100, 1, tags=tags) as writer:
+      writer.write(np.zeros((1, 1000)))
+    kept = audio_io.probe(tmp_path / name).tags
+    assert kept == (tags if name != 'a.wav' else {**tags, 'comment': 'ö' * 1000})
+    assert (f'{tmp_path / name}: the comment is cut to 2000 bytes' in caplog.text) == (name == 'a.wav')
+
+
+def test_texts_of_windows_are_read(tmp_path):
+  for given, text in (('Café – Götterdämmerung', 'cp1252'), ('Café \ufffd', 'utf-8')):
+    with soundfile.SoundFile(tmp_path / 'a.wav', 'w', 44100, 1) as file:
+      file.title, file.artist = 'T' * len(given.encode(text)), 'plain'
+      file.write(np.zeros(10))
+    data = (tmp_path / 'a.wav').read_bytes()
+    (tmp_path / 'a.wav').write_bytes(data.replace(b'T' * len(given.encode(text)), given.encode(text)))
+    assert audio_io.probe(tmp_path / 'a.wav').tags == {'title': given, 'artist': 'plain'}
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path):
+  with subprocess.Popen(['true']) as dead:
+    pass
+
+  def left(target, *, machine=audio_io._machine(), process=dead.pid):
+    path = tmp_path / f'.{target}.{machine}.{process}.0123abcd.part'
+    path.write_bytes(b'half')
+    return path.name
+  name = f'a[1]{"ö" * 60}.wav'
+  made = audio_io._temporary(os.fspath(tmp_path / name))
+  short = os.path.basename(made)[1:].split(f'.{audio_io._machine()}.')[0]
+  left(short)
+  kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work
+  audio_io.write(tmp_path / name, np.zeros((1, 8)), 8000)
+  assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
 
 
 def test_clipping_is_counted(tmp_path, caplog):

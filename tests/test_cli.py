@@ -15,6 +15,7 @@ import jax
 from m2l2 import cli, codec as codec_lib, jobs
 from m2l2.latents import Latents
 from m2l2.data import audio_io
+from m2l2.errors import UserError
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -153,6 +154,37 @@ def test_an_old_output_is_replaced_only_by_a_whole_one(m2l2, models, song, folde
   assert out.read_bytes() == b'old' and os.listdir(folder) == ['a.wav']
   assert m2l2('reconstruct', song(), out, checkpoint, '--overwrite')[0] == 0
   assert audio_io.probe(out).frames == 5000
+
+
+def test_encode_overwrites_nothing_unasked(m2l2, models, song, folder):
+  weights, checkpoint = folder / 'model.safetensors', f'--checkpoint={models / "mono"}'
+  safetensors.numpy.save_file({'w': np.zeros(3, np.float32)}, weights)
+  before = weights.read_bytes()
+  for overwrite, expected in (([], 1), (['--overwrite'], 0)):
+    status, _, errors = m2l2('encode', song(), weights, checkpoint, *overwrite)
+    assert status == expected and (weights.read_bytes() == before) is (expected == 1)
+    assert not expected or 'is there already; name another output, or add --overwrite' in one_line(errors)
+
+
+def test_encode_over_many_goes_on_with_what_is_there(m2l2, models, song, folder):
+  one, two = song('one.wav', samples=900), song('two.wav', samples=900)
+  command = ('encode', one, two, f'{folder}/', f'--checkpoint={models / "mono"}')
+  assert m2l2(*command)[0] == 0
+  (folder / 'two.safetensors').unlink()
+  before = os.stat(folder / 'one.safetensors').st_mtime_ns
+  status, said, errors = m2l2(*command)
+  assert (status, errors) == (0, '') and 'one.safetensors: is there already' in said
+  assert os.stat(folder / 'one.safetensors').st_mtime_ns == before and (folder / 'two.safetensors').exists()
+  status, _, errors = m2l2(*command[:-1], f'--checkpoint={models / "other"}')  # another model's are not it
+  assert status == 1 and errors.count('is there already; name another output') == 2
+
+
+def test_what_is_wrong_with_one_of_many_is_named(m2l2, models, song, folder):
+  many = song('many.wav', samples=900, channels=70)
+  status, _, errors = m2l2('encode', song(samples=900), many, f'{folder}/', f'--checkpoint={models / "stereo"}')
+  assert status == 1 and f'{many}: ' in errors.splitlines()[0] and '70' in errors.splitlines()[0]
+  status, _, errors = m2l2('encode', many, folder / 'a.safetensors', f'--checkpoint={models / "stereo"}')
+  assert status == 1 and f'{many}: ' in one_line(errors)
 
 
 # ---- info ----------------------------------------------------------------------------------------
@@ -414,7 +446,8 @@ def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
 # ---- being stopped -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('number,status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number,status', [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_stopped_in_the_middle_leaves_nothing(
     m2l2, models, song, folder, monkeypatch, request, number, status):
   written = []
@@ -427,11 +460,12 @@ def test_stopped_in_the_middle_leaves_nothing(
     signal.raise_signal(number)
 
   monkeypatch.setattr(audio_io.AudioWriter, 'write', write)
-  before = signal.getsignal(signal.SIGTERM)
+  before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
   result = m2l2('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
   assert result[0] == status and 'Traceback' not in result[2]
   assert len(written) == 1 and len(written[0]) == 1  # there was a temporary file
-  assert os.listdir(folder) == [] and signal.getsignal(signal.SIGTERM) is before
+  assert os.listdir(folder) == [] and before == [
+      signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
 
 
 # ---- the real program ----------------------------------------------------------------------------
@@ -502,8 +536,6 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
     together = audio_io.read(folder / 'out' / f'{stem}.flac')[0]
     np.testing.assert_allclose(together, codec.decode(Latents.load(folder / 'z' / f'{stem}.safetensors')), atol=1e-5)
     assert together.shape == (1, samples)
-  status, _, errors = m2l2('reconstruct', tmp_path / 'music/a.wav', tmp_path / 'music/b', folder, checkpoint)
-  assert status == 1 and 'would both become' in one_line(errors)
   status, _, errors = m2l2('encode', tmp_path / 'music', '-', checkpoint)
   assert status == 1 and 'takes one file' in one_line(errors)
   status, _, errors = m2l2('reconstruct', tmp_path / 'music', tmp_path / 'music/again', checkpoint)
@@ -518,6 +550,64 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
   (tmp_path / 'music/loop').unlink()
   status, _, errors = m2l2('encode', f'{tmp_path}/*.mp3', folder / 'none', checkpoint)
   assert status == 1 and 'no files there' in one_line(errors) and not (folder / 'none').exists()
+
+
+def planned(*given, target='out', inputs=('.wav', '.flac', '.mp3')):
+  """{output: source}, both relative to the working directory."""
+  return {job.target: job.source for job in jobs.plan(given, target, inputs=inputs, output='.z')}
+
+
+def test_which_files_and_what_becomes_of_them(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ('d/a.wav', 'd/e/b.WAV', 'd/.hidden/c.wav', 'Live [1999]/x.wav', 'Live [1999]/cd1/y.wav', 'Live 1/z.wav'):
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    open(name, 'w').close()
+  # Two loops of links: followed, a walk of them would not end.
+  os.symlink(tmp_path / 'd', 'd/e/one')
+  os.symlink(tmp_path / 'd', 'd/e/two')
+  both = {'out/a.z': 'd/a.wav', 'out/e/b.z': 'd/e/b.WAV'}
+  assert planned('d') == planned('d/**/*.[wW]*') == both
+  # A name with brackets is a name where there is such a thing, and the tree below it stays.
+  tree = {'out/x.z': 'Live [1999]/x.wav', 'out/cd1/y.z': 'Live [1999]/cd1/y.wav'}
+  assert planned('Live [1999]') == planned('Live [1999]/') == planned('Live [1999]/**/*.wav') == {
+      target: source for target, source in tree.items()}
+  assert planned('Live [12]/*.wav') == {'out/Live 1/z.z': 'Live 1/z.wav'}
+  # One song in two formats: names apart, those of the others as ever.
+  for name in ('d/a.flac', 'd/e/a.flac'):
+    open(name, 'w').close()
+  assert planned('d') == planned('d', 'd/a.wav') == {
+      'out/a.wav.z': 'd/a.wav', 'out/a.flac.z': 'd/a.flac', 'out/e/a.z': 'd/e/a.flac', 'out/e/b.z': 'd/e/b.WAV'}
+  with pytest.raises(UserError, match='would both become'):
+    planned('d/a.flac', 'd/e/a.flac')
+
+
+def test_pipes_by_name(m2l2, models, song, folder, tmp_path, monkeypatch):
+  """As a shell's <(...) and >(...), and /dev/stdin, which may be a file as well."""
+  import io
+  import threading
+  source, pipe, checkpoint = song(samples=2000), tmp_path / 'pipe', f'--checkpoint={models / "mono"}'
+  os.mkfifo(pipe)
+  feeding = threading.Thread(target=lambda: pipe.write_bytes(source.read_bytes()))
+  feeding.start()
+  assert m2l2('encode', pipe, folder / 'a.safetensors', checkpoint)[0] == 0
+  feeding.join()
+  expected = Latents.load(folder / 'a.safetensors')
+  assert expected.num_samples == 2000
+  monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+  assert m2l2('encode', '/dev/stdin', folder / 'b.safetensors', checkpoint)[0] == 0
+  np.testing.assert_array_equal(Latents.load(folder / 'b.safetensors').z, expected.z)
+  received = []
+  reading = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+  reading.start()
+  assert m2l2('encode', source, pipe, checkpoint)[0] == 0
+  reading.join()
+  (folder / 'c.safetensors').write_bytes(received[0])
+  np.testing.assert_array_equal(Latents.load(folder / 'c.safetensors').z, expected.z)
+  feeding = threading.Thread(target=lambda: pipe.write_bytes(b'no audio'))
+  feeding.start()
+  status, _, errors = m2l2('encode', pipe, folder / 'd.safetensors', checkpoint)
+  feeding.join()
+  assert status == 1 and one_line(errors).startswith(f'm2l2: {pipe}: is not audio')
 
 
 # As many devices as this process has: only then what it has compiled is found in the cache.

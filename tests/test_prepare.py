@@ -288,6 +288,17 @@ soundfile.SoundFile = SoundFile
 '''
 
 
+def test_a_file_cut_short_is_named_with_seconds_and_a_chain_is_used_whole(tmp_path, caplog):
+  wav = write(tmp_path / 'music' / 'cut.wav', noise(4), subtype='PCM_16')
+  wav.write_bytes(wav.read_bytes()[:2 * 44100 * 4 + 44])
+  ogg = write(tmp_path / 'music' / 'chain.ogg', noise(2, seed=1))
+  ogg.write_bytes(2 * ogg.read_bytes())
+  run(tmp_path / 'music', tmp_path / 'out')
+  assert {record['source'].decode(): int(record['source_samples']) for record in records(tmp_path / 'out')} == {
+      'cut.wav': 2 * 44100, 'chain.ogg': 4 * 44100}
+  assert 'cut.wav: is cut short: holds 2.0 of the 4.0 s' in caplog.text and 'chain.ogg' not in caplog.text
+
+
 def test_a_codec_that_hangs_or_crashes_costs_one_file(tmp_path, monkeypatch):
   (tmp_path / 'codec').mkdir()
   (tmp_path / 'codec' / 'sitecustomize.py').write_text(CODEC)

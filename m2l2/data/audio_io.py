@@ -1,22 +1,29 @@
 """Audio files in and out, and resampling: the only file that knows soundfile and soxr.
 
-Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it).
+Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it); the channels are in
+WAV's order (5.1: left, right, centre, LFE, back left, back right), whatever the format's own is.
 Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...). Every failure that a
 user can mend is a `UserError` of one line that begins with the path.
 
 Seeking is exact: a read at `start` gives the very samples of the whole file's read, bit for bit
-(Opus: within 1e-7), for every format above. Two limits of libsndfile: the length of an MP3 without
-a Xing header is its estimate, which may be too long or too short (what lies beyond cannot be read);
-a FLAC that does not state its length cannot be read.
+(MP3 here and there: within 1e-7; Opus: as a rule within 1e-7, in a file of three channels 2e-3 was seen), for every
+format above, whoever wrote it. Streams one after the other in a file
+(`cat a.ogg b.ogg`) are read as one, as far as rate and channels stay. What a file lacks of what its
+header promises, or what of it cannot be read, is named once in the log, with seconds.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
+import glob
+import hashlib
 import io
 import math
+import mmap
 import os
 import secrets
+import socket
 import stat
 import tempfile
 
@@ -25,7 +32,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from m2l2.data import ffmpeg
+from m2l2.data import containers, ffmpeg
 from m2l2.errors import UserError
 
 READABLE = 'WAV, FLAC, OGG, Opus, MP3 and AIFF'
@@ -44,9 +51,16 @@ TAGS = ('title', 'artist', 'album', 'date', 'tracknumber', 'genre', 'comment', '
 RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
 _READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
 _WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack: never hand it a whole song
+_WAV_TEXT = 2000  # bytes; libsndfile reads no text of a WAV where one is longer than 2045
+_VORBIS_LIMITS = 200_000, 255  # Hz and channels; beyond them libsndfile crashes
 _WAV_LIMIT = 2**32 - 2**16  # bytes; a WAV's sizes are 32-bit
 _UNKNOWN_LENGTH = 2**62  # libsndfile says 2**63 - 1 where the header states no length
 _MAX_RATE = 2**31 - 1
+
+# An MP3 decodes to its samples only after the frames that hold their bits, at the least rate up to 86 of 576 samples
+# before them, and what the filters remember.
+_MP3_LEAD = 2**16
+_SKIP = 2**16  # samples thrown away at once
 
 # What soundfile raises on a bad file; TypeError is its answer to a name that ends in .raw.
 _FILE_ERRORS = (soundfile.SoundFileError, RuntimeError, OSError, TypeError, ValueError)
@@ -91,15 +105,127 @@ def _reason(error: Exception) -> str:
   return ' '.join(text.split()).rstrip('.')
 
 
+@functools.lru_cache(maxsize=2**14)
+def _inspected(path, size: int, changed: int, whole: bool) -> containers.Contents:
+  """An index at first sight: crops are cut from the same files again and again."""
+  del size, changed
+  try:
+    with open(path, 'rb') as file:
+      buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  except (OSError, ValueError, MemoryError, OverflowError):  # no room for it: libsndfile may still do
+    return containers.Contents()
+  with buffer:
+    return containers.inspect(buffer, whole=whole)
+
+
+def _contents(path, whole: bool) -> containers.Contents:
+  found = os.stat(path)
+  return _inspected(os.path.abspath(os.fsdecode(path)), found.st_size, found.st_mtime_ns, whole)
+
+
+_told: set[tuple[str, str]] = set()
+_MOST_TOLD = 10_000
+
+
+def _ends_early(streams, what: str) -> str:
+  seconds = sum(stream.frames for stream in streams) / streams[0].file.samplerate
+  return f'goes on after {seconds:.1f} s with {what}; only what comes before that is read'
+
+
+def _texts(file) -> dict[str, str]:
+  """Text by name. What is not UTF-8 is taken for Windows' Latin 1, as Windows' programs write it; soundfile would lose it."""
+  found = file.copy_metadata()
+  for name, text in found.items():
+    if '\ufffd' in text:
+      with contextlib.suppress(AttributeError, KeyError):  # soundfile's own, which another version may call otherwise
+        raw = soundfile._ffi.string(soundfile._snd.sf_get_string(file._file, soundfile._str_types[name]))
+        found[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
+  return found
+
+
+class _Sound(soundfile.SoundFile):
+  """Reads on without a seek: after each read soundfile seeks to where it stands anyway, and an MP3 then lacks the bits of
+  frames before."""
+
+  def seekable(self) -> bool:
+    return False
+
+
+class _Stream:
+  """One stream of a file, as libsndfile reads it, but for its seeks.
+
+  Args:
+    open: pieces of the file, or None for all of it -> a source for soundfile.
+    part: which of the file's, None: all of it.
+
+  Attributes: file: the open SoundFile; frames: samples per channel, as declared; kind: (channels, rate in Hz).
+  """
+
+  def __init__(self, open: Callable, part: containers.Part | None = None, **raw):
+    self._open, self._raw, self._part = open, raw, part or containers.Part(())
+    self.file = _Sound(open(self._part.pieces), **raw)
+    self.frames = self._part.frames or self.file.frames
+    self.kind = (self.file.channels, self.file.samplerate)
+    self._seekable = soundfile.SoundFile.seekable(self.file)
+    self._lead = _MP3_LEAD if self.file.subtype.startswith('MPEG') else 0
+    self._position = -self._part.skip
+    self._is_whole = True  # and no piece of the stream
+
+  def seek(self, position: int):
+    """To a sample."""
+    if position == self._position:
+      return
+    if self._part.is_indexed:
+      self._reopen(*self._part.before(position))
+    elif self._seekable:
+      place = max(-self._part.skip, position - self._lead)
+      self.file.seek(place + self._part.skip)
+      self._position = place
+    elif position < self._position:
+      self._reopen(-self._part.skip, self._part.pieces)
+    self._skip_to(position)
+
+  def read(self, frames: int) -> np.ndarray:
+    """At most `frames` samples [n, channels] from where it stands."""
+    if self._position < 0:
+      self._skip_to(0)
+    frames = max(0, min(frames, self.frames - self._position))
+    audio = self._read(frames)
+    if len(audio) < frames and not self._is_whole:  # what libsndfile takes for the end of a piece is not always the stream's
+      position = self._position - len(audio)
+      self._reopen(0, self._part.pieces)
+      self._skip_to(position)
+      audio = self._read(frames)
+    return audio
+
+  def _read(self, frames):
+    audio = self.file.read(frames, dtype='float32', always_2d=True)
+    self._position += len(audio)
+    return audio[:, self._part.order] if self._part.order else audio
+
+  def _reopen(self, position: int, pieces):
+    self.file.close()
+    self.file = _Sound(self._open(pieces), **self._raw)
+    self._position, self._is_whole = position, pieces == self._part.pieces
+
+  def _skip_to(self, position: int):
+    while self._position < position and len(self._read(min(position - self._position, _SKIP))):
+      pass
+    self._position = position  # beyond the end there is nothing to read
+
+
 class AudioReader:
   """An open audio file: `info`, and `read` anywhere in it. A context manager.
 
   Args:
     path: of the file.
     data: the file's bytes, for one that lies in memory; `path` is then only what errors call it.
+    whole: look for all of its streams, even if that takes reading all of a FLAC; without it one may be missed that is
+      as long as the first.
 
   Attributes:
     info: the `AudioInfo`.
+    note: what is missing of the file, as far as is known by now: one line without its name; None: nothing.
     starts: for whoever cuts crops: how many of them begin here, if the file's end belongs to the next
       segment of a longer one; None: all that fit.
 
@@ -109,25 +235,28 @@ class AudioReader:
 
   starts: int | None = None
 
-  def __init__(self, path, data: bytes | None = None):
+  def __init__(self, path, data: bytes | None = None, *, whole: bool = True):
     name = shown(path)
     if data is None:
       self._check_file(path, name)
     elif not data:
       raise UserError(f'{name}: is empty (0 bytes)')
-    self._name, foreign = name, None
+    self._name, self._path, self.note, foreign = name, path, None, None
+    self._buffer, contents = data, containers.inspect(data) if data is not None else _contents(path, whole)
     try:
-      self._file = soundfile.SoundFile(os.fsencode(path) if data is None else io.BytesIO(data))
+      self._streams = self._open_streams(contents)
     except _FILE_ERRORS as e:
       if data is not None or _extension(path) not in ffmpeg.EXTENSIONS:
         raise UserError(
             f'{name}: is not audio that can be read here ({_reason(e)}); give {READABLE}, or convert '
             'it to WAV first') from e
       foreign = self._decode_foreign(path)
+    self._current, file = 0, self._streams[0].file
     self.info = AudioInfo(
-        path=os.fsdecode(path), sample_rate=self._file.samplerate, channels=self._file.channels,
-        frames=self._file.frames, format=self._file.format if not foreign else _extension(path)[1:].upper(),
-        subtype=self._file.subtype if not foreign else foreign.codec.upper(), tags=self._tags(foreign))
+        path=os.fsdecode(path), sample_rate=file.samplerate, channels=file.channels,
+        frames=sum(stream.frames for stream in self._streams),
+        format=file.format if not foreign else _extension(path)[1:].upper(),
+        subtype=file.subtype if not foreign else foreign.codec.upper(), tags=self._tags(foreign))
     problem = None
     if self.info.frames <= 0:
       problem = 'holds no samples'
@@ -138,6 +267,11 @@ class AudioReader:
     if problem:
       self.close()
       raise UserError(f'{name}: {problem}')
+    if contents.stated:
+      self._tell(f'is cut short: holds {self.info.seconds:.1f} of the '
+                 f'{self.info.seconds + contents.stated / self.info.sample_rate:.1f} s that its header states')
+    elif contents.unended:
+      self._tell(f'ends after {self.info.seconds:.1f} s without an end mark: it was cut short, or recorded from a stream')
 
   @staticmethod
   def _check_file(path, name):
@@ -165,10 +299,7 @@ class AudioReader:
     Raises UserError: the file ends earlier, cannot be decoded there, or (with check_finite) holds
     NaN or infinity.
     """
-    try:
-      self._file.seek(start)
-    except _FILE_ERRORS as e:
-      raise self._truncated(start, e) from e
+    self._seek(start)
     blocks, done = [], 0
     while done < frames:
       block = self._read_on(start + done, min(frames - done, self._most()))
@@ -190,10 +321,7 @@ class AudioReader:
     length, and any MP3 (whose length may be an estimate), is taken as it is, with a warning in the log.
     """
     start = 0
-    try:
-      self._file.seek(0)
-    except _FILE_ERRORS as e:
-      raise self._truncated(0, e) from e
+    self._seek(0)
     while start < self.info.frames:
       parts, wanted, ended = [], min(block_samples, self.info.frames - start), False
       while wanted and not ended:
@@ -206,23 +334,73 @@ class AudioReader:
       if check_finite:
         self._check_finite(block, start - block.shape[1])
       if ended:
-        if start == 0 or self.info.format != 'MP3' and self.info.frames - start > missing:
+        if start == 0 or self.info.format != 'MP3' and not self.info.subtype.startswith('MPEG') and (
+            self.info.frames - start > missing):
           raise self._truncated(start)
-        logging.warning('%s: ends after %d of %d stated samples; taken as it is', self._name, start,
-                        self.info.frames)
+        self._tell(f'ends after {start} of {self.info.frames} stated samples, {start / self.info.sample_rate:.1f} of '
+                   f'{self.info.seconds:.1f} s')
       if block.shape[1]:
         yield block
       if ended:
         return
 
   def close(self):
-    self._file.close()
+    for stream in self._streams:
+      stream.file.close()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *unused):
     self.close()
+
+  def _open_streams(self, contents) -> list['_Stream']:
+    """Every stream of the file that is like the first; of a chain's others the log tells."""
+    parts, streams = contents.parts, []
+    if parts and self._buffer is None:
+      with open(self._path, 'rb') as file:
+        self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if len(parts) < 2 and (not parts or parts[0].pieces == ((0, len(self._buffer)),)):  # as it is
+      return [_Stream(self._source, parts[0] if parts else None)]
+    for part in parts:
+      try:
+        stream = _Stream(self._source, part)
+      except _FILE_ERRORS as e:
+        if not streams:
+          raise
+        self._tell(_ends_early(streams, f'what cannot be read ({_reason(e)})'))
+        break
+      if streams and stream.kind != streams[0].kind:
+        self._tell(_ends_early(streams, '{} channels at {} Hz'.format(*stream.kind)))
+        break
+      streams.append(stream)
+    return streams
+
+  def _source(self, pieces):
+    """What soundfile opens for pieces of the file; for all of it the file itself, which is quicker."""
+    if pieces and pieces != ((0, len(self._buffer)),):
+      return containers.Joined(self._buffer, pieces)
+    return io.BytesIO(self._buffer) if isinstance(self._buffer, bytes) else os.fsencode(self._path)
+
+  def _tell(self, note: str):
+    """Keeps the note, and logs it if it is the first of its kind for this file."""
+    self.note = note if self.note is None else f'{self.note}; {note}'
+    if len(_told) > _MOST_TOLD:
+      _told.clear()
+    if (self._name, note) not in _told:
+      _told.add((self._name, note))
+      logging.warning('%s: %s; taken as it is', self._name, note)
+
+  def _seek(self, position: int):
+    for number, stream in enumerate(self._streams):
+      if position < stream.frames or number == len(self._streams) - 1:
+        break
+      position -= stream.frames
+    try:
+      self._current = number
+      stream.seek(position)
+    except _FILE_ERRORS as e:
+      raise self._truncated(position, e) from e
 
   def _decode_foreign(self, path) -> ffmpeg.Decoded:
     """Opens, as raw samples, what FFmpeg decodes a file to."""
@@ -231,12 +409,12 @@ class AudioReader:
     if not decoded.tell():
       raise UserError(f'{self._name}: holds no samples')
     decoded.seek(0)
-    self._file = soundfile.SoundFile(
-        decoded, samplerate=foreign.sample_rate, channels=foreign.channels, format='RAW', subtype='FLOAT')
+    self._streams = [_Stream(lambda pieces: decoded, samplerate=foreign.sample_rate, channels=foreign.channels,
+                             format='RAW', subtype='FLOAT')]
     return foreign
 
   def _tags(self, foreign) -> dict[str, str]:
-    found = foreign.tags if foreign else self._file.copy_metadata()
+    found = foreign.tags if foreign else _texts(self._streams[0].file)
     return {name: found[name] for name in TAGS if found.get(name)}
 
   def _most(self) -> int:
@@ -245,7 +423,11 @@ class AudioReader:
   def _read_on(self, position: int, frames: int) -> np.ndarray:
     """At most `frames` samples [channels, n] from where the file stands."""
     try:
-      audio = self._file.read(frames, dtype='float32', always_2d=True)
+      audio = self._streams[self._current].read(frames)
+      while not len(audio) and frames and self._current < len(self._streams) - 1:
+        self._current += 1
+        self._streams[self._current].seek(0)
+        audio = self._streams[self._current].read(frames)
     except _FILE_ERRORS as e:
       raise self._truncated(position, e) from e
     return audio.T
@@ -310,7 +492,8 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
 
   By default the path must name audio that can be written (.wav, .flac, .ogg); give the allowed
   `extensions` for another kind of file, or None for any. A file or directory without any write
-  bit counts as read-only for root too. The test itself leaves nothing behind.
+  bit counts as read-only for root too. The test itself leaves nothing behind, and takes away what processes of this
+  machine that were killed have left beside `path`.
   """
   name = shown(path)
   if extensions is not None and _extension(path) not in extensions:
@@ -326,6 +509,7 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
   for place in (folder, target):
     if os.path.exists(place) and not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
       raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
+  _remove_leftovers(target)
   trial = _temporary(target)
   try:
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
@@ -367,21 +551,52 @@ def _extension(path) -> str:
 
 
 def _temporary(target: str) -> str:
-  """A free name beside the target; hidden, so that no scan takes it for music."""
+  """A free name beside the target; hidden, so that no scan takes it for music. It tells who made it."""
   folder, base = os.path.split(target)
-  return os.path.join(folder, f'.{base[:64]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+  return os.path.join(folder, f'.{_short(base)}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part')
+
+
+def _short(base: str) -> str:
+  """What fits into 255 bytes with more behind it."""
+  return os.fsdecode(os.fsencode(base)[:64])
+
+
+def _machine() -> str:
+  """A word for this machine, and this container on it: process numbers mean something there."""
+  return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _remove_leftovers(target: str):
+  """Takes away the temporary files of a target whose makers are no more."""
+  folder, base = os.path.split(target)
+  for path in glob.iglob(os.path.join(glob.escape(folder), f'.{glob.escape(_short(base))}.{_machine()}.*.part')):
+    number = path.split('.')[-3]
+    if number.isdecimal() and not _is_alive(int(number)):
+      with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _is_alive(process: int) -> bool:
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except OSError:  # somebody else's
+    pass
+  return True
 
 
 class AudioWriter:
   """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
 
-  24-bit PCM for .wav and .flac, Vorbis for .ogg. Samples outside [-1, 1] are clipped, counted in
+  24-bit PCM for .wav and .flac, Vorbis for .ogg. Channels come in WAV's order. Samples outside [-1, 1] are clipped, counted in
   `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
   none lies outside. After an exception nothing is left behind.
 
   Args:
     path, sample_rate, channels: of the file.
-    tags: text to keep in it by libsndfile's names, as far as the format has a place for it.
+    tags: text to keep in it by libsndfile's names, as far as the format has a place for it; a WAV has it for 2000 bytes
+      each, and the log says what is cut.
     normalize: as above; the audio is held in a temporary file until its peak is known.
 
   Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
@@ -392,13 +607,17 @@ class AudioWriter:
                normalize: bool = False):
     check_writable(path)
     self.clipped = 0
-    self._held = tempfile.TemporaryFile() if normalize else None
     self._peak = 1.0
     self._name = shown(path)
     self._channels = channels
     self._target = os.path.realpath(path)
     self._temporary = _temporary(self._target)
     self._format, subtype = WRITE_FORMATS[_extension(path)]
+    if self._format == 'OGG' and (sample_rate > _VORBIS_LIMITS[0] or channels > _VORBIS_LIMITS[1]):
+      raise UserError(f'{self._name}: OGG Vorbis ends at {_VORBIS_LIMITS[0]} Hz and {_VORBIS_LIMITS[1]} channels, and here '
+                      f'are {channels} at {sample_rate} Hz; name it *.wav')
+    self._order = containers.XIPH_ORDER.get(channels) if self._format == 'OGG' else None
+    self._held = tempfile.TemporaryFile() if normalize else None
     self._bytes = 0
     try:
       self._file = soundfile.SoundFile(
@@ -410,6 +629,9 @@ class AudioWriter:
           f'{self._name}: {self._format} cannot be written with {channels} channels at '
           f'{sample_rate} Hz ({_reason(e)})') from e
     for name, text in (tags or {}).items():
+      if self._format == 'WAV' and len(text.encode()) > _WAV_TEXT:
+        text = text.encode()[:_WAV_TEXT].decode('utf-8', 'ignore')
+        logging.warning('%s: the %s is cut to %d bytes, a WAV holds no more (FLAC does)', self._name, name, _WAV_TEXT)
       with contextlib.suppress(*_FILE_ERRORS):  # a format without a place for it
         setattr(self._file, name, text)
 
@@ -442,6 +664,7 @@ class AudioWriter:
   def _write(self, audio):
     self.clipped += int(np.count_nonzero(np.abs(audio) > 1))
     samples = np.clip(audio, -1, 1).T
+    samples = samples[:, self._order] if self._order else samples
     try:
       for start in range(0, len(samples), _WRITE_SAMPLES):
         self._file.write(np.ascontiguousarray(samples[start:start + _WRITE_SAMPLES]))

@@ -63,8 +63,8 @@ def content_hash(path) -> dict:
 def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: float) -> dict:
   """Decodes, resamples (to the first of `rates`, unless the file has one of them), cuts and encodes a file.
 
-  Writes the FLAC of one segment after the other to the file descriptor `spool`; returns the source's facts and, for each
-  segment, [offset, starts, samples, loudness, bytes].
+  Writes the FLAC of one segment after the other to the file descriptor `spool`; returns the source's facts, for each
+  segment [offset, starts, samples, loudness, bytes], and under 'note' what is missing of the file, or None.
   """
   with _open(path) as reader:
     info, taken, segments = reader.info, 0, []
@@ -89,7 +89,7 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
       _write_all(spool, data)
       segments.append([offset, starts, audio.shape[1], loudness(audio), len(data)])
   return {'rate': rate, 'channels': info.channels, 'source_rate': info.sample_rate, 'source_samples': taken,
-          'segments': segments}
+          'segments': segments, 'note': reader.note}
 
 
 def even_length(samples: int, *, longest: int, overlap: int) -> int:

@@ -363,6 +363,8 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
         except FileFault as e:
           result['faults'][name] = str(e)
           continue
+        if found['note']:
+          absl_logging.warning('%s: %s; taken as it is', shown(name), found['note'])
         wanted = [segment for segment in found['segments'] if segment[3] >= options.silence_dbfs]
         if len(wanted) < len(found['segments']):
           result['silent'][name] = len(found['segments']) - len(wanted)

@@ -101,7 +101,7 @@ class AudioFiles:
     return shown(self.path(number))
 
   def open(self, number: int) -> AudioReader:
-    return AudioReader(self.path(number))
+    return AudioReader(self.path(number), whole=False)
 
   @property
   def fingerprint(self) -> str:
@@ -189,21 +189,31 @@ def find_audio_files(root) -> AudioFiles:
   Raises UserError: nothing there, or no audio among it.
   """
   root = os.path.expanduser(os.fsdecode(root))
-  name = shown(root)
-  if os.path.isdir(root):
-    base, audio = root, walk(root, EXTENSIONS)
-  elif os.path.isfile(root) or glob.has_magic(root):
-    base = _glob_base(root) if not os.path.isfile(root) else os.path.dirname(root)
-    paths = [root] if os.path.isfile(root) else _glob(root, base)
-    audio = {os.path.relpath(p, base or '.') for p in paths if p.lower().endswith(EXTENSIONS)}
-  elif not root:
+  if not root:
     raise UserError('the root of the data is empty: give a directory, a glob or an audio file')
-  else:
-    raise UserError(f'{name}: there is no such directory or file')
+  found = find_files(root, EXTENSIONS)
+  if not found:
+    raise UserError(f'{shown(root)}: there is no such directory or file')
+  base, audio = found
   if not audio:
     hint = "; a mixture is written 'W*PLACE,W*PLACE'" if _PART.match(root) else ''
-    raise UserError(f'{name}: no audio files there (looked for *{", *".join(EXTENSIONS)}){hint}')
+    raise UserError(f'{shown(root)}: no audio files there (looked for *{", *".join(EXTENSIONS)}){hint}')
   return AudioFiles(base=base, names=tuple(sorted(n.replace(os.sep, '/') for n in audio)))
+
+
+def find_files(place: str, extensions: tuple[str, ...]) -> tuple[str, set[str]] | None:
+  """(directory, names relative to it) of the files that a directory, a glob or a file stands for and that end so; None:
+  there is nothing of that name, and it is no glob. What exists under the very name is no glob, also within a path."""
+  if os.path.isdir(place):
+    return place, set(walk(place, extensions))
+  if os.path.isfile(place):
+    base, paths = os.path.dirname(place), [place]
+  elif glob.has_magic(place):
+    base = _glob_base(place)
+    paths = _glob(place, base)
+  else:
+    return None
+  return base, {os.path.relpath(path, base or '.') for path in paths if path.lower().endswith(extensions)}
 
 
 def walk(root: str, extensions: tuple[str, ...]) -> list[str]:
@@ -251,8 +261,8 @@ def _is(question) -> bool:
 
 
 def _glob_base(pattern: str) -> str:
-  """The leading directories of a glob that hold no wildcard."""
+  """The leading directories of a glob that hold no wildcard, or are there under that very name: 'Album [1999]'."""
   base = os.path.dirname(pattern)
-  while glob.has_magic(base):
+  while glob.has_magic(base) and not os.path.isdir(base):
     base = os.path.dirname(base)
   return base

@@ -59,7 +59,8 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
     by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
   found, warnings, used = [], [], set()
   for i, name in enumerate(references.names):
-    partners = [name] if name in by_name else by_stem.get(os.path.splitext(name)[0], [])
+    partners = [name] if name in by_name else (
+        by_stem.get(name) or by_stem.get(os.path.splitext(name)[0], []))  # song.wav.flac, where there is a song.mp3 too
     if len(partners) == 1 and partners[0] not in used:
       used.add(partners[0])
       found.append(Pair(name, references.path(i), by_name[partners[0]]))
