@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from m2l2 import main
+from m2l2 import config_file, main
 from m2l2.errors import UserError
 
 TINY = '--config=configs/tiny.py:debug'
@@ -12,10 +12,36 @@ TINY = '--config=configs/tiny.py:debug'
 
 def test_presets_are_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  found = main.find_config('configs/tiny.py:debug')
+  found = config_file.find('configs/tiny.py:debug')
   assert os.path.isabs(found) and found.endswith('tiny.py:debug')
   values = main.parse(['m2l2', TINY, '--config.train.steps=3', '--workdir=w'])
   assert values.config.train.steps == 3 and values.workdir == 'w'
+
+
+@pytest.mark.parametrize('value', ['tiny', 'tiny.py', 'configs/tiny', 'configs/tiny.py'])
+def test_a_presets_name_is_enough(value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_file.find(value).endswith('configs/tiny.py')
+
+
+@pytest.mark.parametrize('value', [
+  '/no/such/dir/base.py', 'no/base.py', './base.py', '../configs/base.py', 'my/configs/base.py', '/configs/base.py', '',
+  'configs', '~/base.py', 'configs/base.py/'])
+def test_a_wrong_path_never_becomes_the_preset_of_that_name(value, tmp_path, monkeypatch):
+  (tmp_path / 'here/configs').mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / 'here')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with pytest.raises(UserError, match='there is no such file; the presets are base.py'):
+    config_file.find(value)
+
+
+def test_which_file_it_is_is_logged(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(main.logging, 'info', lambda text, *args: said.append(text % args))
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'mine.py').write_text('from m2l2.configs import tiny\ndef get_config():\n  return tiny.get_config()\n')
+  assert main.parse(['m2l2', '--config=~/mine.py', '--workdir=w']).config.train.steps == 2000
+  assert said == [f'config: {tmp_path}/mine.py']
 
 
 def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
@@ -42,10 +68,16 @@ def test_help_shows_an_example(capsys):
 @pytest.mark.parametrize('arguments, says', [
   ([], '--config=... is missing'),
   ([TINY], '--workdir=... is missing'),
+  (['--config', 'tiny', '--workdir=w'], 'write --config=FILE'),
+  ([TINY, '--config=base', '--workdir=w'], 'given 2 times'),
+  ([TINY, '--flagfile=flags', '--workdir=w'], '--flagfile is not read'),
+  ([TINY, '--workdir=w', '--flagfile', 'flags'], '--flagfile is not read'),
+  (['--config=/no/such/dir/base.py', '--workdir=w'], 'no such file'),
   (['--config=configs/nothing.py', '--workdir=w'], 'presets are base.py'),
   ([TINY + ',nope', '--workdir=w'], "'nope'"),
   ([TINY, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),
-  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz' "),
+  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz'; the nearest is train.steps "),
+  ([TINY, '--config.train.steps=None', '--workdir=w'], 'steps=None'),
   ([TINY, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
   ([TINY, '--config.train.steps=many', '--workdir=w'], 'many'),
   ([TINY, '--nope=1', '--workdir=w'], 'nope'),
@@ -73,8 +105,42 @@ def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, cap
   assert 'Traceback' not in '\n'.join(lines)
 
 
-def test_a_config_that_does_not_run_is_one_line(tmp_path):
-  (tmp_path / 'broken.py').write_text('def get_config(:\n')
+OWN = """from m2l2.configs import tiny
+def get_config(arg=None):
+  config = tiny.get_config()
+  LINE
+  return config
+"""
+
+
+@pytest.mark.parametrize('line, says', [
+  ('config.train.stepz = 3', "line 4: the config has no field 'stepz'; the nearest is train.steps "),
+  ('config.train.update(stepz=3)', "line 4: the config has no field 'stepz'; the nearest is"),
+  ('config.consistency.stepz = 3', 'the nearest is consistency.steps '),
+  ('config.trian.steps = 3', "line 4: the config has no field 'trian'; the nearest is train "),
+  ('config.train.steps = 1e3', 'line 4: steps is a whole number, not 1000.0 (float)'),
+  ('config.model.native_rates = 44100', 'line 4: native_rates is a tuple, not 44100 (int)'),
+  ('config.seed = None', 'seed=None: it needs a value'),
+  ('import nothing_there', "line 4: No module named 'nothing_there'"),
+  ('import sys; sys.exit(3)', 'line 4: 3'),
+  ('1 / 0', 'line 4: division by zero'),
+  ('return', 'returned NoneType'),
+  ('config.model.tile = (', 'line 4: '),
+])
+def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(line, says, tmp_path):
+  (tmp_path / 'own.py').write_text(OWN.replace('LINE', line))
   with pytest.raises(UserError) as error:
-    main.parse(['m2l2', f'--config={tmp_path}/broken.py', '--workdir=w'])
-  assert '\n' not in str(error.value) and 'broken.py' in str(error.value)
+    main.parse(['m2l2', f'--config={tmp_path}/own.py', '--workdir=w'])
+  assert '\n' not in str(error.value) and says in str(error.value)
+  assert 'own.py' in str(error.value) or 'seed' in says
+
+
+@pytest.mark.parametrize('name, value', [
+  ('model.tile', 0), ('model.tile', 'auto'), ('train.clip_norm', None), ('train.clip_norm', 2), ('train.clip_norm', .5),
+  ('train.learning_rate', 1), ('model.widths', [8, 16])])
+def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, tmp_path):
+  (tmp_path / 'own.py').write_text(OWN.replace('LINE', f'config.{name} = {value!r}'))
+  group, field = name.split('.')
+  for arguments in ([f'--config={tmp_path}/own.py'], ['--config=tiny', f'--config.{name}={value}']):
+    config = main.parse(['m2l2', *arguments, '--workdir=w']).config
+    assert config[group][field] == (tuple(value) if isinstance(value, list) else value)
