@@ -328,7 +328,7 @@ def test_a_reference_of_dithered_silence_costs_its_ratio_alone(music, monkeypatc
 
 
 @pytest.mark.parametrize('raised, told', [
-  (ZeroDivisionError('float division by zero'), 'lonely: mrstft: has no value (ZeroDivisionError: float division by zero)'),
+  (ZeroDivisionError('by zero'), 'lonely: mrstft: has no value (ZeroDivisionError: by zero)'),
   (RuntimeError('two\nlines'), 'lonely: mrstft: has no value (RuntimeError: two lines)'),
   (np.nan, 'lonely: mrstft: is nan, left out')])
 def test_a_metric_without_a_value_is_left_out_and_named(music, monkeypatch, raised, told):

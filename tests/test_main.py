@@ -95,14 +95,31 @@ def test_help_shows_an_example(capsys):
   ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.optimizer=sgd'], 'sgd'),
   ([TINY, '--workdir=file/run', '--config.data.root=.'], 'file/run'),
 ])
-def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys, tone):
   monkeypatch.chdir(tmp_path)
+  tone('a.wav', seconds=.1)
   (tmp_path / 'file').write_text('')
   assert main.main(['m2l2', *arguments]) == 1
   lines = capsys.readouterr().err.splitlines()
   complaints = [line for line in lines if line.startswith('m2l2: ')]
   assert len(complaints) == 1 and complaints[0] == lines[-1] and says in complaints[0]
   assert 'Traceback' not in '\n'.join(lines)
+
+
+def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
+  monkeypatch.chdir(tmp_path)
+  tone('music/a.wav', seconds=2.)
+  arguments = ['m2l2', '--config=tiny:debug', '--config.data.root=music', '--workdir=run', '--check']
+  assert main.main(arguments) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('config ') and lines[0].endswith('configs/tiny.py:debug')
+  assert [line.split()[0] for line in lines[1:]] == [
+    'devices', 'model', 'data', 'batch', 'run', 'evaluation', 'workdir']
+  assert os.listdir(tmp_path) == ['music']
+  assert main.main([*arguments, '--config.train.batch_size=3']) == 1
+  assert main.main([*arguments, '--multihost']) == 1
+  complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith('m2l2: ')]
+  assert len(complaints) == 2 and 'multiple of 8' in complaints[0] and 'leave --multihost out' in complaints[1]
 
 
 OWN = """from m2l2.configs import tiny
