@@ -11,7 +11,7 @@ import tempfile
 
 from m2l2.data import ffmpeg, sources
 from m2l2.data.audio_io import shown
-from m2l2.errors import UserError
+from m2l2.errors import OutputClosed, UserError
 
 PIPE = '-'
 AUDIO = (*sources.EXTENSIONS, *ffmpeg.EXTENSIONS)
@@ -105,8 +105,14 @@ def reading(job: Job) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'standard input')
-    with open(path, 'wb') as file:
-      shutil.copyfileobj(sys.stdin.buffer, file)
+    if sys.stdin is None:
+      raise UserError('standard input is closed: there is nothing to read')
+    try:
+      with open(path, 'wb') as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    except OSError as error:
+      raise UserError(f'standard input: could not be kept in {shown(folder)} ({error.strerror}); TMPDIR names another '
+                      'place') from error
     try:
       yield path
     except UserError as error:
@@ -131,12 +137,21 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, f'standard output{output}')
+    if sys.stdout is None:
+      raise UserError('standard output is closed: there is nowhere to write')
     yield path
-    try:
-      with open(path, 'rb') as file:
+    with open(path, 'rb') as file:
+      try:
         shutil.copyfileobj(file, sys.stdout.buffer)
-      sys.stdout.buffer.flush()
-    except OSError as error:  # a pipe whose reader has gone, a full disk
-      with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      raise UserError(f'standard output: not all could be written ({error.strerror})') from error
+        sys.stdout.buffer.flush()
+      except (OSError, ValueError) as error:  # a pipe whose reader has gone, a full disk
+        raise output_fault(error) from error
+
+
+def output_fault(error: Exception) -> UserError:
+  """What an error of writing to standard output means; nothing more is written there."""
+  with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more at its end, and say so
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  reason = getattr(error, 'strerror', None) or error
+  kind = OutputClosed if isinstance(error, BrokenPipeError) else UserError
+  return kind(f'standard output: not all could be written ({reason})')

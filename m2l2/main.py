@@ -30,7 +30,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from m2l2 import config_file, hosts
-from m2l2.errors import UserError
+from m2l2.errors import UserError, printable, told
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
@@ -116,10 +116,14 @@ def main(argv=None) -> int:
       several.leave()
   except (Exception, KeyboardInterrupt) as error:
     if several:
-      several.fail(error)  # does not return
-    if not isinstance(error, UserError):
+      several.fail(told(error) or error)  # does not return
+    if isinstance(error, KeyboardInterrupt):
+      print('m2l2: stopped', file=sys.stderr)
+      return 130
+    line = told(error)
+    if line is None:
       raise
-    print(f'm2l2: {error}', file=sys.stderr)
+    print('m2l2:', printable(' '.join(str(line).split())), file=sys.stderr)
     return 1
   return values.stopped_exit_code if done < values.config.train.steps else 0
 

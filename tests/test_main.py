@@ -161,3 +161,24 @@ def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, 
   for arguments in ([f'--config={tmp_path}/own.py'], ['--config=tiny', f'--config.{name}={value}']):
     config = main.parse(['m2l2', *arguments, '--workdir=w']).config
     assert config[group][field] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize('error, status, says', [
+  (OSError(28, 'No space left on device'), 1, 'No space left on device; make room'),
+  (PermissionError(13, 'Permission denied', '/data/run\n1'), 1, r'/data/run\n1: Permission denied'),
+  (RuntimeError('tensorstore: OS error: No space left on device [...]'), 1, 'No space left on device; make room'),
+  (ModuleNotFoundError("No module named 'tensorflow_datasets'", name='tensorflow_datasets'), 1, "'m2l2[train]'"),
+  (MemoryError(), 1, 'not enough memory'), (KeyboardInterrupt(), 130, 'stopped')])
+def test_a_fault_of_the_machine_in_training_is_one_line(error, status, says, monkeypatch, capsys):
+  def train(config, workdir):
+    raise error
+  monkeypatch.setattr('m2l2.train.train', train)
+  assert main.main(['m2l2', '--config=tiny:debug', '--workdir=w']) == status
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith('m2l2: ') and says in last
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+  monkeypatch.setattr('m2l2.train.train', lambda config, workdir: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    main.main(['m2l2', '--config=tiny:debug', '--workdir=w'])

@@ -328,6 +328,8 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
       raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
   trial = _temporary(target)
   try:
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(target)  # says so of a name that is too long; the temporary one is not
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     os.unlink(trial)
   except OSError as e:
@@ -369,7 +371,7 @@ def _extension(path) -> str:
 def _temporary(target: str) -> str:
   """A free name beside the target; hidden, so that no scan takes it for music."""
   folder, base = os.path.split(target)
-  return os.path.join(folder, f'.{base[:64]}.{os.getpid()}.{secrets.token_hex(4)}.part')
+  return os.path.join(folder, f'.{base[:16]}.{os.getpid()}.{secrets.token_hex(4)}.part')
 
 
 class AudioWriter:
