@@ -354,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(argv) -> int:
   extras.require('training', 'train', 'absl', 'array_record', 'clu', 'grain', 'ml_collections', 'optax',
                  'orbax.checkpoint', 'scipy')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's log, read when jax is imported: errors
   from m2l2 import main as training
   return training.main(['m2l2 train', *argv])
 

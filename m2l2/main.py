@@ -82,6 +82,12 @@ def _places(argv) -> list[str]:
   return [config_file.find(value) for value in asked]
 
 
+def _is_for_users(record: python_logging.LogRecord) -> bool:
+  """Warnings, and what m2l2 itself says: the folder above may be called m2l2 too, and hold all libraries."""
+  ours = os.path.dirname(os.path.abspath(hosts.__file__)) + os.sep
+  return record.levelno > python_logging.INFO or os.path.abspath(record.pathname).startswith(ours)
+
+
 def main(argv=None) -> int:
   """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
   argv = list(sys.argv if argv is None else argv)
@@ -92,8 +98,7 @@ def main(argv=None) -> int:
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  ours = f'{os.sep}m2l2{os.sep}'
-  handler.addFilter(lambda record: record.levelno > python_logging.INFO or ours in record.pathname)
+  handler.addFilter(_is_for_users)
   logging.use_absl_handler()
   several = None
   try:

@@ -124,20 +124,32 @@ def report(config, workdir) -> list[str]:
   else:
     start = 'new, from random weights'
   listener = Listener(plain(config), sample_rate=functions.sample_rate, workdir=workdir, first=done or 0)
-  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-  seconds = functions.crop_samples / functions.sample_rate
-  items = ', '.join(f'{len(source):,} at {source.place}' for source in mixture.sources)
   return [
-    f'devices     {jax.device_count()} {jax.default_backend()}, mesh '
-    f'{" x ".join(f"{name} {size}" for name, size in mesh.shape.items())}, preset {config.mesh.preset}',
-    f'model       {count / 1e6:.1f} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
-    f'{functions.sample_rate} Hz',
-    f'data        {items}',
-    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device'
-    + (f' in {fields.accumulate} parts' if fields.accumulate > 1 else ''),
+    *describe(config, functions, params, mixture, mesh),
     f'run         {start}; {fields.steps} steps, saved every {fields.checkpoint_every}',
     f'evaluation  {f"every {config.evaluate.every} steps" if listener.measures else "none (evaluate.root is empty)"}',
     f'workdir     {workdir}']
+
+
+def describe(config, functions, params, mixture: Mixture, mesh) -> list[str]:
+  """A run in a few lines, for its user: devices, model, data, batch.
+
+  functions: `train_step.StepFunctions`. params: shapes.
+  """
+  fields, shards = config.train, sharding.batch_shards(mesh)
+  kinds = sorted({device.device_kind for device in mesh.devices.flat})
+  sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  seconds = functions.crop_samples / functions.sample_rate
+  parts = f' in {fields.accumulate} parts' if fields.accumulate > 1 else ''
+  processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  return [
+    f'devices     {mesh.size} {jax.default_backend()} ({", ".join(kinds)}){processes}, mesh {sizes}, '
+    f'preset {config.mesh.preset}',
+    f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
+    f'{functions.sample_rate} Hz',
+    f'data        {", ".join(f"{len(source):,} items at {source.place}" for source in mixture.sources)}',
+    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
 
 
 def _check_place(workdir):

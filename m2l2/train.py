@@ -47,8 +47,6 @@ def train(config, workdir, writers=()) -> int:
   preflight.check(config, shards=sharding.batch_shards(mesh))
   mixture = preflight.find_data(config)
   functions = build.step_functions(config, ravel=sharding.is_one_cpu(mesh))
-  logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
-               jax.default_backend(), jax.process_count(), dict(mesh.shape), config.mesh.preset)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -65,7 +63,8 @@ def train(config, workdir, writers=()) -> int:
     if main:
       table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
       logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it
-      logging.info('parameters: %s', table.splitlines()[-1])
+      for told in preflight.describe(config, functions, abstract.params, mixture, mesh):
+        logging.info('%s', told)
     for name, shape in placement.unplaced:
       logging.warning('%s %s fits no axis of the mesh: every device holds all of it', name, shape)
 
@@ -132,6 +131,7 @@ def train(config, workdir, writers=()) -> int:
     audio = jax.ShapeDtypeStruct(
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
       sharding=sharding.batch_sharding(mesh))
+    logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compiling = time.perf_counter()
     compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
       state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
@@ -186,6 +186,7 @@ def train(config, workdir, writers=()) -> int:
           if main:
             save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step,
                           extra=metrics.latent_scale(workdir))
+            logging.info('saving step %d: snapshot, and checkpoint to go on from', step)
           if log.shows_media and rows:
             log.write_audio(step, listener.reconstruct(averaged, rows['audio'][0]), sample_rate=functions.sample_rate)
       if listener.is_due(step, last=fields.steps) and not stopping:  # a run that goes on here measures first

@@ -1,5 +1,6 @@
 """The train command on good and bad command lines: one clear line and exit code 1."""
 
+import logging
 import os
 
 import pytest
@@ -120,6 +121,17 @@ def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
   assert main.main([*arguments, '--multihost']) == 1
   complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith('m2l2: ')]
   assert len(complaints) == 2 and 'multiple of 8' in complaints[0] and 'leave --multihost out' in complaints[1]
+
+
+@pytest.mark.parametrize('path, level, passes', [
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'INFO', False),
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/jax/_src/xla_bridge.py', 'INFO', False),
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'WARNING', True),
+  (os.path.join(os.path.dirname(main.__file__), 'train.py'), 'INFO', True),
+  (os.path.join(os.path.dirname(main.__file__), 'data', 'pipeline.py'), 'INFO', True)])
+def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes):
+  record = logging.LogRecord('absl', getattr(logging, level), path, 1, 'text', (), None)
+  assert main._is_for_users(record) is passes
 
 
 OWN = """from m2l2.configs import tiny

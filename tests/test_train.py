@@ -5,6 +5,7 @@ with the shipped config, small, that kills change nothing and devices next to no
 import concurrent.futures
 import functools
 import json
+import logging
 import os
 import pathlib
 import random
@@ -141,6 +142,23 @@ def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(straight, music):
   assert snapshot.step == 6 and snapshot.config == config
   assert steps_of(straight) == [1, 2, 3, 4, 5, 6]
   assert all(line['loss'] > 0 for line in soak_resume.trace(straight))
+
+
+def test_the_log_says_what_a_person_wants(small, again, music, monkeypatch):
+  said = []
+
+  def info(*args, **kwargs):  # of all that use absl: Orbax hands over dicts
+    said.append(logging.LogRecord('', logging.INFO, '', 0, args[0], args[1:], None).getMessage())
+
+  monkeypatch.setattr(train.logging, 'info', info)
+  small(again, **{'train.steps': 7})
+  starts = ('devices     8 cpu (cpu)', 'model       0.000512 M parameters, mono, 8000 Hz', 'data        ',
+            'batch       8 crops of 0.01 s, 1 a device', 'going on from step 6', 'compiling', 'the step compiled in',
+            'step 7/7  loss ', 'saving step 7', 'done: 7 steps; the model is ')
+  told = [next((line for line in said if line.startswith(start)), None) for start in starts]
+  assert None not in told, (starts[told.index(None)], said)
+  assert [said.index(line) for line in told] == sorted(said.index(line) for line in told)
+  assert told[2].endswith(f' items at {music}') and 'steps/s' in told[7] and ' left' in told[7]
 
 
 def test_the_first_and_last_step_are_logged_whatever_the_period(small, tmp_path):
@@ -483,8 +501,9 @@ def test_a_check_says_what_would_run_and_leaves_nothing(small, straight, again, 
   lines = preflight.report(small_config(music, **{'train.steps': 9}), str(again))
   assert sorted(path for path in again.rglob('*')) == before
   text = '\n'.join(lines)
-  for part in ('8 cpu, mesh data 8', '0.0 M parameters, mono, 8000 Hz', f'at {music}', '8 crops of 0.01 s, 1 a device',
-               'goes on from step 6 of 9; 9 steps, saved every 2', 'none (evaluate.root is empty)', str(again)):
+  for part in ('8 cpu (cpu), mesh data 8', '0.000512 M parameters, mono, 8000 Hz', f'at {music}',
+               '8 crops of 0.01 s, 1 a device', 'goes on from step 6 of 9; 9 steps, saved every 2',
+               'none (evaluate.root is empty)', str(again)):
     assert part in text
   save_snapshot(tmp_path / 'old', params={'layer': {'w': np.zeros((CROP, 8), np.float32)}}, config={}, step=5)
   lines = preflight.report(small_config(music, **{
