@@ -8,6 +8,7 @@
   --config.FIELD=VALUE   changes one field; configs/base.py lists them all
   --workdir=DIR          gets config.json, metrics.jsonl, checkpoints/ and snapshot/
   --check                says what would run, or what is wrong, and ends: nothing is compiled or written
+  --check=config         the same without a look at data, workdir and weights, which lie on another machine
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
@@ -52,8 +53,9 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
     flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
-  for name in ('multihost', 'check'):
-    flags.DEFINE_bool(name, False, '', flag_values=values)
+  flags.DEFINE_bool('multihost', False, '', flag_values=values)
+  flags.DEFINE_enum('check', None, ['all', 'config'], '', flag_values=values)
+  argv = ['--check=all' if re.fullmatch('--?check', arg) else arg for arg in argv]
   try:
     rest = values(argv)[1:]
   except Exception as error:  # of absl or of ml_collections: any at all
@@ -105,11 +107,12 @@ def main(argv=None) -> int:
     values = parse(argv)
     hosts.check(multihost=values.multihost, coordinator=values.coordinator,
                 num_processes=values.num_processes, process_id=values.process_id)
+    if values.check and values.multihost:
+      raise UserError('--check is for one process: leave --multihost out')
     if values.check:
-      if values.multihost:
-        raise UserError('--check is for one process: leave --multihost out')
       from m2l2 import preflight
-      print('\n'.join([f'config      {_places(argv)[0]}', *preflight.report(values.config, values.workdir)]))
+      lines = preflight.report(values.config, values.workdir, places=values.check == 'all')
+      print('\n'.join([f'config      {_places(argv)[0]}', *lines]))
       return 0
     if values.multihost:  # before anything touches a device
       several = hosts.join(

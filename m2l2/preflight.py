@@ -96,21 +96,27 @@ def load_weights(path: str, params) -> Snapshot:
   return snapshot
 
 
-def report(config, workdir) -> list[str]:
+def report(config, workdir, *, places: bool = True) -> list[str]:
   """What `train(config, workdir)` would do, a line each; nothing is compiled, and nothing is written.
+
+  places: whether data, workdir and weights are looked at, too; they may lie on the machine that is to train.
 
   Raises UserError: what that would raise before its first step.
   """
   workdir, fields = local(workdir), config.train
-  _check_place(workdir)
+  if places:
+    _check_place(workdir)
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
   shards = sharding.batch_shards(mesh)
   check(config, shards=shards)
-  mixture = find_data(config)
+  mixture = find_data(config) if places else None
   functions = build.step_functions(config)
   with jax.set_mesh(mesh):
     params = jax.eval_shape(functions.init, jax.random.key(config.seed)).params
     sharding.param_shardings(params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
+  about = describe(config, functions, params, mixture, mesh)
+  if not places:
+    return [*about, f'run         {fields.steps} steps, saved every {fields.checkpoint_every}']
   with make_loader(
       root=mixture, sample_rate=functions.sample_rate, native_rates=functions.native_rates,
       channels=functions.channels, crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
@@ -125,17 +131,18 @@ def report(config, workdir) -> list[str]:
     start = 'new, from random weights'
   listener = Listener(plain(config), sample_rate=functions.sample_rate, workdir=workdir, first=done or 0)
   return [
-    *describe(config, functions, params, mixture, mesh),
+    *about,
     f'run         {start}; {fields.steps} steps, saved every {fields.checkpoint_every}',
     f'evaluation  {f"every {config.evaluate.every} steps" if listener.measures else "none (evaluate.root is empty)"}',
     f'workdir     {workdir}']
 
 
-def describe(config, functions, params, mixture: Mixture, mesh) -> list[str]:
+def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[str]:
   """A run in a few lines, for its user: devices, model, data, batch.
 
-  functions: `train_step.StepFunctions`. params: shapes.
+  functions: `train_step.StepFunctions`. params: shapes. mixture: None where nobody looked.
   """
+  found = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
   fields, shards = config.train, sharding.batch_shards(mesh)
   kinds = sorted({device.device_kind for device in mesh.devices.flat})
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
@@ -148,7 +155,7 @@ def describe(config, functions, params, mixture: Mixture, mesh) -> list[str]:
     f'preset {config.mesh.preset}',
     f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
     f'{functions.sample_rate} Hz',
-    f'data        {", ".join(f"{len(source):,} items at {source.place}" for source in mixture.sources)}',
+    f'data        {", ".join(found)}',
     f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
 
 

@@ -117,10 +117,14 @@ def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
   assert [line.split()[0] for line in lines[1:]] == [
     'devices', 'model', 'data', 'batch', 'run', 'evaluation', 'workdir']
   assert os.listdir(tmp_path) == ['music']
-  assert main.main([*arguments, '--config.train.batch_size=3']) == 1
   assert main.main([*arguments, '--multihost']) == 1
+  assert 'leave --multihost out' in capsys.readouterr().err
+  elsewhere = ['m2l2', '--config=tiny:debug', '--config.data.root=/elsewhere', '--workdir=/no/run', '--check=config']
+  assert main.main(elsewhere) == 0 and 'data        /elsewhere' in capsys.readouterr().out
+  assert main.main([*arguments, '--config.train.batch_size=3']) == 1
+  assert main.main([*elsewhere, '--config.train.batch_size=3']) == 1
   complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith('m2l2: ')]
-  assert len(complaints) == 2 and 'multiple of 8' in complaints[0] and 'leave --multihost out' in complaints[1]
+  assert len(complaints) == 2 and all('multiple of 8' in line for line in complaints)
 
 
 @pytest.mark.parametrize('path, level, passes', [
