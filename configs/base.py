@@ -59,7 +59,7 @@ def get_config(arg=''):
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # none, products, blocks, full: how little the backward pass finds kept
-  model.tile = 'auto'                  # maps narrower than this are packed (model/packing.py): 0, 128, 256
+  model.tile = any_type('auto')        # maps narrower than this are packed (model/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 
@@ -95,7 +95,7 @@ def get_config(arg=''):
   train.warmup_steps = 10_000
   train.b1 = 0.9
   train.b2 = 0.999
-  train.clip_norm = ml_collections.config_dict.placeholder(float)  # largest gradient norm; none in the paper
+  train.clip_norm = any_type(None)     # largest gradient norm; None in the paper
   train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
   train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
@@ -139,6 +139,11 @@ def get_config(arg=''):
   mesh.fsdp = 1
   mesh.tensor = 1
   return finish(config, arg)
+
+
+def any_type(value):
+  """A field that takes other types than that of its first value; the others refuse them."""
+  return ml_collections.FieldReference(value, field_type=object)
 
 
 def short_run(config):

@@ -116,7 +116,7 @@ def commands() -> str:
 def fields() -> str:
   """The fields of configs/base.py with their defaults and comments, as tables."""
   lines, part = ['`configs/base.py`, whose fields the other configs change.'], None
-  listing, _, _ = (ROOT / 'configs' / 'base.py').read_text(encoding='utf-8').partition('\n\n\ndef short_run')
+  listing, _, _ = (ROOT / 'configs' / 'base.py').read_text(encoding='utf-8').partition('\n\n\ndef any_type')
   for line in listing.splitlines():
     found = re.fullmatch(r'  (\w+)\.(\w+) = (.*?)(?: +# (.*))?', line)
     if not found or 'ConfigDict()' in line:
@@ -126,8 +126,7 @@ def fields() -> str:
       lines += ['', '| field | default | |', '|---|---|---|']
       part = group
     path = name if group == 'config' else f'{group}.{name}'
-    if value.startswith('ml_collections.config_dict.placeholder'):
-      value = 'None'
+    value = value.removeprefix('any_type(').removesuffix(')') if value.startswith('any_type(') else value
     lines.append(f'| `{path}` | `{value}` | {(comment or "").replace("|", chr(92) + "|")} |')
   return '\n'.join(lines) + '\n'
 

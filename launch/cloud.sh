@@ -57,6 +57,19 @@ read_train_flags() {
   [ -n "$workdir" ] || give_up 'give the flags of m2l2 train after --, --workdir=... among them (try --help)'
 }
 
+# In a dry run: what m2l2 train says of its flags, as it would be with so many devices; `config` where data and
+# workdir lie elsewhere. By the Python that M2L2_PYTHON names; without one there is a word of it, and no check.
+check_train() {  # check_train DEVICES all|config
+  [ -n "${dry_run:-}" ] || return 0
+  local python=${M2L2_PYTHON:-.venv/bin/python}
+  if ! [ -x "$python" ]; then
+    say "$(basename "$0"): no $python here, so the flags of m2l2 train are not checked (M2L2_PYTHON names another)"
+    return 0
+  fi
+  JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=$1 "$python" -m m2l2 train "${train[@]}" "--check=$2" >&2 ||
+    give_up 'm2l2 train would not run so; its message is above'
+}
+
 check_bucket() {
   [ -n "$bucket" ] || return 0
   local look=(gcloud storage buckets describe "gs://$bucket" --raw '--format=value(hierarchicalNamespace.enabled)')

@@ -95,6 +95,7 @@ manifest() {
     -e "s|@ARGS@|$args|" launch/jobset.yaml
 }
 
+check_train $((chips * slices)) config
 if [ -n "$dry_run" ]; then manifest; exit; fi
 for program in gcloud kubectl; do
   command -v $program >/dev/null || give_up "no $program in PATH"

@@ -63,6 +63,7 @@ if [ -z "$inside" ]; then
   [ -n "$dry_run" ] || command -v sbatch >/dev/null || give_up 'no sbatch in PATH: run this where jobs are submitted'
   [ -n "$dry_run$image" ] || [ -x "$python" ] ||
     give_up "no $python: make an environment with m2l2[train,cuda] and name it with --python=..."
+  [ -n "$image" ] || M2L2_PYTHON=${M2L2_PYTHON:-$python} check_train $((nodes * gpus)) all
   passed=()
   for word in "${given[@]}"; do [ "$word" = --dry-run ] || passed+=("$word"); done
   # --signal without B: to the processes of srun, not to this script's copy.

@@ -107,7 +107,18 @@ setup() {
   on all all 'rm -rf m2l2 && mkdir m2l2 && tar -xzf m2l2.tar.gz -C m2l2 && bash m2l2/launch/worker.sh setup'
 }
 
+devices() {  # of the type, as JAX counts them
+  local count=${type##*-}
+  case $type in
+    v4-* | v5p-*) count=$((count / 2)) ;;  # named by their cores, of which two are a device
+    *-[0-9]*) ;;
+    *) count=1 ;;
+  esac
+  echo $((count * slices))
+}
+
 run() {
+  check_train "$(devices)" config
   check_bucket
   on all all "bash m2l2/launch/worker.sh start $(
     quoted "${bucket:--}" "${train[@]}" --multihost --stopped_exit_code=$stopped_code)"

@@ -21,7 +21,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from m2l2 import encoding, hosts, sharding
+from m2l2 import encoding, hosts, lock, sharding
 from m2l2.codec import Codec
 from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
@@ -117,6 +117,15 @@ def encode_dataset(codec: Codec, *, source, output, dtype: str = 'float16', disc
   manifest = _manifest(codec, signals, source=source, dtype=dtype, discrete=discrete, batch=batch, shards=shards,
                        begun=latents.read_manifest(output))
   _begin(output, manifest)
+  # Of this share: another process at the same one would remove what this one has half-written.
+  with lock.held(os.path.join(output, f'.lock-{process_index}'), command='m2l2 encode-dataset',
+                 place=audio_io.shown(output)):
+    return _encode_share(codec, signals, manifest, output=output, discrete=discrete, threads=threads,
+                         process_index=process_index, process_count=process_count, devices=devices, progress=progress)
+
+
+def _encode_share(codec, signals, manifest, *, output, discrete, threads, process_index, process_count, devices,
+                  progress) -> dict:
   plan = _plan(manifest)
   if len(plan) < process_count:
     logging.warning('%d shards keep only as many of the %d hosts busy: give --shards', len(plan), process_count)

@@ -46,6 +46,13 @@ def config_differences(old: dict, new: dict) -> list[str]:
           for name in sorted(old.keys() | new.keys()) if show(old, name) != show(new, name)]
 
 
+def latest(directory) -> int | None:
+  """The step of the newest complete checkpoint in a directory, None without any; nothing is opened or made."""
+  if not os.path.isdir(directory):
+    return None
+  return max((int(name) for name in os.listdir(directory) if name.isdecimal()), default=None)
+
+
 def _flat_config(config, prefix=''):
   config = json.loads(json.dumps(config)) if not prefix else config  # tuples become lists
   flat = {}

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 
-from m2l2.errors import UserError
+from m2l2 import extras
+from m2l2.errors import OutputClosed, UserError, printable, told
 
 _SECONDS = 10  # of audio read at once
 _DESCRIPTION = """\
@@ -28,29 +29,91 @@ Music to a few summary embeddings, and back.
 def main(argv=None) -> int:
   """Runs one command; returns its exit status.
 
-  0: the job is done. 1: a mistake of the user's, told in one line. 2: a command line that is none.
-  129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM; nothing half-written is left.
+  0: the job is done. 1: a mistake of the user's, or a fault of the machine, told in one line. 2: a command line that is
+  none. 129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM; nothing half-written is left. 141: who read its output has
+  gone.
   """
-  argv = list(sys.argv[1:] if argv is None else argv)
+  _open_streams()
   try:
-    if argv[:1] == ['train']:  # its flags are absl's, made from the config
-      return _train(argv[1:])
-    args, rest = _parser().parse_known_args(argv)
-    if rest and not (args.run is _plan or getattr(args, 'runner', None)):  # fields of the config; the runner's options
-      _parser().error(f'unrecognized arguments: {" ".join(rest)}')
-    args.rest = rest
-    _quiet_libraries()
-    with _stopped_by_signals():
-      args.run(args)
-    return 0
-  except UserError as error:
-    print('m2l2:', ' '.join(str(error).split()), file=sys.stderr)
-    return 1
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    _flush()
+    return status
   except KeyboardInterrupt:
     print('m2l2: stopped', file=sys.stderr)
     return 130
+  except SystemExit as stop:  # of a signal
+    return stop.code
+  except Exception as error:
+    line = told(error)
+    if line is None:
+      raise
+    _tell(line)
+    return 141 if isinstance(line, OutputClosed) else 1
+
+
+def _run(argv) -> int:
+  if argv[:1] == ['train']:  # its flags are absl's, made from the config
+    return _train(argv[1:])
+  try:
+    args, rest = _parser().parse_known_args(argv)
+    if rest and not (args.run is _plan or getattr(args, 'runner', None)):  # fields of the config; the runner's options
+      _parser().error(f'unrecognized arguments: {" ".join(rest)}')
   except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong command line
     return stop.code
+  args.rest = rest
+  for name, value in vars(args).items():  # a shell leaves --name=~/x as it is
+    if isinstance(value, list) and name != 'rest':
+      setattr(args, name, [_at_home(one) for one in value])
+    setattr(args, name, _at_home(getattr(args, name)))
+  _quiet_libraries()
+  with _stopped_by_signals():
+    args.run(args)
+  return 0
+
+
+def _at_home(value):
+  return os.path.expanduser(value) if isinstance(value, str) and value.startswith('~') else value
+
+
+def _open_streams():
+  """Makes sure of the three standard streams: what is opened in the place of a closed one would get what is printed."""
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+  if sys.stderr is None:  # or print() would take standard output
+    sys.stderr = open(os.devnull, 'w', encoding='utf-8')
+  for stream in (sys.stdout, sys.stderr):  # in a locale without these letters, names are printed all the same
+    if getattr(stream, 'errors', '') == 'strict' and hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')
+
+
+def _tell(error):
+  """A mistake or a fault, in one line whatever names it holds."""
+  print('m2l2:', printable(' '.join(str(error).split())), file=sys.stderr)
+
+
+def _print(text):
+  """On standard output. Raises UserError where it does not get there."""
+  with _to_output():
+    print(text, flush=True)
+
+
+def _flush():
+  """What is still to be printed, argparse's help for one."""
+  if sys.stdout is not None:
+    with _to_output():
+      sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _to_output():
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    from m2l2.jobs import output_fault
+    raise output_fault(error) from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +121,14 @@ class _Parser(argparse.ArgumentParser):
 
   def error(self, message):
     self.exit(2, f'{self.prog}: {message} ({self.prog} --help shows an example)\n')
+
+  def _print_message(self, message, file=None):
+    """argparse passes over what cannot be written."""
+    if file is None or file is not sys.stdout:
+      return super()._print_message(message, file)
+    with _to_output():
+      file.write(message)
+      file.flush()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,36 +357,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(argv) -> int:
-  try:
-    from m2l2 import main as training
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f'training needs {error.name}, which is not installed: '
-                    "pip install 'm2l2[train]'") from error
+  extras.require('training', 'train', 'absl', 'array_record', 'clu', 'grain', 'ml_collections', 'optax',
+                 'orbax.checkpoint', 'scipy')
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's log, read when jax is imported: errors
+  from m2l2 import main as training
   return training.main(['m2l2 train', *argv])
 
 
 def _plan(args):
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # whatever is here is not what is planned for
-  try:
-    from m2l2 import main as training, plan
-    values = training.parse(['m2l2 plan', *args.rest], required=('config',))
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f"planning needs {error.name}, which is not installed: pip install 'm2l2[train,tpu]'") from error
+  extras.require('planning', 'train,tpu', 'ml_collections', 'optax')
+  from m2l2 import main as training, plan
+  values = training.parse(['m2l2 plan', *args.rest], required=('config',))
   plan.main(values.config, topology=args.topology, preset=args.preset, batch=args.batch, max_batch=args.max_batch)
 
 
 def _prepare(args):
+  extras.require('preparing', 'beam', 'apache_beam', 'array_record', 'fsspec', 'tensorflow_datasets')
   try:
     logging.disable(logging.WARNING)  # Beam's, about parts of itself that nobody asked for
     from m2l2.data import prepare
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f"preparing needs {error.name}, which is not installed: pip install 'm2l2[beam]'") from error
   finally:
     logging.disable(logging.NOTSET)
   try:
@@ -330,10 +391,11 @@ def _prepare(args):
           validation_fraction=args.validation_fraction, silence_dbfs=args.silence_dbfs,
           shard_minutes=args.shard_minutes))
   for name, split in manifest['splits'].items():
-    _say(args, f'{args.output}: {name}: {split["sources"]:,} files, {split["seconds"] / 3600:,.2f} h, '
+    _say(args, f'{printable(args.output)}: {name}: {split["sources"]:,} files, {split["seconds"] / 3600:,.2f} h, '
          f'{split["records"]:,} segments, {split["bytes"] / 1e6:,.0f} MB, {len(split["shards"])} shards')
   if manifest['skipped']:
-    _say(args, f'{manifest["skipped"]:,} of {manifest["files"]:,} files skipped; {args.output}/report.json says why')
+    _say(args, f'{manifest["skipped"]:,} of {manifest["files"]:,} files skipped; '
+         f'{printable(args.output)}/report.json says why')
 
 
 def _encode(args):
@@ -381,14 +443,15 @@ def _over(planned, name, args):
     nonlocal faults
     try:
       yield
-    except UserError as error:
-      line = ' '.join(str(error).split())
-      if job.name not in line and shown(job.target) not in line:  # as what a codec says of channels
-        line = f'{job.name}: {line}'
-      if len(planned) == 1:
-        raise UserError(line) from error
+    except Exception as error:
+      line = told(error)
+      if len(planned) == 1 or line is None or isinstance(line, OutputClosed):
+        raise
+      text = ' '.join(str(line).split())
+      if job.name not in text and shown(job.target) not in text:  # as what a codec says of channels
+        text = f'{job.name}: {text}'
       faults += 1
-      print('m2l2:', line, file=sys.stderr)
+      _tell(text)
 
   with _bar(f'{name} files', len(planned), quiet=args.quiet or len(planned) == 1) as done:
     yield done, passing
@@ -397,12 +460,8 @@ def _over(planned, name, args):
 
 
 def _encode_dataset(args):
-  try:
-    from m2l2 import bulk, hosts
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f"encode-dataset needs {error.name}, which is not installed: pip install 'm2l2[train]'") from error
+  extras.require('encode-dataset', 'train', 'array_record', 'optax', 'orbax.checkpoint', 'tensorflow_datasets')
+  from m2l2 import bulk, hosts
   if args.discrete and args.dtype:
     raise UserError('--discrete stores int32 tokens: leave --dtype out')
   place = dict(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
@@ -424,9 +483,9 @@ def _encode_dataset(args):
     several.leave()
   if report:
     hours = report['seconds'] / 3600
-    _say(args, f'{args.output}: {report["encoded"]:,} of {report["signals"]:,} signals, {hours:.2f} h of audio, '
-         f'{report["chunks"]:,} chunks, {report["bytes"] / 2 ** 20:.1f} MiB; {len(report["skipped"])} skipped '
-         f'(report.json says why)')
+    _say(args, f'{printable(args.output)}: {report["encoded"]:,} of {report["signals"]:,} signals, '
+         f'{hours:.2f} h of audio, {report["chunks"]:,} chunks, {report["bytes"] / 2 ** 20:.1f} MiB; '
+         f'{len(report["skipped"])} skipped (report.json says why)')
 
 
 def _decode(args):
@@ -519,8 +578,8 @@ def _new_file(source, *, overwrite, extensions=None):
 
 
 def _evaluate(args):
-  with _extra('eval', 'evaluation'):
-    from m2l2.evaluation import embeddings, evaluate, report, seams
+  extras.require('evaluation', 'eval', 'scipy', *['matplotlib'] * bool(args.html))
+  from m2l2.evaluation import embeddings, evaluate, report, seams
   from m2l2 import compilation_cache
   from m2l2.data import audio_io
   if not (args.estimate or args.checkpoint):
@@ -589,8 +648,8 @@ def _reconstruct_all(codec, folder, args):
 
 
 def _sweep(args):
-  with _extra('eval', 'evaluation'):
-    from m2l2.evaluation import clips as folder_clips, embeddings, pictures, report, sweep
+  extras.require('evaluation', 'eval', 'scipy', 'matplotlib')
+  from m2l2.evaluation import clips as folder_clips, embeddings, pictures, report, sweep
   from m2l2.data import audio_io
   for path, extension in ((args.output, '.json'), (args.png, '.png')):
     if path:
@@ -622,8 +681,8 @@ def _sweep(args):
 
 
 def _probe(args):
-  with _extra('eval', 'probing'):
-    from m2l2.evaluation import pictures, probes, report, tasks
+  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib')
+  from m2l2.evaluation import pictures, probes, report, tasks
   from m2l2.data import audio_io
   for path, extension in ((args.output, '.json'), (args.png, '.png')):
     if path:
@@ -642,17 +701,6 @@ def _probe(args):
   _say(args, probes.table(made))
   for line in made['warnings']:
     _say(args, f'warning: {line}')
-
-
-@contextlib.contextmanager
-def _extra(name, what):
-  """Around imports: that one of the extra `name` is missing is told in a line."""
-  try:
-    yield
-  except ModuleNotFoundError as error:
-    if (error.name or '').startswith('m2l2'):
-      raise
-    raise UserError(f"{what} needs {error.name}, which is not installed: pip install 'm2l2[{name}]'") from error
 
 
 def _load(args):
@@ -707,17 +755,15 @@ def _decoding_options(args):
 
 
 def _export(args):
-  try:
-    import flatbuffers  # noqa: F401  (jax.export writes with it)
-  except ModuleNotFoundError as error:
-    raise UserError("exporting needs flatbuffers, which is not installed: pip install 'm2l2[export]'") from error
+  extras.require('exporting', 'export', 'flatbuffers')  # jax.export writes with it
   from m2l2 import codec, export
   export.check_target(args.output)
   snapshot = codec.load_snapshot(codec.locate(args.checkpoint))
   portable = codec.Codec(config=export.portable(snapshot.config), params=snapshot.params,
                          fingerprint=snapshot.fingerprint)
   export.export_stablehlo(portable, args.output)
-  _say(args, f'{args.output}: encode, start, step and finish for {", ".join(export.PLATFORMS)}; load.py runs them')
+  _say(args, f'{printable(args.output)}: encode, start, step and finish for {", ".join(export.PLATFORMS)}; load.py '
+       'runs them')
 
 
 def _import_codicodec(args):
@@ -727,19 +773,21 @@ def _import_codicodec(args):
     errors = ', '.join(f'{name} {error:.1e}' for name, error in report['errors'].items())
     _say(args, f'verified against the original, relative errors: {errors}')
   _say(args, f'{len(report["unused"])} tensors that the original stores and never uses were left out')
-  _say(args, f'{args.target}: snapshot of CoDiCodec, {report["parameters"]:,} parameters, fingerprint '
+  _say(args, f'{printable(args.target)}: snapshot of CoDiCodec, {report["parameters"]:,} parameters, fingerprint '
        f'{report["fingerprint"]}')
 
 
 def _info(args):
+  if sys.stdout is None:
+    raise UserError('standard output is closed: there is nowhere to say it')
   from m2l2 import info
   facts = info.facts(args.path)
   if args.json:
-    print(json.dumps(facts, indent=2))
+    _print(json.dumps(facts, indent=2))
     return
   width = max(map(len, facts))
   for name, value in facts.items():
-    print(f'{name.replace("_", " "):{width}}  {_readable(value)}')
+    _print(f'{name.replace("_", " "):{width}}  {_readable(value)}')
 
 
 # ---- what the user sees --------------------------------------------------------------------------
@@ -769,8 +817,12 @@ def _decoded_line(path, latents) -> str:
 
 def _say(args, line):
   """On standard output, unless that is where the result goes."""
-  if not args.quiet:
-    print(line, file=sys.stderr if getattr(args, 'target', None) in ('-', '/dev/stdout') else sys.stdout)
+  if args.quiet:
+    return
+  if getattr(args, 'target', None) in ('-', '/dev/stdout'):
+    print(line, file=sys.stderr)
+  else:
+    _print(line)
 
 
 @contextlib.contextmanager

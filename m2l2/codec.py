@@ -34,6 +34,7 @@ def locate(path):
 
   Raises UserError: neither is there.
   """
+  path = os.path.expanduser(path)
   if os.path.exists(path):
     return path
   box = resources.files('m2l2') / 'assets' / 'models'

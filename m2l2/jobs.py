@@ -11,7 +11,7 @@ import tempfile
 
 from m2l2.data import ffmpeg, sources
 from m2l2.data.audio_io import shown
-from m2l2.errors import UserError
+from m2l2.errors import OutputClosed, UserError
 
 PIPE = '-'
 _STDIN = ('/dev/stdin', '/dev/fd/0', '/proc/self/fd/0')
@@ -110,12 +110,19 @@ def reading(job: Job) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'standard input')
-    with open(path, 'wb') as file, contextlib.ExitStack() as opened:
+    if job.source == PIPE and sys.stdin is None:
+      raise UserError('standard input is closed: there is nothing to read')
+    with contextlib.ExitStack() as opened:
       try:
         pipe = sys.stdin.buffer if job.source == PIPE else opened.enter_context(open(job.source, 'rb'))
-        shutil.copyfileobj(pipe, file)
       except OSError as error:
         raise UserError(f'{job.name}: cannot be read ({error.strerror})') from error
+      try:
+        with open(path, 'wb') as file:
+          shutil.copyfileobj(pipe, file)
+      except OSError as error:
+        raise UserError(f'{job.name}: could not be kept in {shown(folder)} ({error.strerror}); TMPDIR names another '
+                        'place') from error
     try:
       yield path
     except UserError as error:
@@ -140,18 +147,28 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, f'standard output{output}')
+    if job.target == PIPE and sys.stdout is None:
+      raise UserError('standard output is closed: there is nowhere to write')
     yield path
-    try:
-      with open(path, 'rb') as file:
-        if job.target != PIPE:
-          with open(job.target, 'wb') as pipe:
-            shutil.copyfileobj(file, pipe)
-          return
-        shutil.copyfileobj(file, sys.stdout.buffer)
-      sys.stdout.buffer.flush()
-    except OSError as error:  # a pipe whose reader has gone, a full disk
-      if job.target != PIPE:
+    if job.target != PIPE:
+      try:
+        with open(path, 'rb') as file, open(job.target, 'wb') as pipe:
+          shutil.copyfileobj(file, pipe)
+      except OSError as error:
         raise UserError(f'{shown(job.target)}: not all could be written ({error.strerror})') from error
-      with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more, and say so
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      raise UserError(f'standard output: not all could be written ({error.strerror})') from error
+      return
+    with open(path, 'rb') as file:
+      try:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+      except (OSError, ValueError) as error:  # a pipe whose reader has gone, a full disk
+        raise output_fault(error) from error
+
+
+def output_fault(error: Exception) -> UserError:
+  """What an error of writing to standard output means; nothing more is written there."""
+  with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more at its end, and say so
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  reason = getattr(error, 'strerror', None) or error
+  kind = OutputClosed if isinstance(error, BrokenPipeError) else UserError
+  return kind(f'standard output: not all could be written ({reason})')

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from concurrent import futures
+import contextlib
+import json
 import os
 
 from absl import logging
@@ -9,6 +11,7 @@ from absl import logging
 from m2l2.codec import Codec
 from m2l2.errors import UserError
 from m2l2.evaluation import clips, embeddings, evaluate, seams, sweep
+from m2l2.metrics import METRICS
 from m2l2.snapshot import load_snapshot, save_snapshot
 
 SEED = 0  # of the noise that every decoding starts from, so that only the weights differ
@@ -29,7 +32,7 @@ class Listener:
   """
 
   def __init__(self, plain: Mapping, *, sample_rate: int, workdir, first: int):
-    self._plain, self._rate, self._first, self._codec = plain, sample_rate, first, None
+    self._plain, self._rate, self._codec = plain, sample_rate, None
     self._best_path = os.path.join(workdir, 'best')
     self._fields = fields = plain['evaluate']
     self.measures = bool(fields['root']) and fields['every'] > 0
@@ -42,7 +45,7 @@ class Listener:
       raise UserError(f'evaluate.best={fields["best"]!r} is not among evaluate.metrics={fields["metrics"]}')
     if fields['best'] in evaluate.UNORDERED:
       raise UserError(f"evaluate.best={fields['best']!r}: neither its high nor its low values are good; name another")
-    self._metrics = metrics
+    self._metrics, self._measured = metrics, _last_measured(workdir, most=first)
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}
     self._clips, warnings = clips.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
@@ -50,8 +53,8 @@ class Listener:
       logging.warning('evaluate.root: %s', line)
 
   def is_due(self, step: int, *, last: int) -> bool:
-    """Whether to measure after `step` updates: never twice, as the run that was saved there has done it."""
-    return self.measures and step > self._first and (step % self._fields['every'] == 0 or step == last)
+    """Whether to measure after `step` updates: never twice, also where the run goes on from that step."""
+    return self.measures and step > self._measured and (step % self._fields['every'] == 0 or step == last)
 
   @property
   def wants_raw(self) -> bool:
@@ -64,13 +67,24 @@ class Listener:
   def measure(self, step: int, weights: Mapping[str, Mapping], log):
     """Measures {'evaluate_ema': params, 'evaluate': params or None}; keeps the first as best/ where it is the best.
 
-    Writes 'evaluate_ema/NAME' and so on, and the first clip's reconstruction, to `log`, a `metrics.Writers`.
+    Writes 'evaluate_ema/NAME' and so on, and the first clip's reconstruction, to `log`, a `metrics.Writers`. What goes
+    wrong is logged: a broken evaluation must not end a run.
     """
+    try:
+      self._measure_all(step, weights, log)
+    except Exception as error:
+      logging.warning('the evaluation at step %d failed, training goes on: %s: %s', step, type(error).__name__,
+                      ' '.join(str(error).split()))
+
+  def _measure_all(self, step, weights, log):
     scalars, clip = {}, self._clips[0]
     for name, params in weights.items():
       if params is not None:
         values, sound = self._alone(self._measure, params)
         scalars |= {f'{name}/{metric}': value['mean'] for metric, value in values.items()}
+        absent = [metric for metric in (*self._metrics, *self._embedders) if metric not in values]
+        if absent:
+          logging.warning('evaluation at step %d: %s has no value on any of the clips', step, ', '.join(absent))
         if name == 'evaluate_ema':
           self._keep_best(step, params, values)
           log.write_audio(step, {'held_out/original': clip.audio, 'held_out/reconstruction': sound},
@@ -108,3 +122,17 @@ class Listener:
     if before.get('by') != by or sweep.is_better(by, value, before['value']):
       save_snapshot(self._best_path, params=params, config=self._plain, step=step,
                     extra={'best': {'by': by, 'value': value, 'step': step}})
+
+
+def _last_measured(workdir, *, most: int) -> int:
+  """The last step up to `most` that the run's log has measures of; 0 without any."""
+  path = os.path.join(workdir, METRICS)
+  if not os.path.exists(path):
+    return 0
+  found = [0]
+  with open(path, encoding='utf-8', errors='replace') as lines:
+    for line in lines:
+      with contextlib.suppress(ValueError, KeyError, TypeError):  # the line during which a run was killed
+        if '"evaluate_ema/' in line and (step := json.loads(line)['step']) <= most:
+          found.append(step)
+  return max(found)

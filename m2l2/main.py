@@ -4,9 +4,11 @@
   python -m m2l2.main --config=configs/stereo.py --config.train.batch_size=512 \\
     --config.data.root=MUSIC --workdir=runs/stereo
 
-  --config=FILE[:WORDS]  a file with get_config(); the presets' names work from any directory
+  --config=FILE[:WORDS]  a file with get_config(); presets by name, tiny or configs/tiny.py, from any directory
   --config.FIELD=VALUE   changes one field; configs/base.py lists them all
   --workdir=DIR          gets config.json, metrics.jsonl, checkpoints/ and snapshot/
+  --check                says what would run, or what is wrong, and ends: nothing is compiled or written
+  --check=config         the same without a look at data, workdir and weights, which lie on another machine
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
@@ -20,7 +22,6 @@ Compiled programs are kept, so that a restart does not compile again: where JAX_
 in ~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
 """
 
-import importlib.util
 import logging as python_logging
 import os
 import re
@@ -29,43 +30,37 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from m2l2 import hosts
-from m2l2.errors import UserError
-
-
-def find_config(value: str) -> str:
-  """'configs/tiny.py:debug' as it is if there is such a file, else the installed preset's path."""
-  path, colon, words = value.partition(':')
-  presets = next(iter(importlib.util.find_spec('m2l2.configs').submodule_search_locations))
-  for candidate in (path, os.path.join(presets, os.path.basename(path))):
-    if os.path.isfile(candidate):
-      return candidate + colon + words
-  names = sorted(set(os.listdir(presets)) - {'__init__.py', '__pycache__'})
-  raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
+from m2l2 import config_file, hosts
+from m2l2.errors import UserError, printable, told
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   """The flags of a command line, argv[0] being the program. Raises UserError, one line."""
-  argv = [f'--config={find_config(arg.partition("=")[2])}' if arg.startswith('--config=') else arg
-          for arg in argv]
+  places = _places(argv)
+  overrides = [match[1] for arg in argv[1:] if (match := re.match(r'--?(?:no)?config\.([\w.]*)', arg))]
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+  if places:
+    config = config_file.load(places[0])
+    logging.info('config: %s', places[0])
+    config_file.check(config, overrides)
+    # The words that named the file are done with; config_flags sees to --config.FIELD=VALUE.
+    argv = [arg for arg in argv if not re.match('--?config=', arg)]
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
+  elif 'config' in required or overrides:
+    raise UserError('--config=... is missing (--help shows an example)')
   for name in ('workdir', 'coordinator'):
     flags.DEFINE_string(name, None, '', flag_values=values)
   for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
     flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
+  flags.DEFINE_enum('check', None, ['all', 'config'], '', flag_values=values)
+  argv = ['--check=all' if re.fullmatch('--?check', arg) else arg for arg in argv]
   try:
     rest = values(argv)[1:]
-  except (AttributeError, KeyError) as error:
-    # ml_collections says 'stepz', or, where it has a guess, '"\'stepz\'\\nDid you mean ..."'.
-    name = re.search(r'\w+', str(error.args[0]))[0]
-    raise UserError(f'the config has no field {name!r} (configs/base.py lists them)') from error
-  except Exception as error:  # of absl, of ml_collections or of the config file: any at all
-    text = str(error).strip() or repr(error)  # one inside get_config() comes as a whole traceback
-    line = text.splitlines()[-1] if 'Traceback' in text else ' '.join(text.split())
-    raise UserError(line) from error
+  except Exception as error:  # of absl or of ml_collections: any at all
+    raise UserError(' '.join(str(error).split()) or repr(error)) from error
+  config_file.check_given(values.config)
   for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
@@ -74,6 +69,25 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
     if values[name].value < 5:
       raise UserError(f'--{name}={values[name].value}: it must be 5 seconds or more')
   return values
+
+
+def _places(argv) -> list[str]:
+  """The path of the config file that is asked for, if any."""
+  asked = [arg.partition('=')[2] for arg in argv[1:] if re.match('--?config=', arg)]
+  for arg in argv[1:]:
+    if arg in ('--config', '-config'):
+      raise UserError('--config and its file are one word: write --config=FILE')
+    if re.match('--?flagfile(=|$)', arg):
+      raise UserError('--flagfile is not read here: write the flags out, or the fields in a config file of your own')
+  if len(asked) > 1:
+    raise UserError(f'--config is given {len(asked)} times; which of {", ".join(asked)} is meant?')
+  return [config_file.find(value) for value in asked]
+
+
+def _is_for_users(record: python_logging.LogRecord) -> bool:
+  """Warnings, and what m2l2 itself says: the folder above may be called m2l2 too, and hold all libraries."""
+  ours = os.path.dirname(os.path.abspath(hosts.__file__)) + os.sep
+  return record.levelno > python_logging.INFO or os.path.abspath(record.pathname).startswith(ours)
 
 
 def main(argv=None) -> int:
@@ -86,14 +100,20 @@ def main(argv=None) -> int:
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
-  ours = f'{os.sep}m2l2{os.sep}'
-  handler.addFilter(lambda record: record.levelno > python_logging.INFO or ours in record.pathname)
+  handler.addFilter(_is_for_users)
   logging.use_absl_handler()
   several = None
   try:
     values = parse(argv)
     hosts.check(multihost=values.multihost, coordinator=values.coordinator,
                 num_processes=values.num_processes, process_id=values.process_id)
+    if values.check and values.multihost:
+      raise UserError('--check is for one process: leave --multihost out')
+    if values.check:
+      from m2l2 import preflight
+      lines = preflight.report(values.config, values.workdir, places=values.check == 'all')
+      print('\n'.join([f'config      {_places(argv)[0]}', *lines]))
+      return 0
     if values.multihost:  # before anything touches a device
       several = hosts.join(
         coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
@@ -104,10 +124,14 @@ def main(argv=None) -> int:
       several.leave()
   except (Exception, KeyboardInterrupt) as error:
     if several:
-      several.fail(error)  # does not return
-    if not isinstance(error, UserError):
+      several.fail(told(error) or error)  # does not return
+    if isinstance(error, KeyboardInterrupt):
+      print('m2l2: stopped', file=sys.stderr)
+      return 130
+    line = told(error)
+    if line is None:
       raise
-    print(f'm2l2: {error}', file=sys.stderr)
+    print('m2l2:', printable(' '.join(str(line).split())), file=sys.stderr)
     return 1
   return values.stopped_exit_code if done < values.config.train.steps else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Callable
 
 import jax
@@ -50,6 +52,10 @@ def radam_unrectified_steps(b2: float) -> int:
   return t - 1
 
 
+def _is_positive(value) -> bool:
+  return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_learning_rate,
                    b1, b2, weight_decay=0.0, clip_norm=None):
   """Builds the optimizer of the recipe.
@@ -79,8 +85,11 @@ def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_lear
     raise UserError(f'train.optimizer={name!r} is not known: choose one of {", ".join(OPTIMIZERS)}')
   if not (0 <= b1 < 1 and 0 <= b2 < 1):
     raise UserError(f'train.b1={b1}, train.b2={b2}: both must lie in [0, 1)')
-  if clip_norm is not None and clip_norm <= 0:
+  if clip_norm is not None and not _is_positive(clip_norm):
     raise UserError(f'train.clip_norm={clip_norm}: take a positive number, or None for no clipping')
+  if not _is_positive(learning_rate) or not 0 <= final_learning_rate < math.inf:
+    raise UserError(f'train.learning_rate={learning_rate}, train.final_learning_rate={final_learning_rate}: take a '
+                    'positive number, and one that is 0 or more')
   schedule = warmup_cosine(
     learning_rate=learning_rate, warmup_steps=warmup_steps, total_steps=total_steps,
     final_learning_rate=final_learning_rate)

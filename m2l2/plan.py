@@ -55,7 +55,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   config = config.copy_and_resolve_references().unlock()
   config.mesh.preset = preset or config.mesh.preset
   if config.model.tile == 'auto':
-    config.model.tile = str(chip.matrix_unit)
+    config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
   unit = sharding.batch_shards(mesh) * config.train.accumulate
   # A batch of the paper's size does not divide over a pod: one crop a chip then.

@@ -4,7 +4,6 @@ from concurrent import futures
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import time
 
@@ -13,13 +12,10 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, checkpoint, compilation_cache, hosts, metrics, sharding, timing
-from m2l2.codec import locate
+from m2l2 import build, checkpoint, compilation_cache, hosts, metrics, preflight, sharding, timing
 from m2l2.data.pipeline import Ahead, make_loader
-from m2l2.data.sources import KINDS
-from m2l2.errors import UserError
 from m2l2.listening import Listener
-from m2l2.snapshot import load_snapshot, save_snapshot
+from m2l2.snapshot import save_snapshot
 
 
 def train(config, workdir, writers=()) -> int:
@@ -39,19 +35,18 @@ def train(config, workdir, writers=()) -> int:
     UserError: a config that cannot work, unusable data, a workdir of another model, or gradients
       that stay non-finite; one line each.
   """
-  fields, plain, began = config.train, _plain(config), time.time()
-  workdir, main = os.path.abspath(_local(workdir)), jax.process_index() == 0
+  fields, plain, began = config.train, preflight.plain(config), time.time()
+  workdir, main = preflight.local(workdir), jax.process_index() == 0
   compilation_cache.use(workdir)
   key = jax.random.key(config.seed)
 
   # ================================================================================================
-  # Mesh, and a batch that divides
+  # Mesh, a batch that divides, data that are there
   # ================================================================================================
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  preflight.check(config, shards=sharding.batch_shards(mesh))
+  mixture = preflight.find_data(config)
   functions = build.step_functions(config, ravel=sharding.is_one_cpu(mesh))
-  _check(config, shards=sharding.batch_shards(mesh))
-  logging.info('%d %s devices in %d processes, mesh %s, preset %s', len(jax.devices()),
-               jax.default_backend(), jax.process_count(), dict(mesh.shape), config.mesh.preset)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -68,14 +63,17 @@ def train(config, workdir, writers=()) -> int:
     if main:
       table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
       logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it
-      logging.info('parameters: %s', table.splitlines()[-1])
+      for told in preflight.describe(config, functions, abstract.params, mixture, mesh):
+        logging.info('%s', told)
     for name, shape in placement.unplaced:
       logging.warning('%s %s fits no axis of the mesh: every device holds all of it', name, shape)
 
     # ==============================================================================================
     # Where the run goes on from, and data from the first sample that it has not seen
     # ==============================================================================================
-    _make_workdir(workdir)
+    preflight.make_workdir(workdir)
+    if main:  # before Checkpoints, which removes what looks left behind
+      stack.enter_context(preflight.locked(workdir))
     checkpoints = stack.enter_context(checkpoint.Checkpoints(
       os.path.join(workdir, 'checkpoints'),
       keep_last=fields.keep_last, keep_every=fields.keep_every))
@@ -87,12 +85,13 @@ def train(config, workdir, writers=()) -> int:
     own, blocks = sharding.batch_blocks(mesh)
     fed = config.data
     loader = make_loader(
-      root=fed.root, source=fed.source, split=fed.split, sample_rate=functions.sample_rate,
+      root=mixture, sample_rate=functions.sample_rate,
       native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
       batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
       blocks=own, of_blocks=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
       prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix)
     stack.callback(loader.close)
+    loader.check()
     batches = Ahead(
       loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
       ahead=fed.device_prefetch)
@@ -114,9 +113,12 @@ def train(config, workdir, writers=()) -> int:
         logging.warning('the files at data.root are not those of the run so far: '
                         'the order of samples changes from here on')
     else:
+      start = preflight.load_weights(fields.init_from, abstract.params) if fields.init_from else None
       state = jax.jit(functions.init, out_shardings=shardings)(key)
-      if fields.init_from:
-        state = _with_weights_of(fields.init_from, state, shardings)
+      if start:
+        logging.info('weights from step %d of %s', start.step, fields.init_from)
+        state = _with_weights_of(start, state, shardings)
+      del start
     del restored  # it would hold the first state for the whole run
     state = functions.pack(state)
     packed = jax.tree.map(lambda x: x.sharding, state)
@@ -129,6 +131,7 @@ def train(config, workdir, writers=()) -> int:
     audio = jax.ShapeDtypeStruct(
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
       sharding=sharding.batch_sharding(mesh))
+    logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compiling = time.perf_counter()
     compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
       state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
@@ -165,22 +168,13 @@ def train(config, workdir, writers=()) -> int:
         metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
-    # The loop. The order is law: measure, save, then the next batch, then the step, then the log.
+    # The loop. The order is law: save, measure, then the next batch, then the step, then the log.
     # So the position saved with a state is the position that this state has reached.
     # ==============================================================================================
     step, line, rows, rejected = first, None, None, 0
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     while True:
       stopping = step < fields.steps and stop.reached(step)
-      if listener.is_due(step, last=fields.steps):
-        write(line)
-        line = None
-        with goodput.saving(step, state):
-          weights = {'evaluate_ema': sharding.fetch(functions.unpack(state.ema)),
-                     'evaluate': sharding.fetch(functions.unpack(state.params)) if listener.wants_raw else None}
-          if main:
-            listener.measure(step, weights, log)
-        speed.start(step)  # the time since the last line was not training's
       due = step % fields.checkpoint_every == 0 or step == fields.steps or stopping
       if due and step:
         write(line)  # a checkpoint never stands before the lines that lead to it
@@ -192,8 +186,19 @@ def train(config, workdir, writers=()) -> int:
           if main:
             save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step,
                           extra=metrics.latent_scale(workdir))
+            logging.info('saving step %d: snapshot, and checkpoint to go on from', step)
           if log.shows_media and rows:
             log.write_audio(step, listener.reconstruct(averaged, rows['audio'][0]), sample_rate=functions.sample_rate)
+      if listener.is_due(step, last=fields.steps) and not stopping:  # a run that goes on here measures first
+        write(line)
+        line = None
+        checkpoints.wait()  # whatever measuring does, even to the machine, this step is kept
+        with goodput.saving(step, state):
+          weights = {'evaluate_ema': sharding.fetch(functions.unpack(state.ema)),
+                     'evaluate': sharding.fetch(functions.unpack(state.params)) if listener.wants_raw else None}
+          if main:
+            listener.measure(step, weights, log)
+        speed.start(step)  # the time since the last line was not training's
       if stopping or step >= fields.steps:
         break
 
@@ -236,52 +241,8 @@ def train(config, workdir, writers=()) -> int:
 # ==================================================================================================
 
 
-def _plain(config) -> dict:
-  """The config as JSON types."""
-  return json.loads(json.dumps(config.to_dict()))
-
-
-def _local(workdir) -> str:
-  if '://' in str(workdir):
-    raise UserError(f'--workdir={workdir}: mount the bucket and give its path in the file system')
-  return str(workdir)
-
-
-def _check(config, *, shards):
-  """Raises UserError on fields that cannot work together, before anything is built."""
-  fields = config.train
-  if config.data.source not in KINDS:
-    raise UserError(f'data.source={config.data.source!r} is not known: it is {" or ".join(KINDS)}')
-  if not config.data.root:
-    raise UserError('data.root is empty: name a folder of audio files or a dataset, --config.data.root=DIR')
-  timing.trace_range(fields.profile)
-  for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
-    if fields[name] < 1:
-      raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
-  if fields.probe_every < 0:
-    raise UserError(f'train.probe_every={fields.probe_every}: it must be 0 (never) or more')
-  if fields.batch_size % (fields.accumulate * shards):
-    raise UserError(
-      f'train.batch_size={fields.batch_size} must be a multiple of {fields.accumulate * shards}: '
-      f'train.accumulate={fields.accumulate} microbatches, each split over the {shards} devices '
-      'of mesh.data x mesh.fsdp')
-
-
-def _make_workdir(workdir):
-  try:
-    os.makedirs(workdir, exist_ok=True)
-  except OSError as error:
-    raise UserError(f'cannot make --workdir={workdir}: {error.strerror}') from error
-
-
-def _with_weights_of(path, state, shardings):
+def _with_weights_of(snapshot, state, shardings):
   """The state with parameters and average from a snapshot; optimizer and step stay new."""
-  snapshot = load_snapshot(locate(path))
-  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (snapshot.params, state.params)]
-  if shapes[0] != shapes[1]:
-    raise UserError(f'train.init_from={path} is of another model: its arrays do not fit this config')
-  logging.info('weights from step %d of %s', snapshot.step, path)
-
   def replace(state, new):  # a copy for the average, because the step donates both
     return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
 

@@ -535,12 +535,13 @@ def test_check_writable(tmp_path):
   closed.mkdir()
   closed.chmod(0o555)
   bad = ['a.m4a', 'a', 'dir.wav', 'nowhere/a.wav', 'file/a.wav', 'locked.wav', 'closed/a.wav',
-         'pipe.wav']
+         'pipe.wav', f'{252 * "x"}.wav', f'{126 * "ö"}.wav']
   for name in bad:
     with pytest.raises(UserError) as error:
       audio_io.check_writable(tmp_path / name)
     one_line(tmp_path / name, error)
   audio_io.check_writable(tmp_path / 'new.wav')
+  audio_io.check_writable(tmp_path / f'{62 * chr(0x1f3b5)}.wav')  # 252 bytes
   audio_io.check_writable(tmp_path / 'z.safetensors', extensions=('.safetensors',))
   audio_io.check_writable(tmp_path / 'anything', extensions=None)
   with pytest.raises(UserError, match='safetensors'):

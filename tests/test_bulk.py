@@ -11,7 +11,7 @@ import time
 
 import grain
 import jax
-from m2l2 import bulk, cli, codec as codec_lib, info
+from m2l2 import bulk, cli, codec as codec_lib, info, lock
 from m2l2.data import audio_io, latents, segments, storage
 from m2l2.errors import UserError
 import numpy as np
@@ -289,6 +289,8 @@ def test_mistakes_are_one_line(m2l2, models, songs, straight, tmp_path):
   fails('--batch=0', says='must be 1 or more')
   fails('--threads=0', says='must be 1 or more')
   fails('--process_id=0', says='add --multihost')
+  with lock.held(straight / '.lock-0', command='m2l2 encode-dataset', place='there'):  # by another process
+    fails(output=straight, says=f'another m2l2 encode-dataset is writing there (process {os.getpid()} on ')
   (tmp_path / 'bad').mkdir()
   (tmp_path / 'bad' / 'a.wav').write_text('no')
   status, _, errors = m2l2('encode-dataset', f'--source={tmp_path / "bad"}', f'--checkpoint={models / "mono"}',

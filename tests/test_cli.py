@@ -3,8 +3,12 @@
 Commands run in this process; two tests start the real program.
 """
 
+import ast
+import configparser
+import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -642,6 +646,130 @@ def test_a_pipe_that_ends(m2l2, models, song, folder, sink):
   if done.returncode:  # a short piece may go through before head ends
     assert b'standard output: not all could be written' in done.stderr and done.stderr.count(b'\n') == 1
   assert done.returncode or 'full' not in sink
+
+
+def full(tmp_path):
+  return open('/dev/full', 'w', encoding='utf-8')
+
+
+def without_reader(tmp_path):
+  reader, writer = os.pipe()
+  os.close(reader)
+  return open(writer, 'w', encoding='utf-8')
+
+
+@pytest.mark.parametrize('make, status, told', [
+    (full, 1, 'standard output: not all could be written (No space left on device)'),
+    (without_reader, 141, 'standard output: not all could be written (Broken pipe)'),
+    (lambda tmp_path: None, 1, 'standard output is closed')])
+@pytest.mark.parametrize('argv', [('info', 'SONG'), ('info', 'SONG', '--json'), ('--help',), ('info', '--help')])
+def test_output_that_goes_nowhere_is_one_line(make, status, told, argv, song, tmp_path, monkeypatch, capsys):
+  stream = make(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, 'stdout', stream)
+    result = cli.main([arg.replace('SONG', str(song())) for arg in argv])
+    if stream:
+      stream.close()  # the interpreter does: nothing is left to be said
+  if stream is None and '--help' in argv[-1]:
+    return  # argparse sees to it
+  assert result == status and told in one_line(capsys.readouterr().err)
+
+
+def test_closed_streams_of_the_real_program_are_one_line(song):
+  """What is opened in the place of a closed stream would get what is printed."""
+  python = shlex.join([sys.executable, '-m', 'm2l2'])
+  lines = [f'{python} --help > /dev/full', f'{python} info {shlex.quote(str(song()))} <&- >&-']
+  for line, says in zip(lines, ('No space left on device', 'standard output is closed')):
+    done = subprocess.run(['bash', '-c', line], capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 1 and says in one_line(done.stderr) and not done.stdout
+
+
+def test_pipes_that_are_closed_and_a_temporary_folder_that_is_not_there(m2l2, folder, monkeypatch):
+  argv = 'encode', '-', folder / 'a.safetensors', '--checkpoint=none'
+  with monkeypatch.context() as patch:
+    patch.setattr(sys, 'stdin', None)
+    status, _, errors = m2l2(*argv)
+  assert status == 1 and 'standard input is closed' in one_line(errors)
+  monkeypatch.setattr('tempfile.tempdir', str(folder / 'nowhere'))
+  status, _, errors = m2l2(*argv)
+  assert status == 1 and 'nowhere' in one_line(errors) and 'No such file or directory' in errors
+
+
+def test_names_that_the_locale_has_not_are_printed(folder, monkeypatch):
+  with audio_io.AudioWriter(folder / 'a.flac', 44100, 1, tags={'title': 'Größe'}) as writer:
+    writer.write(music(2000))
+  buffer = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(buffer, encoding='ascii'))
+  assert cli.main(['info', str(folder / 'a.flac')]) == 0
+  assert rb'Gr\xf6\xdfe' in buffer.getvalue()
+
+
+def test_the_home_folder_is_found_in_any_argument(m2l2, song, monkeypatch):
+  monkeypatch.setenv('HOME', str(song().parent))
+  assert m2l2('info', '~/song.wav')[0] == 0
+  status, _, errors = m2l2('encode', '~/song.wav', '~/song.safetensors', '--checkpoint=~/none')
+  assert status == 1 and str(song().parent) in one_line(errors) and '~' not in errors
+
+
+def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, monkeypatch):
+  made = []
+
+  class Made:
+    z = np.zeros((1, 2, 3, 4))
+
+    def save(self, path):
+      made.append(os.path.basename(path))
+
+  def encode(codec, info, **options):
+    if 'a.wav' in info.path:
+      raise PermissionError(13, 'Permission denied', '/else\nwhere')
+    return Made()
+
+  monkeypatch.setattr(cli, '_encoder', lambda args: 'codec')
+  monkeypatch.setattr(cli, '_encode_file', encode)
+  (folder.parent / 'in').mkdir()
+  song('in/a.wav'), song('in/b.wav')
+  status, _, errors = m2l2('encode', folder.parent / 'in', folder, '--checkpoint=none')
+  assert status == 1 and made == ['b.safetensors']
+  assert errors.splitlines() == [r'm2l2: /else\nwhere: Permission denied',
+                                 'm2l2: 1 of 2 files were passed over; the others are done']
+
+
+NEEDED = [
+    (('train', '--config=tiny', '--workdir=w'), 'clu', 'train'),
+    (('train', '--config=tiny', '--workdir=w'), 'orbax.checkpoint', 'train'),
+    (('prepare', '--input=a', '--output=b'), 'apache_beam', 'beam'),
+    (('encode-dataset', '--source=a', '--checkpoint=b', '--output=c'), 'tensorflow_datasets', 'train'),
+    (('evaluate', '--reference=a', '--estimate=b', '--output=c.json', '--html=c.html'), 'matplotlib', 'eval'),
+    (('evaluate', '--reference=a', '--estimate=b', '--output=c.json'), 'scipy', 'eval'),
+    (('sweep-sigma-cond', '--reference=a', '--checkpoint=b', '--output=c.json'), 'matplotlib', 'eval'),
+    (('probe', '--checkpoint=b', '--music=a', '--output=c.json'), 'optax', 'eval'),
+    (('export', 'a', '--output=b'), 'flatbuffers', 'export'),
+    (('plan', '--topology=v5e:16x16', '--config=tiny'), 'optax', 'train,tpu')]
+
+
+@pytest.mark.parametrize('argv, module, extra', NEEDED)
+def test_a_missing_extra_is_told_before_any_work(m2l2, monkeypatch, argv, module, extra):
+  monkeypatch.setitem(sys.modules, module, None)
+  status, _, errors = m2l2(*argv)
+  assert status == 1 and f"needs {module}, which is not installed: pip install 'm2l2[{extra}]'" in one_line(errors)
+
+
+def test_extras_bring_what_commands_ask_for():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  source = (ROOT / 'm2l2' / 'cli.py').read_text(encoding='utf-8')
+  calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+           and ast.unparse(node.func) == 'extras.require']
+  assert len(calls) >= 7
+  for call in calls:
+    names = [node.value for arg in call.args[1:] for node in ast.walk(arg) if isinstance(node, ast.Constant)]
+    extra, *modules = [name for name in names if isinstance(name, str)]
+    brought = setup['options']['install_requires'] + ''.join(
+        setup['options.extras_require'].get(name, '') for name in extra.split(','))
+    for module in modules:
+      package = {'absl': 'absl-py', 'orbax.checkpoint': 'orbax-checkpoint'}.get(module, module)
+      assert re.search(rf'^{re.sub("[-_]", "[-_]", package)}\b', brought, re.M), (extra, module)
 
 
 @pytest.mark.soak

@@ -310,7 +310,8 @@ def test_a_head_start_needs_the_envelope(section, field, value):
 
 
 def test_bad_training_fields_are_one_clear_line():
-  for field, value in (('optimizer', 'sgd'), ('b2', 1.), ('clip_norm', -1.)):
+  for field, value in (('optimizer', 'sgd'), ('b2', 1.), ('clip_norm', -1.), ('clip_norm', 'none'),
+                       ('learning_rate', float('nan')), ('learning_rate', 0.), ('final_learning_rate', float('inf'))):
     config = tiny.get_config('debug')
     config.train[field] = value
     with pytest.raises(UserError) as error:

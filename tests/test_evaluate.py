@@ -306,6 +306,47 @@ def test_arrays_can_be_evaluated_in_training(music):
     evaluate.evaluate([evaluate.Pair('x', np.zeros((1, 0), np.float32), music[0], sample_rate=RATE)], metrics=QUICK)
 
 
+def dithered_silence(seconds=1):
+  """16 bit, +-1 LSB: not silent, and below the floor of every mel band."""
+  return np.random.default_rng(0).integers(-1, 2, (1, int(seconds * RATE))).astype(np.float32) / 32768
+
+
+def test_a_reference_of_dithered_silence_costs_its_ratio_alone(music, monkeypatch):
+  monkeypatch.setattr(evaluate.visqol, 'is_installed', lambda: False)
+  metrics, _ = evaluate.split_names(None)
+  quiet = dithered_silence()
+  items = [evaluate.Pair('dither', quiet, quiet / 2, RATE), evaluate.Pair('song', music[0], noisy(music[0], .1), RATE)]
+  made = evaluate.evaluate(items, metrics=metrics)
+  assert list(made['metrics']['ratio']['per_file']) == ['song']
+  assert list(made['metrics']['si_sdr']['per_file']) == ['dither', 'song']
+  assert any(line.startswith('dither: ratio is undefined: the reference is nearly silent') for line in made['warnings'])
+  assert 'ratio: only 1 of 2 pairs have it' in made['warnings']
+  with pytest.raises(UserError, match='ratio is undefined'):
+    pairs.ratio(quiet, quiet, sample_rate=RATE)
+  with pytest.raises(UserError, match='ratio is undefined'):
+    pairs.pair_metrics(quiet, quiet, sample_rate=RATE)
+
+
+@pytest.mark.parametrize('raised, told', [
+  (ZeroDivisionError('by zero'), 'lonely: mrstft: has no value (ZeroDivisionError: by zero)'),
+  (RuntimeError('two\nlines'), 'lonely: mrstft: has no value (RuntimeError: two lines)'),
+  (np.nan, 'lonely: mrstft: is nan, left out')])
+def test_a_metric_without_a_value_is_left_out_and_named(music, monkeypatch, raised, told):
+  def bad(*args, **kwargs):
+    if isinstance(raised, Exception):
+      raise raised
+    return raised
+
+  def embed(audio, sample_rate):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(pairs, 'mrstft', bad)
+  made = evaluate.evaluate([evaluate.Pair('lonely', music[0], music[0], RATE)], metrics=('mrstft', 'lsd_db'),
+                           embedders={'level': embed})
+  assert list(made['metrics']) == ['lsd_db'] and told in made['warnings'] and made['frechet'] == {}
+  assert any(line.startswith('lonely: level: has no value (ZeroDivisionError') for line in made['warnings'])
+
+
 def test_pairs_by_name_and_by_stem(tmp_path):
   tone = np.zeros((1, 10), np.float32)
   for name in ('r/a.wav', 'r/b.flac', 'r/c.wav', 'r/d.wav', 'e/a.wav', 'e/a.flac', 'e/b.ogg', 'e/c.flac', 'e/c.ogg'):

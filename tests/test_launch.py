@@ -43,7 +43,7 @@ class Place:
     self.calls_file = folder / 'calls'
     self.environment = {
       'PATH': f'{folder / "bin"}:{os.environ["PATH"]}', 'CALLS': str(self.calls_file), 'HOME': str(folder),
-      'TMPDIR': str(folder)}
+      'TMPDIR': str(folder), 'M2L2_PYTHON': str(folder / 'none')}
     (folder / 'bin').mkdir()
     for name in ('gcloud', 'kubectl', 'sbatch', 'srun', 'scontrol', 'git'):
       self.command(name, RECORD)
@@ -116,6 +116,27 @@ def test_a_dry_run_prints_what_is_run(script, arguments, place):
   if script == 'slurm.sh':  # its second line is the job's own
     assert would.pop()[0] == 'srun'
   assert did == would
+
+
+@pytest.mark.parametrize('script, arguments, devices, looks', [
+  ('tpu.sh', ['run', *TPU, '--', *FLAGS], 256, 'config'),
+  ('tpu.sh', ['run', '--name=a', '--type=v5p-64', '--slices=2', '--', *FLAGS], 64, 'config'),
+  ('gke.sh', [*GKE, '--slices=2', '--', *FLAGS], 512, 'config'),
+  ('slurm.sh', ['--nodes=4', '--gpus=8', '--', '--config=c.py', '--workdir=/data/run'], 32, 'all'),
+])
+def test_a_dry_run_checks_the_flags_of_training(script, arguments, devices, looks, place, tmp_path):
+  asked = tmp_path / 'asked'
+  place.command('checked', f'#!/bin/bash\necho "$JAX_NUM_CPU_DEVICES $JAX_PLATFORMS $*" >> {asked}\nexit $ENDS\n')
+  python = str(tmp_path / 'bin' / 'checked')
+  options, flags = arguments[:arguments.index('--')], arguments[arguments.index('--'):]
+  assert place.run(script, *options, '--dry-run', *flags, M2L2_PYTHON=python, ENDS='0').returncode == 0
+  assert asked.read_text().startswith(f'{devices} cpu -m m2l2 train --config=')
+  assert asked.read_text().endswith(f' --check={looks}\n') and '--multihost' not in asked.read_text()
+  failed = place.run(script, *options, '--dry-run', *flags, M2L2_PYTHON=python, ENDS='1')
+  assert failed.returncode == 1 and 'm2l2 train would not run so' in failed.stderr
+  asked.unlink()
+  place.run(script, *options, *flags, M2L2_PYTHON=python, ENDS='1')
+  assert not asked.exists()  # a real call's flags are checked where it runs
 
 
 def test_tpu_create_asks_for_one_slice_or_several(place):

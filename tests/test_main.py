@@ -1,10 +1,11 @@
 """The train command on good and bad command lines: one clear line and exit code 1."""
 
+import logging
 import os
 
 import pytest
 
-from m2l2 import main
+from m2l2 import config_file, main
 from m2l2.errors import UserError
 
 TINY = '--config=configs/tiny.py:debug'
@@ -12,10 +13,36 @@ TINY = '--config=configs/tiny.py:debug'
 
 def test_presets_are_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  found = main.find_config('configs/tiny.py:debug')
+  found = config_file.find('configs/tiny.py:debug')
   assert os.path.isabs(found) and found.endswith('tiny.py:debug')
   values = main.parse(['m2l2', TINY, '--config.train.steps=3', '--workdir=w'])
   assert values.config.train.steps == 3 and values.workdir == 'w'
+
+
+@pytest.mark.parametrize('value', ['tiny', 'tiny.py', 'configs/tiny', 'configs/tiny.py'])
+def test_a_presets_name_is_enough(value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_file.find(value).endswith('configs/tiny.py')
+
+
+@pytest.mark.parametrize('value', [
+  '/no/such/dir/base.py', 'no/base.py', './base.py', '../configs/base.py', 'my/configs/base.py', '/configs/base.py', '',
+  'configs', '~/base.py', 'configs/base.py/'])
+def test_a_wrong_path_never_becomes_the_preset_of_that_name(value, tmp_path, monkeypatch):
+  (tmp_path / 'here/configs').mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / 'here')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  with pytest.raises(UserError, match='there is no such file; the presets are base.py'):
+    config_file.find(value)
+
+
+def test_which_file_it_is_is_logged(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(main.logging, 'info', lambda text, *args: said.append(text % args))
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'mine.py').write_text('from m2l2.configs import tiny\ndef get_config():\n  return tiny.get_config()\n')
+  assert main.parse(['m2l2', '--config=~/mine.py', '--workdir=w']).config.train.steps == 2000
+  assert said == [f'config: {tmp_path}/mine.py']
 
 
 def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
@@ -42,10 +69,16 @@ def test_help_shows_an_example(capsys):
 @pytest.mark.parametrize('arguments, says', [
   ([], '--config=... is missing'),
   ([TINY], '--workdir=... is missing'),
+  (['--config', 'tiny', '--workdir=w'], 'write --config=FILE'),
+  ([TINY, '--config=base', '--workdir=w'], 'given 2 times'),
+  ([TINY, '--flagfile=flags', '--workdir=w'], '--flagfile is not read'),
+  ([TINY, '--workdir=w', '--flagfile', 'flags'], '--flagfile is not read'),
+  (['--config=/no/such/dir/base.py', '--workdir=w'], 'no such file'),
   (['--config=configs/nothing.py', '--workdir=w'], 'presets are base.py'),
   ([TINY + ',nope', '--workdir=w'], "'nope'"),
   ([TINY, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),
-  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz' "),
+  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz'; the nearest is train.steps "),
+  ([TINY, '--config.train.steps=None', '--workdir=w'], 'steps=None'),
   ([TINY, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
   ([TINY, '--config.train.steps=many', '--workdir=w'], 'many'),
   ([TINY, '--nope=1', '--workdir=w'], 'nope'),
@@ -63,8 +96,9 @@ def test_help_shows_an_example(capsys):
   ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.optimizer=sgd'], 'sgd'),
   ([TINY, '--workdir=file/run', '--config.data.root=.'], 'file/run'),
 ])
-def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys, tone):
   monkeypatch.chdir(tmp_path)
+  tone('a.wav', seconds=.1)
   (tmp_path / 'file').write_text('')
   assert main.main(['m2l2', *arguments]) == 1
   lines = capsys.readouterr().err.splitlines()
@@ -73,8 +107,94 @@ def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, cap
   assert 'Traceback' not in '\n'.join(lines)
 
 
-def test_a_config_that_does_not_run_is_one_line(tmp_path):
-  (tmp_path / 'broken.py').write_text('def get_config(:\n')
+def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
+  monkeypatch.chdir(tmp_path)
+  tone('music/a.wav', seconds=2.)
+  arguments = ['m2l2', '--config=tiny:debug', '--config.data.root=music', '--workdir=run', '--check']
+  assert main.main(arguments) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('config ') and lines[0].endswith('configs/tiny.py:debug')
+  assert [line.split()[0] for line in lines[1:]] == [
+    'devices', 'model', 'data', 'batch', 'run', 'evaluation', 'workdir']
+  assert os.listdir(tmp_path) == ['music']
+  assert main.main([*arguments, '--multihost']) == 1
+  assert 'leave --multihost out' in capsys.readouterr().err
+  elsewhere = ['m2l2', '--config=tiny:debug', '--config.data.root=/elsewhere', '--workdir=/no/run', '--check=config']
+  assert main.main(elsewhere) == 0 and 'data        /elsewhere' in capsys.readouterr().out
+  assert main.main([*arguments, '--config.train.batch_size=3']) == 1
+  assert main.main([*elsewhere, '--config.train.batch_size=3']) == 1
+  complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith('m2l2: ')]
+  assert len(complaints) == 2 and all('multiple of 8' in line for line in complaints)
+
+
+@pytest.mark.parametrize('path, level, passes', [
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'INFO', False),
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/jax/_src/xla_bridge.py', 'INFO', False),
+  ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'WARNING', True),
+  (os.path.join(os.path.dirname(main.__file__), 'train.py'), 'INFO', True),
+  (os.path.join(os.path.dirname(main.__file__), 'data', 'pipeline.py'), 'INFO', True)])
+def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes):
+  record = logging.LogRecord('absl', getattr(logging, level), path, 1, 'text', (), None)
+  assert main._is_for_users(record) is passes
+
+
+OWN = """from m2l2.configs import tiny
+def get_config(arg=None):
+  config = tiny.get_config()
+  LINE
+  return config
+"""
+
+
+@pytest.mark.parametrize('line, says', [
+  ('config.train.stepz = 3', "line 4: the config has no field 'stepz'; the nearest is train.steps "),
+  ('config.train.update(stepz=3)', "line 4: the config has no field 'stepz'; the nearest is"),
+  ('config.consistency.stepz = 3', 'the nearest is consistency.steps '),
+  ('config.trian.steps = 3', "line 4: the config has no field 'trian'; the nearest is train "),
+  ('config.train.steps = 1e3', 'line 4: steps is a whole number, not 1000.0 (float)'),
+  ('config.model.native_rates = 44100', 'line 4: native_rates is a tuple, not 44100 (int)'),
+  ('config.seed = None', 'seed=None: it needs a value'),
+  ('import nothing_there', "line 4: No module named 'nothing_there'"),
+  ('import sys; sys.exit(3)', 'line 4: 3'),
+  ('1 / 0', 'line 4: division by zero'),
+  ('return', 'returned NoneType'),
+  ('config.model.tile = (', 'line 4: '),
+])
+def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(line, says, tmp_path):
+  (tmp_path / 'own.py').write_text(OWN.replace('LINE', line))
   with pytest.raises(UserError) as error:
-    main.parse(['m2l2', f'--config={tmp_path}/broken.py', '--workdir=w'])
-  assert '\n' not in str(error.value) and 'broken.py' in str(error.value)
+    main.parse(['m2l2', f'--config={tmp_path}/own.py', '--workdir=w'])
+  assert '\n' not in str(error.value) and says in str(error.value)
+  assert 'own.py' in str(error.value) or 'seed' in says
+
+
+@pytest.mark.parametrize('name, value', [
+  ('model.tile', 0), ('model.tile', 'auto'), ('train.clip_norm', None), ('train.clip_norm', 2), ('train.clip_norm', .5),
+  ('train.learning_rate', 1), ('model.widths', [8, 16])])
+def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, tmp_path):
+  (tmp_path / 'own.py').write_text(OWN.replace('LINE', f'config.{name} = {value!r}'))
+  group, field = name.split('.')
+  for arguments in ([f'--config={tmp_path}/own.py'], ['--config=tiny', f'--config.{name}={value}']):
+    config = main.parse(['m2l2', *arguments, '--workdir=w']).config
+    assert config[group][field] == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize('error, status, says', [
+  (OSError(28, 'No space left on device'), 1, 'No space left on device; make room'),
+  (PermissionError(13, 'Permission denied', '/data/run\n1'), 1, r'/data/run\n1: Permission denied'),
+  (RuntimeError('tensorstore: OS error: No space left on device [...]'), 1, 'No space left on device; make room'),
+  (ModuleNotFoundError("No module named 'tensorflow_datasets'", name='tensorflow_datasets'), 1, "'m2l2[train]'"),
+  (MemoryError(), 1, 'not enough memory'), (KeyboardInterrupt(), 130, 'stopped')])
+def test_a_fault_of_the_machine_in_training_is_one_line(error, status, says, monkeypatch, capsys):
+  def train(config, workdir):
+    raise error
+  monkeypatch.setattr('m2l2.train.train', train)
+  assert main.main(['m2l2', '--config=tiny:debug', '--workdir=w']) == status
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith('m2l2: ') and says in last
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+  monkeypatch.setattr('m2l2.train.train', lambda config, workdir: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    main.main(['m2l2', '--config=tiny:debug', '--workdir=w'])

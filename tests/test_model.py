@@ -5,6 +5,7 @@ import json
 import math
 
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_bfloat16_runs_close_to_float32(model):
 def _equations(jaxpr):
   for equation in jaxpr.eqns:
     yield equation
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jex.core.jaxprs_in_params(equation.params):
       yield from _equations(inner)
 
 

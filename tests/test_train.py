@@ -5,6 +5,7 @@ with the shipped config, small, that kills change nothing and devices next to no
 import concurrent.futures
 import functools
 import json
+import logging
 import os
 import pathlib
 import random
@@ -20,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 
-from m2l2 import build, checkpoint, codec, listening, metrics, sharding, train, train_step
+from m2l2 import build, checkpoint, codec, listening, lock, metrics, preflight, sharding, train, train_step
 from m2l2.configs import tiny
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
@@ -135,11 +137,28 @@ def stop_at(monkeypatch, step):
 def test_a_run_leaves_config_metrics_checkpoints_and_snapshot(straight, music):
   assert sorted(os.listdir(straight)) == ['checkpoints', 'config.json', 'goodput.json', 'metrics.jsonl', 'snapshot']
   config = json.loads((straight / 'config.json').read_text())
-  assert config == train._plain(small_config(music))
+  assert config == preflight.plain(small_config(music))
   snapshot = load_snapshot(straight)
   assert snapshot.step == 6 and snapshot.config == config
   assert steps_of(straight) == [1, 2, 3, 4, 5, 6]
   assert all(line['loss'] > 0 for line in soak_resume.trace(straight))
+
+
+def test_the_log_says_what_a_person_wants(small, again, music, monkeypatch):
+  said = []
+
+  def info(*args, **kwargs):  # of all that use absl: Orbax hands over dicts
+    said.append(logging.LogRecord('', logging.INFO, '', 0, args[0], args[1:], None).getMessage())
+
+  monkeypatch.setattr(train.logging, 'info', info)
+  small(again, **{'train.steps': 7})
+  starts = ('devices     8 cpu (cpu)', 'model       0.000512 M parameters, mono, 8000 Hz', 'data        ',
+            'batch       8 crops of 0.01 s, 1 a device', 'going on from step 6', 'compiling', 'the step compiled in',
+            'step 7/7  loss ', 'saving step 7', 'done: 7 steps; the model is ')
+  told = [next((line for line in said if line.startswith(start)), None) for start in starts]
+  assert None not in told, (starts[told.index(None)], said)
+  assert [said.index(line) for line in told] == sorted(said.index(line) for line in told)
+  assert told[2].endswith(f' items at {music}') and 'steps/s' in told[7] and ' left' in told[7]
 
 
 def test_the_first_and_last_step_are_logged_whatever_the_period(small, tmp_path):
@@ -374,12 +393,49 @@ def test_measuring_changes_no_training_and_resumes_exactly(held_out, straight, t
     assert held_out(tmp_path / 'stopped') < 6
   assert held_out(tmp_path / 'stopped') == 6
   assert measured(tmp_path / 'stopped') == measured(tmp_path / 'straight')
+  with monkeypatch.context() as patch:  # at one: a machine that is taken away has time for the save alone
+    patch.setattr(checkpoint.StopSignal, 'reached', lambda self, step: step == 4)
+    assert held_out(tmp_path / 'at') == 4
+  assert [line['step'] for line in measured(tmp_path / 'at')] == [2]
+  assert held_out(tmp_path / 'at') == 6
+  assert measured(tmp_path / 'at') == measured(tmp_path / 'straight')
   assert soak_resume.fingerprint(straight) == soak_resume.fingerprint(tmp_path / 'stopped')
   losses = [[line['loss'] for line in soak_resume.trace(run) if 'loss' in line]
             for run in (straight, tmp_path / 'straight', tmp_path / 'stopped')]
   assert losses[0] == losses[1] == losses[2]
   kept = [load_snapshot(tmp_path / run / 'best') for run in ('straight', 'stopped')]
   assert kept[0].fingerprint == kept[1].fingerprint and kept[0].extra == kept[1].extra
+
+
+def test_an_evaluation_that_fails_is_logged_and_comes_after_the_save(held_out, straight, tmp_path, monkeypatch):
+  saved, said = [], []
+
+  def fail(self, step, weights, log):
+    saved.append((step, load_snapshot(tmp_path).step, checkpoint.latest(tmp_path / 'checkpoints')))
+    raise ZeroDivisionError('float division\nby zero')
+
+  monkeypatch.setattr(listening.logging, 'warning', lambda text, *args: said.append(text % args))
+  with monkeypatch.context() as patch:
+    patch.setattr(listening.Listener, '_measure_all', fail)
+    assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6
+  assert saved == [(2, 2, 2), (4, 4, 4), (6, 6, 6)]
+  assert said == [f'the evaluation at step {step} failed, training goes on: ZeroDivisionError: float division by zero'
+                  for step in (2, 4, 6)]
+  assert soak_resume.differences(straight, tmp_path) == []
+  assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6  # and what was not measured is
+  assert [line['step'] for line in measured(tmp_path)] == [6]
+
+
+def test_clips_of_dithered_silence_end_no_run(held_out, tmp_path, monkeypatch):
+  quiet = np.random.default_rng(0).integers(-1, 2, 8000).astype(np.float32) / 32768
+  soundfile.write(tmp_path / 'quiet.wav', quiet, 44100, subtype='PCM_16')
+  said = []
+  monkeypatch.setattr(listening.logging, 'warning', lambda text, *args: said.append(text % args))
+  assert held_out(tmp_path / 'run', **{
+    'evaluate.root': str(tmp_path / 'quiet.wav'), 'evaluate.metrics': 'mel_l1_db,ratio', 'evaluate.best': 'ratio',
+    'evaluate.raw': False, 'train.steps': 2}) == 2
+  assert [set(line) for line in measured(tmp_path / 'run')] == [{'step', 'evaluate_ema/mel_l1_db'}]
+  assert said == ['evaluation at step 2: ratio has no value on any of the clips']
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -393,6 +449,110 @@ def test_what_cannot_be_measured_is_told_at_the_start(held_out, tmp_path, fields
   with pytest.raises(UserError, match=message):
     held_out(tmp_path / 'run', **fields)
   assert not (tmp_path / 'run/metrics.jsonl').exists()
+
+
+# What is told before anything is compiled, and one run at a time.
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+  def refuse(*args, **kwargs):
+    raise AssertionError('compiled')
+  monkeypatch.setattr(train.jax, 'jit', refuse)
+
+
+@pytest.mark.parametrize('fields, says', [
+  ({'train.learning_rate': float('nan')}, 'train.learning_rate=nan: it must be a finite number'),
+  ({'consistency.sigma_max': float('inf')}, 'consistency.sigma_max=inf: it must be a finite'),
+  ({'train.batch_size': 12}, 'train.batch_size=12 must be a multiple of 8'),
+  ({'data.root': '/nowhere'}, '/nowhere'),
+  ({'data.root': 'BROKEN'}, 'draws in a row gave no crop to train on'),
+  ({'data.root': '1*MUSIC,1*BROKEN'}, 'broken: .*draws in a row gave no crop to train on'),
+  ({'train.init_from': 'nobody'}, 'nobody: no such snapshot'),
+  ({'train.init_from': 'OTHER'}, 'train.init_from=.* is of another model'),
+  ({'evaluate.root': '/nowhere', 'evaluate.metrics': 'si_sdr'}, '/nowhere'),
+  ({'mesh.preset': 'ddp'}, 'ddp'),
+  ({'workdir': 'x' * 300}, 'cannot make --workdir=.*xx'),
+])
+@pytest.mark.parametrize('checked', [False, True])
+def test_what_cannot_be_is_told_before_anything_is_compiled(
+    small, tmp_path, music, nothing_compiled, fields, says, checked):
+  (tmp_path / 'broken').mkdir()
+  (tmp_path / 'broken/a.wav').write_bytes(b'RIFF')
+  save_snapshot(tmp_path / 'other', params={'w': np.zeros(3, np.float32)}, config={}, step=5)
+  places = {'BROKEN': tmp_path / 'broken', 'MUSIC': music, 'OTHER': tmp_path / 'other'}
+  for name, place in places.items():
+    fields = {field: value.replace(name, str(place)) if isinstance(value, str) else value
+              for field, value in fields.items()}
+  run = tmp_path / fields.get('workdir', 'run')
+  changes = {name: value for name, value in fields.items() if name != 'workdir'}
+  with pytest.raises(UserError, match=says) as error:
+    if checked:
+      preflight.report(small_config(music, **changes), str(run))
+    else:
+      small(run, **changes)
+  assert '\n' not in str(error.value) and not (tmp_path / 'run/metrics.jsonl').exists()
+  if checked:
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_check_says_what_would_run_and_leaves_nothing(small, straight, again, tmp_path, music, nothing_compiled):
+  before = sorted(path for path in again.rglob('*'))
+  lines = preflight.report(small_config(music, **{'train.steps': 9}), str(again))
+  assert sorted(path for path in again.rglob('*')) == before
+  text = '\n'.join(lines)
+  for part in ('8 cpu (cpu), mesh data 8', '0.000512 M parameters, mono, 8000 Hz', f'at {music}',
+               '8 crops of 0.01 s, 1 a device', 'goes on from step 6 of 9; 9 steps, saved every 2',
+               'none (evaluate.root is empty)', str(again)):
+    assert part in text
+  save_snapshot(tmp_path / 'old', params={'layer': {'w': np.zeros((CROP, 8), np.float32)}}, config={}, step=5)
+  lines = preflight.report(small_config(music, **{
+    'train.init_from': str(tmp_path / 'old'), 'evaluate.root': str(music), 'evaluate.metrics': 'si_sdr'}),
+    tmp_path / 'new')
+  assert any('new, from the weights of step 5 of' in line for line in lines)
+  assert any('every 4 steps' in line for line in lines) and not (tmp_path / 'new').exists()
+
+
+def test_one_run_at_a_time_in_a_workdir(small, straight, again, music):
+  before = soak_resume.fingerprint(again)
+  (again / 'checkpoints/8.orbax-checkpoint-tmp-1').mkdir()  # of the other run, in flight
+  with preflight.locked(str(again)):
+    for act in (lambda: small(again, **{'train.steps': 8}), lambda: preflight.report(small_config(music), str(again))):
+      with pytest.raises(UserError, match=rf'another m2l2 train is writing there \(process {os.getpid()} on .*, since'):
+        act()
+    assert (again / 'checkpoints/8.orbax-checkpoint-tmp-1').exists()
+  assert small(again) == 6 and soak_resume.fingerprint(again) == before
+  assert not (again / preflight.LOCK).exists()
+
+
+@pytest.mark.parametrize('holder, refused', [
+  ({'pid': os.getpid(), 'began': lock._began(os.getpid())}, True),
+  ({'pid': os.getpid(), 'began': '1'}, False),  # its number was given out again
+  ({'pid': 2 ** 22 + 1, 'began': '1'}, False),
+  ({'host': 'elsewhere', 'pid': os.getpid(), 'began': lock._began(os.getpid())}, False),
+  (None, False)])
+def test_a_stale_lock_is_taken_over(holder, refused, tmp_path, monkeypatch):
+  """Of a killed process the system's lock is gone; where there are no such locks, the file tells."""
+  path, said = tmp_path / '.lock', []
+  about = {'host': socket.gethostname(), 'since': 'noon', **holder} if holder else 'garb'
+  path.write_text(json.dumps(about))
+  with lock.held(path, command='m2l2 train', place='there'):
+    assert json.loads(path.read_text())['pid'] == os.getpid()
+  assert not path.exists()
+
+  def no_locks(*args):
+    raise OSError(95, 'Operation not supported')
+
+  path.write_text(json.dumps(about))
+  monkeypatch.setattr(lock.fcntl, 'flock', no_locks)
+  monkeypatch.setattr(lock.logging, 'warning', lambda text, *args: said.append(text % args))
+  if refused:
+    with pytest.raises(UserError, match='another m2l2 train is writing there'), lock.held(
+        path, command='m2l2 train', place='there'):
+      pass
+  else:
+    with lock.held(path, command='m2l2 train', place='there'):
+      assert len(said) == 1 and 'start no other m2l2 train there' in said[0]
 
 
 # In processes of their own.

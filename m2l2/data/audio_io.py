@@ -512,6 +512,8 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
   _remove_leftovers(target)
   trial = _temporary(target)
   try:
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(target)  # says so of a name that is too long; the temporary one is not
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     os.unlink(trial)
   except OSError as e:
@@ -558,7 +560,7 @@ def _temporary(target: str) -> str:
 
 def _short(base: str) -> str:
   """What fits into 255 bytes with more behind it."""
-  return os.fsdecode(os.fsencode(base)[:64])
+  return os.fsdecode(os.fsencode(base)[:16])
 
 
 def _machine() -> str:

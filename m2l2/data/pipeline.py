@@ -33,7 +33,7 @@ class Loader:
 
   def __init__(self, dataset: grain.IterDataset, crop: RandomCrop):
     self.mixture: Mixture = crop.mixture
-    self._iterators = [iter(dataset)]
+    self._crop, self._iterators = crop, [iter(dataset)]
     # Also runs at the interpreter's end, before Grain's modules are torn down under its feet.
     self._close = weakref.finalize(self, _close, self._iterators, crop.faults)
 
@@ -44,6 +44,10 @@ class Loader:
     if not self._iterators:
       raise StopIteration
     return next(self._iterators[0])
+
+  def check(self):
+    """Raises UserError where a source gives no sample: before hours of compiling, not after."""
+    self._crop.check()
 
   def close(self):
     """Stops threads and workers; quiet, and harmless when repeated."""

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import dataclasses
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -39,6 +38,7 @@ from array_record.python import array_record_module
 import tensorflow_datasets as tfds
 import tqdm
 
+from m2l2 import lock
 from m2l2.data import segments, sources
 from m2l2.data.audio_io import shown
 from m2l2.data.decoder import Decoder, FileFault
@@ -704,13 +704,5 @@ class Place:
     if self._fs:
       yield
       return
-    with self._told():
-      file = open(self._at(f'{WORK}/lock'), 'w')
-    with file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as e:
-        raise UserError(f'{shown(self.root)}: another m2l2 prepare is writing there') from e
-      except OSError as e:  # some network file systems have no locks
-        absl_logging.warning('%s: cannot be locked (%s): start no other m2l2 prepare there', shown(self.root), e.strerror)
+    with lock.held(self._at(f'{WORK}/lock'), command='m2l2 prepare', place=shown(self.root)):
       yield

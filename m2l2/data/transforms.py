@@ -217,6 +217,11 @@ class RandomCrop:
         audio, rejected = np.clip(audio + other, -1, 1), rejected + more
     return {'audio': audio, 'rejected': np.int32(rejected)}
 
+  def check(self):
+    """Draws a crop of each source. Raises UserError where one has none to give."""
+    for source in range(len(self.mixture.sources)):
+      self._draw(0, source, None)
+
   def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int]:
     """(crop, how many draws were rejected before): the first of `item`, all others of drawn ones."""
     items, reasons = self.mixture.sources[source], deque(maxlen=3)

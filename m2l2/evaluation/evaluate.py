@@ -95,33 +95,38 @@ def load_pair(pair: Pair, *, check: bool = True) -> Loaded:
 
 def measure(loaded: Loaded, names: Sequence[str], *, chunks: seams.Chunks = seams.Chunks(),
             seed: int = 0) -> tuple[dict[str, float], list[str]]:
-  """The signal metrics called `names` of one pair that are defined for it, and a warning for each that is not.
+  """The signal metrics called `names` of one pair that have a finite value, and a warning for each that has none.
 
   Metrics of stereo are left out without a warning where a side is not stereo.
   """
   r, x, rate = loaded.reference, loaded.estimate, loaded.sample_rate
   values, warnings = {}, []
 
-  def attempt(computed):
+  def attempt(of, computed):
+    """One bad pair must not cost the others their report: whatever a metric raises, it is left out and named."""
+    if not (wanted := [name for name in of if name in names]):
+      return
     try:
-      values.update(computed())
+      made = computed(wanted)
     except UserError as error:
       warnings.append(str(error))
+      return
+    except Exception as error:
+      warnings.append(f'{", ".join(wanted)}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+      return
+    values.update({name: value for name, value in made.items() if math.isfinite(value)})
+    warnings.extend(f'{name}: is {value}, left out' for name, value in made.items() if name not in values)
 
-  attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed,
-                                     names=[name for name in ('mel_l1_db', 'lsd_db') if name in names]))
+  of_pair = lambda wanted: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed, names=wanted)
+  attempt(['mel_l1_db', 'lsd_db'], of_pair)
   for name in ('si_sdr', 'mrstft', 'ratio', 'coherence', 'coherence_reference'):
-    if name in names:
-      attempt(lambda: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed, names=[name]))
+    attempt([name], of_pair)
   if len(r) == len(x) == 2:
-    if {'si_sdr_left', 'si_sdr_right'} & set(names):
-      attempt(lambda: {name: value for name, value in stereo.channel_si_sdr(r, x).items() if name in names})
-    if 'side_mid_db' in names:
-      attempt(lambda: {'side_mid_db': stereo.side_mid_error_db(r, x)})
-  if 'seam_db' in names:
-    attempt(lambda: {'seam_db': seams.seam_db(r, x, sample_rate=rate, chunks=chunks)})
-  if 'visqol' in names:
-    attempt(lambda: {'visqol': visqol.visqol(r, x, sample_rate=rate)})
+    attempt(['si_sdr_left', 'si_sdr_right'], lambda wanted: {
+        name: value for name, value in stereo.channel_si_sdr(r, x).items() if name in wanted})
+    attempt(['side_mid_db'], lambda wanted: {'side_mid_db': stereo.side_mid_error_db(r, x)})
+  attempt(['seam_db'], lambda wanted: {'seam_db': seams.seam_db(r, x, sample_rate=rate, chunks=chunks)})
+  attempt(['visqol'], lambda wanted: {'visqol': visqol.visqol(r, x, sample_rate=rate)})
   return {name: values[name] for name in names if name in values}, warnings
 
 
@@ -235,6 +240,8 @@ def _embed_all(items, embedders, progress):
         embedded[name].append(tuple(embed(audio, loaded.sample_rate) for audio in (loaded.reference, loaded.estimate)))
       except UserError as error:
         warnings.append(f'{item.name}: {name}: {error}')
+      except Exception as error:  # as in `measure`
+        warnings.append(f'{item.name}: {name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
       progress(1)
   return embedded, warnings
 
@@ -250,7 +257,7 @@ def _distances(embedded, seed):
           'value': frechet.frechet_distance(np.concatenate(references), np.concatenate(estimates)),
           'bootstrap_sd': frechet.bootstrap_sd(references, estimates, seed=seed),
           'clips': len(clips), 'windows': sum(map(len, references))}
-    except UserError as error:
+    except (UserError, ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
       warnings.append(f'{name}: {error}')
   return distances, warnings
 

@@ -125,11 +125,18 @@ def ratio(reference, estimate, *, sample_rate: int, seed: int = 0) -> float:
   `mel_l1_db`; `seed` draws the noise.
 
   Raises:
-    UserError: nothing in common, not finite, or the reference is silent.
+    UserError: nothing in common, not finite, or the reference is silent, but for dither at most.
   """
   r, x = _prepared_pair(reference, estimate, sample_rate=sample_rate)
-  distance = mel_l1_db(r, x, sample_rate=SAMPLE_RATE)
-  return distance / shaped_noise_mel_l1_db(r, sample_rate=SAMPLE_RATE, seed=seed)
+  return _ratio(mel_l1_db(r, x, sample_rate=SAMPLE_RATE), r, seed=seed)
+
+
+def _ratio(distance: float, r: np.ndarray, *, seed: int) -> float:
+  """The distance over that of noise like r, float64 [samples] at 44.1 kHz."""
+  noise = shaped_noise_mel_l1_db(r, sample_rate=SAMPLE_RATE, seed=seed)
+  if not noise > 0:  # both lie below the floor in every band: silence with dither
+    raise UserError('ratio is undefined: the reference is nearly silent; leave this pair out')
+  return distance / noise
 
 
 def shaped_noise_mel_l1_db(reference, *, sample_rate: int, seed: int = 0) -> float:
@@ -242,7 +249,7 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=PAIR_METRICS, s
   if 'mrstft' in names:
     values['mrstft'] = mrstft(r, x, sample_rate=SAMPLE_RATE)
   if 'ratio' in names:
-    values['ratio'] = values['mel_l1_db'] / shaped_noise_mel_l1_db(r, sample_rate=SAMPLE_RATE, seed=seed)
+    values['ratio'] = _ratio(values['mel_l1_db'], r, seed=seed)
   for name, mono, what in (('coherence', x, 'estimate'), ('coherence_reference', r, 'reference')):
     if name in names:
       values[name] = _coherence(mono, what=what)

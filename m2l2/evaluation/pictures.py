@@ -191,11 +191,16 @@ def bars(table) -> Figure:
 
 
 def save(figure: Figure, path):
-  """Writes a PNG; nothing half-written is left."""
+  """Writes a PNG; nothing half-written is left. Raises UserError where it cannot."""
   path = Path(path)
-  temporary = path.with_suffix('.part')
-  figure.savefig(temporary, dpi=90, format='png')
-  os.replace(temporary, path)
+  temporary = path.with_name(f'.m2l2-{os.getpid()}.part')
+  try:
+    figure.savefig(temporary, dpi=90, format='png')
+    os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f'{path}: could not be written ({error.strerror or error})') from error
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def _panels(*, rows=1, columns=1, height):

@@ -11,6 +11,7 @@ import tempfile
 import numpy as np
 
 from m2l2.data import audio_io
+from m2l2.errors import UserError
 from m2l2.evaluation import pairs
 from m2l2.evaluation.evaluate import HIGHER_IS_BETTER, load_pair
 
@@ -79,12 +80,14 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
 
 
 def _write(path, text):
-  """Whole or not at all."""
-  partial = f'{os.fspath(path)}.{os.getpid()}.part'
+  """Whole or not at all. Raises UserError where it cannot be."""
+  partial = os.path.join(os.path.dirname(os.path.abspath(path)), f'.m2l2-{os.getpid()}.part')
   try:
     with open(partial, 'w', encoding='utf-8', errors='backslashreplace') as file:
       file.write(text)
     os.replace(partial, path)
+  except OSError as error:
+    raise UserError(f'{audio_io.shown(path)}: could not be written ({error.strerror or error})') from error
   finally:
     if os.path.exists(partial):
       os.remove(partial)

@@ -57,7 +57,7 @@ def read(place: str) -> Music:
   """
   kind, colon, folder = place.partition(':')
   if colon and kind in DATASETS:
-    return DATASETS[kind](folder)
+    return DATASETS[kind](os.path.expanduser(folder))
   return read_table(place)
 
 

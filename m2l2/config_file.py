@@ -1,0 +1,122 @@
+"""Config files: where one is, what it gives, and what is wrong in it, in one line.
+
+A preset is known by its name, `tiny`, `tiny.py` or `configs/tiny.py`; any other path means that very file. A wrong one
+must not become a preset that happens to be called alike: that would train something else.
+"""
+
+from collections.abc import Iterable
+import difflib
+import importlib.machinery
+import importlib.util
+import linecache
+import os
+import re
+import traceback
+
+import ml_collections
+
+from m2l2.configs import base
+from m2l2.errors import UserError
+
+_NAME = re.compile(r'(?:configs/)?(\w[\w-]*)(?:\.py)?')  # what may mean a preset
+_CAST = re.compile(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and "
+                   r"cannot be casted to type <class '([\w.]+)'>", re.S)
+_KINDS = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'text', 'tuple': 'a tuple'}
+
+
+def find(value: str) -> str:
+  """'FILE[:WORDS]' with the path of the file that it means.
+
+  The file itself comes first; only a preset's name, bare or as configs/NAME, falls back to what is installed.
+
+  Raises UserError: there is no such file.
+  """
+  path, colon, words = value.partition(':')
+  path = os.path.expanduser(path)
+  presets = next(iter(importlib.util.find_spec('m2l2.configs').submodule_search_locations))
+  candidates, name = [path], _NAME.fullmatch(path)
+  if name:
+    candidates += [f'{path}.py', os.path.join(presets, f'{name[1]}.py')]
+  for candidate in candidates:
+    if os.path.isfile(candidate):
+      return candidate + colon + words
+  names = sorted(set(os.listdir(presets)) - {'__init__.py', '__pycache__'})
+  raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
+
+
+def load(place: str) -> ml_collections.ConfigDict:
+  """The locked config that 'FILE[:WORDS]' gives: get_config(), or get_config('WORDS').
+
+  Raises UserError: the file does not run, or sets what is no field or of another type; with its line.
+  """
+  path, colon, words = place.partition(':')
+  try:
+    loader = importlib.machinery.SourceFileLoader('m2l2_config', path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    if not hasattr(module, 'get_config'):
+      raise UserError(f'{path}: has no function get_config() (configs/tiny.py shows one)')
+    config = module.get_config(words) if colon else module.get_config()
+  except UserError:
+    raise
+  except (Exception, SystemExit) as error:  # it is the user's code: any at all
+    raise UserError(_told(error, path)) from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'{path}: get_config() returned {type(config).__name__}, not a ConfigDict; is a return missing?')
+  return config.lock()
+
+
+def _told(error, path) -> str:
+  """Where in the file, and what."""
+  if isinstance(error, SyntaxError):
+    return f'{error.filename or path}, line {error.lineno}: {error.msg}'
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  place = f'{path}, line {lines[-1]}' if lines else path
+  text = ' '.join(str(error).split())
+  if isinstance(error, (AttributeError, KeyError)) and re.search('Did you mean|config is locked', text):
+    name = (re.search(r'Key "(\w+)"', text) or re.search(r'(\w+)', text))[1]  # or: "'stepz' Did you mean ..."
+    return f'{place}: {missing(name, near=linecache.getline(path, lines[-1]) if lines else "")}'
+  if cast := _CAST.search(text):
+    name, value, kind, wanted = cast.groups()
+    return f'{place}: {name} is {_KINDS.get(wanted, wanted)}, not {value} ({kind})'
+  return f'{place}: {text or type(error).__name__}'
+
+
+def missing(name: str, *, near: str = '') -> str:
+  """That there is no such field, and which of base's is nearest. near: text that tells its group, as 'train.stepz'."""
+  known = field_names()
+  close = difflib.get_close_matches(name, {path.rpartition('.')[2] for path in known}, n=1, cutoff=0.6)
+  paths = [path for path in known if close and path.rpartition('.')[2] == close[0]]
+  beside = [path for path in paths if f'{path.rpartition(".")[0]}.{name}' in near]
+  nearest = f'; the nearest is {(beside or paths)[0]}' if paths else ''
+  return f'the config has no field {name!r}{nearest} (configs/base.py lists them)'
+
+
+def field_names() -> list[str]:
+  """All fields and groups of configs/base.py: 'seed', 'model', 'model.tile', ..."""
+  return [name for name, _ in _flat(base.get_config())]
+
+
+def check(config: ml_collections.ConfigDict, overrides: Iterable[str]):
+  """Raises UserError: an override 'train.steps' of the command line that the config has no place for."""
+  for path in overrides:
+    place, parts = config, path.split('.')
+    for depth, part in enumerate(parts):
+      if not isinstance(place, ml_collections.ConfigDict) or part not in place:
+        raise UserError(f'--config.{path}: {missing(part, near=".".join(parts[:depth + 1]))}')
+      place = place[part]
+
+
+def check_given(config: ml_collections.ConfigDict):
+  """Raises UserError: a field is None that has a value in configs/base.py."""
+  needed = {name for name, value in _flat(base.get_config()) if value is not None}
+  for name, value in _flat(config):
+    if value is None and name in needed:
+      raise UserError(f'{name}=None: it needs a value (configs/base.py has one)')
+
+
+def _flat(config, prefix='') -> Iterable[tuple[str, object]]:
+  for name, value in config.items():
+    yield f'{prefix}{name}', value
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _flat(value, f'{prefix}{name}.')
