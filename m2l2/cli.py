@@ -40,6 +40,7 @@ def main(argv=None) -> int:
       _parser().error(f'unrecognized arguments: {" ".join(rest)}')
     args.rest = rest
     _quiet_libraries()
+    logging.getLogger('m2l2.compiling').setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
     with _stopped_by_sigterm():
       args.run(args)
     return 0

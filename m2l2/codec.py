@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2 import build, compilation_cache, encoding, output
+from m2l2.compiling import Told
 from m2l2.data import audio_io
 from m2l2.decoding import REFINE, Sampler
 from m2l2.errors import UserError
@@ -559,12 +560,13 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
     return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
                                   network=sampler.network, bottleneck=bottleneck)
 
-  return types.SimpleNamespace(
+  programs = dict(
       encode_block=jax.jit(encode_block),
       start=jax.jit(start, static_argnames=('sigmas', 'refine')),
       advance=jax.jit(advance, static_argnames=('sigmas', 'refine')),
       finish=jax.jit(finish, static_argnames='sigmas'),
       parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
+  return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
 
 
 def _block_chunks() -> int:
