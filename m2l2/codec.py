@@ -27,6 +27,7 @@ from m2l2.snapshot import load_snapshot
 
 MODES = ('autoregressive', 'parallel')
 _MOST_STEPS = 16
+_FILE_SECONDS = 10  # of a file read at once
 _ENDLESS = 2 ** 31 - 1
 
 
@@ -90,6 +91,15 @@ class Codec:
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
     self._programs = compiled_programs(self.sampler, self._bottleneck)
 
+  def __repr__(self):
+    arch, rate = self.network.arch, self.native_rates[0]
+    seconds = self.representation.chunk_samples / rate
+    mono, numbers = self.representation.channels == 1, arch.num_latents * arch.latent_dim
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return (f'<Codec {self.fingerprint}: {"mono" if mono else "stereo"}, {rate:,} Hz, {count / 1e6:.3g} M parameters, '
+            f'{arch.num_latents} x {arch.latent_dim} numbers for {seconds:.3g} s: {numbers / seconds:,.0f} a second'
+            f'{" and channel" * mono}>')
+
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
     sample_rate = encoding.whole_rate(sample_rate)
@@ -123,16 +133,20 @@ class Codec:
     """Latents float [..., K, d] -> int32 [..., K], for a model that has tokens."""
     return self._bottleneck.tokens(z)
 
-  def encode(self, audio, sample_rate: int, *, discrete: bool = False) -> Latents:
-    """Audio float32 [channels, samples] or [samples] in [-1, 1] -> Latents.
+  def encode(self, audio, sample_rate: int | None = None, *, discrete: bool = False) -> Latents:
+    """Audio float32 [channels, samples] or [samples] in [-1, 1], or the path of an audio file -> Latents.
 
     A mono model encodes each channel as a stream of its own; a stereo model takes one or two
-    channels. Rates that are not native are resampled. discrete: int32 tokens, for a model with an
-    FSQ bottleneck.
+    channels. Rates that are not native are resampled. sample_rate: Hz, which a file states itself; a file is read block
+    by block, and its tags are kept. discrete: int32 tokens, for a model with an FSQ bottleneck.
 
     Raises UserError: no samples, integers, NaN or infinity, too many channels, a rate that is not a whole number of
-      Hz, or no tokens to be had.
+      Hz, no tokens to be had, or a file that cannot be read.
     """
+    if isinstance(audio, str | os.PathLike):
+      return self._encode_file(audio, sample_rate, discrete)
+    if sample_rate is None:
+      raise UserError('say the sample rate of the audio too: encode(audio, 44100)')
     audio = encoding.as_samples(audio)
     audio = audio[None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or not audio.size:
@@ -142,6 +156,15 @@ class Codec:
     blocks = (audio[:, i:i + step] for i in range(0, audio.shape[1], step))
     return self.encode_blocks(
         blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
+
+  def _encode_file(self, path, sample_rate, discrete):
+    info = audio_io.probe(path)
+    if sample_rate not in (None, info.sample_rate):
+      raise UserError(f'{audio_io.shown(path)}: is at {info.sample_rate} Hz, not {sample_rate}; leave sample_rate out')
+    self.check_source(channels=info.channels, discrete=discrete)
+    blocks = audio_io.read_blocks(path, block_samples=_FILE_SECONDS * info.sample_rate, check_finite=True)
+    latents = self.encode_blocks(blocks, sample_rate=info.sample_rate, channels=info.channels, discrete=discrete)
+    return dataclasses.replace(latents, tags=dict(info.tags))
 
   def encode_blocks(self, blocks: Iterable, *, sample_rate: int, channels: int,
                     discrete: bool = False) -> Latents:

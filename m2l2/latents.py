@@ -16,7 +16,7 @@ _FORMAT = 'm2l2-latents'
 _VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Latents:
   """Summary embeddings of one signal, and what it takes to give it back exactly as long as it was.
 
@@ -43,6 +43,51 @@ class Latents:
     """Whole numbers of any type, as numpy's, become int."""
     for name in ('sample_rate', 'num_samples', 'channels', 'padding'):
       object.__setattr__(self, name, _whole(getattr(self, name)))
+
+  def __repr__(self):
+    try:
+      return f'<Latents: {self.words()}; model {self.model}>'
+    except (TypeError, ValueError, ZeroDivisionError):  # fields that make no sense, which `save` and `decode` tell
+      return object.__repr__(self)
+
+  @property
+  def seconds(self) -> float:
+    """How long the source is."""
+    return self.num_samples / self.sample_rate
+
+  @property
+  def numbers_per_second(self) -> float:
+    """Of all streams together; of tokens, where they are that."""
+    return np.size(self.z) / self.seconds
+
+  @property
+  def kbit_per_second(self) -> float:
+    """Of the numbers as they are stored, which is 32 bits each: nothing is packed."""
+    return self.numbers_per_second * 32 / 1000
+
+  @property
+  def samples_per_number(self) -> float:
+    """How many times fewer they are than the source's samples."""
+    return self.num_samples * self.channels / np.size(self.z)
+
+  def words(self) -> str:
+    """One line for people: how long, how many channels, how much is left of it."""
+    what = 'numbers' if np.ndim(self.z) == 4 else 'tokens'
+    return (f'{spoken_seconds(self.seconds)}, {self.channels} channel{"s" * (self.channels != 1)}: '
+            f'{np.size(self.z):,} {what}, {self.numbers_per_second:,.0f} a second ({self.kbit_per_second:.3g} kbit/s), '
+            f'{self.samples_per_number:.3g}x fewer than samples')
+
+  def to_array(self) -> np.ndarray:
+    """A plain array [time, dim], a row a chunk: [chunks, streams * K * d], or [chunks, streams * K] of tokens."""
+    return np.moveaxis(self.z, 0, 1).reshape(self.z.shape[1], -1)
+
+  def with_array(self, array) -> 'Latents':
+    """These latents with other numbers, from an array as `to_array` gives it. Raises UserError: another shape."""
+    array, shape = np.asarray(array), self.z.shape
+    if array.shape != self.to_array().shape:
+      raise UserError(f'the array must be {list(self.to_array().shape)}, as to_array gives it, not {list(array.shape)}')
+    z = np.moveaxis(array.reshape(shape[1], shape[0], *shape[2:]), 1, 0)
+    return dataclasses.replace(self, z=z.astype(self.z.dtype))
 
   def save(self, path):
     """Writes a safetensors file, the fields as metadata; the same latents give the same bytes.
@@ -98,6 +143,14 @@ class Latents:
       raise UserError(f'{name}: is not a file of latents, or a damaged one ({reason})') from error
     _check(latents, name)
     return latents
+
+
+def spoken_seconds(seconds: float) -> str:
+  """'5.03 s', '3:08 min' or '1:02:03 h'."""
+  if seconds < 59.995:
+    return f'{seconds:.2f} s'
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02}:{seconds:02} h' if minutes >= 60 else f'{minutes}:{seconds:02} min'
 
 
 def _check(latents, name):

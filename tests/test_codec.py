@@ -13,17 +13,18 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, codec as codec_lib, decoding
+from m2l2 import build, clips, codec as codec_lib, decoding
 from m2l2.codec import Codec
 from m2l2.data import audio_io
 from m2l2.decoding import FIRST, REFINE
 from m2l2.errors import UserError
-from m2l2.latents import Latents
+from m2l2.latents import Latents, spoken_seconds
 from m2l2.model import envelope
 from m2l2.snapshot import load_snapshot, save_snapshot
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_layering import ROOT
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
@@ -967,6 +968,63 @@ def test_numbers_that_are_none_are_refused(mono, wrong):
 def test_no_audio_is_refused(mono, audio):
   with pytest.raises(UserError, match=r'audio must be \[channels, samples\]'):
     mono.encode(audio, 44100)
+
+
+def test_encoding_a_file_is_encoding_its_samples(mono, stereo, tmp_path):
+  audio = music(900, channels=2)
+  path = tmp_path / 'song.wav'
+  with audio_io.AudioWriter(path, 44100, 2, tags={'title': 'a song'}) as writer:
+    writer.write(audio)
+  expected = stereo.encode(*audio_io.read(path))
+  for got in (stereo.encode(path), stereo.encode(str(path), 44100)):
+    np.testing.assert_array_equal(got.z, expected.z)
+    assert got.tags == {'title': 'a song'}
+    assert dataclasses.replace(got, z=0, tags={}) == dataclasses.replace(expected, z=0)
+  with pytest.raises(UserError, match='is at 44100 Hz, not 48000'):
+    stereo.encode(path, 48000)
+  with pytest.raises(UserError, match='no such file'):
+    stereo.encode(tmp_path / 'none.wav')
+  with pytest.raises(UserError, match='say the sample rate'):
+    stereo.encode(audio)
+
+
+def test_the_readmes_snippet_runs_in_any_folder(mono, tmp_path, monkeypatch, capsys):
+  snippet = (ROOT / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
+  audio_io.write(tmp_path / 'clip.wav', music(3000, channels=2), 44100)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(clips, 'TRAINING', tmp_path / 'clip.wav')
+  monkeypatch.setattr('m2l2.load', {'tiny': mono}.__getitem__)
+  exec(snippet, {})
+  assert sorted(os.listdir()) == ['again.wav', 'clip.wav', 'song.safetensors']
+  assert audio_io.read('again.wav')[0].shape == (2, 3000) and '0.07 s, 2 channels' in capsys.readouterr().out
+
+
+def test_what_people_read_of_a_codec_and_of_latents(mono, stereo):
+  assert repr(mono).startswith(f'<Codec {mono.fingerprint}: mono, 44,100 Hz, 0.0')
+  assert '8 x 8 numbers for 0.0232 s: 2,756 a second and channel>' in repr(mono)
+  assert 'stereo, ' in repr(stereo) and repr(stereo).endswith(' a second>')
+  latents = some_latents(num_samples=44100, channels=2, z=np.zeros((2, 43, 8, 8), np.float32))
+  assert repr(latents) == ('<Latents: 1.00 s, 2 channels: 5,504 numbers, 5,504 a second (176 kbit/s), 16x fewer than '
+                           'samples; model 0123456789abcdef>')
+  assert (latents.seconds, latents.kbit_per_second) == (1.0, 5504 * 32 / 1000)
+  assert '1 channel: 16 tokens, ' in repr(some_latents(z=np.zeros((1, 2, 8), np.int32)))
+  assert repr(some_latents(sample_rate=None)).startswith('<m2l2.latents.Latents object')
+  for seconds, words in ((0.5, '0.50 s'), (59.99, '59.99 s'), (59.996, '1:00 min'), (188.4, '3:08 min'),
+                         (3599.7, '1:00:00 h'), (3723, '1:02:03 h')):
+    assert spoken_seconds(seconds) == words
+
+
+def test_latents_as_a_plain_array_and_back():
+  latents = some_latents(z=np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
+  array = latents.to_array()
+  assert array.shape == (3, 40)
+  np.testing.assert_array_equal(array[1], latents.z[:, 1].reshape(-1))
+  np.testing.assert_array_equal(latents.with_array(array).z, latents.z)
+  assert latents.with_array(array.astype(np.float64)).z.dtype == np.float32
+  tokens = some_latents(z=np.arange(16, dtype=np.int32).reshape(1, 2, 8))
+  np.testing.assert_array_equal(tokens.with_array(tokens.to_array()).z, tokens.z)
+  with pytest.raises(UserError, match=r'must be \[3, 40\], as to_array gives it, not \[40, 3\]'):
+    latents.with_array(array.T)
 
 
 @pytest.mark.parametrize('audio', [

@@ -4,6 +4,7 @@ Then in kernels, with the model in the box, which is trained for fewer steps. As
 M2L2_COLAB_STEPS=500 ./launch/test.sh --soak tests/test_colabs.py -k runs
 """
 
+import ast
 import configparser
 import importlib.util
 from importlib.machinery import PathFinder
@@ -262,6 +263,20 @@ def test_it_is_tidy(name):
   for cell in code_cells(notebook):
     assert cell.outputs == [] and cell.execution_count is None
     assert not any(line.startswith(('def ', 'class ')) for line in cell.source.splitlines()), 'logic is the package\'s'
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_cell_takes_away_what_another_imports(name):
+  """Or that one could not run again."""
+  imported, made = set(), set()
+  for cell in code_cells(read(name)):
+    source = re.sub(r'^( *)[%!].*', r'\1pass', cell.source, flags=re.M)
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        imported |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
+      elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        made.add(node.id)
+  assert imported and made and not imported & made
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -91,8 +91,8 @@ def test_every_package_is_listed():
 
 
 def test_assets_are_package_data():
-  assert listed('options.package_data', 'm2l2') == ['assets/**/*']
-  assert (ROOT / 'm2l2' / 'assets').is_dir()
+  assert listed('options.package_data', 'm2l2') == ['assets/**/*', 'py.typed']
+  assert (ROOT / 'm2l2' / 'assets').is_dir() and (ROOT / 'm2l2' / 'py.typed').is_file()
 
 
 def test_pyproject_only_points_at_setuptools():
