@@ -1060,7 +1060,7 @@ def test_a_rate_may_be_of_any_type_of_number_if_it_is_whole(mono):
     np.testing.assert_allclose(z, expected.z[:, 0], atol=2e-6)
     assert mono.layout(900, rate) == mono.layout(900, 44100)
     np.testing.assert_array_equal(mono.decode(dataclasses.replace(expected, sample_rate=rate)), mono.decode(expected))
-  for rate in (44100.5, '44100', None, np.nan, [44100, 44100]):
+  for rate in (44100.5, '44100', b'44100', np.nan, [44100, 44100]):
     for encode in (mono.encode, lambda audio, rate: mono.encode_blocks([audio], sample_rate=rate, channels=1),
                    lambda audio, rate: mono.stream_encode([audio], rate, channels=1)):
       with pytest.raises(UserError, match='sample_rate is .*: give a whole number of Hz'):
