@@ -46,7 +46,7 @@ make_environment() {
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
   python=$(find_python)
   stamp=$(
-    { cat setup.cfg pyproject.toml; pwd; printf '%s\n' "$extras"
+    { cat setup.cfg setup.py pyproject.toml; pwd; printf '%s\n' "$extras"
       "$python" -c 'import platform, sys; print(sys.version, platform.platform())'; } |
     "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   if [ "$(cat "$directory/stamp" 2>/dev/null)" = "$stamp" ]; then return; fi

@@ -23,6 +23,7 @@ import numpy as np
 
 from m2l2 import encoding, hosts, lock, sharding
 from m2l2.codec import Codec
+from m2l2.compiling import Told
 from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
 from m2l2.errors import UserError
@@ -326,8 +327,8 @@ class Encoder:
     # Not left to the compiler to split: each device runs the program that a single one would, so that the last bit
     # of a latent does not depend on how many there are.
     rows_of = P(sharding.BATCH_AXES)
-    self.compiled = jax.jit(jax.shard_map(
-        encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False))
+    self.compiled = Told(jax.jit(jax.shard_map(
+        encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False)))
 
   def group(self) -> Group:
     return Group(self._shape, self._rows)

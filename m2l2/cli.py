@@ -14,15 +14,17 @@ import sys
 import tempfile
 import time
 
-from m2l2 import extras
+from m2l2 import __version__, extras
 from m2l2.errors import OutputClosed, UserError, printable, told
 
 _SECONDS = 10  # of audio read at once
 _DESCRIPTION = """\
 Music to a few summary embeddings, and back.
 
-  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny
-  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny
+  m2l2 encode song.flac song.safetensors --checkpoint=tiny
+  m2l2 decode song.safetensors song.wav --checkpoint=tiny
+
+tiny is the model in the box; a training run's folder does too.
 """
 
 
@@ -54,6 +56,9 @@ def main(argv=None) -> int:
 def _run(argv) -> int:
   if argv[:1] == ['train']:  # its flags are absl's, made from the config
     return _train(argv[1:])
+  if not argv:
+    _parser().print_help()
+    return 0
   try:
     args, rest = _parser().parse_known_args(argv)
     if rest and not (args.run is _plan or getattr(args, 'runner', None)):  # fields of the config; the runner's options
@@ -66,6 +71,7 @@ def _run(argv) -> int:
       setattr(args, name, [_at_home(one) for one in value])
     setattr(args, name, _at_home(getattr(args, name)))
   _quiet_libraries()
+  logging.getLogger('m2l2.compiling').setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
   with _stopped_by_signals():
     args.run(args)
   return 0
@@ -134,6 +140,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
   parser = _Parser(prog='m2l2', description=_DESCRIPTION,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--version', action='version', version=f'm2l2 {__version__}')
   commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True,
                                    parser_class=_Parser)
 
@@ -216,8 +223,8 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--memory-mb', type=int, default=1024, metavar='N', help='for decoding one file (default 1024)')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no last lines')
   made = command('encode', _encode, summary='Audio file -> file of latents.',
-                 example='  m2l2 encode song.flac song.safetensors --checkpoint=runs/tiny\n'
-                         '  m2l2 encode albums/ latents/ --checkpoint=runs/tiny')
+                 example='  m2l2 encode song.flac song.safetensors --checkpoint=tiny\n'
+                         '  m2l2 encode albums/ latents/ --checkpoint=tiny')
   files(made, audio_in, latents)
   overwrite(made)
   made.add_argument('--discrete', action='store_true',
@@ -225,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
   rate(made)
   made = command('encode-dataset', _encode_dataset,
                  summary='A corpus -> shards of latents, on all devices of all hosts; goes on where it was stopped.',
-                 example='  m2l2 encode-dataset --source=data/music/train --checkpoint=runs/small --output=latents\n'
+                 example='  m2l2 encode-dataset --source=data/music/train --checkpoint=tiny --output=latents\n'
                          '  for batch in grain.MapDataset.source(m2l2.data.latents.latent_source("latents", window=64))'
                          '.shuffle(0).batch(32)')
   made.add_argument('--source', metavar='MUSIC', required=True,
@@ -250,14 +257,14 @@ def _parser() -> argparse.ArgumentParser:
                     help='seconds of silence after which a process counts as lost, which ends the others')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no last line')
   made = command('decode', _decode, summary='File of latents -> audio file as long as the source.',
-                 example='  m2l2 decode song.safetensors song.wav --checkpoint=runs/tiny --seed=1\n'
-                         '  m2l2 decode song.safetensors - --checkpoint=runs/tiny | aplay')
+                 example='  m2l2 decode song.safetensors song.wav --checkpoint=tiny --seed=1\n'
+                         '  m2l2 decode song.safetensors - --checkpoint=tiny | aplay')
   files(made, latents, audio_out)
   sound(made)
   decoding(made)
   made = command('reconstruct', _reconstruct, summary='Audio file -> latents -> audio file.',
-                 example='  m2l2 reconstruct song.flac again.wav --checkpoint=runs/tiny\n'
-                         "  m2l2 reconstruct 'albums/**/*.mp3' again/ --checkpoint=runs/tiny --format=flac")
+                 example='  m2l2 reconstruct song.flac again.wav --checkpoint=tiny\n'
+                         "  m2l2 reconstruct 'albums/**/*.mp3' again/ --checkpoint=tiny --format=flac")
   files(made, audio_in, audio_out)
   rate(made)
   sound(made)
@@ -265,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
   made = command('evaluate', _evaluate,
                  summary='Metrics of reconstructions against their originals, in pairs by file name.',
                  example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
-                         '  m2l2 evaluate --reference=DIR --checkpoint=runs/tiny --output=report.json '
+                         '  m2l2 evaluate --reference=DIR --checkpoint=tiny --output=report.json '
                          '--metrics=si_sdr,musicnn_mtt')
   made.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
   made.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
@@ -290,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
   decoding(made)
   made = command('sweep-sigma-cond', _sweep,
                  summary="Quality against sigma_cond, the noise put back on a chunk before the next is decoded.",
-                 example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=runs/tiny --output=sweep.json '
+                 example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=tiny --output=sweep.json '
                          '--png=sweep.png')
   made.add_argument('--reference', required=True, metavar='DIR', help='music to reconstruct (a folder, or one file)')
   made.add_argument('--checkpoint', metavar='DIR', required=True,
@@ -312,9 +319,9 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   made = command('probe', _probe,
                  summary='What the latents know: classifiers on frozen features, beside baselines.',
-                 example='  m2l2 probe --checkpoint=runs/tiny --music=data/probes/notes --output=probe.json '
+                 example='  m2l2 probe --checkpoint=tiny --music=data/probes/notes --output=probe.json '
                          '--png=probe.png\n'
-                         '  m2l2 probe --checkpoint=runs/tiny --music=tinysol:DIR --music=beatport:DIR '
+                         '  m2l2 probe --checkpoint=tiny --music=tinysol:DIR --music=beatport:DIR '
                          '--output=probe.json')
   made.add_argument('--checkpoint', metavar='DIR', required=True,
                     help='snapshot, workdir of a training run, or name of a model in the box')
@@ -329,11 +336,11 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   made = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
-                 example='  m2l2 info song.safetensors\n  m2l2 info runs/tiny --json')
+                 example='  m2l2 info song.safetensors\n  m2l2 info tiny --json')
   made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
   made.add_argument('--json', action='store_true', help='one JSON object')
   made = command('export', _export, summary='Checkpoint -> programs and weights that JAX runs without m2l2.',
-                 example='  m2l2 export runs/tiny --format=stablehlo --output=exported\n'
+                 example='  m2l2 export tiny --format=stablehlo --output=exported\n'
                          '  cd exported && python -c "import load; print(load.Model(\'.\').about)"')
   made.add_argument('checkpoint', metavar='DIR',
                     help='snapshot, workdir of a training run, or name of a model in the box')
@@ -415,9 +422,11 @@ def _encode(args):
         check = _new_file(job.source, overwrite=args.overwrite, extensions=('.safetensors',))
         with jobs.writing(job, output='.safetensors', check=check) as target:
           codec = codec or _encoder(args)
+          began = time.monotonic()
           latents = _encode_file(codec, info, discrete=args.discrete, embeddings=args.embeddings, quiet=args.quiet)
+          speed = latents.seconds / (time.monotonic() - began)
           latents.save(target)
-        _say(args, f'{audio_io.shown(job.target)}: {_latents_line(latents)}')
+        _say(args, f'{audio_io.shown(job.target)}: {latents.words()}; {_speed(speed)}')
       done(1)
 
 
@@ -518,6 +527,7 @@ def _decode_jobs(args, planned, opened):
   with _over(planned, 'decode', args) as (done, passing):
     waiting = list(planned)
     while waiting:
+      began = codec and time.monotonic()
       size = 1 if len(planned) == 1 else args.batch or _batch()
       group, waiting = waiting[:size], waiting[size:]
       with contextlib.ExitStack() as all_files:
@@ -528,6 +538,7 @@ def _decode_jobs(args, planned, opened):
             check = _new_file(job.source, overwrite=args.overwrite)
             target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
             codec = codec or _decoder(args)
+            began = began or time.monotonic()  # to load a model is not its speed
             # Opened first: that the format does not take these channels is told before the work.
             writer = files.enter_context(audio_io.AudioWriter(
                 target, source.sample_rate, source.channels, tags=source.tags, normalize=args.normalize))
@@ -537,8 +548,9 @@ def _decode_jobs(args, planned, opened):
             all_files.enter_context(files.pop_all())
         if ready:
           _decode_files(codec, [latents for _, latents, _ in ready], [writer for *_, writer in ready], args)
+      speed = sum(latents.seconds for _, latents, _ in ready) / (time.monotonic() - began)
       for job, latents, _ in ready:
-        _say(args, _decoded_line(audio_io.shown(job.target), latents))
+        _say(args, f'{audio_io.shown(job.target)}: {latents.words()}; {_speed(speed)}')
       done(len(group))
 
 
@@ -803,16 +815,8 @@ def _readable(value) -> str:
   return f'{value:,}' if isinstance(value, int) and value >= 10 ** 5 else str(value)
 
 
-def _latents_line(latents) -> str:
-  z = latents.z
-  streams = f'{z.shape[0]} streams of ' if z.shape[0] > 1 else ''
-  return (f'{streams}{z.shape[1]} chunks of {z.shape[2]} '
-          f'{"tokens" if z.ndim == 3 else f"x {z.shape[3]} numbers"}')
-
-
-def _decoded_line(path, latents) -> str:
-  minutes, seconds = divmod(round(latents.num_samples / latents.sample_rate, 1), 60)
-  return f'{path}: {minutes:.0f}:{seconds:04.1f} min of audio from {_latents_line(latents)}'
+def _speed(times: float) -> str:
+  return f'{times:.3g}x real time'
 
 
 def _say(args, line):

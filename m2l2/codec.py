@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2 import build, compilation_cache, encoding, output
+from m2l2.compiling import Told
 from m2l2.data import audio_io
 from m2l2.decoding import REFINE, Sampler
 from m2l2.errors import UserError
@@ -26,6 +27,7 @@ from m2l2.snapshot import load_snapshot
 
 MODES = ('autoregressive', 'parallel')
 _MOST_STEPS = 16
+_FILE_SECONDS = 10  # of a file read at once
 _ENDLESS = 2 ** 31 - 1
 
 
@@ -90,14 +92,24 @@ class Codec:
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
     self._programs = compiled_programs(self.sampler, self._bottleneck)
 
+  def __repr__(self):
+    arch, rate = self.network.arch, self.native_rates[0]
+    seconds = self.representation.chunk_samples / rate
+    mono, numbers = self.representation.channels == 1, arch.num_latents * arch.latent_dim
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return (f'<Codec {self.fingerprint}: {"mono" if mono else "stereo"}, {rate:,} Hz, {count / 1e6:.3g} M parameters, '
+            f'{arch.num_latents} x {arch.latent_dim} numbers for {seconds:.3g} s: {numbers / seconds:,.0f} a second'
+            f'{" and channel" * mono}>')
+
   def model_rate(self, sample_rate: int) -> int:
     """The rate that a signal of `sample_rate` is processed at."""
+    sample_rate = encoding.whole_rate(sample_rate)
     return sample_rate if sample_rate in self.native_rates else self.native_rates[0]
 
   def at_model_rate(self, audio, sample_rate: int) -> tuple[np.ndarray, int]:
     """Audio [channels, samples] at any rate -> (at the rate that this model works at for it, that rate)."""
     rate = self.model_rate(sample_rate)
-    return audio_io.resample(audio, from_rate=sample_rate, to_rate=rate), rate
+    return audio_io.resample(audio, from_rate=encoding.whole_rate(sample_rate), to_rate=rate), rate
 
   # Encoding.
 
@@ -122,18 +134,21 @@ class Codec:
     """Latents float [..., K, d] -> int32 [..., K], for a model that has tokens."""
     return self._bottleneck.tokens(z)
 
-  def encode(self, audio, sample_rate: int, *, discrete: bool = False) -> Latents:
-    """Audio float32 [channels, samples] or [samples] in [-1, 1] -> Latents.
+  def encode(self, audio, sample_rate: int | None = None, *, discrete: bool = False) -> Latents:
+    """Audio float32 [channels, samples] or [samples] in [-1, 1], or the path of an audio file -> Latents.
 
     A mono model encodes each channel as a stream of its own; a stereo model takes one or two
-    channels. Rates that are not native are resampled. discrete: int32 tokens, for a model with an
-    FSQ bottleneck.
+    channels. Rates that are not native are resampled. sample_rate: Hz, which a file states itself; a file is read block
+    by block, and its tags are kept. discrete: int32 tokens, for a model with an FSQ bottleneck.
 
-    Raises UserError: no samples, integers, NaN or infinity, too many channels, or no tokens to be had.
+    Raises UserError: no samples, integers, NaN or infinity, too many channels, a rate that is not a whole number of
+      Hz, no tokens to be had, or a file that cannot be read.
     """
-    if np.issubdtype(np.asarray(audio).dtype, np.integer):
-      raise UserError(f'audio is {np.asarray(audio).dtype}: give float32 in [-1, 1] (int16: audio / 32768)')
-    audio = np.asarray(audio, np.float32)
+    if isinstance(audio, str | os.PathLike):
+      return self._encode_file(audio, sample_rate, discrete)
+    if sample_rate is None:
+      raise UserError('say the sample rate of the audio too: encode(audio, 44100)')
+    audio = encoding.as_samples(audio)
     audio = audio[None] if audio.ndim == 1 else audio
     if audio.ndim != 2 or not audio.size:
       raise UserError('audio must be [channels, samples] with at least one sample, not of shape '
@@ -143,16 +158,26 @@ class Codec:
     return self.encode_blocks(
         blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
 
+  def _encode_file(self, path, sample_rate, discrete):
+    info = audio_io.probe(path)
+    if sample_rate not in (None, info.sample_rate):
+      raise UserError(f'{audio_io.shown(path)}: is at {info.sample_rate} Hz, not {sample_rate}; leave sample_rate out')
+    self.check_source(channels=info.channels, discrete=discrete)
+    blocks = audio_io.read_blocks(path, block_samples=_FILE_SECONDS * info.sample_rate, check_finite=True)
+    latents = self.encode_blocks(blocks, sample_rate=info.sample_rate, channels=info.channels, discrete=discrete)
+    return dataclasses.replace(latents, tags=dict(info.tags))
+
   def encode_blocks(self, blocks: Iterable, *, sample_rate: int, channels: int,
                     discrete: bool = False) -> Latents:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
+    sample_rate = encoding.whole_rate(sample_rate)
     self.check_source(channels=channels, discrete=discrete)
     windows = self._windows(blocks, sample_rate, channels=channels, width=_block_chunks())
     z = [_finite(block) for block in output.on_host(map(self._encode_window, windows))]
     z = np.concatenate(z, axis=1)[:, :windows.layout.chunks]
     if discrete:
       z = self.tokens(z)
-    return Latents(z=z, sample_rate=int(sample_rate), num_samples=windows.num_samples, channels=channels,
+    return Latents(z=z, sample_rate=sample_rate, num_samples=windows.num_samples, channels=channels,
                    model=self.fingerprint)
 
   def stream_encode(self, audio_blocks: Iterable, sample_rate: int, *, channels: int,
@@ -171,6 +196,7 @@ class Codec:
 
     Raises UserError as `encode_blocks` does.
     """
+    sample_rate = encoding.whole_rate(sample_rate)
     self.check_source(channels=channels, discrete=discrete)
     return self._stream_encode(self._windows(audio_blocks, sample_rate, channels=channels, width=1), discrete)
 
@@ -351,28 +377,37 @@ class Codec:
   def cut(self, latents: Latents, start: int, stop: int) -> Latents:
     """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.
 
-    With padded edges that is `stop - start` chunks less the overlap of frames. Raises UserError: no such chunks.
+    With padded edges that is `stop - start` chunks less the overlap of frames. The last chunk alone may hold but what
+    its frames add to the chunk before: then `num_samples` is 1, and `padding` tells `join` how much less it is.
+    Raises UserError: no such chunks.
     """
     chunks = latents.z.shape[1]
     if not 0 <= start < stop <= chunks:
       raise UserError(f'there are no chunks {start} to {stop} in latents of {chunks}')
-    left = self._most_samples(chunks, latents.sample_rate) - latents.num_samples if stop == chunks else 0
-    return dataclasses.replace(latents, z=latents.z[:, start:stop],
-                               num_samples=max(1, self._most_samples(stop - start, latents.sample_rate) - left))
+    return self._ending(latents, latents.z[:, start:stop], self._missing(latents) if stop == chunks else 0)
 
   def join(self, parts: Sequence[Latents]) -> Latents:
     """Latents after each other, chunk by chunk: the inverse of `cut`; what the last chunk of a part lacks is silence.
 
     Raises UserError: no parts, or parts of other models, rates, channels or forms.
     """
+    parts = list(parts)
     kinds = {(p.model, p.sample_rate, p.channels, p.z.dtype, p.z.shape[0], *p.z.shape[2:]) for p in parts}
     if len(kinds) != 1:
       raise UserError('latents to join must be of one model, rate, number of channels and form' if kinds else
                       'there are no latents to join')
-    last = parts[-1]
-    missing = self._most_samples(last.z.shape[1], last.sample_rate) - last.num_samples
-    z = np.concatenate([part.z for part in parts], axis=1)
-    return dataclasses.replace(last, z=z, num_samples=self._most_samples(z.shape[1], last.sample_rate) - missing)
+    return self._ending(parts[-1], np.concatenate([part.z for part in parts], axis=1), self._missing(parts[-1]))
+
+  def _missing(self, latents):
+    """How many samples the signal is shorter than its chunks could hold."""
+    return self._most_samples(latents.z.shape[1], latents.sample_rate) - latents.num_samples + latents.padding
+
+  def _ending(self, latents, z, missing):
+    """Latents of `z` that lack `missing` samples of what its chunks could hold, or as many as leave it these chunks."""
+    chunks, rate = z.shape[1], latents.sample_rate
+    samples = self._most_samples(chunks, rate) - missing
+    fewest = self._most_samples(chunks - 1, rate) + 1 if chunks > 1 else 1
+    return dataclasses.replace(latents, z=z, num_samples=max(samples, fewest), padding=max(fewest - samples, 0))
 
   def first(self, latents: Latents, embeddings: int) -> Latents:
     """The first `embeddings` of every chunk alone: a lower rate, which a model trained with train.nested decodes.
@@ -413,7 +448,7 @@ class Codec:
   def layout(self, num_samples: int, sample_rate: int):
     """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.Layout."""
     return self.representation.layout(audio_io.resampled_length(
-        num_samples, from_rate=sample_rate, to_rate=self.model_rate(sample_rate)))
+        num_samples, from_rate=encoding.whole_rate(sample_rate), to_rate=self.model_rate(sample_rate)))
 
   def _continuous(self, latents):
     """The latents as float32 [streams, chunks, K, d], checked against this model."""
@@ -549,12 +584,13 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
     return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
                                   network=sampler.network, bottleneck=bottleneck)
 
-  return types.SimpleNamespace(
+  programs = dict(
       encode_block=jax.jit(encode_block),
       start=jax.jit(start, static_argnames=('sigmas', 'refine')),
       advance=jax.jit(advance, static_argnames=('sigmas', 'refine')),
       finish=jax.jit(finish, static_argnames='sigmas'),
       parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
+  return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
 
 
 def _block_chunks() -> int:

@@ -40,7 +40,7 @@ class Windows:
     num_samples: the signal's length at its own rate.
     layout: representation.Layout at the model's rate; layout.chunks of the windows' chunks are the signal's.
 
-  Raises UserError, while iterating: no samples, or NaN or infinity among them.
+  Raises UserError, while iterating: no samples, NaN or infinity among them, integers, or blocks of another shape.
   """
 
   def __init__(self, blocks: Iterable, *, representation: Representation, from_rate: int, to_rate: int, channels: int,
@@ -51,6 +51,11 @@ class Windows:
 
   def _counted(self):
     for block in self._blocks:
+      block = as_samples(block)
+      block = block[None] if block.ndim == self._channels == 1 else block
+      if block.ndim != 2 or len(block) != self._channels:
+        raise UserError(f'blocks of audio must be [{self._channels} channels, samples], not of shape '
+                        f'{list(block.shape)}')
       self.num_samples += block.shape[1]
       yield block
 
@@ -77,6 +82,28 @@ class Windows:
       frames = min(layout.frames - taken * rep.frames, chunks * rep.frames)
       yield Window(pending[:, :chunks * rep.chunk_samples + rep.overlap], chunks, frames)
       pending, taken = pending[:, chunks * rep.chunk_samples:], taken + chunks
+
+
+def as_samples(audio) -> np.ndarray:
+  """Audio of any floating type -> float32 of the same shape.
+
+  Raises UserError: integers, whose full scale nobody states, or no numbers.
+  """
+  audio = np.asarray(audio)
+  if audio.dtype.kind != 'f' and audio.dtype.name != 'bfloat16':
+    raise UserError(f'audio is {audio.dtype}: give float32 in [-1, 1] (int16: audio / 32768)')
+  return audio.astype(np.float32, copy=False)
+
+
+def whole_rate(sample_rate) -> int:
+  """A sample rate in Hz of any type of number as an int. Raises UserError where it is not whole, or no number."""
+  try:
+    rate = int(sample_rate)
+  except (TypeError, ValueError, OverflowError):
+    rate = None
+  if rate is None or rate != sample_rate:
+    raise UserError(f'sample_rate is {sample_rate!r}: give a whole number of Hz, as 44100')
+  return rate
 
 
 def check_channels(channels: int, *, most: int):

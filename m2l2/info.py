@@ -44,7 +44,6 @@ def facts(path) -> dict:
 
 def _latents_facts(path) -> dict:
   latents = Latents.load(path)
-  seconds = latents.num_samples / latents.sample_rate
   facts = {'path': path, 'kind': 'latents',
            'form': 'tokens' if latents.z.ndim == 3 else 'continuous', 'version': latents.version,
            'model': latents.model, 'streams': latents.z.shape[0], 'chunks': latents.z.shape[1],
@@ -52,9 +51,9 @@ def _latents_facts(path) -> dict:
   if latents.z.ndim == 4:
     facts['numbers_per_embedding'] = latents.z.shape[3]
   return {**facts, 'sample_rate': latents.sample_rate, 'channels': latents.channels,
-          'samples': latents.num_samples, 'seconds': seconds,
-          'numbers_per_second': latents.z.size / seconds,
-          'samples_per_number': latents.num_samples * latents.channels / latents.z.size,
+          'samples': latents.num_samples, 'seconds': latents.seconds, 'numbers': latents.z.size,
+          'numbers_per_second': latents.numbers_per_second, 'kbit_per_second': latents.kbit_per_second,
+          'samples_per_number': latents.samples_per_number,
           'bytes': os.path.getsize(path), **({'tags': dict(latents.tags)} if latents.tags else {})}
 
 
@@ -80,6 +79,7 @@ def _checkpoint_facts(path) -> dict:
               'chunk_seconds': chunk / rate, 'embeddings_per_chunk': model['num_latents'],
               'numbers_per_embedding': model['latent_dim'], 'bottleneck': model['bottleneck'],
               'numbers_per_second': numbers * rate / chunk,
+              'numbers_per_second_of_stereo': numbers * rate / chunk * (2 if model['channels'] == 1 else 1),
               'samples_per_number': chunk * model['channels'] / numbers}
   except (KeyError, IndexError, TypeError) as error:
     raise UserError(f'{path}: its config is not of an m2l2 model ({error!r})') from error

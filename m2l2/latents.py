@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 import dataclasses
 import json
+import numbers
 import os
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from m2l2.data import audio_io
 from m2l2.errors import UserError
@@ -16,7 +16,7 @@ _FORMAT = 'm2l2-latents'
 _VERSION = 1
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Latents:
   """Summary embeddings of one signal, and what it takes to give it back exactly as long as it was.
 
@@ -28,6 +28,7 @@ class Latents:
     model: fingerprint of the model that made them.
     version: of the file format.
     tags: the source's title, artist and so on, as text by name.
+    padding: how many of num_samples are not the source's, but the least that its chunks decode to (`Codec.cut`).
   """
   z: np.ndarray
   sample_rate: int
@@ -36,21 +37,82 @@ class Latents:
   model: str
   version: int = _VERSION
   tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  padding: int = 0
+
+  def __post_init__(self):
+    """Whole numbers of any type, as numpy's, become int."""
+    for name in ('sample_rate', 'num_samples', 'channels', 'padding'):
+      object.__setattr__(self, name, _whole(getattr(self, name)))
+
+  def __repr__(self):
+    try:
+      return f'<Latents: {self.words()}; model {self.model}>'
+    except (TypeError, ValueError, ZeroDivisionError):  # fields that make no sense, which `save` and `decode` tell
+      return object.__repr__(self)
+
+  @property
+  def seconds(self) -> float:
+    """How long the source is."""
+    return self.num_samples / self.sample_rate
+
+  @property
+  def numbers_per_second(self) -> float:
+    """Of all streams together; of tokens, where they are that."""
+    return np.size(self.z) / self.seconds
+
+  @property
+  def kbit_per_second(self) -> float:
+    """Of the numbers as they are stored, which is 32 bits each: nothing is packed."""
+    return self.numbers_per_second * 32 / 1000
+
+  @property
+  def samples_per_number(self) -> float:
+    """How many times fewer they are than the source's samples."""
+    return self.num_samples * self.channels / np.size(self.z)
+
+  def words(self) -> str:
+    """One line for people: how long, how many channels, how much is left of it."""
+    what = 'numbers' if np.ndim(self.z) == 4 else 'tokens'
+    return (f'{spoken_seconds(self.seconds)}, {self.channels} channel{"s" * (self.channels != 1)}: '
+            f'{np.size(self.z):,} {what}, {self.numbers_per_second:,.0f} a second ({self.kbit_per_second:.3g} kbit/s), '
+            f'{self.samples_per_number:.3g}x fewer than samples')
+
+  def to_array(self) -> np.ndarray:
+    """A plain array [time, dim], a row a chunk: [chunks, streams * K * d], or [chunks, streams * K] of tokens."""
+    return np.moveaxis(self.z, 0, 1).reshape(self.z.shape[1], -1)
+
+  def with_array(self, array) -> 'Latents':
+    """These latents with other numbers, from an array as `to_array` gives it. Raises UserError: another shape."""
+    array, shape = np.asarray(array), self.z.shape
+    if array.shape != self.to_array().shape:
+      raise UserError(f'the array must be {list(self.to_array().shape)}, as to_array gives it, not {list(array.shape)}')
+    z = np.moveaxis(array.reshape(shape[1], shape[0], *shape[2:]), 1, 0)
+    return dataclasses.replace(self, z=z.astype(self.z.dtype))
 
   def save(self, path):
-    """Writes a safetensors file, the fields as metadata. Raises UserError where it cannot."""
+    """Writes a safetensors file, the fields as metadata; the same latents give the same bytes.
+
+    Floating numbers are written as float32, integers as int32. A link stays, what it points to is replaced.
+
+    Raises UserError: it cannot be written, or `load` would refuse what was.
+    """
+    name = audio_io.shown(path)
     audio_io.check_writable(path, extensions=None)
-    fields = {'sample_rate': self.sample_rate, 'num_samples': self.num_samples,
-              'channels': self.channels, 'model': self.model, 'tags': dict(self.tags)}
-    metadata = {'format': _FORMAT, 'version': str(self.version), 'latents': json.dumps(fields)}
-    data = safetensors.numpy.save({'z': np.ascontiguousarray(self.z)}, metadata)
-    temporary = f'{os.fspath(path)}.{os.getpid()}.part'
+    stored = dataclasses.replace(self, z=_storable(self.z), tags=dict(self.tags))
+    _check(stored, name)
+    fields = {'sample_rate': stored.sample_rate, 'num_samples': stored.num_samples, 'channels': stored.channels,
+              'model': stored.model, 'tags': stored.tags}
+    if stored.padding:  # an older m2l2 knows no such field
+      fields['padding'] = stored.padding
+    metadata = {'format': _FORMAT, 'version': str(stored.version), 'latents': json.dumps(fields, sort_keys=True)}
+    target = os.path.realpath(path)
+    temporary = f'{target}.{os.getpid()}.part'
     try:
       with open(temporary, 'wb') as file:
-        file.write(data)
-      os.replace(temporary, path)
+        file.writelines(_safetensors(stored.z, metadata))
+      os.replace(temporary, target)
     except OSError as error:
-      raise UserError(f'{path}: could not be written ({error.strerror})') from error
+      raise UserError(f'{name}: could not be written ({error.strerror})') from error
     finally:
       if os.path.exists(temporary):
         os.unlink(temporary)
@@ -79,13 +141,57 @@ class Latents:
         raise
       reason = ' '.join(str(error).split())
       raise UserError(f'{name}: is not a file of latents, or a damaged one ({reason})') from error
-    counts = (latents.sample_rate, latents.num_samples, latents.channels)
-    if ((z.dtype, z.ndim) not in ((np.float32, 4), (np.int32, 3)) or not z.size
-        or not all(isinstance(count, int) and count > 0 for count in counts)
-        or not all(isinstance(text, str) for pair in latents.tags.items() for text in pair)):
-      raise UserError(f'{name}: its latents or its metadata make no sense (z is {z.dtype} '
-                      f'{list(z.shape)})')
+    _check(latents, name)
     return latents
+
+
+def spoken_seconds(seconds: float) -> str:
+  """'5.03 s', '3:08 min' or '1:02:03 h'."""
+  if seconds < 59.995:
+    return f'{seconds:.2f} s'
+  minutes, seconds = divmod(round(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02}:{seconds:02} h' if minutes >= 60 else f'{minutes}:{seconds:02} min'
+
+
+def _check(latents, name):
+  """Raises UserError for what no file of latents may hold."""
+  z, counts = latents.z, (latents.sample_rate, latents.num_samples, latents.channels)
+  if ((z.dtype, z.ndim) not in ((np.float32, 4), (np.int32, 3)) or not z.size
+      or not all(type(count) is int and count > 0 for count in counts)
+      or type(latents.padding) is not int or latents.padding < 0 or not isinstance(latents.model, str)
+      or latents.version != _VERSION
+      or not all(isinstance(text, str) for pair in latents.tags.items() for text in pair)):
+    raise UserError(f'{name}: its latents or its metadata make no sense (z is {z.dtype} {list(z.shape)}, sample_rate '
+                    f'{latents.sample_rate!r}, num_samples {latents.num_samples!r}, channels {latents.channels!r})')
+
+
+def _storable(z) -> np.ndarray:
+  """Floating numbers as float32 and integers that fit as int32; anything else as it is."""
+  z = np.asarray(z)
+  if z.dtype.kind == 'f' or z.dtype.name == 'bfloat16':
+    return z.astype(np.float32)
+  if z.dtype.kind in 'iu' and z.size and -2 ** 31 <= z.min() and z.max() < 2 ** 31:
+    return z.astype(np.int32)
+  return z
+
+
+def _whole(count):
+  """A whole number of any type as an int; anything else as it is, for `_check` to tell."""
+  if isinstance(count, (bool, np.bool_)):
+    return count
+  if isinstance(count, numbers.Real) and count == count // 1:
+    return int(count)
+  return count
+
+
+def _safetensors(z, metadata) -> tuple[bytes, ...]:
+  """A file of safetensors in pieces. (The library writes the metadata in a new order each time.)"""
+  kind = {'float32': 'F32', 'int32': 'I32'}[z.dtype.name]
+  data = np.ascontiguousarray(z, z.dtype.newbyteorder('<')).tobytes()
+  header = json.dumps({'__metadata__': metadata,
+                       'z': {'dtype': kind, 'shape': list(z.shape), 'data_offsets': [0, len(data)]}}).encode()
+  header += b' ' * (-len(header) % 8)  # the data begin at a multiple of 8 bytes
+  return len(header).to_bytes(8, 'little'), header, data
 
 
 def is_safetensors(path) -> bool:

@@ -16,7 +16,7 @@ import sys
 import time
 
 import jax
-from m2l2 import cli, codec as codec_lib, jobs
+from m2l2 import __version__, cli, codec as codec_lib, jobs
 from m2l2.latents import Latents
 from m2l2.data import audio_io
 from m2l2.errors import UserError
@@ -89,7 +89,8 @@ def test_round_trip(m2l2, models, song, folder, model, channels):
   checkpoint = f'--checkpoint={models / model}'
   status, said, errors = m2l2('encode', source, mid, checkpoint)
   assert (status, errors) == (0, '') and 'a.safetensors: ' in said
-  assert {'mono': '6 chunks of 8 x 8', 'stereo': '5 chunks of 8 x 4'}[model] in said
+  assert f'0.11 s, {channels} channel' in said and re.search(r'[0-9.]x real time\n$', said)
+  assert {'mono': f'{channels * 6 * 64} numbers, ', 'stereo': '160 numbers, '}[model] in said
   assert m2l2('decode', mid, out, checkpoint, '--seed=5')[0] == 0
   assert sorted(os.listdir(folder)) == ['a.safetensors', 'a.wav']
   decoded, rate = audio_io.read(out)
@@ -143,7 +144,7 @@ def test_tokens(m2l2, models, song, folder):
   mid, checkpoint = folder / 'a.safetensors', f'--checkpoint={models / "stereo"}'
   assert m2l2('encode', song(), mid, checkpoint, '--discrete')[0] == 0
   assert Latents.load(mid).z.dtype == np.int32
-  assert '5 chunks of 8 tokens' in m2l2('decode', mid, folder / 'a.wav', checkpoint)[1]
+  assert '40 tokens' in m2l2('decode', mid, folder / 'a.wav', checkpoint)[1]
   facts = json.loads(m2l2('info', mid, '--json')[1])
   assert facts['form'] == 'tokens' and 'numbers_per_embedding' not in facts
 
@@ -209,7 +210,8 @@ def test_info_of_latents(m2l2, models, song, folder):
   facts = json.loads(m2l2('info', mid, '--json')[1])
   assert facts['kind'] == 'latents' and facts['chunks'] == 6 and facts['samples'] == 5000
   assert facts['model'] == codec_lib.load(models / 'mono').fingerprint
-  assert facts['samples_per_number'] == pytest.approx(5000 / (6 * 64))
+  assert facts['samples_per_number'] == pytest.approx(5000 / (6 * 64)) and facts['numbers'] == 6 * 64
+  assert facts['kbit_per_second'] == pytest.approx(os.path.getsize(mid) * 8 / 1000 / facts['seconds'], rel=.3)
   assert facts['model'] in m2l2('info', mid)[1]
 
 
@@ -222,7 +224,9 @@ def test_info_of_checkpoints(m2l2, models):
   assert facts['parameters'] == sum(
       facts[f'parameters_{part}'] for part in ('encoder', 'decoder', 'denoiser'))
   assert facts['samples_per_number'] == pytest.approx(1024 * 2 / 32)
+  assert facts['numbers_per_second_of_stereo'] == facts['numbers_per_second']
   facts = json.loads(m2l2('info', models / 'workdir', '--json')[1])
+  assert facts['numbers_per_second_of_stereo'] == 2 * facts['numbers_per_second']  # a stream a channel
   assert (facts['kind'], facts['step'], facts['loss']) == ('workdir', 7, 2.5)
   assert facts['checkpoints'] == [4, 7] and facts['snapshot_step'] == 7
   assert '4, 7' in m2l2('info', models / 'workdir')[1]
@@ -418,12 +422,29 @@ def test_info_of_nothing(m2l2, tmp_path):
 
 
 @pytest.mark.parametrize('argv,told', [
-    ([], 'COMMAND'), (['encde'], "invalid choice: 'encde'"), (['encode', 'a', 'b'], '--checkpoint'),
+    (['--colour'], 'COMMAND'), (['encde'], "invalid choice: 'encde'"), (['encode', 'a', 'b'], '--checkpoint'),
     (['encode', '--checkpoint=x'], 'IN, OUT'), (['decode', 'a', 'b', '--seed=x'], '--seed'),
     (['info'], 'FILE_OR_CHECKPOINT'), (['info', 'a', '--colour'], '--colour')])
 def test_command_lines_that_are_none(m2l2, argv, told):
   status, said, errors = m2l2(*argv)
   assert status == 2 and said == '' and told in one_line(errors) and '--help' in errors
+
+
+def test_help_of_the_bare_command_and_the_version(m2l2):
+  assert m2l2() == m2l2('--help')
+  assert m2l2('--version') == (0, f'm2l2 {__version__}\n', '')
+
+
+def test_examples_in_the_help_name_models_that_are_there(m2l2):
+  commands = re.findall(r'^    ([a-z-]+)', m2l2('--help')[1].partition('commands:')[2], re.M)
+  assert {'encode', 'info', 'probe', 'import-codicodec'} <= set(commands)
+  for command in ['', *commands]:
+    said = '' if command == 'train' else m2l2(*filter(None, [command]), '--help')[1]
+    named = re.findall(r'(?:--checkpoint=|m2l2 (?:info|export) )([a-z/]+)(?= |$)', said, re.M)
+    for name in named:
+      if name != 'runs/codicodec':  # which the line before makes
+        assert os.path.isdir(codec_lib.locate(name)), (command, name)
+    assert named or command in ('plan', 'prepare', 'train')
 
 
 @pytest.mark.parametrize('command', [
@@ -627,7 +648,7 @@ def test_pipes(models, song, folder):
     stated[place:place + 4] = b'\xff\xff\xff\xff'
   command = [sys.executable, '-m', 'm2l2', 'encode', '-', '-', checkpoint]
   latents = subprocess.run(command, input=bytes(stated), capture_output=True, check=True, env=ENVIRONMENT)
-  assert b'standard' not in latents.stdout[:8] and b'chunks of' in latents.stderr
+  assert b'standard' not in latents.stdout[:8] and b' numbers, ' in latents.stderr
   (folder / 'piped').write_bytes(latents.stdout)
   expected = codec_lib.load(models / 'mono').encode(music(2000), 44100).z
   np.testing.assert_allclose(Latents.load(folder / 'piped').z, expected, atol=1e-5)

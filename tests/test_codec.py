@@ -13,17 +13,18 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, codec as codec_lib, decoding
+from m2l2 import build, clips, codec as codec_lib, decoding
 from m2l2.codec import Codec
 from m2l2.data import audio_io
 from m2l2.decoding import FIRST, REFINE
 from m2l2.errors import UserError
-from m2l2.latents import Latents
+from m2l2.latents import Latents, spoken_seconds
 from m2l2.model import envelope
 from m2l2.snapshot import load_snapshot, save_snapshot
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_layering import ROOT
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
@@ -605,6 +606,36 @@ def test_latents_cut_and_joined(mono, ancestor):
     ancestor.features(latents, per='song')
 
 
+def test_joining_is_the_inverse_of_cutting_at_any_length(mono, ancestor):
+  """Also where the last chunk holds but the end of a frame (the first lengths), and where rates round."""
+  for codec, rate in ((mono, 44100), (mono, 48000), (mono, 22050), (mono, 8000), (ancestor, 44101)):
+    longest = [codec._most_samples(chunks, rate) for chunks in (1, 2, 3)]
+    lengths = [longest[0] + 1, longest[0] + 2, longest[1] + 1, longest[1] + 7, *range(longest[1] - 1, longest[2], 83),
+               longest[1], longest[2] - 1, longest[2]]
+    for samples in lengths:
+      chunks = codec.layout(samples, rate).chunks
+      whole = dataclasses.replace(latents_for(codec, chunks=chunks), sample_rate=rate, num_samples=samples)
+      for at in range(1, chunks):
+        parts = [codec.cut(whole, 0, at), codec.cut(whole, at, chunks)]
+        for part in parts:
+          codec.check_latents(part)
+        again = codec.join(parts)
+        assert (again.num_samples, again.padding) == (samples, 0), (rate, samples, at)
+        np.testing.assert_array_equal(again.z, whole.z)
+      tail = codec.join([codec.cut(codec.cut(whole, 1, chunks), chunks - 2, chunks - 1)])
+      assert codec.join([codec.cut(whole, 0, chunks - 1), tail]).num_samples == samples
+
+
+def test_a_part_of_nothing_but_padding_keeps_its_length_in_a_file(mono, tmp_path):
+  samples = mono._most_samples(1, 44100) + 1
+  whole = dataclasses.replace(latents_for(mono, chunks=2), num_samples=samples)
+  for name, part in zip('ab', (mono.cut(whole, 0, 1), mono.cut(whole, 1, 2))):
+    part.save(tmp_path / name)
+  parts = [Latents.load(tmp_path / name) for name in 'ab']
+  assert parts[1].num_samples == 1 and parts[1].padding > 0
+  assert mono.join(parts).num_samples == samples
+
+
 def test_streaming_of_tokens_of_nothing_and_of_what_does_not_fit(ancestor, mono):
   tokens = np.arange(8, dtype=np.int32) * 1000
   (first, rest) = ancestor.stream([tokens], steps=2, refine=False)
@@ -802,6 +833,41 @@ def test_decoding_from_a_file_is_decoding(mono, tmp_path):
   np.testing.assert_array_equal(mono.decode(again), mono.decode(latents))
 
 
+@pytest.mark.parametrize('dtype, kept', [
+    (np.float16, np.float32), (np.float64, np.float32), (jnp.bfloat16, np.float32), (np.int64, np.int32),
+    (np.uint8, np.int32)])
+def test_what_is_saved_can_be_loaded(tmp_path, dtype, kept):
+  z = np.arange(16).reshape(1, 2, 8) if np.dtype(kept).kind == 'i' else some_latents().z
+  latents = some_latents(z=z.astype(dtype), sample_rate=np.float64(44100), num_samples=np.int64(1500),
+                         channels=np.int32(1))
+  latents.save(tmp_path / 'a')
+  back = Latents.load(tmp_path / 'a')
+  assert back.z.dtype == kept
+  np.testing.assert_array_equal(back.z, z.astype(dtype).astype(kept))
+  assert (back.sample_rate, back.num_samples, back.channels) == (44100, 1500, 1)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(z=np.zeros((2, 8), np.float32)), dict(z=np.zeros((1, 0, 8, 8), np.float32)), dict(sample_rate=44100.5),
+    dict(z=np.full((1, 1, 8), 2 ** 40)), dict(z=np.zeros((1, 1, 8), bool)), dict(num_samples=0), dict(channels='1'),
+    dict(model=None), dict(tags={'title': 3}), dict(version=2), dict(padding=-1)])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, changes):
+  with pytest.raises(UserError, match='make no sense'):
+    some_latents(**changes).save(tmp_path / 'a.safetensors')
+  assert not os.listdir(tmp_path)
+
+
+def test_the_same_latents_are_the_same_bytes_also_through_a_link(tmp_path):
+  first, second = {'title': 'a', 'artist': 'b'}, {'artist': 'b', 'title': 'a'}
+  (tmp_path / 'link').symlink_to('target')
+  for i, tags in enumerate([first, second] * 4):
+    some_latents(tags=tags).save(tmp_path / str(i))
+  some_latents(tags=first).save(tmp_path / 'link')
+  assert (tmp_path / 'link').is_symlink()
+  assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+  assert safetensors.numpy.load_file(tmp_path / '0')['z'].shape == (1, 2, 8, 8)
+
+
 def rewrite(path, *, z=None, **changes):
   """A file like `some_latents` makes, but with other metadata (None drops an entry)."""
   some_latents().save(path)
@@ -902,6 +968,103 @@ def test_numbers_that_are_none_are_refused(mono, wrong):
 def test_no_audio_is_refused(mono, audio):
   with pytest.raises(UserError, match=r'audio must be \[channels, samples\]'):
     mono.encode(audio, 44100)
+
+
+def test_encoding_a_file_is_encoding_its_samples(mono, stereo, tmp_path):
+  audio = music(900, channels=2)
+  path = tmp_path / 'song.wav'
+  with audio_io.AudioWriter(path, 44100, 2, tags={'title': 'a song'}) as writer:
+    writer.write(audio)
+  expected = stereo.encode(*audio_io.read(path))
+  for got in (stereo.encode(path), stereo.encode(str(path), 44100)):
+    np.testing.assert_array_equal(got.z, expected.z)
+    assert got.tags == {'title': 'a song'}
+    assert dataclasses.replace(got, z=0, tags={}) == dataclasses.replace(expected, z=0)
+  with pytest.raises(UserError, match='is at 44100 Hz, not 48000'):
+    stereo.encode(path, 48000)
+  with pytest.raises(UserError, match='no such file'):
+    stereo.encode(tmp_path / 'none.wav')
+  with pytest.raises(UserError, match='say the sample rate'):
+    stereo.encode(audio)
+
+
+def test_the_readmes_snippet_runs_in_any_folder(mono, tmp_path, monkeypatch, capsys):
+  snippet = (ROOT / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
+  audio_io.write(tmp_path / 'clip.wav', music(3000, channels=2), 44100)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(clips, 'TRAINING', tmp_path / 'clip.wav')
+  monkeypatch.setattr('m2l2.load', {'tiny': mono}.__getitem__)
+  exec(snippet, {})
+  assert sorted(os.listdir()) == ['again.wav', 'clip.wav', 'song.safetensors']
+  assert audio_io.read('again.wav')[0].shape == (2, 3000) and '0.07 s, 2 channels' in capsys.readouterr().out
+
+
+def test_what_people_read_of_a_codec_and_of_latents(mono, stereo):
+  assert repr(mono).startswith(f'<Codec {mono.fingerprint}: mono, 44,100 Hz, 0.0')
+  assert '8 x 8 numbers for 0.0232 s: 2,756 a second and channel>' in repr(mono)
+  assert 'stereo, ' in repr(stereo) and repr(stereo).endswith(' a second>')
+  latents = some_latents(num_samples=44100, channels=2, z=np.zeros((2, 43, 8, 8), np.float32))
+  assert repr(latents) == ('<Latents: 1.00 s, 2 channels: 5,504 numbers, 5,504 a second (176 kbit/s), 16x fewer than '
+                           'samples; model 0123456789abcdef>')
+  assert (latents.seconds, latents.kbit_per_second) == (1.0, 5504 * 32 / 1000)
+  assert '1 channel: 16 tokens, ' in repr(some_latents(z=np.zeros((1, 2, 8), np.int32)))
+  assert repr(some_latents(sample_rate=None)).startswith('<m2l2.latents.Latents object')
+  for seconds, words in ((0.5, '0.50 s'), (59.99, '59.99 s'), (59.996, '1:00 min'), (188.4, '3:08 min'),
+                         (3599.7, '1:00:00 h'), (3723, '1:02:03 h')):
+    assert spoken_seconds(seconds) == words
+
+
+def test_latents_as_a_plain_array_and_back():
+  latents = some_latents(z=np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 5)).astype(np.float32))
+  array = latents.to_array()
+  assert array.shape == (3, 40)
+  np.testing.assert_array_equal(array[1], latents.z[:, 1].reshape(-1))
+  np.testing.assert_array_equal(latents.with_array(array).z, latents.z)
+  assert latents.with_array(array.astype(np.float64)).z.dtype == np.float32
+  tokens = some_latents(z=np.arange(16, dtype=np.int32).reshape(1, 2, 8))
+  np.testing.assert_array_equal(tokens.with_array(tokens.to_array()).z, tokens.z)
+  with pytest.raises(UserError, match=r'must be \[3, 40\], as to_array gives it, not \[40, 3\]'):
+    latents.with_array(array.T)
+
+
+@pytest.mark.parametrize('audio', [
+    np.zeros((1, 900), np.int16), np.zeros((1, 900), bool), np.zeros((1, 900), np.complex64), [[1, 2, 3]]])
+def test_audio_that_is_not_of_floating_numbers_is_refused(mono, audio):
+  for encode in (lambda: mono.encode(audio, 44100),
+                 lambda: mono.encode_blocks([audio], sample_rate=44100, channels=1),
+                 lambda: list(mono.stream_encode([audio], 44100, channels=1))):
+    with pytest.raises(UserError, match=r'audio is .*: give float32 in \[-1, 1\]'):
+      encode()
+
+
+def test_blocks_of_any_floating_type_are_as_float32_and_others_are_told(mono):
+  audio = music(900).astype(np.float16)
+  for dtype in (np.float16, np.float64, jnp.bfloat16):
+    blocks = [audio[0].astype(dtype), audio[:, :300].astype(dtype)]  # a signal of one channel may come as [samples]
+    got = mono.encode_blocks(iter(blocks), sample_rate=44100, channels=1)
+    expected = mono.encode(np.concatenate([audio, audio[:, :300]], axis=1).astype(dtype).astype(np.float32), 44100)
+    np.testing.assert_array_equal(got.z, expected.z)
+  for block in (music(900).T, music(900)[None], np.float32(0)):
+    with pytest.raises(UserError, match=r'must be \[1 channels, samples\], not of shape'):
+      mono.encode_blocks([block], sample_rate=44100, channels=1)
+
+
+def test_a_rate_may_be_of_any_type_of_number_if_it_is_whole(mono):
+  audio = music(900)
+  expected = mono.encode(audio, 44100)
+  for rate in (44100.0, np.int64(44100), np.float32(44100)):
+    for latents in (mono.encode(audio, rate), mono.encode_blocks([audio], sample_rate=rate, channels=1)):
+      assert type(latents.sample_rate) is int and latents.sample_rate == 44100
+      np.testing.assert_array_equal(latents.z, expected.z)
+    z = next(mono.stream_encode([audio], rate, channels=1))
+    np.testing.assert_allclose(z, expected.z[:, 0], atol=2e-6)
+    assert mono.layout(900, rate) == mono.layout(900, 44100)
+    np.testing.assert_array_equal(mono.decode(dataclasses.replace(expected, sample_rate=rate)), mono.decode(expected))
+  for rate in (44100.5, '44100', b'44100', np.nan, [44100, 44100]):
+    for encode in (mono.encode, lambda audio, rate: mono.encode_blocks([audio], sample_rate=rate, channels=1),
+                   lambda audio, rate: mono.stream_encode([audio], rate, channels=1)):
+      with pytest.raises(UserError, match='sample_rate is .*: give a whole number of Hz'):
+        encode(audio, rate)
 
 
 @pytest.mark.parametrize('rate', [0, -44100])

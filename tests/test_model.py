@@ -15,7 +15,7 @@ from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
 from m2l2.flops import count_flops
-from m2l2.model import decoder, envelope, patchify
+from m2l2.model import autoencoder, decoder, envelope, layers, patchify
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.denoiser import noise_features, token_grid
 from m2l2.model.envelope import deviation, envelope_loss, log_magnitude
@@ -273,6 +273,29 @@ def test_latents_are_exactly_zero_at_init(opening):
 def test_output_is_the_skip_path_at_init_for_every_sigma(opening):
   c_skip = Consistency().scalings(opening.sigma[:, :, None, None, None])[0]
   np.testing.assert_allclose(opening.out, c_skip * opening.noisy, rtol=1e-6)
+
+
+def test_shapes_alone_are_told_without_a_draw():
+  """To trace a generator for each parameter was most of the time that loading a model takes."""
+  draws = []
+  init = layers.Init('any', lambda key, shape: draws.append(shape) or jnp.ones(shape))
+
+  def shapes():
+    make = lambda: nnx.split(layers.Linear(3, 4, axes=('a', 'b'), init=init, rngs=nnx.Rngs(params=jax.random.key(0))))
+    return jax.tree.map(jnp.shape, jax.eval_shape(make)[1])  # of a new function: what was traced is not again
+
+  drawn = shapes()
+  with layers.shapes_only():
+    assert shapes() == drawn and draws == [(3, 4)]
+  assert shapes() == drawn and len(draws) == 2
+
+
+def test_networks_are_made_so(monkeypatch):
+  arch, shown = _network(**PAPER).arch, []
+  monkeypatch.setattr(autoencoder, 'Autoencoder',
+                      lambda arch, *, rngs: shown.append(layers._shapes_only.get()) or nnx.Module())
+  autoencoder.make_network.__wrapped__(arch)
+  assert shown == [True] and not layers._shapes_only.get()
 
 
 def test_initial_values_are_what_their_names_say(opening):

@@ -4,9 +4,12 @@ import configparser
 import importlib.metadata
 from pathlib import Path
 import re
+import runpy
 import stat
+import subprocess
 import sys
 import tomllib
+import zipfile
 
 import m2l2
 import pytest
@@ -23,7 +26,7 @@ DISTRIBUTIONS = {'absl': 'absl-py', 'apache_beam': 'apache-beam', 'orbax': 'orba
                  'ml_collections': 'ml-collections', 'tensorflow_datasets': 'tensorflow-datasets',
                  'visqol': 'visqol-python'}
 AT_ROOT = {'CITATION.cff', 'LICENSE', 'README.md', 'colabs', 'configs', 'launch', 'm2l2',
-           'pyproject.toml', 'setup.cfg', 'tests'}
+           'pyproject.toml', 'setup.cfg', 'setup.py', 'tests'}
 MADE = {'build', 'data', 'dist', 'm2l2.egg-info', 'runs'}  # by tools and by use; git ignores them
 
 SETUP = configparser.ConfigParser(interpolation=None, comment_prefixes='#')
@@ -88,13 +91,53 @@ def test_every_package_is_listed():
 
 
 def test_assets_are_package_data():
-  assert listed('options.package_data', 'm2l2') == ['assets/**/*']
-  assert (ROOT / 'm2l2' / 'assets').is_dir()
+  assert listed('options.package_data', 'm2l2') == ['assets/**/*', 'py.typed']
+  assert (ROOT / 'm2l2' / 'assets').is_dir() and (ROOT / 'm2l2' / 'py.typed').is_file()
 
 
 def test_pyproject_only_points_at_setuptools():
   assert set(tomllib.loads((ROOT / 'pyproject.toml').read_text())) == {'build-system'}
   assert len((ROOT / 'pyproject.toml').read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize('stand_in', [True, False])
+def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone(stand_in, tmp_path):
+  """Not without the stand-in, with the finder alone that setuptools makes of it; PYTHONPATH goes before, as ever."""
+  for place, text in (('holds/m2l2', 'load = "clone"'), ('other', 'load = "other"')):
+    (tmp_path / place / 'm2l2').mkdir(parents=True)
+    (tmp_path / place / 'm2l2' / '__init__.py').write_text(text)
+    (tmp_path / place / 'm2l2' / 'part.py').write_text('')
+  finder = """import importlib.util, sys
+class Finder:
+  @staticmethod
+  def find_spec(name, path=None, target=None):
+    if name == 'm2l2':
+      return importlib.util.spec_from_file_location(name, '{place}/m2l2/m2l2/__init__.py')
+sys.meta_path.append(Finder)
+""".format(place=tmp_path / 'holds')
+  wheel = tmp_path / 'm2l2-0-0.editable-py3-none-any.whl'
+  with zipfile.ZipFile(wheel, 'w') as made:
+    made.writestr('finder.py', finder)
+    made.writestr('m2l2.pth', 'import finder')
+    made.writestr('m2l2-0.dist-info/RECORD', 'm2l2.pth,,\n')
+  if stand_in:
+    runpy.run_path(str(ROOT / 'setup.py'))['add_stand_in'](wheel, tmp_path / 'holds' / 'm2l2')
+  with zipfile.ZipFile(wheel) as made:
+    made.extractall(tmp_path / 'site')
+  listed = (tmp_path / 'site' / 'm2l2-0.dist-info' / 'RECORD').read_text().split()
+  assert listed[-1] == 'm2l2.pth,,' and len(listed) == 1 + stand_in
+
+  def imported(folder, first='""'):
+    program = (f'import site, sys; sys.path.insert(0, {first}); site.addsitedir("{tmp_path}/site"); import m2l2; '
+               'print(getattr(m2l2, "load", None)); import m2l2.part')
+    done = subprocess.run([sys.executable, '-S', '-E', '-c', program], cwd=folder, capture_output=True, text=True,
+                          check=False)
+    return done.stdout.strip()
+
+  for folder in (tmp_path / 'holds' / 'm2l2', tmp_path):
+    assert imported(folder) == 'clone'
+  assert imported(tmp_path / 'holds') == ('clone' if stand_in else 'None')
+  assert imported(tmp_path / 'holds', first=repr(str(tmp_path / 'other'))) == 'other'
 
 
 def test_nothing_stray_at_the_root():

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l2.compiling import Told
 from m2l2.errors import UserError
 from m2l2.evaluation import pairs
 from m2l2.evaluation.vggish import check_shapes
@@ -91,6 +92,7 @@ def ten_seconds(audio, *, sample_rate: int) -> np.ndarray:
   return np.pad(mono, (0, SAMPLES - len(mono)))
 
 
+@Told
 @jax.jit
 def network(params, audio: jax.Array) -> jax.Array:
   """[B, 480000] at 48 kHz -> [B, 512]."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l2.compiling import Told
 from m2l2.errors import UserError
 from m2l2.evaluation import pairs
 
@@ -78,6 +79,7 @@ def weights(name: str) -> dict[str, jax.Array]:
     return {key: jnp.asarray(stored[key], jnp.float32) for key in stored.files}
 
 
+@Told
 @jax.jit
 def penultimate(params, windows: jax.Array) -> jax.Array:
   """The network up to the layer before the tags: log-mel windows float32 [B, 187, 96] -> [B, 200]."""

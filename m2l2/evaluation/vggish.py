@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m2l2.compiling import Told
 from m2l2.errors import UserError
 from m2l2.evaluation import pairs
 
@@ -98,6 +99,7 @@ def network(params, examples: jax.Array) -> jax.Array:
   return _dense_layers(params, _features(params, examples))
 
 
+@Told
 @jax.jit
 def _features(params, examples):
   x = examples[..., None]
@@ -111,6 +113,7 @@ def _features(params, examples):
   return x.reshape(len(x), -1)
 
 
+@Told
 @jax.jit
 def _dense_layers(params, x):
   for layer in (0, 2, 4):

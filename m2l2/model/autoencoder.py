@@ -18,7 +18,7 @@ from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.decoder import Decoder
 from m2l2.model.denoiser import Denoiser, token_grid
 from m2l2.model.encoder import Encoder
-from m2l2.model.layers import REMATS, draw_all, groups
+from m2l2.model.layers import REMATS, draw_all, groups, shapes_only
 
 DTYPES = ('float32', 'bfloat16')
 TILES = (0, 128, 256)
@@ -211,10 +211,11 @@ class Network:
 @functools.lru_cache(maxsize=8)  # equal networks are one: what was compiled for it serves again
 def make_network(arch: Architecture) -> Network:
   """Shapes are traced once; nothing is allocated."""
-  def build(key):
-    return Autoencoder(arch, rngs=nnx.Rngs(params=key))
+  def build():
+    with shapes_only():
+      return Autoencoder(arch, rngs=nnx.Rngs(params=jax.random.key(0)))
 
-  graphdef, abstract = nnx.split(jax.eval_shape(lambda: build(jax.random.key(0))))
+  graphdef, abstract = nnx.split(jax.eval_shape(build))
 
   def part(name):
     def run(params, *args):

@@ -9,6 +9,8 @@ of bfloat16: what the denoiser's layers add up is not rounded to bfloat16, only 
 """
 
 from collections.abc import Callable
+import contextlib
+import contextvars
 import dataclasses
 
 from flax import nnx
@@ -80,11 +82,29 @@ def draw_all(key, shapes, inits):
   return structure.unflatten(drawn)
 
 
+_shapes_only = contextvars.ContextVar('shapes_only', default=False)
+
+
+@contextlib.contextmanager
+def shapes_only():
+  """Modules made inside have parameters of zeros: where only shapes are asked for, to trace a generator for each
+  parameter was most of the time that loading a model takes."""
+  before = _shapes_only.set(True)
+  try:
+    yield
+  finally:
+    _shapes_only.reset(before)
+
+
 def param(rngs: nnx.Rngs, shape, axes, init: Init) -> nnx.Param:
   """A float32 parameter that carries its logical axes and its initialiser."""
   if len(shape) != len(axes):
     raise ValueError(f'shape {shape} and axes {axes} differ in length')
-  return nnx.Param(init.scale * init.draw(rngs.params(), tuple(shape)), axes=tuple(axes), init=init)
+  if _shapes_only.get():
+    value = _zeros(None, tuple(shape))
+  else:
+    value = init.scale * init.draw(rngs.params(), tuple(shape))
+  return nnx.Param(value, axes=tuple(axes), init=init)
 
 
 def as_last(x, like):

@@ -1,0 +1,72 @@
+"""What is said before waits for the compiler."""
+
+import logging
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+from m2l2 import compiling
+from m2l2.codec import Codec
+from m2l2.compiling import Told, told
+import pytest
+from test_codec import make_config, make_params
+
+LOWERED, COMPILED = compiling._LOWERED, compiling._COMPILED
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+  """`said()`: the lines since it was last called, once all that wait for their moment have had it."""
+  monkeypatch.setattr(compiling, '_PATIENCE', 0.0)
+
+  def lines():
+    for thread in threading.enumerate():
+      if isinstance(thread, threading.Timer):
+        thread.join(5)
+    found = [record.getMessage() for record in caplog.records if record.name == 'm2l2.compiling']
+    caplog.clear()
+    return found
+  return lines
+
+
+def test_a_long_wait_is_told_and_a_short_one_is_not(said, monkeypatch):
+  tell = jax.monitoring.record_event_duration_secs
+  tell(LOWERED, 1.5)
+  assert said() == []  # somebody else's program
+  with told():
+    tell(LOWERED, 0.1)
+    assert said() == []
+    tell(LOWERED, 1.5)
+    [line] = said()
+    assert line.startswith('compiling, about 30 s') and ('kept' in line) == bool(jax.config.jax_compilation_cache_dir)
+    with told():
+      tell(COMPILED, 30.0)
+      assert said() == []
+  monkeypatch.setattr(compiling, '_PATIENCE', 0.2)
+  with told():
+    tell(LOWERED, 1.5)
+    tell(COMPILED, 0.4)  # it was in the cache
+  with told():
+    tell(LOWERED, 1.5)  # and was compiled by nobody
+  time.sleep(0.3)
+  assert said() == []
+
+
+def test_jax_tells_when_it_compiles(said, monkeypatch):
+  monkeypatch.setattr(compiling, '_PER_LOWERING', 10 ** 9)
+  started = []
+  monkeypatch.setattr(threading.Timer, 'start', lambda timer: started.append(timer) or timer.function(*timer.args))
+  program = Told(jax.jit(lambda x: jnp.sin(x) * 3))
+  for size in (7, 7, 8):
+    program(jnp.ones(size))
+  assert len(said()) == 2 == program._cache_size()  # the attributes are the function's
+  assert all(timer.finished.is_set() for timer in started)
+
+
+def test_the_programs_of_a_codec_are_told():
+  config = make_config()
+  codec = Codec(config=config, params=make_params(config), fingerprint='any')
+  programs = vars(codec._programs)
+  assert len(programs) == 5 and all(isinstance(program, Told) for program in programs.values())
+  assert logging.getLogger('m2l2.compiling').isEnabledFor(logging.WARNING)
