@@ -24,7 +24,7 @@ def told(error: BaseException) -> UserError | None:
     return error
   if isinstance(error, OSError) and (error.errno or error.strerror):
     places = [place for place in (error.filename, error.filename2) if isinstance(place, (str, bytes))]
-    what = error.strerror or errno.errorcode.get(error.errno, 'failed')
+    what = error.strerror or errno.errorcode.get(error.errno or 0, 'failed')
     if what in _FULL:
       what += '; make room and run the same command again'
     return UserError(': '.join([' -> '.join(map(printable, places)), what] if places else [what]))
