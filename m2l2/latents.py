@@ -106,7 +106,7 @@ class Latents:
       fields['padding'] = stored.padding
     metadata = {'format': _FORMAT, 'version': str(stored.version), 'latents': json.dumps(fields, sort_keys=True)}
     target = os.path.realpath(path)
-    temporary = f'{target}.{os.getpid()}.part'
+    temporary = audio_io.temporary(target)
     try:
       with open(temporary, 'wb') as file:
         file.writelines(_safetensors(stored.z, metadata))

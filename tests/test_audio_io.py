@@ -471,7 +471,7 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path):
     path.write_bytes(b'half')
     return path.name
   name = f'a[1]{"ö" * 60}.wav'
-  made = audio_io._temporary(os.fspath(tmp_path / name))
+  made = audio_io.temporary(os.fspath(tmp_path / name))
   short = os.path.basename(made)[1:].split(f'.{audio_io._machine()}.')[0]
   left(short)
   kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work

@@ -133,7 +133,7 @@ def _ends_early(streams, what: str) -> str:
 
 
 def _texts(file) -> dict[str, str]:
-  """Text by name. What is not UTF-8 is taken for Windows' Latin 1, as Windows' programs write it; soundfile would lose it."""
+  """Text by name. What is not UTF-8 is read as Windows' Latin 1, which its programs write; soundfile would lose it."""
   found = file.copy_metadata()
   for name, text in found.items():
     if '\ufffd' in text:
@@ -144,8 +144,8 @@ def _texts(file) -> dict[str, str]:
 
 
 class _Sound(soundfile.SoundFile):
-  """Reads on without a seek: after each read soundfile seeks to where it stands anyway, and an MP3 then lacks the bits of
-  frames before."""
+  """Reads on without a seek: after each read soundfile seeks to where it stands anyway, and an MP3 then lacks the bits
+  of frames before."""
 
   def seekable(self) -> bool:
     return False
@@ -191,7 +191,7 @@ class _Stream:
       self._skip_to(0)
     frames = max(0, min(frames, self.frames - self._position))
     audio = self._read(frames)
-    if len(audio) < frames and not self._is_whole:  # what libsndfile takes for the end of a piece is not always the stream's
+    if len(audio) < frames and not self._is_whole:  # libsndfile took the end of a piece for that of the stream
       position = self._position - len(audio)
       self._reopen(0, self._part.pieces)
       self._skip_to(position)
@@ -271,7 +271,8 @@ class AudioReader:
       self._tell(f'is cut short: holds {self.info.seconds:.1f} of the '
                  f'{self.info.seconds + contents.stated / self.info.sample_rate:.1f} s that its header states')
     elif contents.unended:
-      self._tell(f'ends after {self.info.seconds:.1f} s without an end mark: it was cut short, or recorded from a stream')
+      self._tell(f'ends after {self.info.seconds:.1f} s without an end mark: it was cut short, or recorded from a '
+                 'stream')
 
   @staticmethod
   def _check_file(path, name):
@@ -510,7 +511,7 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
     if os.path.exists(place) and not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
       raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
   _remove_leftovers(target)
-  trial = _temporary(target)
+  trial = temporary(target)
   try:
     with contextlib.suppress(FileNotFoundError):
       os.lstat(target)  # says so of a name that is too long; the temporary one is not
@@ -552,7 +553,7 @@ def _extension(path) -> str:
   return os.path.splitext(os.fsdecode(path))[1].lower()
 
 
-def _temporary(target: str) -> str:
+def temporary(target: str) -> str:
   """A free name beside the target; hidden, so that no scan takes it for music. It tells who made it."""
   folder, base = os.path.split(target)
   return os.path.join(folder, f'.{_short(base)}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part')
@@ -591,8 +592,8 @@ def _is_alive(process: int) -> bool:
 class AudioWriter:
   """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
 
-  24-bit PCM for .wav and .flac, Vorbis for .ogg. Channels come in WAV's order. Samples outside [-1, 1] are clipped, counted in
-  `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
+  24-bit PCM for .wav and .flac, Vorbis for .ogg. Channels come in WAV's order. Samples outside [-1, 1] are clipped,
+  counted in `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
   none lies outside. After an exception nothing is left behind.
 
   Args:
@@ -613,11 +614,11 @@ class AudioWriter:
     self._name = shown(path)
     self._channels = channels
     self._target = os.path.realpath(path)
-    self._temporary = _temporary(self._target)
+    self._temporary = temporary(self._target)
     self._format, subtype = WRITE_FORMATS[_extension(path)]
     if self._format == 'OGG' and (sample_rate > _VORBIS_LIMITS[0] or channels > _VORBIS_LIMITS[1]):
-      raise UserError(f'{self._name}: OGG Vorbis ends at {_VORBIS_LIMITS[0]} Hz and {_VORBIS_LIMITS[1]} channels, and here '
-                      f'are {channels} at {sample_rate} Hz; name it *.wav')
+      raise UserError(f'{self._name}: OGG Vorbis ends at {_VORBIS_LIMITS[0]} Hz and {_VORBIS_LIMITS[1]} channels, and '
+                      f'here are {channels} at {sample_rate} Hz; name it *.wav')
     self._order = containers.XIPH_ORDER.get(channels) if self._format == 'OGG' else None
     self._held = tempfile.TemporaryFile() if normalize else None
     self._bytes = 0

@@ -1,9 +1,9 @@
 """What the bytes of a file say where libsndfile does not look: its parts, its true length, safe places to decode from.
 
 libsndfile reads the first of chained streams, believes an estimate of the length of an MP3 without a Xing header, knows
-no length of a FLAC or WAV that went through a pipe, and misses by up to a block where it seeks in Vorbis. All of that can be told
-from headers, without decoding. `inspect` does, and says which bytes to hand to libsndfile instead. All functions are pure;
-offsets are in bytes of the file, positions and lengths in samples.
+no length of a FLAC or WAV that went through a pipe, and misses by up to a block where it seeks in Vorbis. All of that
+can be told from headers, without decoding. `inspect` does, and says which bytes to hand to libsndfile instead. All
+functions are pure; offsets are in bytes of the file, positions and lengths in samples.
 """
 
 from array import array
@@ -32,8 +32,8 @@ class Part:
     order: where the channels of WAV's order are among the stream's; empty: they are in that order.
     skip: samples at the beginning that are not the file's.
     frames: samples after them that are, 0: as libsndfile finds.
-    positions, offsets: of Vorbis: pages; who decodes from the one at the offset on gets the sample at the position first.
-      Ascending.
+    positions, offsets: of Vorbis: pages; who decodes from the one at the offset on gets the sample at the position
+      first. Ascending.
     header: of Vorbis: the piece that must stand before such a page.
     end: of Vorbis: where the part ends.
   """
@@ -53,13 +53,15 @@ class Part:
   def before(self, position: int) -> tuple[int, tuple[Piece, ...]]:
     """(position of its first sample, pieces) of a short way to a sample."""
     number = bisect.bisect_right(self.positions, position) - 1
-    return (self.positions[number], (self.header, (self.offsets[number], self.end))) if number >= 0 else (0, self.pieces)
+    if number < 0:
+      return 0, self.pieces
+    return self.positions[number], (self.header, (self.offsets[number], self.end))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """Attributes: parts, in order, none where libsndfile needs no help; stated: samples that the header of a file promises
-  beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame."""
+  """Attributes: parts, in order, none where libsndfile needs no help; stated: samples that the header of a file
+  promises beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame."""
   parts: tuple[Part, ...] = ()
   stated: int = 0
   unended: bool = False
@@ -67,7 +69,8 @@ class Contents:
 
 # Vorbis and Opus have an order of channels of their own: of 5.1 left, centre, right, back left, back right, LFE.
 # By the number of channels: which of WAV's channels each of the stream's is.
-XIPH_ORDER = {3: (0, 2, 1), 5: (0, 2, 1, 3, 4), 6: (0, 2, 1, 4, 5, 3), 7: (0, 2, 1, 5, 6, 4, 3), 8: (0, 2, 1, 6, 7, 4, 5, 3)}
+XIPH_ORDER = {3: (0, 2, 1), 5: (0, 2, 1, 3, 4), 6: (0, 2, 1, 4, 5, 3), 7: (0, 2, 1, 5, 6, 4, 3),
+              8: (0, 2, 1, 6, 7, 4, 5, 3)}
 
 
 class Joined(io.RawIOBase):
@@ -255,11 +258,13 @@ def _ogg_part(buffer, pages, end) -> Part:
     if start is not None and start >= (positions[-1] if positions else 0) + _APART:
       positions.append(start)
       offsets.append(page.offset)
-    if number == first and 0 <= page.granule < position and not page.flags & 4 and page.lacing and page.lacing[-1] < 255:
+    whole = page.lacing and page.lacing[-1] < 255
+    if number == first and 0 <= page.granule < position and not page.flags & 4 and whole:
       position = page.granule  # the encoder's lead, which decoders drop
   if first is None or first >= len(pages):
     return Part(pieces, order=order)
-  return Part(pieces, order=order, positions=positions, offsets=offsets, header=(pages[0].offset, pages[first].offset), end=end)
+  header = pages[0].offset, pages[first].offset
+  return Part(pieces, order=order, positions=positions, offsets=offsets, header=header, end=end)
 
 
 def _opus_page(buffer, page) -> bytes:
@@ -495,7 +500,7 @@ def _frame_samples(buffer, at) -> int:
 
 
 def _lead(buffer, at) -> int:
-  """The samples that a decoder drops at the beginning, by the header of LAME and of FFmpeg; 529 are the decoder's own."""
+  """The samples that a decoder drops at the beginning, by LAME's and FFmpeg's header; 529 are the decoder's own."""
   place = at + 4 + _side_info(buffer[at:at + 4]) + 141
   return (int.from_bytes(buffer[place:place + 3], 'big') >> 12) + 529
 

@@ -1,4 +1,4 @@
-"""What libsndfile does not read (M4A, AAC, WMA, ...), by FFmpeg through PyAV: extra `av`. The only file that knows PyAV."""
+"""What libsndfile does not read (M4A, AAC, WMA, ...), by FFmpeg through PyAV (extra `av`), which is used here alone."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -34,7 +34,7 @@ def decode(path, out: BinaryIO, *, name: str) -> Decoded:
       if not container.streams.audio:
         raise UserError(f'{name}: holds no audio')
       stream = container.streams.audio[0]
-      resampler = av.AudioResampler(format='flt', layout=stream.layout, rate=stream.rate)  # another format, no other rate
+      resampler = av.AudioResampler(format='flt', layout=stream.layout, rate=stream.rate)  # the rate stays
       for frame in container.decode(stream):
         for packed in resampler.resample(frame):
           out.write(packed.to_ndarray().tobytes())

@@ -8,8 +8,9 @@
   for batch in batches.to_iter_dataset():                          # .mp_prefetch(...) reads in several processes
     batch['z']                                                     # float32 [32, 64, K, d], or int32 [32, 64, K]
 
-`codec.decode` wants a whole record as `m2l2.Latents(z=row['z'], sample_rate=row['rate'], num_samples=row['num_samples'],
-channels=row['channels'], model=source.model)`. No TensorFlow is needed, neither here nor for TFDS's own
+`codec.decode` wants a whole record as `m2l2.Latents(z=row['z'], sample_rate=row['rate'],
+num_samples=row['num_samples'], channels=row['channels'], model=source.model)`. No TensorFlow is needed, neither here
+nor for TFDS's own
 `tfds.builder_from_directory(DIR).as_data_source('train')`.
 """
 

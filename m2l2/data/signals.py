@@ -57,9 +57,11 @@ class Folder:
     """Raises UserError, here or from the blocks: not audio, damaged, NaN or infinity."""
     with audio_io.AudioReader(self._files.path(number)) as reader:
       info = reader.info
-      if not audio_io.RATES[0] <= info.sample_rate <= audio_io.RATES[1]:  # resampling from 1 Hz would make gigabytes of some bytes
+      # Resampling from 1 Hz would make gigabytes of some bytes.
+      if not audio_io.RATES[0] <= info.sample_rate <= audio_io.RATES[1]:
         raise UserError(f'{self.name(split, number)}: states a sample rate of {info.sample_rate} Hz')
-      yield Signal(source=self.name(split, number), rate=info.sample_rate, channels=info.channels, offset=0, starts=None,
+      yield Signal(source=self.name(split, number), rate=info.sample_rate, channels=info.channels, offset=0,
+                   starts=None,
                    blocks=reader.blocks(block_samples=max(1, _BLOCK_VALUES // info.channels), check_finite=True))
 
 
