@@ -45,7 +45,8 @@ EMBEDDING = 'musicnn_mtt'
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BLOCK = 8              # frames that the PCA takes at once
 CROPS = 600            # of two chunks, that it is fitted on
-COLUMNS = ('ratio', 'mel_l1_db', 'lsd_db', 'si_sdr', 'visqol', 'level_db', EMBEDDING)
+METRICS = ('ratio', 'mel_l1_db', 'lsd_db', 'coherence', 'coherence_reference', 'si_sdr')
+COLUMNS = (*METRICS, 'visqol', 'level_db', EMBEDDING)
 
 
 def parser():
@@ -82,10 +83,9 @@ def run(argv) -> dict:
   beside_latents = {name: excerpts.encode(other, sounds, rate) for name, other in beside.items()}
   systems |= {name: excerpts.decode(other, beside_latents[name], refine=False) for name, other in beside.items()}
 
-  metrics = ['ratio', 'mel_l1_db', 'lsd_db', 'si_sdr']
   embed = remembering(make_embedder(EMBEDDING))
   embedders = {EMBEDDING: embed}
-  judged = {name: excerpts.judge(sounds, made, rate, metrics=metrics, embedders=embedders, workers=args.workers)
+  judged = {name: excerpts.judge(sounds, made, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
             for name, made in systems.items()}
   if args.visqol_every and visqol.is_installed():
     some = dict(list(sounds.items())[::args.visqol_every])

@@ -43,10 +43,12 @@ from m2l2.evaluation.embeddings import make_embedder
 from m2l2.train_step import probe
 
 EMBEDDING = 'musicnn_mtt'
+METRICS = ('ratio', 'mel_l1_db', 'coherence', 'coherence_reference', 'si_sdr')
 SIGMAS = (0.2, 1.0)  # those of train_step.probe
-COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'si_sdr', 'level_db', 'ratio2',
-           'fd2', 'swap', 'exchanged_ratio', 'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0',
-           'snr_1.0_wiener', 'snr_1.0_swapped', 'seed', 'delta')
+COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'coherence',
+           'coherence_reference', 'si_sdr', 'level_db', 'ratio2', 'fd2', 'coherence2', 'swap', 'exchanged_ratio',
+           'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0', 'snr_1.0_wiener',
+           'snr_1.0_swapped', 'seed', 'delta')
 
 
 def parser():
@@ -141,13 +143,15 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   two = excerpts.decode(codec, latents, refine=True)
   other = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
-  judged, judged2 = (excerpts.judge(sounds, estimates, rate, embedders=embedders) for estimates in (one, two))
+  judged, judged2 = (excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
+                     for estimates in (one, two))
   exchanged = excerpts.judge(sounds, other, rate, metrics=('ratio',))
   mean = lambda judgement, name: judgement['metrics'][name]['mean']
   distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
-  line = {name: mean(judged, name) for name in ('ratio', 'mel_l1_db', 'si_sdr')}
+  line = {name: mean(judged, name) for name in METRICS}
   line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
+           'coherence2': mean(judged2, 'coherence'),
            'level_db2': judged2['level_db'], 'swap': excerpts.change(one, other),
            'exchanged_ratio': mean(exchanged, 'ratio'),
            **excerpts.latent_health(latents), **denoising(codec, sounds)}

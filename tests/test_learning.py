@@ -212,7 +212,8 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   output = tmp_path / 'held_out'
   report = held_out.run([*listed, f'--model={place}', f'--train={music}', f'--output={output}', '--sigma-cond=0.5',
                          f'--beside=raw={tmp_path}/table/one'])
-  assert report['systems']['the excerpt itself']['metrics']['mel_l1_db']['mean'] == 0
+  itself = report['systems']['the excerpt itself']['metrics']
+  assert itself['mel_l1_db']['mean'] == 0 and itself['coherence'] == itself['coherence_reference']
   assert report['systems']['noise with the mean spectrum']['metrics']['ratio']['mean'] == pytest.approx(1, abs=.1)
   beside, boxed = (report['systems'][name]['metrics']['ratio']['mean'] for name in ('raw', 'm2l2, one step'))
   assert beside == pytest.approx(boxed, rel=.02) and beside != boxed  # the same weights before they were rounded
