@@ -454,11 +454,13 @@ def _over(planned, name, args):
       yield
     except Exception as error:
       line = told(error)
-      if len(planned) == 1 or line is None or isinstance(line, OutputClosed):
+      if line is None or isinstance(line, OutputClosed):
         raise
       text = ' '.join(str(line).split())
       if job.name not in text and shown(job.target) not in text:  # as what a codec says of channels
         text = f'{job.name}: {text}'
+      if len(planned) == 1:
+        raise UserError(text) from error
       faults += 1
       _tell(text)
 

@@ -17,7 +17,8 @@ from m2l2.errors import UserError
     (['--config=tiny.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
     (['--config=tiny.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
     (['--topology=v5e:2x2'], 'm2l2: --config=... is missing'),
-    (['--config=tiny.py', '--topology=v5e:2x2', '--config.nothing=1'], "m2l2: the config has no field 'nothing'"),
+    (['--config=tiny.py', '--topology=v5e:2x2', '--config.nothing=1'],
+     "m2l2: --config.nothing: the config has no field 'nothing'"),
     (['--config=tiny.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
 ])
 def test_mistakes_are_one_line(flags, message, capsys):
