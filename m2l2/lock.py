@@ -52,9 +52,11 @@ def _taken(path, command, place):
       file = open(path, 'a+', encoding='utf-8')
     except OSError as error:
       raise UserError(f'{place}: cannot be written ({error.strerror})') from error
+    ours = False
     try:
       _lock(file, command, place)
-      if not _is(file, path):  # its holder went away, and the file with it, after we had opened it
+      ours = _is(file, path)
+      if not ours:  # its holder went away, and the file with it, after we had opened it
         file.close()
         continue
       file.truncate(0)
@@ -62,11 +64,14 @@ def _taken(path, command, place):
                  'since': datetime.datetime.now().astimezone().isoformat(timespec='seconds')}, file)
       file.flush()
       return file
-    except OSError as error:  # a full disk
-      file.close()
-      raise UserError(f'{place}: cannot be written ({error.strerror})') from error
-    except BaseException:
-      file.close()
+    except BaseException as error:
+      with contextlib.suppress(OSError):
+        if ours:
+          os.unlink(path)
+      with contextlib.suppress(OSError):  # what could not be written on a full disk
+        file.close()
+      if isinstance(error, OSError):
+        raise UserError(f'{place}: cannot be written ({error.strerror})') from error
       raise
 
 

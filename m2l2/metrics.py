@@ -58,19 +58,24 @@ def cut_back(path, *, step):
           kept.append(line)
       except (ValueError, KeyError, TypeError):
         continue  # the line during which the run was killed
-  partial = f'{path}.partial'
-  with open(partial, 'w', encoding='utf-8') as f:
-    f.writelines(kept)
-  os.replace(partial, path)
+  _replace(path, ''.join(kept))
 
 
 def write_json(path, content):
   """Replaces a JSON file in one atomic move."""
+  _replace(path, json.dumps(content, indent=2) + '\n')
+
+
+def _replace(path, text):
+  """Nothing is left beside it, on a full disk neither."""
   partial = f'{path}.partial'
-  with open(partial, 'w', encoding='utf-8') as f:
-    json.dump(content, f, indent=2)
-    f.write('\n')
-  os.replace(partial, path)
+  try:
+    with open(partial, 'w', encoding='utf-8') as f:
+      f.write(text)
+    os.replace(partial, path)
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(partial)
 
 
 def latent_scale(workdir) -> dict:

@@ -51,6 +51,20 @@ def test_resume_cuts_back_to_the_restored_step_and_drops_the_torn_line(tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
+def test_on_a_full_disk_nothing_half_written_is_left(tmp_path, monkeypatch):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+
+  def full(*unused):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('os.replace', full)
+  for write in (lambda: metrics.write_json(tmp_path / 'config.json', {}),
+                lambda: metrics.cut_back(tmp_path / 'metrics.jsonl', step=0)):
+    with pytest.raises(OSError, match='No space'):
+      write()
+  assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('metrics.jsonl', '{"step": 1}\n')]
+
+
 def test_a_torn_line_that_parses_is_dropped_too(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}')

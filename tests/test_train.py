@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -553,6 +554,18 @@ def test_a_stale_lock_is_taken_over(holder, refused, tmp_path, monkeypatch):
   else:
     with lock.held(path, command='m2l2 train', place='there'):
       assert len(said) == 1 and 'start no other m2l2 train there' in said[0]
+
+
+def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # fails as a full disk does, when bytes get there
+    with pytest.raises(UserError, match='there: cannot be written'), lock.held(
+        tmp_path / '.lock', command='m2l2 train', place='there'):
+      pass
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert not os.listdir(tmp_path)
 
 
 # In processes of their own.
