@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2 import decoding
+from m2l2.data import audio_io
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
@@ -129,7 +130,7 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
       'lead': rep.layout(1).lead, 'sigma_cond': process.sigma_cond, 'steps': process.steps, 'refine': process.refine,
       'platforms': list(platforms), **(extra or {})}
   made = programs(codec, platforms=platforms)
-  temporary = f'{os.fspath(target).rstrip("/")}.{os.getpid()}.part'
+  temporary = audio_io.temporary(os.path.realpath(target))
   try:
     os.makedirs(temporary)
     for name, program in made.items():
@@ -145,12 +146,13 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
 
 
 def check_target(target):
-  """Raises UserError where `export_stablehlo` could not write."""
+  """Raises UserError where `export_stablehlo` could not write; what a killed one has left is taken away."""
   if os.path.lexists(target):
     raise UserError(f'{shown(target)}: is there already; name another folder, or remove it')
   folder = os.path.dirname(os.path.realpath(target))
   if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
     raise UserError(f'{shown(target)}: cannot be written: {shown(folder)} is no directory that may be written to')
+  audio_io.remove_leftovers(os.path.realpath(target))
 
 
 def _leaves(params):

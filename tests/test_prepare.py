@@ -398,6 +398,18 @@ def test_a_full_disk_is_one_line_and_can_be_gone_on_from(music, tmp_path):
   assert len(records(tmp_path / 'out')) > 5
 
 
+def test_a_stop_while_the_pipeline_is_put_together_leaves_no_temporary_folder(music, tmp_path, monkeypatch):
+  def stopped(*unused):
+    raise SystemExit(129)
+
+  (tmp_path / 'tmp').mkdir()
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'tmp'))
+  monkeypatch.setattr(prepare.beam, 'Create', stopped)
+  with pytest.raises(SystemExit):
+    run(music, tmp_path / 'out')
+  assert not os.listdir(tmp_path / 'tmp')
+
+
 # ---- elsewhere -----------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 import socket
 import stat
 import tempfile
@@ -510,7 +511,7 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
   for place in (folder, target):
     if os.path.exists(place) and not (os.stat(place).st_mode & 0o222 and os.access(place, os.W_OK)):
       raise UserError(f'{name}: cannot be written: {shown(place)} is read-only')
-  _remove_leftovers(target)
+  remove_leftovers(target)
   trial = temporary(target)
   try:
     with contextlib.suppress(FileNotFoundError):
@@ -569,14 +570,14 @@ def _machine() -> str:
   return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _remove_leftovers(target: str):
-  """Takes away the temporary files of a target whose makers are no more."""
+def remove_leftovers(target: str):
+  """Takes away the temporary files and folders of a target (`temporary`) whose makers are no more."""
   folder, base = os.path.split(target)
   for path in glob.iglob(os.path.join(glob.escape(folder), f'.{glob.escape(_short(base))}.{_machine()}.*.part')):
     number = path.split('.')[-3]
     if number.isdecimal() and not _is_alive(int(number)):
       with contextlib.suppress(OSError):
-        os.unlink(path)
+        shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def _is_alive(process: int) -> bool:

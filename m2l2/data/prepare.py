@@ -483,7 +483,10 @@ def _run_stage(place, job, stage, items, *, total, unit, runner, processes, beam
       try:
         _session = None if runner else session
         options = PipelineOptions([f'--runner={runner}', *beam_arguments] if runner else [])
-        with _quiet_beam(), beam.Pipeline(runner=None if runner else FnApiRunner(), options=options) as pipeline:
+        with _quiet_beam(), contextlib.ExitStack() as stack:
+          pipeline = beam.Pipeline(runner=None if runner else FnApiRunner(), options=options)
+          stack.callback(shutil.rmtree, pipeline.local_tempdir, ignore_errors=True)  # Beam does so only where it is run
+          stack.enter_context(pipeline)
           # As JSON, for names may hold bytes that no coder of Beam's takes. Reshuffle: here runners spread them.
           keys = pipeline | beam.Create([json.dumps(item) for item in todo])
           keys | beam.Reshuffle() | beam.ParDo(work)

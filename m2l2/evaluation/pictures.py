@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 import numpy as np
 
+from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.embeddings import EMBEDDINGS
 from m2l2.evaluation.pairs import log_mel_db, mel_edges
@@ -193,7 +194,7 @@ def bars(table) -> Figure:
 def save(figure: Figure, path):
   """Writes a PNG; nothing half-written is left. Raises UserError where it cannot."""
   path = Path(path)
-  temporary = path.with_name(f'.m2l2-{os.getpid()}.part')
+  temporary = Path(audio_io.temporary(os.path.abspath(path)))
   try:
     figure.savefig(temporary, dpi=90, format='png')
     os.replace(temporary, path)

@@ -81,7 +81,7 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
 
 def _write(path, text):
   """Whole or not at all. Raises UserError where it cannot be."""
-  partial = os.path.join(os.path.dirname(os.path.abspath(path)), f'.m2l2-{os.getpid()}.part')
+  partial = audio_io.temporary(os.path.abspath(path))
   try:
     with open(partial, 'w', encoding='utf-8', errors='backslashreplace') as file:
       file.write(text)
