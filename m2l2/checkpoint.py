@@ -226,10 +226,11 @@ def _first_line(error) -> str:
 
 
 class StopSignal:
-  """Turns SIGTERM (a preempted machine) and Ctrl-C into a question asked once a step.
+  """Turns SIGTERM (a preempted machine), Ctrl-C and SIGHUP (a closed terminal) into a question asked once a step.
 
-  With one process, a first signal is remembered and a second one acts as usual. With several, JAX's
-  preemption service has taken SIGTERM at start-up and makes the processes agree on the step.
+  With one process, a first signal is remembered and a second one acts as usual; but for SIGHUP, which a closing
+  terminal and its shell both send. Under nohup SIGHUP stays ignored. With several processes, JAX's preemption service
+  has taken SIGTERM at start-up and makes the processes agree on the step.
 
     with StopSignal(checkpoints) as stop:
       while not stop.reached(step): ...
@@ -244,22 +245,25 @@ class StopSignal:
   def __enter__(self):
     # Python lets only the main thread set handlers.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._receive)
+      hangup = getattr(signal, 'SIGHUP', None)
+      for number in (signal.SIGTERM, signal.SIGINT, *([hangup] if hangup else [])):
+        if number != hangup or signal.getsignal(number) is not signal.SIG_IGN:
+          self._previous[number] = signal.signal(number, self._receive)
     return self
 
   def __exit__(self, *unused):
-    self._give_back()
+    self._give_back(*self._previous)
 
   def _receive(self, number, unused_frame):
+    if not self._received:
+      logging.warning('%s: saving after this step', signal.Signals(number).name)
     self._received = True
-    self._give_back()
-    logging.warning('%s: saving after this step', signal.Signals(number).name)
+    self._give_back(signal.SIGTERM, signal.SIGINT)
 
-  def _give_back(self):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-    self._previous = {}
+  def _give_back(self, *numbers):
+    for number in numbers:
+      if number in self._previous:
+        signal.signal(number, self._previous.pop(number))
 
   def reached(self, step) -> bool:
     """Whether to save and stop now, after `step` updates; every process asks at every step."""

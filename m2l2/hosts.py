@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -209,6 +210,9 @@ class Hosts:
     """Ends this process after an error that nothing caught."""
     if isinstance(error, UserError):
       self._end(str(error), reason=str(error))
+    if isinstance(error, SystemExit):  # what the command makes of a signal
+      name = signal.Signals(error.code - 128).name
+      self._end(f'stopped by {name}: {AGAIN}', reason=f'stopped by {name}')
     if isinstance(error, KeyboardInterrupt):
       self._end(f'stopped by Ctrl-C (SIGTERM saves first): {AGAIN}', reason='stopped by Ctrl-C')
     if COLLECTIVE_FAILED.search(str(error)):

@@ -19,7 +19,7 @@ from m2l2.snapshot import save_snapshot
 
 
 def train(config, workdir, writers=()) -> int:
-  """Trains until `config.train.steps`, SIGTERM or Ctrl-C; the same call goes on with a run.
+  """Trains until `config.train.steps`, SIGTERM, SIGHUP or Ctrl-C; the same call goes on with a run.
 
   Args:
     config: as `configs/base.py` makes it.

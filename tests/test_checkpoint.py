@@ -177,6 +177,22 @@ def test_config_differences_name_the_fields():
     'added: (absent) -> "x"', 'b.d: null -> 0.5', 'gone: 0 -> (absent)']
 
 
+def test_a_closed_terminal_is_remembered_however_often_it_is_told(tmp_path):
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  manager = _open(tmp_path)
+  try:
+    for handler in (signal.SIG_DFL, signal.SIG_IGN):  # the latter is nohup's
+      signal.signal(signal.SIGHUP, handler)
+      with checkpoint.StopSignal(manager) as stop:
+        signal.raise_signal(signal.SIGHUP)  # of the terminal
+        signal.raise_signal(signal.SIGHUP)  # of the shell
+        assert stop.reached(1) is (handler == signal.SIG_DFL)
+      assert signal.getsignal(signal.SIGHUP) == handler
+  finally:
+    signal.signal(signal.SIGHUP, before)
+    manager.close()
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_first_signal_is_remembered_and_handlers_are_given_back(tmp_path, number):
   before = signal.getsignal(number)

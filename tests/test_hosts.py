@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -206,6 +207,14 @@ def test_a_process_whose_peers_never_come_ends_with_a_line(tmp_path):
 def test_flags_that_do_not_go_together_are_one_line(given, says, capsys):
   assert main.main(['m2l2', '--config=configs/tiny.py:debug', '--workdir=w', *given]) == 1
   assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('number, name', [(129, 'SIGHUP'), (143, 'SIGTERM')])
+def test_a_signal_that_ends_one_is_told_to_the_others(number, name):
+  this = mock.Mock(_end=mock.Mock(side_effect=RuntimeError('does not return')))
+  with pytest.raises(RuntimeError):
+    hosts.Hosts.fail(this, SystemExit(number))
+  this._end.assert_called_once_with(f'stopped by {name}: {hosts.AGAIN}', reason=f'stopped by {name}')
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line():
