@@ -15,7 +15,7 @@ import tempfile
 import time
 
 from m2l2 import __version__, extras
-from m2l2.errors import OutputClosed, UserError, printable, told
+from m2l2.errors import OutputClosed, UserError, is_full, printable, told
 
 _SECONDS = 10  # of audio read at once
 _DESCRIPTION = """\
@@ -37,11 +37,18 @@ def main(argv=None) -> int:
   """
   _open_streams()
   try:
+    return _run_told(argv)
+  finally:
+    _settle()
+
+
+def _run_told(argv) -> int:
+  try:
     status = _run(list(sys.argv[1:] if argv is None else argv))
     _flush()
     return status
   except KeyboardInterrupt:
-    print('m2l2: stopped', file=sys.stderr)
+    _tell('stopped')
     return 130
   except SystemExit as stop:  # of a signal
     return stop.code
@@ -55,7 +62,8 @@ def main(argv=None) -> int:
 
 def _run(argv) -> int:
   if argv[:1] == ['train']:  # its flags are absl's, made from the config
-    return _train(argv[1:])
+    with _stopped_by_signals():
+      return _train(argv[1:])
   if not argv:
     _parser().print_help()
     return 0
@@ -97,7 +105,19 @@ def _open_streams():
 
 def _tell(error):
   """A mistake or a fault, in one line whatever names it holds."""
-  print('m2l2:', printable(' '.join(str(error).split())), file=sys.stderr)
+  try:
+    print('m2l2:', printable(' '.join(str(error).split())), file=sys.stderr)
+  except (OSError, ValueError):  # nobody reads there any more
+    _settle()
+
+
+def _settle():
+  """Where nobody reads standard error any more, the interpreter is not to find out at its end and to exit with 120."""
+  with contextlib.suppress(OSError, ValueError):
+    try:
+      sys.stderr.flush()
+    except (OSError, ValueError):
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _print(text):
@@ -457,6 +477,9 @@ def _over(planned, name, args):
       if line is None or isinstance(line, OutputClosed):
         raise
       text = ' '.join(str(line).split())
+      if is_full(text):  # for all others, too
+        again = '; make room and run the same command again'
+        raise UserError(text.removesuffix(again) + again) from error
       if job.name not in text and shown(job.target) not in text:  # as what a codec says of channels
         text = f'{job.name}: {text}'
       if len(planned) == 1:
@@ -488,7 +511,7 @@ def _encode_dataset(args):
           progress=lambda total: stack.enter_context(_corpus_progress(total, quiet=args.quiet)))
   except (Exception, KeyboardInterrupt, SystemExit) as error:
     if several:  # `fail` does not return
-      several.fail(UserError(f'stopped by SIGTERM: {hosts.AGAIN}') if isinstance(error, SystemExit) else error)
+      several.fail(error)
     raise
   if several:
     several.leave()

@@ -38,6 +38,11 @@ def told(error: BaseException) -> UserError | None:
   return None
 
 
+def is_full(text: str) -> bool:
+  """Whether a message tells of a full disk: whatever is written next would fail, too."""
+  return any(full in text for full in _FULL)
+
+
 def printable(text: str | bytes) -> str:
   """A path or a message as one printable line: names of files may hold any byte."""
   text = os.fsdecode(text).encode('utf-8', 'backslashreplace').decode('utf-8')

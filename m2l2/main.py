@@ -27,6 +27,10 @@ import os
 import re
 import sys
 
+if __name__ == '__main__':  # this module itself is imported once it is known that what it needs is there
+  from m2l2 import cli
+  sys.exit(cli.main(['train', *sys.argv[1:]]))
+
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -122,9 +126,11 @@ def main(argv=None) -> int:
     done = train(values.config, values.workdir)
     if several:
       several.leave()
-  except (Exception, KeyboardInterrupt) as error:
+  except (Exception, KeyboardInterrupt, SystemExit) as error:
     if several:
       several.fail(told(error) or error)  # does not return
+    if isinstance(error, SystemExit):  # a signal: see cli
+      raise
     if isinstance(error, KeyboardInterrupt):
       print('m2l2: stopped', file=sys.stderr)
       return 130
@@ -134,7 +140,3 @@ def main(argv=None) -> int:
     print('m2l2:', printable(' '.join(str(line).split())), file=sys.stderr)
     return 1
   return values.stopped_exit_code if done < values.config.train.steps else 0
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -9,17 +9,21 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
-from m2l2 import __version__, cli, codec as codec_lib, jobs
+from m2l2 import __version__, cli, codec as codec_lib, export, jobs, lock
 from m2l2.latents import Latents
 from m2l2.data import audio_io
 from m2l2.errors import UserError
+from m2l2.evaluation import pictures, report
+from matplotlib.figure import Figure
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -460,12 +464,16 @@ def test_training_is_handed_over(m2l2, tmp_path):
   assert status == 1 and '--config' in one_line(errors)
 
 
-def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
+def test_training_without_its_libraries_is_told(m2l2, monkeypatch, capsys):
   monkeypatch.delitem(sys.modules, 'm2l2.main', raising=False)
   monkeypatch.delattr('m2l2.main', raising=False)
   monkeypatch.setitem(sys.modules, 'ml_collections', None)
   status, _, errors = m2l2('train', '--config=configs/tiny.py')
   assert status == 1 and "pip install 'm2l2[train]'" in one_line(errors)
+  monkeypatch.setattr(sys, 'argv', ['m2l2.main', '--config=configs/tiny.py'])
+  with pytest.raises(SystemExit) as stop:
+    runpy.run_module('m2l2.main', run_name='__main__')  # python -m m2l2.main
+  assert stop.value.code == 1 and capsys.readouterr().err == errors
 
 
 # ---- being stopped -------------------------------------------------------------------------------
@@ -492,6 +500,44 @@ def test_stopped_in_the_middle_leaves_nothing(
   assert len(written) == 1 and len(written[0]) == 1  # there was a temporary file
   assert os.listdir(folder) == [] and before == [
       signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_training_that_is_stopped_before_its_first_step_takes_away_what_it_made(m2l2, folder, monkeypatch, number,
+                                                                               status):
+  def train(config, workdir):
+    with lock.held(folder / '.lock', command='m2l2 train', place='here'):
+      signal.raise_signal(number)
+
+  monkeypatch.setattr('m2l2.train.train', train)
+  assert m2l2('train', '--config=tiny:debug', f'--workdir={folder}')[0] == status
+  assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize('name', ['latents', 'report', 'picture', 'export'])
+def test_what_a_killed_writer_left_is_taken_away_by_the_next_run(name, folder, monkeypatch):
+  target = folder / 'made'
+  latents = Latents(z=np.zeros((1, 1, 2, 3), np.float32), sample_rate=44100, num_samples=5, channels=1, model='m')
+  monkeypatch.setattr(export, 'programs', lambda *args, **options: {})
+  codec = mock.MagicMock(params={}, config={}, fingerprint='', native_rates=(44100,))
+  write = {
+      'latents': lambda: latents.save(target), 'report': lambda: report.write_json(target, {}),
+      'picture': lambda: pictures.save(Figure(figsize=(1, 1)), target),
+      'export': lambda: export.export_stablehlo(codec, target)}[name]
+  with monkeypatch.context() as patch:  # as if it were killed before the last step
+    patch.setattr(json, 'dumps', lambda *args, **options: '{}')
+    for step in ('os.replace', 'os.rename', 'os.unlink', 'os.remove', 'shutil.rmtree'):
+      patch.setattr(step, lambda *args, **options: None)
+    write()
+  left = os.listdir(folder)
+  assert left and all(name.startswith('.') and name.endswith('.part') for name in left)
+  check = (lambda: export.check_target(target)) if name == 'export' else (
+      lambda: audio_io.check_writable(target, extensions=None))
+  check()
+  assert os.listdir(folder) == left  # its process lives
+  monkeypatch.setattr(audio_io, '_is_alive', lambda process: False)
+  check()
+  assert os.listdir(folder) == []
 
 
 # ---- the real program ----------------------------------------------------------------------------
@@ -697,6 +743,19 @@ def test_output_that_goes_nowhere_is_one_line(make, status, told, argv, song, tm
   assert result == status and told in one_line(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize('gone', [('stderr',), ('stdout', 'stderr')])
+def test_errors_that_nobody_reads_change_no_status(gone, song, tmp_path, monkeypatch):
+  streams = {name: without_reader(tmp_path) for name in gone}
+  with monkeypatch.context() as patch:
+    for name, stream in streams.items():
+      patch.setattr(sys, name, stream)
+    patch.setattr(cli, '_quiet_libraries', lambda: print('a line of the log', file=sys.stderr, end=''))
+    both = len(gone) == 2
+    assert cli.main(['info', str(song()) if both else 'nothing']) == (141 if both else 1)
+  for stream in streams.values():
+    stream.close()  # as the interpreter does: it fails with 120 where that fails
+
+
 def test_closed_streams_of_the_real_program_are_one_line(song):
   """What is opened in the place of a closed stream would get what is printed."""
   python = shlex.join([sys.executable, '-m', 'm2l2'])
@@ -759,6 +818,22 @@ def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, 
   first, last = errors.splitlines()
   assert first.startswith('m2l2: ') and first.endswith(r'in/a.wav: /else\nwhere: Permission denied')
   assert last == 'm2l2: 1 of 2 files were passed over; the others are done'
+
+
+def test_a_folder_ends_at_a_full_disk(m2l2, song, folder, monkeypatch):
+  tried = []
+
+  def encode(codec, info, **options):
+    tried.append(os.path.basename(info.path))
+    raise UserError('a.safetensors: could not be written (No space left on device)')
+
+  monkeypatch.setattr(cli, '_encoder', lambda args: 'codec')
+  monkeypatch.setattr(cli, '_encode_file', encode)
+  (folder.parent / 'in').mkdir()
+  song('in/a.wav'), song('in/b.wav')
+  status, _, errors = m2l2('encode', folder.parent / 'in', folder, '--checkpoint=none')
+  assert status == 1 and tried == ['a.wav']
+  assert one_line(errors).endswith('(No space left on device); make room and run the same command again\n')
 
 
 NEEDED = [
