@@ -42,6 +42,7 @@ if [ -n "$soak" ] && [ $# -eq 0 ]; then
   run soak_resume "$bin/python" tests/soak_resume.py --kills=5
   run soak_prepare "$bin/python" tests/soak_prepare.py kills --kills=3
   run soak_encode "$bin/python" tests/soak_encode.py --kills=3
+  run soak_faults "$bin/python" tests/soak_faults.py --moments=4
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then
