@@ -19,6 +19,7 @@ class Chip:
     matrix_unit: width of the matrix unit that contracted and output features are padded to.
     link_bytes_per_second: over all links to other chips (ICI, NVLink), one direction; None where there are none.
     platform: 'tpu' or 'gpu'.
+    clock: Hz of a TPU's core, that the compiler's cycles are of; None for GPUs.
   """
   name: str
   device_kinds: tuple[str, ...]
@@ -29,14 +30,15 @@ class Chip:
   matrix_unit: int
   link_bytes_per_second: float | None
   platform: str
+  clock: float | None = None
 
   def flops(self, dtype: str) -> float | None:
     """Peak FLOP/s of products of 'bfloat16' or 'float32'."""
     return {'bfloat16': self.bf16_flops, 'float32': self.f32_flops}[dtype]
 
 
-def _tpu(name, kinds, flops, gib, bandwidth, unit, link):
-  return Chip(name, kinds, flops, flops, int(gib * GIB), bandwidth, unit, link, 'tpu')
+def _tpu(name, kinds, flops, gib, bandwidth, unit, link, clock):
+  return Chip(name, kinds, flops, flops, int(gib * GIB), bandwidth, unit, link, 'tpu', clock)
 
 
 def _gpu(name, kinds, bf16, f32, gb, bandwidth, link=None):
@@ -46,13 +48,17 @@ def _gpu(name, kinds, bf16, f32, gb, bandwidth, link=None):
 CHIPS = (
     # cloud.google.com/tpu/docs, one page a version. Links: half of the sum of both directions; none is given there up
     # to v4 (the paper on v4 has six links of 50 GB/s). 'GB' of memory are GiB, less what the runtime keeps (v5p: 96).
-    _tpu('v2', ('TPU v2',), 23e12, 8, 350e9, 128, None),
-    _tpu('v3', ('TPU v3',), 61.5e12, 16, 450e9, 128, None),
-    _tpu('v4', ('TPU v4',), 275e12, 32, 1200e9, 128, 300e9),
-    _tpu('v5e', ('TPU v5 lite', 'TPU v5e'), 197e12, 16, 819e9, 128, 200e9),
-    _tpu('v5p', ('TPU v5', 'TPU v5p'), 459e12, 95, 2765e9, 128, 600e9),
-    _tpu('v6e', ('TPU v6 lite', 'TPU v6e'), 918e12, 32, 1638e9, 256, 400e9),
-    _tpu('7x', ('TPU7x',), 1153.5e12, 96, 3690e9, 256, 300e9),
+    # Clocks: up to v4 the papers on them, v5e "How to Scale Your Model" (page on TPUs); these and v5p's are the peak
+    # over what the pages' matrix units of 128 x 128 do in a cycle. Those of v6e and 7x are that too, if their units of
+    # 256 x 256 do twice as much in a cycle, as the compiler has them do: it estimates a product of 8192 at 369 k and
+    # 422 k FLOP a cycle, where once would be 262 k.
+    _tpu('v2', ('TPU v2',), 23e12, 8, 350e9, 128, None, 700e6),
+    _tpu('v3', ('TPU v3',), 61.5e12, 16, 450e9, 128, None, 940e6),
+    _tpu('v4', ('TPU v4',), 275e12, 32, 1200e9, 128, 300e9, 1050e6),
+    _tpu('v5e', ('TPU v5 lite', 'TPU v5e'), 197e12, 16, 819e9, 128, 200e9, 1500e6),
+    _tpu('v5p', ('TPU v5', 'TPU v5p'), 459e12, 95, 2765e9, 128, 600e9, 1750e6),
+    _tpu('v6e', ('TPU v6 lite', 'TPU v6e'), 918e12, 32, 1638e9, 256, 400e9, 1750e6),
+    _tpu('7x', ('TPU7x',), 1153.5e12, 96, 3690e9, 256, 300e9, 2200e6),
     # NVIDIA's data sheets, without sparsity. Volta and Turing multiply float16 fast, but not bfloat16.
     _gpu('V100-16', ('Tesla V100-SXM2-16GB',), None, 15.7e12, 16, 900e9, 150e9),
     _gpu('V100-32', ('Tesla V100-SXM2-32GB', 'Tesla V100-SXM3-32GB'), None, 15.7e12, 32, 900e9, 150e9),

@@ -1,7 +1,8 @@
 """What a training run would need on a TPU pod, from the TPU's own compiler, without the pod.
 
 The whole train step is compiled ahead of time for a named topology. Memory, traffic and collectives are the compiled
-program's; FLOPs are counted from the traced one; times are bounds from published peaks, not measurements.
+program's; FLOPs are counted from the traced one. Neither of the two times is a measurement: the bound is from published
+peaks, the estimate the compiler's own, in cycles, for each operation alone.
 """
 
 import importlib.util
@@ -44,15 +45,22 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
       flops: of the whole step: step (nominal), of it products, convolutions, attention; executed (recomputation
         and packing included), padded (that, padded to the matrix unit), of it padded_convolutions, padded_attention
       collectives: {kind: bytes of results}
-      bound: step_seconds, mfu, by, and seconds of compute, memory and links; cycles: the compiler's own estimate for
-        everything but custom kernels, None where it has none
-      chip_hours: of train.steps at that bound; crops_per_second_per_host
+      bound: step_seconds, mfu, by, and seconds of compute, memory and links
+      estimate: the compiler's own: step_seconds, mfu, cycles, clock in Hz; of these cycles kernels: of Pallas kernels,
+        which it has none for: from the FLOPs that they say of themselves and their bytes, at the chip's peaks;
+        without: {kind of operation: count, bytes} of all others that it has none for, which are in no time
+      parts: by named scope and kind of operation, most cycles first: scope, kind, cycles, bytes, flops (as executed,
+        of products and convolutions), mfu (of these)
+      run: of train.steps at this batch: steps, crops, config_crops (at the config's own batch), and chip_hours of the
+        bound and of the estimate
+      crops_per_second_per_host: at the bound
 
   Raises:
     UserError: no TPU compiler, an unknown topology or preset, a batch that does not divide, or none that fits.
   """
   chip, devices = _topology(topology)
   config = config.copy_and_resolve_references().unlock()
+  own_batch = config.train.batch_size
   config.mesh.preset = preset or config.mesh.preset
   if config.model.tile == 'auto':
     config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
@@ -69,10 +77,10 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
             'fits': compiled is not None}
   if compiled is None:
     return {**report, 'error': error}
-  return {**report, **_figures(config, compiled, chip, report)}
+  return {**report, **_figures(config, compiled, chip, report, own_batch=own_batch)}
 
 
-def _figures(config, compiled, chip, report) -> dict:
+def _figures(config, compiled, chip, report, *, own_batch) -> dict:
   count, batch = report['devices'], report['batch']
   memory, traffic = compiled.memory_analysis(), hlo.count_traffic(compiled.as_text())
   peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -85,6 +93,9 @@ def _figures(config, compiled, chip, report) -> dict:
       'memory': traffic.accessed / chip.hbm_bytes_per_second,
       'links': sum(traffic.collectives.values()) / chip.link_bytes_per_second if chip.link_bytes_per_second else 0.0}
   by = max(seconds, key=seconds.get)
+  mfu = lambda time: nominal.total / count / chip.bf16_flops / time
+  estimate, parts = estimate_step(traffic, chip)
+  steps = config.train.steps
   return {
       'bytes': {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes, 'peak': peak,
                 'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
@@ -92,10 +103,37 @@ def _figures(config, compiled, chip, report) -> dict:
                 'attention': nominal.attention, 'executed': executed.total, 'padded': executed.padded,
                 'padded_convolutions': executed.padded_convolutions, 'padded_attention': executed.padded_attention},
       'collectives': dict(sorted(traffic.collectives.items())),
-      'bound': {'step_seconds': seconds[by], 'mfu': nominal.total / count / chip.bf16_flops / seconds[by], 'by': by,
-                'seconds': seconds, 'cycles': traffic.cycles or None},
-      'chip_hours': config.train.steps * seconds[by] * count / 3600,
+      'bound': {'step_seconds': seconds[by], 'mfu': mfu(seconds[by]), 'by': by, 'seconds': seconds},
+      'estimate': {'mfu': mfu(estimate['step_seconds']), **estimate},
+      'parts': parts,
+      'run': {'steps': steps, 'crops': steps * batch, 'config_crops': steps * own_batch, 'chip_hours': {
+          name: steps * time * count / 3600
+          for name, time in (('bound', seconds[by]), ('estimate', estimate['step_seconds']))}},
       'crops_per_second_per_host': batch / seconds[by] / report['hosts']}
+
+
+def estimate_step(traffic: hlo.Traffic, chip: chips.Chip) -> tuple[dict, list]:
+  """-> (`estimate` of the report but for its mfu, `parts`): cycles of a step on one chip, and where they are.
+
+  Raises:
+    UserError: the compiler gave no estimate at all.
+  """
+  if not traffic.cycles:
+    raise UserError("the TPU's compiler printed no estimated_cycles, which a plan stands on: take the libtpu that goes "
+                    "with m2l2 (pip install 'm2l2[train,tpu]')")
+  parts, of_kernels = [], 0.0
+  for (scope, kind), cost in traffic.parts.items():
+    cycles = cost.cycles
+    if kind == 'kernel' and cost.flops and not cycles:
+      cycles = chip.clock * max(cost.flops / chip.bf16_flops, cost.accessed / chip.hbm_bytes_per_second)
+      of_kernels += cycles
+    parts.append({'scope': scope, 'kind': kind, 'cycles': cycles, 'bytes': cost.accessed, 'flops': cost.flops,
+                  'mfu': cost.flops / chip.bf16_flops * chip.clock / cycles if cycles else None})
+  cycles = traffic.cycles + of_kernels
+  without = {kind: {'count': cost.count, 'bytes': cost.accessed}
+             for kind, cost in sorted(traffic.unestimated.items(), key=lambda found: -found[1].accessed)}
+  return ({'step_seconds': cycles / chip.clock, 'cycles': cycles, 'clock': chip.clock, 'kernels': of_kernels,
+           'without': without}, sorted(parts, key=lambda part: -part['cycles']))
 
 
 def _compile(config, mesh, say):
@@ -207,6 +245,7 @@ def as_text(report: dict) -> str:
   if not report['fits']:
     return '\n'.join([*lines, f'does not fit: {report["error"]}'])
   sizes, bound, work = report['bytes'], report['bound'], report['flops']
+  estimate, run = report['estimate'], report['run']
   collectives = ', '.join(f'{kind} {size / gib:.2f} GiB' for kind, size in report['collectives'].items()) or 'none'
   seconds = ', '.join(f'{kind} {1e3 * value:.1f} ms' for kind, value in bound['seconds'].items())
   lines += [
@@ -219,10 +258,37 @@ def as_text(report: dict) -> str:
       f'{work["padded_attention"] / work["padded"]:.0%})',
       f'traffic    {sizes["accessed"] / gib:.1f} GiB a chip and step; collectives: {collectives}',
       f'bound      {1e3 * bound["step_seconds"]:.1f} ms a step by {bound["by"]} ({seconds}): MFU at most '
-      f'{bound["mfu"]:.0%}. From published peaks, not a measurement',
-      f'run        {report["chip_hours"]:,.0f} chip-hours at that bound; {report["crops_per_second_per_host"]:.0f} '
-      'crops/s for each host to feed']
+      f'{bound["mfu"]:.0%}. From published peaks',
+      f'estimate   {1e3 * estimate["step_seconds"]:.1f} ms a step by the compiler ({estimate["cycles"] / 1e6:.1f} M '
+      f'cycles at {estimate["clock"] / 1e9:.2f} GHz): MFU {estimate["mfu"]:.0%}. Neither is a measurement',
+      f'           of it Pallas kernels {1e3 * estimate["kernels"] / estimate["clock"]:.1f} ms, not by the compiler '
+      "but from the FLOPs that they say of themselves and their bytes, at the chip's peaks",
+      f'           not in it, for want of an estimate: {_without(estimate)}',
+      f'run        {run["steps"]:,} steps are {run["crops"] / 1e6:,.1f} M crops '
+      f'({run["crops"] / run["config_crops"]:.4g} times those of the config\'s own batch): '
+      f'{run["chip_hours"]["bound"]:,.0f} chip-hours at the bound, {run["chip_hours"]["estimate"]:,.0f} at the '
+      'estimate',
+      f'input      {report["crops_per_second_per_host"]:.0f} crops/s for each host to feed, at the bound',
+      *_table(report['parts'], estimate)]
   return '\n'.join(lines)
+
+
+def _without(estimate) -> str:
+  return ', '.join(f'{kind} ({of["count"]:.0f} times, {of["bytes"] / chips.GIB:.2f} GiB)'
+                   for kind, of in estimate['without'].items()) or 'nothing'
+
+
+def _table(parts, estimate) -> list:
+  """Lines: scope and kind, M cycles, GiB, TFLOP, MFU; the rest, below a hundredth of the cycles, in one."""
+  row = lambda scope, kind, of, mfu: (f'  {scope:44} {kind:14} {of["cycles"] / 1e6:9.2f} '
+                                      f'{of["bytes"] / chips.GIB:7.2f} {of["flops"] / 1e12:7.3f} {mfu:>5}')
+  large = [part for part in parts if part['cycles'] >= estimate['cycles'] / 100]
+  small = [part for part in parts if part['cycles'] < estimate['cycles'] / 100]
+  rest = {name: sum(part[name] for part in small) for name in ('cycles', 'bytes', 'flops')}
+  lines = [f'  {"scope":44} {"operation":14} {"M cycles":>9} {"GiB":>7} {"TFLOP":>7} {"MFU":>5}   as executed']
+  for part in large:
+    lines.append(row(part['scope'], part['kind'], part, f'{part["mfu"]:.0%}' if part['flops'] else ''))
+  return [*lines, row(f'{len(small)} smaller ones', '', rest, '')]
 
 
 def main(config, *, topology, preset=None, batch=None, max_batch=False):

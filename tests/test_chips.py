@@ -24,6 +24,9 @@ def test_tpus_agree_with_jax(name, version, cores):
   assert chip.bf16_flops == pytest.approx(told.bf16_ops_per_second * cores, rel=0.005)
   assert chip.hbm_bytes == pytest.approx(told.hbm_capacity_bytes * cores, rel=0.08)
   assert chip.matrix_unit == told.mxu_column_size
+  # A unit of 128 multiplies and adds once a cycle in each of its places; those of 256 have a peak of twice that.
+  in_a_cycle = 2 * told.num_mxus * cores * chip.matrix_unit**2 * (2 if chip.matrix_unit == 256 else 1)
+  assert chip.clock * in_a_cycle == pytest.approx(chip.bf16_flops, rel=.01)
   if name != 'v5p':
     assert chip.hbm_bytes_per_second == pytest.approx(told.mem_bw_bytes_per_second * cores, rel=0.03)
 

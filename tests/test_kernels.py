@@ -4,6 +4,7 @@ import functools
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -114,6 +115,25 @@ def test_no_masked_work():
   counts = [count_flops(jax.make_jaxpr(functools.partial(attention, num_chunks=2))(*qkv).jaxpr).total
             for attention in (masked_dense_attention, chunk_causal_attention, kernel)]
   assert counts == [counts[0], 0.75 * counts[0], 0.75 * counts[0]] and counts[0] > 0
+
+
+@pytest.mark.parametrize('tokens', [128, 200])
+def test_a_kernel_tells_its_own_flops_and_bytes(tokens):
+  """What no compiler can see inside: those of its products, as `count_flops` counts them, padding to lanes included."""
+  x = jax.ShapeDtypeStruct((2, 2 * tokens, 3, 128), jnp.bfloat16)
+  kernel = functools.partial(pallas_tpu.attention, num_chunks=2)
+  traced = jax.make_jaxpr(lambda q, k, v: jax.vjp(kernel, q, k, v)[1](q))(x, x, x).jaxpr
+  told = [eqn.params['cost_estimate'] for eqn in _equations(traced) if eqn.primitive.name == 'pallas_call']
+  assert len(told) == 2 and sum(cost.flops for cost in told) == count_flops(traced).total > 0
+  array = 2 * 3 * 2 * (-tokens // 128 * -128) * 128 * 2
+  assert sorted(cost.bytes_accessed for cost in told) == [4 * array, 7 * array]
+
+
+def _equations(jaxpr):
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      yield from _equations(inner)
 
 
 # ---- what runs where -----------------------------------------------------------------------------

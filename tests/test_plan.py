@@ -1,16 +1,21 @@
 """`m2l2 plan`: what it says without the TPU's compiler; with it (marker tpu), a whole plan."""
 
 import collections
+import dataclasses
 import json
 import sys
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import cli, plan, sharding
+from m2l2 import chips, cli, hlo, plan, sharding
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
+from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.model.transformer import Transformer
 
 
 @pytest.mark.parametrize('flags,message', [
@@ -54,14 +59,44 @@ def test_the_table_for_people():
       'flops': {'step': 4e13, 'convolutions': 2e13, 'attention': 4e12, 'executed': 5e13, 'padded': 8e13,
                 'padded_convolutions': 4e13, 'padded_attention': 1e13},
       'collectives': {'all-reduce': 2.0**29},
-      'bound': {'step_seconds': .1, 'mfu': .5, 'by': 'compute', 'cycles': 1e8,
+      'bound': {'step_seconds': .1, 'mfu': .5, 'by': 'compute',
                 'seconds': {'compute': .1, 'memory': .04, 'links': .003}},
-      'chip_hours': 1234.5, 'crops_per_second_per_host': 160.0}
+      'estimate': {'step_seconds': .2, 'mfu': .25, 'cycles': 3e8, 'clock': 1.5e9, 'kernels': 3e7,
+                   'without': {'sort': {'count': 3., 'bytes': 2.0**28}}},
+      'parts': [{'scope': 'student/mlp', 'kind': 'product', 'cycles': 2e8, 'bytes': 2.0**30, 'flops': 2e12, 'mfu': .4},
+                {'scope': 'teacher', 'kind': 'copy', 'cycles': 1e6, 'bytes': 2.0**29, 'flops': 0., 'mfu': 0.},
+                {'scope': 'teacher', 'kind': 'sort', 'cycles': 0., 'bytes': 2.0**29, 'flops': 0., 'mfu': None}],
+      'run': {'steps': 800_000, 'crops': 819_200_000, 'config_crops': 12_800_000,
+              'chip_hours': {'bound': 1234.5, 'estimate': 2469.}},
+      'crops_per_second_per_host': 160.0}
   text = plan.as_text(report)
   for part in ('4 chips, 1 hosts', '8.00 of 16 GiB', 'convolutions 50%', 'all-reduce 0.50 GiB', '100.0 ms a step by '
-               'compute', 'MFU at most 50%', '1,234 chip-hours', '160 crops/s'):
+               'compute', 'MFU at most 50%', '200.0 ms a step by the compiler (300.0 M cycles at 1.50 GHz): MFU 25%',
+               'Pallas kernels 20.0 ms', 'want of an estimate: sort (3 times, 0.25 GiB)',
+               '800,000 steps are 819.2 M crops (64 times', '1,234 chip-hours at the bound, 2,469 at the estimate',
+               '160 crops/s'):
     assert part in text
+  table = [line.split() for line in text.splitlines()[-2:]]
+  assert table == [['student/mlp', 'product', '200.00', '1.00', '2.000', '40%'],
+                   ['2', 'smaller', 'ones', '1.00', '1.00', '0.000']]
   assert 'does not fit: too much' in plan.as_text({**report, 'fits': False, 'error': 'too much'})
+
+
+def test_kernels_are_added_from_what_they_say_of_themselves():
+  chip = dataclasses.replace(chips.BY_NAME['v5e'], bf16_flops=1e14, hbm_bytes_per_second=1e12, clock=1e9)
+  traffic = hlo.Traffic(cycles=4e6)
+  traffic.parts['mlp', 'product'] = hlo.Cost(count=1, cycles=4e6, accessed=1e6, flops=2e11)
+  traffic.parts['attention', 'kernel'] = hlo.Cost(count=12, accessed=1e9, flops=6e11)   # by compute: 6 ms
+  traffic.parts['more', 'kernel'] = hlo.Cost(count=1, accessed=2e9, flops=1e11)         # by memory: 2 ms
+  traffic.parts['strange', 'kernel'] = hlo.Cost(count=1, accessed=2e9)                  # tells nothing
+  traffic.unestimated['kernel'] = hlo.Cost(count=1, accessed=2e9)
+  estimate, parts = plan.estimate_step(traffic, chip)
+  assert estimate == {'step_seconds': pytest.approx(.012), 'cycles': pytest.approx(12e6), 'clock': 1e9,
+                      'kernels': pytest.approx(8e6), 'without': {'kernel': {'count': 1, 'bytes': 2e9}}}
+  assert [(part['scope'], part['mfu'] and round(part['mfu'], 3)) for part in parts] == [
+      ('attention', 1.), ('mlp', .5), ('more', .5), ('strange', None)]
+  with pytest.raises(UserError, match='no estimated_cycles'):
+    plan.estimate_step(hlo.Traffic(), chip)
 
 
 # With the TPU's compiler.
@@ -76,7 +111,33 @@ def test_a_whole_plan(preset, kinds, capsys):
   assert 0 < report['bytes']['peak'] < report['bytes']['hbm'] and report['bytes']['accessed'] > 0
   assert report['flops']['padded'] > report['flops']['executed'] > report['flops']['step'] > 0
   assert 'all-reduce' in report['collectives'] and set(report['collectives']) <= kinds | {'collective-permute'}
-  assert 0 < report['bound']['mfu'] < 1 and report['bound']['cycles'] > 0
+  assert 0 < report['estimate']['mfu'] < report['bound']['mfu'] < 1
+  assert report['estimate']['cycles'] == pytest.approx(sum(part['cycles'] for part in report['parts']))
+
+
+@pytest.mark.tpu
+def test_each_layer_costs_as_much_as_the_one_before():
+  """Of a transformer, forward and backward; so large that no layer's activations stay on the chip."""
+  chip, devices = plan._topology('v5e:2x2')
+  one = jax.sharding.SingleDeviceSharding(devices[0])
+
+  def count(layers):
+    make = lambda: Transformer(256, layers=layers, heads=2, mlp_mult=4, tokens=128, chunks=2, remat='products',
+                               rngs=nnx.Rngs(params=jax.random.key(0)))
+    with compiling_for('tpu'):
+      graphdef, params = nnx.split(jax.eval_shape(make))
+      x = jax.ShapeDtypeStruct((64, 2, 128, 256), jnp.bfloat16)
+      loss = lambda params, x: jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
+      placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, x))
+      text = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
+    assert ' while(' in text and 'known_trip_count' not in text
+    traffic = hlo.count_traffic(text)
+    estimate, _ = plan.estimate_step(traffic, chip)
+    return np.array([traffic.cycles, traffic.accessed, estimate['kernels']])
+
+  four, eight, twelve = (count(layers) for layers in (4, 8, 12))
+  np.testing.assert_allclose(eight - four, twelve - eight, rtol=.02)
+  assert (eight > four).all()
 
 
 @pytest.mark.tpu
@@ -107,7 +168,6 @@ def test_too_large_a_batch_does_not_fit():
 @pytest.mark.tpu
 def test_the_denoiser_runs_the_attention_kernel():
   from m2l2 import build
-  from m2l2.kernels.chunk_causal import compiling_for
   config = base.get_config('debug').copy_and_resolve_references().unlock()
   config.model.widths, config.model.head_dim, config.model.dtype = (8, 16, 64, 256), 128, 'bfloat16'
   _, devices = plan._topology('v5e:2x2')

@@ -69,8 +69,18 @@ def _call(kernel, arrays, *, outputs, tokens, num_chunks, interpret):
       functools.partial(kernel, tokens=tokens, num_chunks=num_chunks),
       grid=(b, h), in_specs=[block] * len(arrays), out_specs=[block] * outputs, scratch_shapes=scratch,
       out_shape=[jax.ShapeDtypeStruct((b, h, n, d), arrays[0].dtype)] * outputs, interpret=interpret,
+      cost_estimate=_cost(arrays, outputs, num_chunks),
       compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel')),
       name=f'chunk_causal_{"backward" if outputs > 1 else "forward"}')(*arrays)
+
+
+def _cost(arrays, outputs, num_chunks) -> pl.CostEstimate:
+  """What the compiler cannot see: FLOPs and exponentials of a call, and the bytes that it reads and writes."""
+  b, h, n, d = arrays[0].shape
+  pairs = b * h * sum(rows * keys for _, rows, keys in _blocks(n, num_chunks))
+  products = 2 if outputs == 1 else 5
+  return pl.CostEstimate(flops=2 * products * pairs * d, transcendentals=pairs,
+                         bytes_accessed=(len(arrays) + outputs) * b * h * n * d * arrays[0].dtype.itemsize)
 
 
 def _blocks(length, num_chunks):
