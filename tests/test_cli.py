@@ -5,6 +5,7 @@ Commands run in this process; two tests start the real program.
 
 import ast
 import configparser
+import importlib
 import io
 import json
 import os
@@ -500,6 +501,39 @@ def test_stopped_in_the_middle_leaves_nothing(
   assert len(written) == 1 and len(written[0]) == 1  # there was a temporary file
   assert os.listdir(folder) == [] and before == [
       signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize('moment', ['import', 'collection'])
+def test_a_signal_at_a_bad_moment_waits_for_a_better_one(m2l2, tmp_path, monkeypatch, moment, number, status):
+  done = []
+
+  class Collected:
+    def __del__(self):
+      if not done:
+        done.append('collected')
+        signal.raise_signal(number)
+
+  def facts(path):
+    if moment == 'import':
+      name = f'stopped_by_{number}'
+      (tmp_path / f'{name}.py').write_text(f'import signal; signal.raise_signal({int(number)}); whole = True')
+      monkeypatch.syspath_prepend(tmp_path)
+      done.append(importlib.import_module(name).whole)
+    else:
+      Collected()
+    time.sleep(5)
+    return {}
+
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    monkeypatch.setattr('m2l2.info.facts', facts)
+    began = time.monotonic()
+    result = m2l2('info', 'any')
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert result[0] == status and len(done) == 1 and time.monotonic() - began < 4
+  assert result[2] == ('m2l2: stopped\n' if number == signal.SIGINT else '')
 
 
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
