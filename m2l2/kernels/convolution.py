@@ -55,12 +55,13 @@ def _convolve(x, kernel, padding, exact, dilation):
 
 
 def _forward(x, kernel, padding, exact, dilation):
-  if x.dtype == kernel.dtype or not exact:
-    low = x.astype(kernel.dtype)
-    return _plain(low, kernel, padding, dilation, x.dtype), (low, kernel)
-  low, rest = split(x, kernel.dtype)
-  both = jnp.concatenate([low, rest], axis=-1), jnp.concatenate([kernel, kernel], axis=2)
-  return _plain(*both, padding, dilation, x.dtype), (low, kernel)
+  low = x.astype(kernel.dtype)
+  out = _plain(low, kernel, padding, dilation, x.dtype)
+  if exact and x.dtype != kernel.dtype:
+    # Not side by side in the channels of one convolution: of some maps the TPU's compiler then crashes.
+    low, rest = split(x, kernel.dtype)
+    out = out + _plain(rest, kernel, padding, dilation, x.dtype)
+  return out, (low, kernel)
 
 
 def _backward(padding, exact, dilation, saved, out_gradient):
