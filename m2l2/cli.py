@@ -80,9 +80,13 @@ def _run(argv) -> int:
       setattr(args, name, [_at_home(one) for one in value])
     setattr(args, name, _at_home(getattr(args, name)))
   _quiet_libraries()
-  logging.getLogger('m2l2.compiling').setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
-  with _stopped_by_signals():
-    args.run(args)
+  waits = logging.getLogger('m2l2.compiling')
+  waits.setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
+  try:
+    with _stopped_by_signals():
+      args.run(args)
+  finally:
+    waits.setLevel(logging.NOTSET)  # whoever goes on in this process did not ask for quiet
   return 0
 
 
