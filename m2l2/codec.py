@@ -19,7 +19,7 @@ import numpy as np
 from m2l2 import build, compilation_cache, encoding, output
 from m2l2.compiling import Told
 from m2l2.data import audio_io
-from m2l2.decoding import REFINE, Sampler
+from m2l2.decoding import Sampler
 from m2l2.errors import UserError
 from m2l2.latents import Latents
 from m2l2.model.bottleneck import FSQ
@@ -86,8 +86,7 @@ class Codec:
     self.consistency = build.consistency(config['consistency'])
     self.native_rates = build.native_rates(config['model'])
     self._bottleneck = self.network.arch.make_bottleneck()
-    expected = jax.eval_shape(lambda: self.network.init(jax.random.key(0)))
-    _check_params(params, expected)
+    _check_params(params, self.network.shapes)
     self.params = jax.device_put(params)
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
     self._programs = compiled_programs(self.sampler, self._bottleneck)
@@ -292,10 +291,10 @@ class Codec:
     if mode == 'parallel':
       pieces = self._parallel(z, draw, chunks, sigmas=sigmas)
     else:
-      sizes = [1] + (z.shape[1] - 1) // _block_chunks() * [_block_chunks()] + [(z.shape[1] - 1) % _block_chunks()]
-      blocks = (z[:, end - size:end] for size, end in zip(sizes, np.cumsum(sizes)) if size)
+      width = _block_chunks()
+      blocks = (z[:, start:start + width] for start in range(0, z.shape[1], width))
       pieces = self._autoregressive(blocks, draw, chunks, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
-                                    width=_block_chunks())
+                                    width=width)
 
     def written():
       for piece in output.on_host(pieces):
@@ -509,29 +508,29 @@ class Codec:
     return draw, self.consistency.schedule(steps)
 
   def _autoregressive(self, blocks, draw, chunks, *, sigmas, sigma_cond, refine, width):
-    """blocks of z [streams, n <= width, K, d], the first of one chunk; chunks int32 [streams] -> audio [streams, C,
-    samples] on the device."""
+    """blocks of z [streams, n <= width, K, d]; chunks int32 [streams] -> audio [streams, C, samples] on the device."""
     sigma_cond = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
     refine = self.consistency.refine if refine is None else bool(refine)
-    how = dict(sigmas=sigmas, refine=refine)
-    blocks = iter(blocks)
-    first = next(blocks, None)
-    if first is None:
-      return
-    audio, state = self._programs.start(self.params, first[:, 0], draw(0, 1), **how)
-    yield audio
-    position = 1
-    for z in blocks:
+    state, position = None, 0
+
+    def advance(z, source):
       count = z.shape[1]
       z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
-      audio, state = self._programs.advance(self.params, state, z, draw(position - 1, width + 1), np.int32(position),
-                                            np.int32(count), chunks, sigma_cond, **how)
-      yield output.Blocks(audio, count)
-      position += count
-    if refine:
-      yield self._programs.finish(self.params, state, draw(position - 1, 1), np.int32(position - 1), chunks, sigma_cond,
-                                  sigmas=sigmas)
-    else:
+      return self._programs.advance(self.params, state, z, source, np.int32(position), np.int32(count), chunks,
+                                    sigma_cond, sigmas=sigmas, refine=refine)
+
+    for z in blocks:
+      if state is None:
+        state = self.sampler.state(self.params, z.shape)
+      audio, state = advance(z, draw(position - 1, width + 1))
+      # With `refine` the audio lags by a chunk: before the first there is none.
+      yield output.Blocks(audio, z.shape[1], skip=self.representation.chunk_samples if refine and not position else 0)
+      position += z.shape[1]
+    if position and refine:
+      last = draw(position - 1, 1)
+      audio, state = advance(np.zeros_like(z[:, :1]), np.repeat(last, width + 1, axis=0) if last.ndim else last)
+      yield output.Blocks(audio, 1, tail=state['tail'])
+    elif position:
       yield state['tail']
 
   def _parallel(self, z, draw, chunks, *, sigmas):
@@ -553,7 +552,7 @@ class Codec:
 
 @functools.lru_cache(maxsize=8)
 def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
-  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, four for decoding.
+  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, one a mode of decoding.
 
   Models that differ in their weights alone, as those of one run, share them. `source` is a seed (uint32) or the noise
   itself, of the chunks that the call needs.
@@ -564,16 +563,9 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
       return source
     return sampler.noise(jax.random.key(source), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
 
-  def start(params, z, source, *, sigmas, refine):
-    return sampler.start(params, z, noise(source, 0, 1, len(sigmas) + 1)[0], sigmas=sigmas, refine=refine)
-
   def advance(params, state, z, source, first, count, chunks, sigma_cond, *, sigmas, refine):
     eps = noise(source, first - 1, z.shape[1] + 1, len(sigmas) + 1)
     return sampler.advance(params, state, z, first, count, chunks, eps, sigma_cond, sigmas=sigmas, refine=refine)
-
-  def finish(params, state, source, last, chunks, sigma_cond, *, sigmas):
-    eps = noise(source, last, 1, len(sigmas) + 1)[0, REFINE]
-    return sampler.finish(params, state, eps, sigma_cond, last < chunks)
 
   def parallel_block(params, state, z, source, first, chunks, *, sigmas):
     lag = len(sigmas) - 1
@@ -586,9 +578,7 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
 
   programs = dict(
       encode_block=jax.jit(encode_block),
-      start=jax.jit(start, static_argnames=('sigmas', 'refine')),
       advance=jax.jit(advance, static_argnames=('sigmas', 'refine')),
-      finish=jax.jit(finish, static_argnames='sigmas'),
       parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
   return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
 

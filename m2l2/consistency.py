@@ -192,7 +192,7 @@ class Consistency:
       x = denoise(noisy, jnp.full(noisy.shape[:2], sigma, jnp.float32))
     return x
 
-  def sample_pair(self, denoise, previous, *, left_noise, right_noises, sigma_cond, sigmas):
+  def sample_pair(self, denoise, previous, *, left_noise, right_noises, sigma_cond, sigmas, first=False):
     """The next chunk of autoregressive decoding.
 
     The chunk before, re-noised once to sigma_cond, stands left of the chunk that is sampled at `sigmas`. With
@@ -202,6 +202,8 @@ class Consistency:
     Args:
       denoise: bound consistency function over [B, 2, ...].
       previous, left_noise: [B, ...]; right_noises: one [B, ...] per level.
+      first: whether there is no chunk before (bool, or a traced one). The chunk is then sampled on the left as well,
+        which sees nothing but itself, and is taken from there; `refined` means nothing.
 
     Returns:
       (refined [B, ...]: `previous` denoised again, current [B, ...]).
@@ -211,10 +213,10 @@ class Consistency:
 
     def denoise_right(x, sigma):
       nonlocal refined
-      level = jnp.broadcast_to(jnp.asarray(sigma_cond, jnp.float32), sigma.shape)
-      out = denoise(jnp.concatenate([left, x], axis=1), jnp.concatenate([level, sigma], axis=1))
+      pair = jnp.concatenate([jnp.where(first, x, left), x], axis=1)
+      out = denoise(pair, jnp.concatenate([jnp.where(first, sigma, sigma_cond), sigma], axis=1))
       refined = out[:, 0]  # the same in every call: left never sees right
-      return out[:, 1:]
+      return jnp.where(first, out[:, :1], out[:, 1:])
 
     current = self.sample(denoise_right, [noise[:, None] for noise in right_noises], sigmas)
     return refined, current[:, 0]

@@ -1,9 +1,9 @@
 """Latents to audio: what the device does, as pure functions of (weights, state, latents, noise).
 
-Decoding goes chunk after chunk (`start`, `advance`, `finish`) or, as CoDiCodec's parallel mode, over all chunks at once
+Decoding goes chunk after chunk (`advance`) or, as CoDiCodec's parallel mode, over all chunks at once
 (`parallel_block`). Either way a call takes the state that the call before left, so that decoding a file, a stream or an
-exported program are the same few functions. Noise belongs to (seed, chunk, role): any way of cutting the work into
-calls gives the same sound.
+exported program are the same few functions, and one compiled program serves the first chunk, all others and the end.
+Noise belongs to (seed, chunk, role): any way of cutting the work into calls gives the same sound.
 """
 
 import dataclasses
@@ -65,45 +65,52 @@ class Sampler:
 
   # Chunk after chunk.
 
-  def start(self, params, z, noise, *, sigmas, refine):
-    """Chunk 0, sampled alone: z [B, K, d], noise [roles, F, T, C] -> (audio [B, channels, samples], state).
+  def state(self, params, shape):
+    """What `step` starts from, for latents of `shape` [B, chunks, K, d]: nothing yet."""
+    rep = self.representation
+    return {'x': np.zeros((shape[0], *self.chunk_shape), np.float32), 'features': self._no_features(params, shape, 1),
+            'tail': np.zeros((shape[0], rep.channels, rep.overlap), np.float32)}
 
-    The audio is empty where the chunk is yet to be refined.
+  def _no_features(self, params, shape, chunks):
+    """Zeros in the place of the features of `chunks` chunks, leaves [B, chunks, ...]."""
+    streams, _, *embeddings = shape
+    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
+    return jax.tree.map(lambda leaf: np.zeros((streams, chunks, *leaf.shape[2:]), leaf.dtype),
+                        jax.eval_shape(self._decode, params, one))
+
+  @property
+  def _decode(self):
+    """network.decode, traced once for all that ask for the same shapes."""
+    return _jitted(self.network.decode)
+
+  def step(self, params, state, z, index, left_noise, noise, sigma_cond, *, sigmas, refine, chunks=None):
+    """Chunk `index`: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
+
+    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state). So with
+    `refine` a stream of n chunks takes n + 1 steps, the last with whatever latents: a left chunk never sees its right
+    one. What the last frames add beyond their chunk is the state's 'tail' then. The audio is silence before chunk 0
+    and, with `chunks` int [B], past the end of a stream that is shorter than others. A model that sees one chunk at a
+    time denoises both apart.
     """
     rep, process = self.representation, self.consistency
-    features = self.network.decode(params, z[:, None])
-    noises = [jnp.broadcast_to(eps, (z.shape[0], 1, *eps.shape)) for eps in _of_steps(noise, sigmas)]
-    x = process.sample(self.denoiser(params, features), noises, sigmas)
-    tail = jnp.zeros((z.shape[0], rep.channels, rep.overlap), jnp.float32)
-    audio, tail = (tail[..., :0], tail) if refine else rep.synthesise(x, tail)
-    return audio, {'x': x[:, 0], 'features': features, 'tail': tail}
-
-  def step(self, params, state, z, left_noise, noise, sigma_cond, *, sigmas, refine, sounding=None):
-    """The next chunk: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
-
-    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state). The audio is
-    silence where `sounding`, bool [B], is false: past the end of a stream that is shorter than others. A model that
-    sees one chunk at a time denoises both apart.
-    """
-    rep = self.representation
-    b = z.shape[0]
-
-    def spread(eps):
-      return jnp.broadcast_to(eps, (b, *eps.shape))
-
-    current = self.network.decode(params, z[:, None])
-    right_noises = [spread(eps) for eps in _of_steps(noise, sigmas)]
+    first = index == 0
+    spread = lambda eps: jnp.broadcast_to(eps, (z.shape[0], *eps.shape))
+    current = self._decode(params, z[:, None])
+    noises = [spread(eps) for eps in _of_steps(noise, sigmas)]
     if self.network.arch.chunks == 1:
-      refined = self._refine(params, state, left_noise, sigma_cond)[:, 0]
-      x = self.consistency.sample(self.denoiser(params, current), [eps[:, None] for eps in right_noises], sigmas)[:, 0]
+      before = state['x'][:, None]
+      noisy = process.add_noise(before, spread(left_noise)[:, None], sigma_cond)
+      level = jnp.full(before.shape[:2], sigma_cond, jnp.float32)
+      refined = self.denoiser(params, state['features'])(noisy, level)[:, 0]
+      x = process.sample(self.denoiser(params, current), [eps[:, None] for eps in noises], sigmas)[:, 0]
     else:
-      pair = jax.tree.map(lambda *two: jnp.concatenate(two, axis=1), state['features'], current)
-      refined, x = self.consistency.sample_pair(
-          self.denoiser(params, pair), state['x'], left_noise=spread(left_noise), right_noises=right_noises,
-          sigma_cond=sigma_cond, sigmas=sigmas)
-    done = refined if refine else x
-    if sounding is not None:
-      done = jnp.where(sounding[:, None, None, None], done, 0.0)
+      pair = jax.tree.map(lambda left, right: jnp.concatenate([jnp.where(first, right, left), right], axis=1),
+                          state['features'], current)
+      refined, x = process.sample_pair(self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
+                                       right_noises=noises, sigma_cond=sigma_cond, sigmas=sigmas, first=first)
+    done, position = (refined, index - 1) if refine else (x, index)
+    sounding = (position >= 0) & (True if chunks is None else position < chunks)
+    done = jnp.where(jnp.reshape(sounding, (-1, 1, 1, 1)), done, 0.0)
     audio, tail = rep.synthesise(done[:, None], state['tail'])
     return audio, {'x': x, 'features': current, 'tail': tail}
 
@@ -119,30 +126,13 @@ class Sampler:
     def body(i, carry):
       state, audio = carry
       here = jax.lax.dynamic_index_in_dim(z, i, axis=1, keepdims=False)
-      out, state = self.step(
-          params, state, here, noise[i, REFINE], noise[i + 1], sigma_cond, sigmas=sigmas, refine=refine,
-          sounding=start + i - bool(refine) < chunks)
+      out, state = self.step(params, state, here, start + i, noise[i, REFINE], noise[i + 1], sigma_cond,
+                             sigmas=sigmas, refine=refine, chunks=chunks)
       return state, audio.at[:, i].set(out)
 
     audio = jnp.zeros((b, n, rep.channels, rep.chunk_samples), jnp.float32)
     state, audio = jax.lax.fori_loop(0, count, body, (state, audio))
     return audio, state
-
-  def finish(self, params, state, noise, sigma_cond, sounding=None):
-    """The last chunk, refined by a one-chunk call: exact, as a left chunk never sees its right one.
-
-    -> audio [B, channels, chunk_samples + overlap]; `sounding` as for `step`.
-    """
-    x = self._refine(params, state, noise, sigma_cond)
-    if sounding is not None:
-      x = jnp.where(sounding[:, None, None, None, None], x, 0.0)
-    return jnp.concatenate(self.representation.synthesise(x, state['tail']), axis=-1)
-
-  def _refine(self, params, state, noise, sigma_cond):
-    """The state's chunk denoised again, alone, with noise [F, T, C]: [B, 1, F, T, C]."""
-    x = state['x'][:, None]
-    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)
-    return self.denoiser(params, state['features'])(noisy, jnp.full(x.shape[:2], sigma_cond, jnp.float32))
 
   # All chunks at once. The state: what `sample_staggered` carries, the 'features' of the last chunks (those that
   # later steps still need), and the 'tail' of the synthesis.
@@ -150,12 +140,9 @@ class Sampler:
   def parallel_state(self, params, shape, lag):
     """Nothing yet, for latents of `shape` [B, chunks, K, d] and `lag` + 1 steps."""
     rep = self.representation
-    streams, _, *embeddings = shape
-    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
-    features = jax.eval_shape(self.network.decode, params, one)
-    return {'carried': tuple(np.zeros((streams, *self.chunk_shape), np.float32) for _ in range(lag)),
-            'features': jax.tree.map(lambda leaf: np.zeros((streams, lag, *leaf.shape[2:]), leaf.dtype), features),
-            'tail': np.zeros((streams, rep.channels, rep.overlap), np.float32)}
+    return {'carried': tuple(np.zeros((shape[0], *self.chunk_shape), np.float32) for _ in range(lag)),
+            'features': self._no_features(params, shape, lag),
+            'tail': np.zeros((shape[0], rep.channels, rep.overlap), np.float32)}
 
   def parallel_block(self, params, state, z, start, chunks, noise, *, sigmas):
     """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
@@ -177,6 +164,11 @@ class Sampler:
     audio, tail = rep.synthesise(x, state['tail'])
     last = jax.tree.map(lambda leaf: leaf[:, m:], features)
     return audio, {'carried': carried, 'features': last, 'tail': tail}
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(function):
+  return jax.jit(function)
 
 
 def _roles(sigmas):

@@ -1,7 +1,7 @@
 """A snapshot as portable programs: StableHLO and weights that JAX alone runs, without m2l2.
 
-A folder holds four programs (encode, start, step, finish: those of `encoding` and `decoding`, lowered for CPU, CUDA and
-TPU, for any batch), weights.npz, about.json with the few numbers it takes to call them, and load.py, which does.
+A folder holds two programs (encode, step: those of `encoding` and `decoding`, lowered for CPU, CUDA and TPU, for any
+batch), weights.npz, about.json with the few numbers it takes to call them, and load.py, which does.
 """
 
 import json
@@ -33,7 +33,7 @@ class Model:
     self.about = json.loads((folder / 'about.json').read_text())
     self.weights = {name: jnp.asarray(array) for name, array in np.load(folder / 'weights.npz').items()}
     self.run = {name: jax.jit(jax.export.deserialize((folder / f'{name}.stablehlo').read_bytes()).call)
-                for name in ('encode', 'start', 'step', 'finish')}
+                for name in ('encode', 'step')}
 
   def encode(self, audio):  # -> [batch, chunks, K, d]
     a, n = self.about, audio.shape[-1] + self.about['lead']
@@ -47,12 +47,15 @@ class Model:
 
   def decode(self, z, seed=0):  # any number of samples may be cut off its end
     seed, sigma = np.uint32(seed), np.float32(self.about['sigma_cond'])
-    audio, state = self.run['start'](self.weights, z[:, 0], seed)
-    pieces = [audio]
-    for i in range(1, z.shape[1]):  # one chunk a call: play each piece as it comes
+    batch, pieces = z.shape[0], []
+    state = [jnp.zeros((batch, *shape), dtype) for shape, dtype in self.about['state']]
+    if self.about['refine']:  # a step gives the chunk before, refined: one more for the last
+      z = jnp.pad(z, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    for i in range(z.shape[1]):  # one chunk a call: play each piece as it comes
       audio, state = self.run['step'](self.weights, state, z[:, i], seed, np.int32(i), sigma)
       pieces.append(audio)
-    pieces.append(self.run['finish'](self.weights, state, seed, np.int32(z.shape[1] - 1), sigma))
+    pieces = pieces[1:] if self.about['refine'] else pieces
+    pieces.append(state[self.about['tail']])
     return jnp.clip(jnp.concatenate(pieces, axis=-1)[..., self.about['lead']:], -1, 1)
 '''
 
@@ -65,12 +68,13 @@ def portable(config) -> dict:
 def programs(codec, *, platforms=PLATFORMS) -> dict:
   """{name: jax.export.Exported} of a codec made from a `portable` config, for any batch b.
 
-  weights is a flat dict of float32 arrays, state a pytree; seed uint32, index int32 and sigma_cond float32 are scalars.
+  weights is a flat dict of float32 arrays, state a list of arrays [b, ...], zeros at first (`first_state` tells which);
+  seed uint32, index int32 and sigma_cond float32 are scalars.
 
     encode(weights, audio [b, channels, chunk_samples + overlap], frames int32) -> z [b, K, d]
-    start(weights, z [b, K, d], seed) -> (audio [b, channels, n], state)
     step(weights, state, z [b, K, d], seed, index, sigma_cond) -> (audio [b, channels, chunk_samples], state)
-    finish(weights, state, seed, index of the last chunk, sigma_cond) -> audio [b, channels, n]
+
+  A step is `Sampler.step`: with `refine` it gives the chunk before, and one step more gives the last.
   """
   sampler, process, arch = codec.sampler, codec.consistency, codec.network.arch
   names, treedef = [name for name, _ in _leaves(codec.params)], jax.tree.structure(codec.params)
@@ -86,17 +90,13 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
   def encode(weights, audio, frames):
     return codec.encode_fn(nested(weights), audio, frames)[:, 0]
 
-  def start(weights, z, seed):
-    return sampler.start(nested(weights), z, noise(seed, jnp.int32(0)), sigmas=sigmas, refine=refine)
+  first, structure = jax.tree.flatten(first_state(codec))
 
   def step(weights, state, z, seed, index, sigma_cond):
-    return sampler.step(nested(weights), state, z, noise(seed, index - 1)[decoding.REFINE], noise(seed, index),
-                        sigma_cond, sigmas=sigmas, refine=refine)
-
-  def finish(weights, state, seed, index, sigma_cond):
-    if not refine:
-      return state['tail']
-    return sampler.finish(nested(weights), state, noise(seed, index)[decoding.REFINE], sigma_cond)
+    left_noise = noise(seed, jnp.maximum(index - 1, 0))[decoding.REFINE]
+    audio, state = sampler.step(nested(weights), jax.tree.unflatten(structure, state), z, index, left_noise,
+                                noise(seed, index), sigma_cond, sigmas=sigmas, refine=refine)
+    return audio, jax.tree.leaves(state)
 
   rep = codec.representation
   batch, = jax.export.symbolic_shape('b')
@@ -111,24 +111,29 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
 
   with compiling_for('cpu'):
     export(encode, weights, audio, index)
-    export(start, weights, z, seed)
-    state = made['start'].out_tree.unflatten(made['start'].out_avals)[1]
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    state = [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in first]
     export(step, weights, state, z, seed, index, sigma)
-    export(finish, weights, state, seed, index, sigma)
   return made
+
+
+def first_state(codec) -> dict:
+  """The state that decoding of one stream starts from."""
+  arch = codec.network.arch
+  return codec.sampler.state(codec.params, (1, 1, arch.num_latents, arch.latent_dim))
 
 
 def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLATFORMS):
   """Writes the folder `target`. Raises UserError: it is there already, or cannot be written."""
   check_target(target)
   rep, process = codec.representation, codec.consistency
+  state = jax.tree_util.tree_leaves_with_path(first_state(codec))
   about = {
       'fingerprint': codec.fingerprint, 'sample_rate': codec.native_rates[0], 'native_rates': list(codec.native_rates),
       'channels': rep.channels, 'latents': [codec.network.arch.num_latents, codec.network.arch.latent_dim],
       'chunk_samples': rep.chunk_samples, 'overlap': rep.overlap, 'hop': rep.hop, 'frames': rep.frames,
       'lead': rep.layout(1).lead, 'sigma_cond': process.sigma_cond, 'steps': process.steps, 'refine': process.refine,
-      'platforms': list(platforms), **(extra or {})}
+      'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for _, leaf in state],
+      'tail': [_name(path) for path, _ in state].index('tail'), 'platforms': list(platforms), **(extra or {})}
   made = programs(codec, platforms=platforms)
   temporary = audio_io.temporary(os.path.realpath(target))
   try:
@@ -157,8 +162,11 @@ def check_target(target):
 
 def _leaves(params):
   """[(name, leaf)] in the order of the tree."""
-  return [('/'.join(str(entry.key) for entry in path), leaf)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+  return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _name(path):
+  return '/'.join(str(getattr(entry, 'key', getattr(entry, 'idx', None))) for entry in path)
 
 
 def _write(folder, name, data: bytes):

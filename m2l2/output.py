@@ -12,17 +12,19 @@ from m2l2.representation import Layout
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Audio on the device of which the host wants a part: `count` of [streams, n, C, samples of a chunk], or what
-  follows the first `skip` samples of [streams, C, samples]."""
+  """Audio on the device of which the host wants a part: [streams, C, samples], or the first `count` of [streams, n, C,
+  samples of a chunk]; less the first `skip` samples, and with the `tail` [streams, C, samples] behind it."""
   audio: jax.Array
   count: int | None = None
   skip: int = 0
+  tail: jax.Array | None = None
 
   def __array__(self, dtype=None, copy=None):
     audio = np.asarray(self.audio)
     if self.count is not None:
       audio = np.moveaxis(audio[:, :self.count], 1, 2).reshape(len(audio), audio.shape[2], -1)
-    return audio[:, :, self.skip:]
+    audio = audio[:, :, self.skip:]
+    return audio if self.tail is None else np.concatenate([audio, np.asarray(self.tail)], axis=2)
 
 
 def on_host(pieces: Iterable) -> Iterator[np.ndarray]:

@@ -53,7 +53,7 @@ def make_params(config, *, seed=0):
       return np.float32(name == 'ones') + np.float32(0.02) * noise
     return noise * np.float32(np.prod(abstract.shape[:-1]) ** -0.5)
 
-  params = jax.tree.map(draw, jax.eval_shape(net.init, jax.random.key(0)), net.init_names)
+  params = jax.tree.map(draw, net.shapes, net.init_names)
   heads = [params['denoiser']['output'], params['decoder'].get('envelope', {}).get('head')]
   for head in filter(None, heads):  # small enough that no sound is clipped
     head['conv_out']['kernel'] *= np.float32(0.3)

@@ -59,7 +59,7 @@ def _initial(network):
     scale = float(name[7:-1]) if name.startswith('normal') else np.prod(x.shape[:-1]) ** -.5
     return np.asarray(rng.normal(size=x.shape) * scale, x.dtype)
 
-  return jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)), network.init_names)
+  return jax.tree.map(draw, network.shapes, network.init_names)
 
 
 def _spec(network, *lead):
@@ -537,7 +537,7 @@ def test_codicodec_has_the_parameter_counts_of_the_original():
                latent_dim=4, strides=((2, 2), (4, 1), (2, 2)), bottleneck='fsq',
                denoiser_registers=8, latents_in_denoiser=True)
   network = build.network(model)
-  params = jax.eval_shape(network.init, jax.random.key(0))
+  params = network.shapes
   encoder, decoder, denoiser = (params[name] for name in ('encoder', 'decoder', 'denoiser'))
   # Theirs, less what they store and never use (the transformers' linear_input and so on).
   expected = {
@@ -565,7 +565,7 @@ def test_codicodec_has_the_parameter_counts_of_the_original():
 @pytest.mark.parametrize('remat, kinds', [('none', set()), ('products', {1}), ('blocks', {1}), ('full', {1, 2})])
 def test_remat_wraps_what_it_says(remat, kinds):
   network = _network(remat=remat)
-  params = jax.eval_shape(network.init, jax.random.key(0))
+  params = network.shapes
   jaxpr = jax.make_jaxpr(network.encode)(params, _spec(network, 1, 1)).jaxpr
   depths = set()
 
@@ -588,7 +588,7 @@ def test_products_are_kept_and_blocks_computed_again():
   flops = {}
   for remat in ('none', 'products', 'blocks'):
     network = _network(remat=remat)
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = network.shapes
     loss = lambda params, spec, network=network: jnp.sum(network.encode(params, spec))
     flops[remat] = count_flops(jax.make_jaxpr(jax.grad(loss))(params, _spec(network, 1, 1)).jaxpr)
   none, products, blocks = (flops[remat] for remat in flops)
@@ -642,7 +642,7 @@ def test_without_cross_connections_only_the_latents_tell_the_denoiser():
   out = denoise(params, spec, sigma, {'z': z})
   assert _differ(denoise(params, spec, sigma, {'z': 0 * z}), out) > 1e-4
   with_envelope = _network(cross_connections=False, latents_in_denoiser=True, envelope=True)
-  shapes = jax.eval_shape(with_envelope.decode, jax.eval_shape(with_envelope.init, jax.random.key(0)),
+  shapes = jax.eval_shape(with_envelope.decode, with_envelope.shapes,
                           jax.ShapeDtypeStruct((1, 2, 8, with_envelope.arch.latent_dim), jnp.float32))
   assert set(shapes) == {'z', 'log_magnitude'}
 

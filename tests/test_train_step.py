@@ -53,7 +53,7 @@ def _toy_denoise(params, x, sigma, features):
 
 TOY = Network(arch=types.SimpleNamespace(chunks=2, make_bottleneck=Tanh), init=_toy_init,
               encode=_toy_encode, decode=_toy_decode, denoise=_toy_denoise, logical_axes={},
-              init_names={})
+              init_names={}, shapes={})
 
 
 def _functions(*, network=TOY, **fields):

@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from m2l2.kernels import pallas_tpu
-
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'pallas_tpu')
 _PLATFORMS = {'xla': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'pallas_tpu': ('tpu',)}
+_LANES = 128  # head dimensions of the TPU's kernel are multiples of it
 _target = contextvars.ContextVar('target', default=None)
 
 
@@ -78,6 +77,7 @@ def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec
     impl = _fastest(q)
   with jax.named_scope(f'chunk_causal_attention_{impl}'):
     if impl == 'pallas_tpu':
+      from m2l2.kernels import pallas_tpu  # Pallas takes a third of a second to import
       return _on_mesh(functools.partial(pallas_tpu.attention, num_chunks=num_chunks), spec)(q, k, v)
     if impl == 'xla':
       return _xla(q, k, v, num_chunks)
@@ -89,7 +89,7 @@ def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec
 
 def _fastest(q) -> str:
   here = platform()
-  if here == 'tpu' and q.shape[-1] % pallas_tpu.LANES == 0:
+  if here == 'tpu' and q.shape[-1] % _LANES == 0:
     return 'pallas_tpu'
   if here == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
     return 'cudnn'

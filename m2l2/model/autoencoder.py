@@ -198,6 +198,8 @@ class Network:
   encode(params, spec [B, S, F, T, 2C]) -> [B, S, L, Z] float32, before the bottleneck
   decode(params, z [B, S, L, Z]) -> features: {'maps'?: (...), 'z'?, 'log_magnitude'?}, every leaf [B, S, ...]
   denoise(params, x [B, S, F, T, 2C], sigma [B, S], features) -> raw output [B, S, F, T, 2C] float32
+
+  shapes: of params, as jax.ShapeDtypeStruct: what tracing `init` would tell.
   """
   arch: Architecture
   init: Callable
@@ -206,6 +208,7 @@ class Network:
   denoise: Callable
   logical_axes: dict
   init_names: dict
+  shapes: dict
 
 
 @functools.lru_cache(maxsize=8)  # equal networks are one: what was compiled for it serves again
@@ -245,4 +248,5 @@ def make_network(arch: Architecture) -> Network:
       arch=arch,
       init=lambda key: draw_all(key, shapes, inits),
       encode=part('encoder'), decode=decode, denoise=part('denoiser'),
-      logical_axes=of_variables(stacked_axes), init_names=of_variables(lambda v: v.get_metadata('init').name))
+      logical_axes=of_variables(stacked_axes), init_names=of_variables(lambda v: v.get_metadata('init').name),
+      shapes=shapes)
