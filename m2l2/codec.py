@@ -491,18 +491,21 @@ class Codec:
                          sample_rate=latents.sample_rate, num_samples=latents.num_samples, clip=clip)
 
   def _sampling(self, seed, *, mode, steps, noise, chunks):
-    """-> (draw, the noise levels of the steps). draw(first, count) is the `source` of that many chunks' noise."""
+    """-> (draw, the noise levels of the steps). draw(first, count, needed) is the noise [count, steps + 1, F, T, C] of
+    so many chunks, of which the first `needed` mean something, but for any before chunk 0."""
     if steps is None:
       steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
     if noise is None:
-      return lambda first, count: np.uint32(seed), self.consistency.schedule(steps)
+      draw = lambda first, count, needed: self._programs.noise(
+          np.uint32(seed), np.int32(first), count=count, roles=steps + 1)
+      return draw, self.consistency.schedule(steps)
     noise = np.asarray(noise, np.float32)
     if noise.shape[1:] != (steps + 1, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
       wanted = ['chunks' if chunks is None else chunks, steps + 1, *self.sampler.chunk_shape]
       raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
 
-    def draw(first, count):
-      if chunks is None and first + count > len(noise):
+    def draw(first, count, needed):
+      if chunks is None and first + needed > len(noise):
         raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
       return noise[np.clip(first + np.arange(count), 0, len(noise) - 1)]
     return draw, self.consistency.schedule(steps)
@@ -513,22 +516,22 @@ class Codec:
     refine = self.consistency.refine if refine is None else bool(refine)
     state, position = None, 0
 
-    def advance(z, source):
+    def advance(z, needed):
       count = z.shape[1]
       z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
-      return self._programs.advance(self.params, state, z, source, np.int32(position), np.int32(count), chunks,
-                                    sigma_cond, sigmas=sigmas, refine=refine)
+      noise = draw(position - 1, width + 1, needed)
+      return self._programs.advance(self.params, state, z, np.int32(position), np.int32(count), chunks, noise,
+                                    sigma_cond, np.bool_(refine), sigmas=sigmas)
 
     for z in blocks:
       if state is None:
         state = self.sampler.state(self.params, z.shape)
-      audio, state = advance(z, draw(position - 1, width + 1))
+      audio, state = advance(z, z.shape[1] + 1)
       # With `refine` the audio lags by a chunk: before the first there is none.
       yield output.Blocks(audio, z.shape[1], skip=self.representation.chunk_samples if refine and not position else 0)
       position += z.shape[1]
     if position and refine:
-      last = draw(position - 1, 1)
-      audio, state = advance(np.zeros_like(z[:, :1]), np.repeat(last, width + 1, axis=0) if last.ndim else last)
+      audio, state = advance(np.zeros_like(z[:, :1]), 1)
       yield output.Blocks(audio, 1, tail=state['tail'])
     elif position:
       yield state['tail']
@@ -544,33 +547,29 @@ class Codec:
     for start in range(0, longest + lag, width):
       block = z[:, start:start + width]
       block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
+      noise = draw(start - lag, width + lag, width + lag)
       audio, state = self._programs.parallel_block(
-          self.params, state, block, draw(start - lag, width + lag), np.int32(start), chunks, sigmas=sigmas)
+          self.params, state, block, np.int32(start), chunks, noise, sigmas=sigmas)
       yield output.Blocks(audio, skip=max(lag - start, 0) * rep.chunk_samples)  # what lies before chunk 0
     yield state['tail']
 
 
 @functools.lru_cache(maxsize=8)
 def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
-  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, one a mode of decoding.
+  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, one a mode of decoding,
+  and the noise of the chunks that a call of these needs.
 
-  Models that differ in their weights alone, as those of one run, share them. `source` is a seed (uint32) or the noise
-  itself, of the chunks that the call needs.
+  Models that differ in their weights alone, as those of one run, share them.
   """
 
-  def noise(source, first, count, roles):
-    if source.ndim:
-      return source
-    return sampler.noise(jax.random.key(source), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
+  def noise(seed, first, *, count, roles):
+    return sampler.noise(jax.random.key(seed), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
 
-  def advance(params, state, z, source, first, count, chunks, sigma_cond, *, sigmas, refine):
-    eps = noise(source, first - 1, z.shape[1] + 1, len(sigmas) + 1)
-    return sampler.advance(params, state, z, first, count, chunks, eps, sigma_cond, sigmas=sigmas, refine=refine)
+  def advance(params, state, z, first, count, chunks, noise, sigma_cond, refine, *, sigmas):
+    return sampler.advance(params, state, z, first, count, chunks, noise, sigma_cond, sigmas=sigmas, refine=refine)
 
-  def parallel_block(params, state, z, source, first, chunks, *, sigmas):
-    lag = len(sigmas) - 1
-    eps = noise(source, first - lag, z.shape[1] + lag, len(sigmas) + 1)
-    return sampler.parallel_block(params, state, z, first, chunks, eps, sigmas=sigmas)
+  def parallel_block(params, state, z, first, chunks, noise, *, sigmas):
+    return sampler.parallel_block(params, state, z, first, chunks, noise, sigmas=sigmas)
 
   def encode_block(params, audio, frames):
     return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
@@ -578,7 +577,8 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
 
   programs = dict(
       encode_block=jax.jit(encode_block),
-      advance=jax.jit(advance, static_argnames=('sigmas', 'refine')),
+      noise=jax.jit(noise, static_argnames=('count', 'roles')),
+      advance=jax.jit(advance, static_argnames='sigmas'),
       parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
   return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
 

@@ -90,7 +90,7 @@ class Sampler:
     `refine` a stream of n chunks takes n + 1 steps, the last with whatever latents: a left chunk never sees its right
     one. What the last frames add beyond their chunk is the state's 'tail' then. The audio is silence before chunk 0
     and, with `chunks` int [B], past the end of a stream that is shorter than others. A model that sees one chunk at a
-    time denoises both apart.
+    time denoises both apart. `refine`: a bool, or a traced one: one program serves both.
     """
     rep, process = self.representation, self.consistency
     first = index == 0
@@ -98,21 +98,25 @@ class Sampler:
     current = self._decode(params, z[:, None])
     noises = [spread(eps) for eps in _of_steps(noise, sigmas)]
     if self.network.arch.chunks == 1:
-      before = state['x'][:, None]
-      noisy = process.add_noise(before, spread(left_noise)[:, None], sigma_cond)
-      level = jnp.full(before.shape[:2], sigma_cond, jnp.float32)
-      refined = self.denoiser(params, state['features'])(noisy, level)[:, 0]
+      refined = jax.lax.cond(refine, lambda x: self._refined(params, state['features'], x, left_noise, sigma_cond),
+                             lambda x: x, state['x'])
       x = process.sample(self.denoiser(params, current), [eps[:, None] for eps in noises], sigmas)[:, 0]
     else:
       pair = jax.tree.map(lambda left, right: jnp.concatenate([jnp.where(first, right, left), right], axis=1),
                           state['features'], current)
       refined, x = process.sample_pair(self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
                                        right_noises=noises, sigma_cond=sigma_cond, sigmas=sigmas, first=first)
-    done, position = (refined, index - 1) if refine else (x, index)
+    done, position = jnp.where(refine, refined, x), index - jnp.int32(refine)
     sounding = (position >= 0) & (True if chunks is None else position < chunks)
     done = jnp.where(jnp.reshape(sounding, (-1, 1, 1, 1)), done, 0.0)
     audio, tail = rep.synthesise(done[:, None], state['tail'])
     return audio, {'x': x, 'features': current, 'tail': tail}
+
+  def _refined(self, params, features, x, noise, sigma_cond):
+    """x [B, F, T, C] with noise [F, T, C] put on it, denoised again alone."""
+    noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)[:, None]
+    level = jnp.full(noisy.shape[:2], sigma_cond, jnp.float32)
+    return self.denoiser(params, features)(noisy, level)[:, 0]
 
   def advance(self, params, state, z, start, count, chunks, noise, sigma_cond, *, sigmas, refine):
     """The next `count` <= n chunks, from chunk `start` on: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one

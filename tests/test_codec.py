@@ -647,12 +647,12 @@ def test_streaming_of_tokens_of_nothing_and_of_what_does_not_fit(ancestor, mono)
     list(mono.stream([np.zeros((2, 8, 8), np.float32), np.zeros((8, 8), np.float32)]))
   with pytest.raises(UserError, match='seed'):  # at the call
     ancestor.stream([tokens], seed=-1)
-  noise = np.zeros((1, 2, 128, 16, 4), np.float32)
+  noise = np.zeros((1, 3, 128, 16, 4), np.float32)
   with pytest.raises(UserError, match='noise for 1 chunks, and more have come'):
-    list(ancestor.stream([tokens, tokens], noise=noise))
-  for noise in (1.0, [1.0], np.zeros((1, 3, 128, 16, 4))):
-    with pytest.raises(UserError, match=r"noise must have shape \['chunks', 2"):
-      ancestor.stream([tokens], noise=noise)
+    list(ancestor.stream([tokens, tokens], noise=noise, steps=2))
+  for noise in (1.0, [1.0], np.zeros((1, 2, 128, 16, 4))):
+    with pytest.raises(UserError, match=r"noise must have shape \['chunks', 3"):
+      ancestor.stream([tokens], noise=noise, steps=2)
 
 
 def test_latents_of_another_scale_are_refused(mono):

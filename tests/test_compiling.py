@@ -68,5 +68,5 @@ def test_the_programs_of_a_codec_are_told():
   config = make_config()
   codec = Codec(config=config, params=make_params(config), fingerprint='any')
   programs = vars(codec._programs)
-  assert len(programs) == 3 and all(isinstance(program, Told) for program in programs.values())
+  assert len(programs) == 4 and all(isinstance(program, Told) for program in programs.values())
   assert logging.getLogger('m2l2.compiling').isEnabledFor(logging.WARNING)
