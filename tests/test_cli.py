@@ -553,6 +553,7 @@ def test_what_a_killed_writer_left_is_taken_away_by_the_next_run(name, folder, m
   target = folder / 'made'
   latents = Latents(z=np.zeros((1, 1, 2, 3), np.float32), sample_rate=44100, num_samples=5, channels=1, model='m')
   monkeypatch.setattr(export, 'programs', lambda *args, **options: {})
+  monkeypatch.setattr(export, 'first_state', lambda codec: {'tail': np.zeros((1, 1, 8), np.float32)})
   codec = mock.MagicMock(params={}, config={}, fingerprint='', native_rates=(44100,))
   write = {
       'latents': lambda: latents.save(target), 'report': lambda: report.write_json(target, {}),
