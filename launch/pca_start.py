@@ -39,7 +39,7 @@ def run(argv):
   functions = build.step_functions(config)
   if not functions.network.arch.linear_sketch:
     raise UserError('this config has no linear sketch to be set: model.linear_sketch=(bands, stretches)')
-  params = jax.jit(functions.init)(jax.random.key(config.seed)).params
+  params = jax.jit(functions.network.init)(jax.random.key(config.seed))
   params = with_components(params, *read(config, functions, args.crops))
   save_snapshot(args.output, params=jax.device_get(params), config=json.loads(json.dumps(config.to_dict())), step=0)
 
