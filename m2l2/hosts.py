@@ -6,7 +6,10 @@ watches the others' counters, and a run ends with one line and status 1
 
   - at once, if a collective fails because of the lost process (CPU, mostly);
   - within a few seconds, if a process ended by itself and left its reason;
-  - within --peer_timeout seconds, if it was killed, its machine is gone or hangs.
+  - within --peer_timeout seconds, if it was killed, its machine is gone or hangs;
+  - within STALLED times --peer_timeout, if all live and the training loop of one stands still (a loader that hangs, a
+    device, a collective): the counters carry what each main thread is at. Then WORKDIR/stalled gets the stacks of all
+    threads of all processes.
 
 One case stays JAX's: when process 0 dies, which hosts the store, JAX aborts the others at once
 (SIGABRT, a stack dump). For that, and for `kill -9` of this very process, a shell holds its last
@@ -15,6 +18,9 @@ words: it prints them once the process is gone.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import json
 import os
 import re
 import signal
@@ -28,11 +34,14 @@ from absl import logging
 import jax
 import orbax.checkpoint as ocp
 
+from m2l2 import compilation_cache
 from m2l2.errors import UserError
+from m2l2.watchdog import STANDSTILL, Pace, Watchdog
 
 AGAIN = 'run the same command on all hosts to go on from the last checkpoint'
 LINGER = 3.0  # seconds that process 0 stays after its last line, so that others can end by themselves
 DONE = 'done'
+STALLED = 6  # times --peer_timeout without progress in the loop, and the run is ended: a slow save or step is no reason
 COLLECTIVE_FAILED = re.compile(
   r'gloo|nccl|rccl|peer|heartbeat|coordination|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED', re.I)
 
@@ -121,6 +130,7 @@ def join(*, coordinator=None, num_processes=None, process_id=None, start_timeout
       raise UserError('--multihost found no cluster (TPU pod, GKE, Slurm, Open MPI, Kubernetes): name '
                       'the processes with --coordinator=HOST:PORT --num_processes=N --process_id=I') from error
     raise UserError(f'--multihost: {first_line(error)}') from error
+  compilation_cache.share()
   return Hosts(words, peer_timeout=peer_timeout)
 
 
@@ -148,8 +158,25 @@ def meet(name, *, seconds=3600):
     ocp.multihost.get_barrier_sync_fn()(key=f'm2l2/{name}', timeout_ms=seconds * 1000)
 
 
+@contextlib.contextmanager
+def watched(workdir):
+  """Within it the training loop must move. Gives `progress(step, doing)`, to be called wherever it begins with
+  something (`watchdog.Pace.set`). A run of one process is not watched.
+
+  workdir: gets stalled/, with the stacks of all threads, where the loop stood still.
+  """
+  here = Hosts.here
+  if here is None:
+    yield lambda step, doing: None
+    return
+  yield here.begin_watching(os.path.join(workdir, 'stalled'))
+  here.end_watching()  # not after an error: who waits for a process that fails is told by it
+
+
 class Hosts:
   """This process among the others, watched and watching, from `join` to `leave` or `fail`."""
+
+  here: Hosts | None = None
 
   def __init__(self, words, *, peer_timeout):
     from jax._src import distributed  # the store has no public name yet; Orbax takes it from here too
@@ -157,10 +184,20 @@ class Hosts:
     self._store, self._id, self._count = state.client, state.process_id, state.num_processes
     self._words, self._timeout = words, peer_timeout
     self._ending, self._stop = threading.Lock(), threading.Event()
+    self._name, self._pace, self._stacks = socket.gethostname(), None, ''
+    self._watchdog = Watchdog(limit=STALLED * peer_timeout, window=peer_timeout)
     words.set(f'process {self._id} of {self._count} was ended from outside, most likely because another one '
               f'was lost: {AGAIN}')
     self._thread = threading.Thread(target=self._watch, daemon=True, name='m2l2-hosts')
     self._thread.start()
+    Hosts.here = self
+
+  def begin_watching(self, stacks):
+    self._stacks, self._pace = stacks, Pace()
+    return self._pace.set
+
+  def end_watching(self):
+    self._pace = None
 
   def _say(self, value):
     self._store.key_value_set(f'm2l2/alive/{self._id}', value, allow_overwrite=True)
@@ -172,7 +209,7 @@ class Hosts:
     while not self._stop.wait(min(2.0, self._timeout / 5)):
       beat += 1
       try:
-        self._say(str(beat))
+        self._say(json.dumps(self._heartbeat(beat)))
         values = dict(self._store.key_value_dir_get('m2l2/alive/'))
       except Exception as error:  # mostly JAX itself ends the process then, see above
         if time.monotonic() - answered > self._timeout:
@@ -180,15 +217,34 @@ class Hosts:
         continue
       now = answered = time.monotonic()
       values = {int(key.rsplit('/', 1)[1]): value for key, value in values.items()}
+      beats = {i: json.loads(value) for i, value in values.items() if _is_beat(value)}
       for i, (last, since) in seen.items():
         value = values.get(i, '')
         if value != last:
           seen[i] = value, now
-          if value != DONE and not value.isdigit():
+          if value != DONE and not _is_beat(value):
             self._end(f'process {i} of {self._count} ended ({value}): {AGAIN}', reason=value)
         elif value != DONE and now - since > self._timeout:
           self._end(f'lost process {i} of {self._count}, silent for {now - since:.0f} s: {AGAIN}',
                     reason=f'lost process {i}')
+      still, straggler = self._watchdog.look(beats, now)
+      if still and self._pace:
+        self._end(f'{still}; the stacks of all threads are in {self._stacks}: {AGAIN}', reason=still)
+      if straggler and self._id == 0:
+        logging.warning('%s', straggler)
+
+  def _heartbeat(self, beat) -> dict:
+    pace = self._pace
+    return {'beat': beat, 'host': self._name, **(pace.told() if pace else {})}
+
+  def _write_stacks(self):
+    try:
+      os.makedirs(self._stacks, exist_ok=True)
+      with open(os.path.join(self._stacks, f'process-{self._id:05d}.txt'), 'a', encoding='utf-8') as file:
+        print(time.strftime('%Y-%m-%d %H:%M:%S'), json.dumps(self._heartbeat(0)), file=file, flush=True)
+        faulthandler.dump_traceback(file, all_threads=True)
+    except OSError as error:
+      logging.warning('%s: cannot be written (%s)', self._stacks, error.strerror or error)
 
   def _end(self, line, *, reason):
     """Prints the line and ends this process with status 1, waiting for nobody."""
@@ -202,6 +258,8 @@ class Hosts:
       self._say(reason)
     except Exception:  # there may be no store any more
       pass
+    if reason.startswith(STANDSTILL) and self._stacks:  # after it was said, so that the others write theirs meanwhile
+      self._write_stacks()
     if self._id == 0:  # JAX aborts the others as soon as the store is gone
       time.sleep(2 * LINGER)
     os._exit(1)  # atexit would wait for the others, and saves in the background for ever
@@ -224,9 +282,15 @@ class Hosts:
   def leave(self):
     """The end of a run that went well: waits for the others to get there, too."""
     try:
+      Hosts.here = None
       self._say(DONE)
       self._stop.set()
       self._thread.join(timeout=10)
       jax.distributed.shutdown()
     finally:
       self._words.close()
+
+
+def _is_beat(value) -> bool:
+  """Whether a process lives, as its entry in the store says; any other text but DONE is why it ended."""
+  return value.startswith('{"beat": ')

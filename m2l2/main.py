@@ -14,7 +14,9 @@
   --coordinator=HOST:PORT --num_processes=N --process_id=I
   --start_timeout=300    seconds within which all processes must have come
   --peer_timeout=100     seconds of silence after which a process counts as lost: the others then end
-                         with status 1, and the same command on all hosts goes on with the run
+                         with status 1, and the same command on all hosts goes on with the run. Six
+                         times that without progress in the training loop of one, though all live,
+                         ends the run likewise, with the stacks of all threads in WORKDIR/stalled
   --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
                          0, as for one that is done, unless a script wants to tell them apart
 

@@ -41,7 +41,8 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   Returns:
     dict of JSON types. All bytes and seconds are those of one chip.
       topology, devices, hosts, mesh, preset, batch, fits, and error if it does not fit
-      bytes: arguments (state and batch), temporaries, peak, hbm, accessed (a step's memory traffic)
+      bytes: arguments (state and batch), temporaries of a step, probe (temporaries of a probe, which runs beside state
+        and batch; None where train.probe_every is 0), peak (of either), hbm, accessed (a step's memory traffic)
       flops: of the whole step: step (nominal), of it products, convolutions, attention; executed (recomputation
         and packing included), padded (that, padded to the matrix unit), of it padded_convolutions, padded_attention
       collectives: {kind: bytes of results}
@@ -77,14 +78,22 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
             'fits': compiled is not None}
   if compiled is None:
     return {**report, 'error': error}
-  return {**report, **_figures(config, compiled, chip, report, own_batch=own_batch)}
+  probe = None
+  if config.train.probe_every:
+    probe, error = _compile(config, mesh, say, probe=True)
+    if probe is None:
+      return {**report, 'fits': False, 'error': f'the probe that train.probe_every asks for: {error}'}
+  report |= _figures(config, compiled, probe, chip, report, own_batch=own_batch)
+  sizes = report['bytes']
+  if probe and sizes['arguments'] + sizes['probe'] > sizes['hbm']:  # the compiler knows of the probe's own alone
+    return {**report, 'fits': False, 'error': 'the probe that train.probe_every asks for needs '
+            f'{sizes["probe"] / chips.GIB:.2f} GiB beside state and batch of {sizes["arguments"] / chips.GIB:.2f}'}
+  return report
 
 
-def _figures(config, compiled, chip, report, *, own_batch) -> dict:
+def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
   count, batch = report['devices'], report['batch']
-  memory, traffic = compiled.memory_analysis(), hlo.count_traffic(compiled.as_text())
-  peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes)
+  traffic = hlo.count_traffic(compiled.as_text())
   with compiling_for('tpu'):
     nominal, executed = (timing.step_flops(build.step_functions(variant), batch, unit=chip.matrix_unit)
                          for variant in (timing.plain_model(config), config))
@@ -97,8 +106,7 @@ def _figures(config, compiled, chip, report, *, own_batch) -> dict:
   estimate, parts = estimate_step(traffic, chip)
   steps = config.train.steps
   return {
-      'bytes': {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes, 'peak': peak,
-                'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
+      'bytes': {**memory_of(compiled, probe), 'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
       'flops': {'step': nominal.total, 'products': nominal.products, 'convolutions': nominal.convolutions,
                 'attention': nominal.attention, 'executed': executed.total, 'padded': executed.padded,
                 'padded_convolutions': executed.padded_convolutions, 'padded_attention': executed.padded_attention},
@@ -110,6 +118,17 @@ def _figures(config, compiled, chip, report, *, own_batch) -> dict:
           name: steps * time * count / 3600
           for name, time in (('bound', seconds[by]), ('estimate', estimate['step_seconds']))}},
       'crops_per_second_per_host': batch / seconds[by] / report['hosts']}
+
+
+def memory_of(step, probe=None) -> dict:
+  """Bytes on a chip of a compiled step and, if there is one, a compiled probe: `bytes` of the report up to peak."""
+  memory, probing = step.memory_analysis(), probe and probe.memory_analysis()
+  peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes)
+  if probing:  # the whole state stays while it runs, also the moments that it does not ask for
+    peak = max(peak, memory.argument_size_in_bytes + probing.temp_size_in_bytes + probing.output_size_in_bytes)
+  return {'arguments': memory.argument_size_in_bytes, 'temporaries': memory.temp_size_in_bytes,
+          'probe': probing.temp_size_in_bytes if probing else None, 'peak': peak}
 
 
 def estimate_step(traffic: hlo.Traffic, chip: chips.Chip) -> tuple[dict, list]:
@@ -136,9 +155,9 @@ def estimate_step(traffic: hlo.Traffic, chip: chips.Chip) -> tuple[dict, list]:
            'without': without}, sorted(parts, key=lambda part: -part['cycles']))
 
 
-def _compile(config, mesh, say):
-  """-> (compiled step, '') or (None, why it does not fit)."""
-  say(f'compiling for a batch of {config.train.batch_size}')
+def _compile(config, mesh, say, *, probe=False):
+  """-> (compiled step, or probe, '') or (None, why it does not fit)."""
+  say(f'compiling{" the probe" if probe else ""} for a batch of {config.train.batch_size}')
   # An abstract mesh: with jax.set_mesh the few arrays made while tracing would go to the TPUs that are not there.
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     functions = build.step_functions(config)
@@ -148,8 +167,13 @@ def _compile(config, mesh, say):
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     audio = jax.ShapeDtypeStruct((config.train.batch_size, functions.channels, functions.crop_samples), jnp.float32,
                                  sharding=sharding.batch_sharding(mesh))
-    step = jax.jit(functions.train_step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
-    lowered = step.lower(abstract, {'audio': audio})
+    whole = sharding.replicated(mesh)
+    if probe:  # as m2l2/train.py has it, but for the key
+      ask = lambda params, batch: functions.probe_step(params, batch, jax.random.key(config.seed))
+      lowered = jax.jit(ask, out_shardings=whole).lower(abstract.params, {'audio': audio})
+    else:
+      step = jax.jit(functions.train_step, donate_argnums=0, out_shardings=(shardings, whole))
+      lowered = step.lower(abstract, {'audio': audio})
     try:
       return lowered.compile(), ''
     except Exception as error:
@@ -250,7 +274,8 @@ def as_text(report: dict) -> str:
   seconds = ', '.join(f'{kind} {1e3 * value:.1f} ms' for kind, value in bound['seconds'].items())
   lines += [
       f'memory     {sizes["peak"] / gib:.2f} of {sizes["hbm"] / gib:.0f} GiB a chip: state and batch '
-      f'{sizes["arguments"] / gib:.2f}, temporaries {sizes["temporaries"] / gib:.2f}',
+      f'{sizes["arguments"] / gib:.2f}, temporaries {sizes["temporaries"] / gib:.2f}'
+      + (f', of a probe {sizes["probe"] / gib:.2f}' if sizes['probe'] is not None else ''),
       f'FLOPs      {work["step"] / 1e12:.1f} T a step (convolutions {work["convolutions"] / work["step"]:.0%}, '
       f'attention {work["attention"] / work["step"]:.0%}); executed {work["executed"] / work["step"]:.2f}x, padded to '
       f'the matrix unit {work["padded"] / work["step"]:.2f}x (convolutions '

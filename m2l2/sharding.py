@@ -239,14 +239,21 @@ def put_batch(batch, mesh):
     return jax.tree.map(put, batch)
 
 
-def fetch(tree):
-  """The whole tree as numpy on every process, also where its arrays span several processes."""
+def fetch(tree, *, here: bool = True):
+  """The whole tree as numpy, also where its arrays span several processes, all of which call this.
+
+  The copies are the caller's own: the arrays may be donated right after. here: whether this process wants them; where
+  not, it takes part, and its tree holds None.
+  """
 
   def one(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
       whole = x if x.is_fully_replicated else _gather(x.sharding.mesh)(x)
       x = whole.addressable_data(0)
-    return np.asarray(jax.device_get(x))
+    if not here:
+      return None
+    # A CPU's arrays are shown and not copied, and the next step may write there.
+    return np.array(jax.device_get(x), copy=jax.default_backend() == 'cpu' or None)
 
   return jax.tree.map(one, tree)
 

@@ -8,7 +8,7 @@ A snapshot is complete by itself and holds no code and no pickle. Replacing one 
 crash at any moment the place holds either the old snapshot or the new one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import hashlib
 import json
@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 import re
 import shutil
+import threading
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,80 @@ def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
     digest.update(f'{name} {array.shape} {array.dtype.name}\n'.encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()[:16]
+
+
+# ---- in the background ---------------------------------------------------------------------------
+
+
+class Background:
+  """Saves in a thread of its own, one at a time, while the caller goes on.
+
+  A save that still waits when the next one comes is left out: what people take is the newest, and no more than two
+  copies of the weights are held. What a save raised is raised by the next call here.
+
+    with Background() as background:
+      background.save(lambda: save_snapshot(...))
+  """
+
+  _one = threading.Lock()  # for the whole process: a save that `drop` left behind is over before another run's begins
+
+  def __init__(self):
+    self._change = threading.Condition()
+    self._next: Callable | None = None
+    self._error: BaseException | None = None
+    self._running = self._dropped = False
+
+  def save(self, write: Callable[[], object]):
+    """Calls `write` soon. What it takes along must stay as it is until then."""
+    with self._change:
+      self._raise()
+      self._next = write
+      if not self._running:
+        self._running = True
+        # A daemon: the interpreter's end does not wait for it, and replacing a snapshot survives that.
+        threading.Thread(target=self._run, daemon=True, name='m2l2-snapshot').start()
+
+  def wait(self):
+    """Returns when all is written."""
+    with self._change:
+      self._change.wait_for(lambda: not self._running)
+      self._raise()
+
+  def drop(self):
+    """There is no time: what waits is left out, what is being written is not waited for."""
+    with self._change:
+      self._next, self._dropped = None, True
+
+  def _run(self):
+    with self._one:
+      while True:
+        with self._change:
+          write, self._next = self._next, None
+          if write is None:
+            self._running = False
+            self._change.notify_all()
+            return
+        try:
+          write()
+        except BaseException as error:  # the thread that asked for it shall know
+          self._error = error
+
+  def _raise(self):
+    error, self._error = self._error, None
+    if error:
+      raise error
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, unused_traceback):
+    if self._dropped or error is not None and not isinstance(error, UserError):
+      return
+    try:
+      self.wait()
+    except Exception:
+      if error is None:  # else the first one is what counts
+        raise
 
 
 # ---- nested dicts and flat names ----------------------------------------------------------------

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from m2l2 import build, checkpoint, compilation_cache, hosts, metrics, preflight, sharding, timing
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.listening import Listener
-from m2l2.snapshot import save_snapshot
+from m2l2.snapshot import Background, save_snapshot
+from m2l2.watchdog import COMPUTING, MEASURING, SAVING, WAITING
 
 
 def train(config, workdir, writers=()) -> int:
@@ -24,7 +25,9 @@ def train(config, workdir, writers=()) -> int:
   Args:
     config: as `configs/base.py` makes it.
     workdir: gets config.json, metrics.jsonl, goodput.json, checkpoints/ and snapshot/. With several
-      processes it lies on a file system that all of them share.
+      processes it lies on a file system that all of them share. The snapshot is written while
+      training goes on; several processes that are told to stop, which have little time, leave it
+      as it is and write a checkpoint alone.
     writers: where else the first process's log goes: `metrics.Writer`s or functions, such as
       `lambda step, scalars: wandb.log(scalars, step=step)`.
 
@@ -38,7 +41,6 @@ def train(config, workdir, writers=()) -> int:
   fields, plain, began = config.train, preflight.plain(config), time.time()
   workdir, main = preflight.local(workdir), jax.process_index() == 0
   compilation_cache.use(workdir)
-  key = jax.random.key(config.seed)
 
   # ================================================================================================
   # Mesh, a batch that divides, data that are there
@@ -47,6 +49,7 @@ def train(config, workdir, writers=()) -> int:
   preflight.check(config, shards=sharding.batch_shards(mesh))
   mixture = preflight.find_data(config)
   functions = build.step_functions(config, ravel=sharding.is_one_cpu(mesh))
+  init = lambda: functions.init(jax.random.key(config.seed))
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -54,7 +57,7 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     # Shapes first: nothing is allocated before it is known where it goes
     # ==============================================================================================
-    abstract = jax.eval_shape(functions.init, key)
+    abstract = jax.eval_shape(init)
     placement = sharding.param_shardings(
       abstract.params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
     shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
@@ -92,6 +95,7 @@ def train(config, workdir, writers=()) -> int:
       prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix)
     stack.callback(loader.close)
     loader.check()
+    files = loader.mixture.fingerprint if main else None  # once: it asks for the size of every shard
     batches = Ahead(
       loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
       ahead=fed.device_prefetch)
@@ -109,12 +113,12 @@ def train(config, workdir, writers=()) -> int:
       logging.info('going on from step %d in %s', first, workdir)
       for difference in checkpoint.config_differences(restored.config, plain):
         logging.warning('this run differs from the one it continues in %s', difference)
-      if position['files'] != loader.mixture.fingerprint:
+      if main and position['files'] != files:
         logging.warning('the files at data.root are not those of the run so far: '
                         'the order of samples changes from here on')
     else:
       start = preflight.load_weights(fields.init_from, abstract.params) if fields.init_from else None
-      state = jax.jit(functions.init, out_shardings=shardings)(key)
+      state = jax.jit(init, out_shardings=shardings)()
       if start:
         logging.info('weights from step %d of %s', start.step, fields.init_from)
         state = _with_weights_of(start, state, shardings)
@@ -133,12 +137,18 @@ def train(config, workdir, writers=()) -> int:
       sharding=sharding.batch_sharding(mesh))
     logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compiling = time.perf_counter()
-    compiled = lambda step: jax.jit(step, donate_argnums=0, out_shardings=(packed, whole)).lower(
-      state, {'audio': audio}).compile(compiler_options=build.compiler_options(config))
-    train_step = compiled(functions.train_step) if functions.head_start < fields.steps else None
-    head_step = compiled(functools.partial(functions.train_step, head=True)) if first < functions.head_start else None
-    _log_memory(train_step or head_step, seconds=time.perf_counter() - compiling)
-    probe_step = jax.jit(functions.probe_step, out_shardings=whole)
+    compiled = lambda program, *args, **options: jax.jit(program, **options).lower(*args).compile(
+      compiler_options=build.compiler_options(config))
+    update = lambda program: compiled(
+      program, state, {'audio': audio}, donate_argnums=0, out_shardings=(packed, whole))
+    train_step = update(functions.train_step) if functions.head_start < fields.steps else None
+    head_step = update(functools.partial(functions.train_step, head=True)) if first < functions.head_start else None
+    probe = lambda params, batch, step: functions.probe_step(
+      params, batch, jax.random.fold_in(jax.random.key(config.seed), step))
+    probes = fields.probe_every and fields.steps // fields.probe_every > first // fields.probe_every
+    probe_step = compiled(probe, state.params, {'audio': audio}, state.step, out_shardings=whole) if probes else None
+    sharding.fetch(functions.unpack(state.ema), here=False)  # what saving needs of the devices is compiled now, too
+    _log_memory([train_step or head_step, probe_step], seconds=time.perf_counter() - compiling)
     hosts.meet('compiled')
 
     # ==============================================================================================
@@ -173,37 +183,47 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     step, line, rows, rejected = first, None, None, 0
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
+    snapshots = stack.enter_context(Background())
+    progress = stack.enter_context(hosts.watched(workdir))
     while True:
       stopping = step < fields.steps and stop.reached(step)
+      hurried = stopping and jax.process_count() > 1  # preempted, most likely: there is time for a checkpoint alone
       due = step % fields.checkpoint_every == 0 or step == fields.steps or stopping
       if due and step:
+        progress(step, SAVING)
         write(line)  # a checkpoint never stands before the lines that lead to it
-        line = None
+        line, averaged = None, None
         with goodput.saving(step, state):
           checkpoints.save(step, functions.unpack(state), config=plain, position={
-            'next_index': offset + step * fields.batch_size, 'files': loader.mixture.fingerprint})
-          averaged = sharding.fetch(functions.unpack(state.ema))
+            'next_index': offset + step * fields.batch_size, 'files': files})
+          if not hurried:
+            averaged = sharding.fetch(functions.unpack(state.ema), here=main)
+          if main and averaged:
+            snapshots.save(functools.partial(_save_snapshot, workdir, averaged, plain, step))
           if main:
-            save_snapshot(os.path.join(workdir, 'snapshot'), params=averaged, config=plain, step=step,
-                          extra=metrics.latent_scale(workdir))
-            logging.info('saving step %d: snapshot, and checkpoint to go on from', step)
-          if log.shows_media and rows:
+            logging.info('saving step %d: %scheckpoint to go on from', step, 'snapshot, and ' if averaged else '')
+          if averaged and log.shows_media and rows:
+            progress(step, MEASURING)  # the first time it compiles
             log.write_audio(step, listener.reconstruct(averaged, rows['audio'][0]), sample_rate=functions.sample_rate)
       if listener.is_due(step, last=fields.steps) and not stopping:  # a run that goes on here measures first
         write(line)
         line = None
+        progress(step, MEASURING)
         checkpoints.wait()  # whatever measuring does, even to the machine, this step is kept
+        snapshots.wait()
         with goodput.saving(step, state):
-          weights = {'evaluate_ema': sharding.fetch(functions.unpack(state.ema)),
-                     'evaluate': sharding.fetch(functions.unpack(state.params)) if listener.wants_raw else None}
+          kept = lambda params: sharding.fetch(functions.unpack(params), here=main)
+          weights = {'evaluate_ema': kept(state.ema), 'evaluate': kept(state.params) if listener.wants_raw else None}
           if main:
             listener.measure(step, weights, log)
         speed.start(step)  # the time since the last line was not training's
       if stopping or step >= fields.steps:
         break
 
+      progress(step, WAITING)
       with speed.waiting():
         rows, batch = next(batches)
+      progress(step + 1, COMPUTING)
       rejected += int(rows['rejected'].sum())
       trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
@@ -212,9 +232,8 @@ def train(config, workdir, writers=()) -> int:
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
       if probing:
-        probe_key = jax.random.fold_in(key, step)
         for name, weights in (('probe', state.params), ('probe_ema', state.ema)):
-          results = probe_step(weights, batch, probe_key)
+          results = probe_step(weights, batch, state.step)
           values |= {f'{name}/{part}': value for part, value in results.items()}
       if probing or step in (1, fields.steps) or step % fields.log_every == 0:
         write(line)
@@ -228,9 +247,12 @@ def train(config, workdir, writers=()) -> int:
     # The end: all is on disk before the last line is printed
     # ==============================================================================================
     checkpoints.wait()
+    if hurried:
+      snapshots.drop()
+    else:
+      snapshots.wait()
     if stopping:
-      logging.info('stopped after step %d of %d, all saved: run the same command to go on',
-                   step, fields.steps)
+      logging.info('stopped after step %d of %d, all saved: run the same command to go on', step, fields.steps)
     else:
       logging.info('done: %d steps; the model is %s', step, os.path.join(workdir, 'snapshot'))
     return step
@@ -249,12 +271,18 @@ def _with_weights_of(snapshot, state, shardings):
   return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
 
 
-def _log_memory(compiled, *, seconds):
-  memory = compiled and compiled.memory_analysis()  # no program: a run of head start alone that is at its end
-  if memory is None:  # not every backend tells
+def _save_snapshot(workdir, params, config, step):
+  save_snapshot(os.path.join(workdir, 'snapshot'), params=params, config=config, step=step,
+                extra=metrics.latent_scale(workdir, step=step))
+
+
+def _log_memory(programs, *, seconds):
+  """programs: the step (None in a run of head start alone that is at its end) and the probe, if any."""
+  memories = [program.memory_analysis() for program in programs if program]
+  if not memories or None in memories:  # not every backend tells
     logging.info('the step compiled in %.1f s', seconds)
     return
   mib = 2**20
-  logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and '
-               '%.0f MiB of temporaries', seconds, memory.argument_size_in_bytes / mib,
-               memory.temp_size_in_bytes / mib)
+  logging.info('the step compiled in %.1f s; a device holds %.0f MiB of state and batch and %.0f MiB of temporaries%s',
+               seconds, memories[0].argument_size_in_bytes / mib, memories[0].temp_size_in_bytes / mib,
+               f' ({memories[1].temp_size_in_bytes / mib:.0f} in a probe)' if len(memories) > 1 else '')

@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+import socket
 import subprocess
 import sys
 
@@ -56,6 +57,65 @@ def test_a_second_start_compiles_nothing(what, tone, tmp_path):
   assert misses > 1 and none == 0 and hits == misses
   [kept] = (tmp_path / 'cache' / 'm2l2').iterdir()
   assert kept.name.startswith('xla-') and len(list(kept.glob('*-cache'))) == misses
+
+
+# One of two processes, which runs a program of both and one of its own, or trains; prints what it asked JAX's cache for
+# and what it found there.
+OF_TWO = """
+import sys
+import jax
+import numpy as np
+from m2l2 import hosts
+asked = {'compile_requests_use_cache': 0, 'cache_hits': 0}
+def count(name, **more):
+  kind = name.rpartition('/')[2]
+  if kind in asked:
+    asked[kind] += 1
+jax.monitoring.register_event_listener(count)
+what, tests, place, process, port = sys.argv[1:]
+jax.config.update('jax_num_cpu_devices', 1)
+several = hosts.join(coordinator=f'localhost:{port}', num_processes=2, process_id=int(process), start_timeout=60)
+if what == 'train':
+  sys.path.append(tests)
+  import test_train
+  test_train.build.step_functions = test_train.small_functions
+  config = test_train.small_config(place, **{'train.steps': 2, 'train.probe_every': 1})
+  assert test_train.train.train(config, 'run') == 2
+else:
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  x = jax.make_array_from_callback((2,), rows, lambda index: np.ones(1, np.float32))
+  own = jax.jit(lambda x: 3 * x)(np.full(2, process, np.float32))
+  assert jax.jit(lambda x: x.sum())(x) == 2 and own[0] == 3 * int(process)
+several.leave()
+print(*asked.values())
+"""
+
+
+@pytest.mark.parametrize('what', [pytest.param('train', marks=pytest.mark.soak), 'run'])
+def test_a_second_start_of_two_processes_compiles_nothing_on_either(what, tone, tmp_path):
+  place = tone('music/a.wav', sample_rate=8000).parent
+  environment = {name: value for name, value in os.environ.items() if not name.startswith(('JAX_COMP', 'JAX_PERS'))}
+  environment |= {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+                  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  asked = {}
+  for start in ('first', 'second'):
+    (tmp_path / start).mkdir()
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      port = s.getsockname()[1]
+    both = [subprocess.Popen(
+        [sys.executable, '-c', OF_TWO, what, Path(__file__).parent, place, str(process), str(port)], env=environment,
+        cwd=tmp_path / start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for process in range(2)]
+    try:
+      said = [process.communicate(timeout=300) for process in both]
+    finally:
+      for process in both:
+        process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    asked[start] = [[int(number) for number in out.split()[-2:]] for out, _ in said]
+  assert all(requests >= 2 and hits == 0 for requests, hits in asked['first']), asked
+  assert all(requests >= 2 and hits == requests for requests, hits in asked['second']), asked
 
 
 @pytest.fixture

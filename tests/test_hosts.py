@@ -6,6 +6,7 @@ in two processes; the rest is soak.
 """
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -100,7 +101,7 @@ def flags(count, *, peer_timeout=15):
 STAND_IN = """
 import sys, time, types
 import jax
-from m2l2 import main
+from m2l2 import hosts, main, watchdog
 from m2l2.errors import UserError
 
 def train(config, workdir):
@@ -109,8 +110,24 @@ def train(config, workdir):
     raise UserError('there is no music here')
   if workdir == 'bug':
     raise ZeroDivisionError('a bug')
+  if workdir.endswith('asleep'):
+    loop(workdir)
   time.sleep(0 if workdir == 'quick' else 200)
   return config.train.steps
+
+def loop(workdir):
+  hosts.Hosts.here._watchdog._limit = 4  # not STALLED times --peer_timeout: a test has little time
+  first = jax._src.distributed.global_state.process_id == 0
+  with hosts.watched(workdir) as progress:
+    for step in range(100):
+      progress(step, watchdog.WAITING)
+      if step == 20 and not first:
+        hang_in_the_loader()
+      progress(step + 1, watchdog.COMPUTING)
+      time.sleep(0.05 if step < 20 else 200)  # process 0 waits for the other one's part of the step
+
+def hang_in_the_loader():
+  time.sleep(200)
 
 sys.modules['m2l2.train'] = types.SimpleNamespace(train=train)
 sys.exit(main.main(['m2l2 train', *sys.argv[1:]]))
@@ -141,6 +158,30 @@ def test_a_process_that_falls_silent_ends_the_others_by_name_and_in_time(tmp_pat
       line = processes.last_line(i)
       assert re.match(r'm2l2: (lost process 1 of 3|process [02] of 3 ended \(lost process 1\))', line), line
       assert AGAIN in line and 'stack trace' not in processes.said(i)
+
+
+def stalled(processes, workdir, *, within):
+  """Checks that both ended so soon, naming process 1, and left the stacks of all their threads."""
+  began = time.monotonic()
+  assert [processes.status(i, seconds=within) for i in range(2)] == [1, 1], processes.show()
+  print(f'both ended {time.monotonic() - began:.1f} s after the last step')
+  for i in range(2):
+    line = processes.last_line(i)
+    assert re.search(r'no progress for \d+ s: process 1 \(.+\), at step \d+, waiting for data, the furthest at step '
+                     r'\d+, computing', line), processes.show()
+    assert AGAIN in line and 'Traceback' not in processes.said(i), processes.show()
+  assert sorted(os.listdir(workdir / 'stalled')) == ['process-00000.txt', 'process-00001.txt']
+  return [(workdir / f'stalled/process-0000{i}.txt').read_text() for i in range(2)]
+
+
+def test_a_loop_that_stands_still_in_a_process_that_lives_ends_all_with_their_stacks(tmp_path):
+  workdir = tmp_path / 'asleep'
+  with stand_ins([workdir] * 2, flags=flags(2, peer_timeout=60), log=tmp_path / 'asleep') as processes:
+    processes.wait_for(train_all(processes))
+    stacks = stalled(processes, workdir, within=40)
+  assert 'hang_in_the_loader' in stacks[1] and 'hang_in_the_loader' not in stacks[0]
+  for text in stacks:
+    assert 'in loop' in text and 'in _watch' in text  # the main thread, and another
 
 
 def test_when_the_first_process_is_killed_jax_aborts_the_others_and_their_last_words_say_why(tmp_path):
@@ -267,14 +308,14 @@ def run(tmp_path_factory):
   base = tmp_path_factory.mktemp('hosts')
   music = soak_resume.write_music(base / 'music')
 
-  def start(workdir, *, processes, devices, fields=FIELDS):
+  def start(workdir, *, processes, devices, fields=FIELDS, first_argument=None):
     environment = {**soak_resume.environment(base / 'cache', devices=devices),
                    'JAX_SHARE_BINARY_BETWEEN_HOSTS': '1'}  # process 0 compiles for all
     own = flags(processes) if processes > 1 else [()]
     commands = []
     for i in range(processes):
       _, _, _, *arguments = soak_resume.command(workdir, music=music, fields=fields, flags=own[i])
-      commands.append([sys.executable, '-c', WITH_DIGEST, *arguments])
+      commands.append([sys.executable, '-c', WITH_DIGEST, *filter(None, [first_argument]), *arguments])
     return started(commands, [environment] * processes, log=f'{workdir}.{processes}x{devices}')
 
   return start
@@ -347,3 +388,58 @@ def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
     print(name, 'largest relative difference', np.max(np.abs(losses / wanted - 1)))
     np.testing.assert_allclose(losses, wanted, rtol=tolerance)
     np.testing.assert_allclose(losses[:done], wanted[:done], rtol=1e-6)
+
+
+# A real run in which the loader of process 1 hangs, or is slow.
+
+LOADER = """
+import sys, time
+from jax._src import cache_key
+from m2l2 import main
+from m2l2.data import pipeline
+cache_key._hash_accelerator_config = lambda *unused: None  # as above
+
+prepare, first, wait = pipeline.Ahead.__next__, '--process_id=0' in sys.argv, int(sys.argv.pop(1))
+count = 0
+
+def hang_in_the_loader(self):
+  global count
+  count += 1
+  if not first:
+    time.sleep(wait if count > 5 else 0)
+  return prepare(self)
+
+pipeline.Ahead.__next__ = hang_in_the_loader
+sys.exit(main.main(['m2l2 train', *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture
+def with_loader(run, tmp_path, monkeypatch):
+  """`with_loader(seconds, peer_timeout=)`: both processes of a run in which process 1 waits so long for each batch."""
+  def start(seconds, *, peer_timeout, steps=1000):
+    monkeypatch.setattr(sys.modules[__name__], 'WITH_DIGEST', LOADER)
+    monkeypatch.setattr(sys.modules[__name__], 'flags', functools.partial(flags, peer_timeout=peer_timeout))
+    fields = {**FIELDS, 'train.steps': steps, 'train.checkpoint_every': 1000}
+    return run(tmp_path / 'run', processes=2, devices=1, fields=fields, first_argument=str(seconds))
+  return start
+
+
+@pytest.mark.soak
+def test_a_real_loop_that_stands_still_ends_both(with_loader, tmp_path):
+  with with_loader(1000, peer_timeout=5) as processes:
+    processes.wait_for(lambda: len(soak_resume.trace(tmp_path / 'run')) >= 3)
+    stacks = stalled(processes, tmp_path / 'run', within=6 * 5 + 20)
+  assert 'hang_in_the_loader' in stacks[1] and 'hang_in_the_loader' not in stacks[0]
+
+
+@pytest.mark.soak
+def test_a_slow_loader_is_named_in_the_log(with_loader):
+  with with_loader(1, peer_timeout=8) as processes:
+    named = re.compile(r'process 1 \(.+\), at step \d+, .*, holds the others up: (\d+)% of its last \d+ s went into '
+                       r'waiting for data, of theirs (\d+)%')
+    processes.wait_for(lambda: named.search(processes.said(0)))
+    found = named.search(processes.said(0))
+    print(found[0])
+    assert int(found[1]) > 50 > 30 > int(found[2])
+    assert 'holds the others up' not in processes.said(1)

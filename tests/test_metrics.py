@@ -176,10 +176,13 @@ def test_guard_stops_with_the_range_of_steps():
 
 
 def test_the_scale_of_the_latents_is_the_last_probes(tmp_path):
-  assert metrics.latent_scale(tmp_path) == {}
+  assert metrics.latent_scale(tmp_path, step=9) == {}
   lines = [{'step': 1, 'loss': 2.}, {'step': 2, 'probe_ema/latent/mean': .5, 'probe_ema/latent/std': .25},
            {'step': 3, 'probe_ema/latent/mean': .1, 'probe_ema/latent/std': .2}, {'step': 4, 'loss': 1.}]
-  (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-  assert metrics.latent_scale(tmp_path) == {'latents': {'mean': .1, 'std': .2}}
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  (tmp_path / 'metrics.jsonl').write_text(text + '{"step": 5, "probe_ema/latent/mean": 0.')  # being written
+  for step, expected in ((9, {'mean': .1, 'std': .2}), (3, {'mean': .1, 'std': .2}), (2, {'mean': .5, 'std': .25})):
+    assert metrics.latent_scale(tmp_path, step=step) == {'latents': expected}
+  assert metrics.latent_scale(tmp_path, step=1) == {}
   (tmp_path / 'metrics.jsonl').write_text('{"step": 2, "probe_ema/latent/mean": null, "probe_ema/latent/std": 1.0}\n')
-  assert metrics.latent_scale(tmp_path) == {}
+  assert metrics.latent_scale(tmp_path, step=9) == {}

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import sys
+import types
 
 from flax import nnx
 import jax
@@ -55,7 +56,8 @@ def test_the_search_for_the_largest_batch(known, limit, expected):
 def test_the_table_for_people():
   report = {
       'topology': 'v5e:2x2', 'devices': 4, 'hosts': 1, 'mesh': {'data': 4, 'fsdp': 1}, 'preset': 'dp', 'batch': 16,
-      'fits': True, 'bytes': {'peak': 2**33, 'hbm': 2**34, 'arguments': 2**32, 'temporaries': 2**32, 'accessed': 2**35},
+      'fits': True, 'bytes': {'peak': 2**33, 'hbm': 2**34, 'arguments': 2**32, 'temporaries': 2**32, 'probe': 2**31,
+                              'accessed': 2**35},
       'flops': {'step': 4e13, 'convolutions': 2e13, 'attention': 4e12, 'executed': 5e13, 'padded': 8e13,
                 'padded_convolutions': 4e13, 'padded_attention': 1e13},
       'collectives': {'all-reduce': 2.0**29},
@@ -70,7 +72,8 @@ def test_the_table_for_people():
               'chip_hours': {'bound': 1234.5, 'estimate': 2469.}},
       'crops_per_second_per_host': 160.0}
   text = plan.as_text(report)
-  for part in ('4 chips, 1 hosts', '8.00 of 16 GiB', 'convolutions 50%', 'all-reduce 0.50 GiB', '100.0 ms a step by '
+  for part in ('4 chips, 1 hosts', '8.00 of 16 GiB', 'temporaries 4.00, of a probe 2.00', 'convolutions 50%',
+               'all-reduce 0.50 GiB', '100.0 ms a step by '
                'compute', 'MFU at most 50%', '200.0 ms a step by the compiler (300.0 M cycles at 1.50 GHz): MFU 25%',
                'Pallas kernels 20.0 ms', 'want of an estimate: sort (3 times, 0.25 GiB)',
                '800,000 steps are 819.2 M crops (64 times', '1,234 chip-hours at the bound, 2,469 at the estimate',
@@ -79,7 +82,23 @@ def test_the_table_for_people():
   table = [line.split() for line in text.splitlines()[-2:]]
   assert table == [['student/mlp', 'product', '200.00', '1.00', '2.000', '40%'],
                    ['2', 'smaller', 'ones', '1.00', '1.00', '0.000']]
+  report['bytes']['probe'] = None
+  assert 'of a probe' not in plan.as_text(report)
   assert 'does not fit: too much' in plan.as_text({**report, 'fits': False, 'error': 'too much'})
+
+
+def program(**sizes):
+  names = ('argument', 'temp', 'output', 'alias')
+  memory = types.SimpleNamespace(**{f'{name}_size_in_bytes': sizes.get(name, 0) for name in names})
+  return types.SimpleNamespace(memory_analysis=lambda: memory)
+
+
+def test_a_probe_runs_beside_the_whole_state():
+  step = program(argument=100, temp=40, output=90, alias=85)
+  assert plan.memory_of(step) == {'arguments': 100, 'temporaries': 40, 'probe': None, 'peak': 145}
+  assert plan.memory_of(step, program(argument=30, temp=44, output=2)) == {
+      'arguments': 100, 'temporaries': 40, 'probe': 44, 'peak': 146}
+  assert plan.memory_of(step, program(argument=30, temp=20, output=2))['peak'] == 145
 
 
 def test_kernels_are_added_from_what_they_say_of_themselves():
@@ -109,6 +128,8 @@ def test_a_whole_plan(preset, kinds, capsys):
   report = json.loads(capsys.readouterr().out)
   assert report['fits'] and report['devices'] == 4 and report['batch'] == 8
   assert 0 < report['bytes']['peak'] < report['bytes']['hbm'] and report['bytes']['accessed'] > 0
+  assert report['bytes']['probe'] > 0 and report['bytes']['peak'] >= report['bytes']['arguments'] + report['bytes'][
+      'probe']
   assert report['flops']['padded'] > report['flops']['executed'] > report['flops']['step'] > 0
   assert 'all-reduce' in report['collectives'] and set(report['collectives']) <= kinds | {'collective-permute'}
   assert 0 < report['estimate']['mfu'] < report['bound']['mfu'] < 1

@@ -140,6 +140,19 @@ def test_put_batch_splits_rows_over_data_and_fsdp_and_fetch_returns_them():
   np.testing.assert_array_equal(got['n'], rows['n'])
 
 
+def test_what_was_fetched_stays_when_the_arrays_are_donated():
+  bump = jax.jit(lambda x: x + 1, donate_argnums=0)
+  for _ in range(3):
+    x = jnp.zeros(100_000)
+    got = sharding.fetch({'x': x})['x']
+    for _ in range(3):
+      x = bump(x)
+    jax.block_until_ready(x)
+    np.testing.assert_array_equal(got, np.zeros(100_000))
+    assert got.flags.owndata
+  assert sharding.fetch({'x': x}, here=False) == {'x': None}
+
+
 def test_one_process_feeds_all_rows():
   assert sharding.batch_blocks(sharding.make_mesh(data=2, fsdp=2, tensor=2)) == ((0,), 1)
 

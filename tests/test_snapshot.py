@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -262,3 +264,88 @@ def test_bfloat16_in_shards_is_read_as_float32(tmp_path):
   snapshot.save_snapshot(tmp_path / 's2', params=params, config=CONFIG, step=1, shard_bytes=1300)
   snapshot.save_snapshot(tmp_path / 's2', params=params, config=CONFIG, step=2)  # fewer files: no old one stays
   assert sorted(os.listdir(tmp_path / 's2')) == ['config.json', 'model.safetensors']
+
+
+# In the background.
+
+
+class Held:
+  """Saves that take until they are let go."""
+
+  def __init__(self):
+    self.begun, self.done, self._go = [], [], threading.Semaphore(0)
+
+  def save(self, name, error=None):
+    def write():
+      self.begun.append(name)
+      assert self._go.acquire(timeout=60)
+      if error:
+        raise error
+      self.done.append(name)
+    return write
+
+  def let_go(self, count=1):
+    for _ in range(count):
+      self._go.release()
+
+  def wait_for_begin(self, name):
+    end = time.monotonic() + 60
+    while name not in self.begun:
+      assert time.monotonic() < end
+      time.sleep(0.001)
+
+
+def test_in_the_background_one_saves_at_a_time_and_of_those_that_wait_the_newest():
+  held = Held()
+  with snapshot.Background() as background:
+    background.save(held.save(1))
+    held.wait_for_begin(1)
+    for name in (2, 3, 4):
+      background.save(held.save(name))  # returns, though nothing is written yet
+    assert held.done == []
+    held.let_go(4)
+    background.wait()
+    assert held.done == [1, 4]
+    background.save(held.save(5))  # after a rest, too
+  assert held.done == [1, 4, 5]  # the end of the block waits
+
+
+def test_what_fails_in_the_background_is_raised_by_the_next_call():
+  held = Held()
+  held.let_go(3)
+  background = snapshot.Background()
+  background.save(held.save(1, UserError('the disk is full')))
+  with pytest.raises(UserError, match='full'):
+    background.wait()
+  background.save(held.save(2))
+  background.wait()
+  with pytest.raises(UserError, match='full'), background:
+    background.save(held.save(3, UserError('the disk is full')))
+  assert held.done == [2]
+
+
+@pytest.mark.parametrize('error, waits', [(UserError('stopped'), True), (ZeroDivisionError('a bug'), False)])
+def test_after_an_error_the_background_is_left_with_that_error(error, waits):
+  held = Held()
+  with pytest.raises(type(error), match=str(error)), snapshot.Background() as background:
+    background.save(held.save(1, UserError('the disk is full')))
+    if waits:
+      held.let_go()
+    raise error
+  assert waits is (not background._running)
+  held.let_go(2)
+
+
+def test_without_time_what_is_being_written_is_left_behind_and_what_waits_left_out():
+  held = Held()
+  with snapshot.Background() as background:
+    background.save(held.save(1))
+    held.wait_for_begin(1)
+    background.save(held.save(2))
+    background.drop()
+  assert held.done == []  # though it was not done, we are here
+  with snapshot.Background() as following:  # another run of this process: it does not write beside the first
+    following.save(held.save(3))
+    assert held.begun == [1]
+    held.let_go(2)
+  assert held.done == [1, 3]

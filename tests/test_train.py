@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -26,10 +27,12 @@ import soundfile
 
 from m2l2 import build, checkpoint, codec, listening, lock, metrics, preflight, sharding, train, train_step
 from m2l2.configs import tiny
+from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
 from m2l2.snapshot import load_snapshot, save_snapshot
 import soak_resume
 from test_codec import ONE_LEVEL
+from test_data_sources import write_prepared
 
 CROP, RATE = 64, 8000
 
@@ -204,7 +207,7 @@ def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_to
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:
-    small(tmp_path, [writer], **{'train.checkpoint_every': 1000})
+    small(tmp_path, [writer], **{'train.checkpoint_every': 1000, 'train.probe_every': 5})
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert list(told) == [1, 2, 3, 4, 5, 6]
@@ -234,6 +237,42 @@ def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(
   assert load_snapshot(tmp_path / 'stopped').step == done
   assert small(tmp_path / 'stopped') == 6
   assert soak_resume.differences(straight, tmp_path / 'stopped') == []
+
+
+def test_the_loop_goes_on_while_a_snapshot_is_written(small, straight, tmp_path, monkeypatch):
+  order, go_on, save = [], threading.Event(), train.save_snapshot
+
+  def slow(*args, **options):
+    order.append(options['step'])
+    assert go_on.wait(60)
+    save(*args, **options)
+
+  def writer(step, scalars):
+    order.append(f'line {step}')
+    if step == 5:  # logged while step 6 is under way
+      go_on.set()
+
+  monkeypatch.setattr(train, 'save_snapshot', slow)
+  assert small(tmp_path, [writer]) == 6
+  assert order[-1] == 6 and order.count(4) <= 1  # the end waits for the last one; who takes longer leaves some out
+  assert order.index(2) < order.index('line 5') and 4 not in order[:order.index('line 5')]
+  assert soak_resume.differences(straight, tmp_path) == []
+
+
+def test_a_snapshot_that_cannot_be_written_ends_the_run_with_its_line(small, tmp_path, monkeypatch):
+  def full(*args, **options):
+    raise UserError('cannot write the snapshot: No space left on device')
+
+  monkeypatch.setattr(train, 'save_snapshot', full)
+  with pytest.raises(UserError, match='No space left'):
+    small(tmp_path)
+
+
+def test_the_data_are_asked_for_their_fingerprint_once(small, tmp_path, monkeypatch):
+  asked, fingerprint = [], Mixture.fingerprint.fget
+  monkeypatch.setattr(Mixture, 'fingerprint', property(lambda self: asked.append(1) or fingerprint(self)))
+  small(tmp_path)
+  assert len(asked) == 1
 
 
 def test_a_lost_checkpoint_costs_its_steps_only(small, straight, again, tmp_path, warnings):
@@ -581,17 +620,19 @@ import test_train
 from absl import logging
 from m2l2 import build, sharding, train
 logging.set_verbosity(logging.INFO)
-build.step_functions = test_train.small_functions
+build.step_functions, more = test_train.small_functions, {}
+HOOK
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
-  'train.checkpoint_every': 1000 if count == '2' else 2})
+  'train.checkpoint_every': 1000 if count == '2' else 2, **more})
 print('updates', train.train(config, workdir))
 """
 
 
-def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300):
-  """Starts one or two processes, sends a signal to the last once `ready(what it says)`.
+def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300, hook=''):
+  """Starts one or two processes, sends a signal to the last once `ready(what it says)`. hook: lines that each runs
+  before it trains.
 
   Returns the updates that each has done; of those who were killed, None.
   """
@@ -606,7 +647,8 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
     for process, path in enumerate(logs):
       with open(path, 'w') as log:
         started.append(subprocess.Popen(
-          [sys.executable, '-c', IN_PROCESS, str(process), str(processes), str(port), workdir, music, str(steps)],
+          [sys.executable, '-c', IN_PROCESS.replace('HOOK', hook), str(process), str(processes), str(port), workdir,
+           music, str(steps)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
     while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
       time.sleep(0.02)
@@ -644,6 +686,7 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   run = tmp_path / 'two'
   done = stopped(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  assert checkpoint.latest(run / 'checkpoints') == done[0] and not (run / 'snapshot').exists()  # for that is no time
   if again:  # told before its first step, the resumed run stops too
     done = stopped(run, music, steps=steps, ready=lambda said: 'going on from' in said)
     assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
@@ -653,6 +696,59 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   small(tmp_path / 'one', **more)
   losses = [[line['loss'] for line in soak_resume.trace(w)] for w in (run, tmp_path / 'one')]
   np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+# A snapshot that takes minutes to write; what each process has looked at, and for how long saving held its loop up.
+SLOW_SAVES = """
+import contextlib, os, time
+more = {'train.checkpoint_every': 60, 'data.num_workers': 0}
+started, held_up, look = False, [], os.stat
+
+def slow(*args, save=train.save_snapshot, **options):
+  time.sleep(600)
+  save(*args, **options)
+
+def stat(path, **options):
+  if started and '.array_record' in str(path):
+    print('looked at', path)
+  return look(path, **options)
+
+@contextlib.contextmanager
+def watched(workdir):
+  global started
+  started, last = True, ['', 0.]
+  def progress(step, doing):
+    if last[0] == 'saving':
+      held_up.append(round(time.monotonic() - last[1], 3))
+    last[:] = doing, time.monotonic()
+  yield progress
+  print('held up', held_up)
+
+train.save_snapshot, os.stat, train.hosts.watched = slow, stat, watched
+"""
+
+
+@pytest.mark.soak
+def test_two_processes_do_not_wait_for_a_snapshot_nor_look_at_the_data_again(tmp_path):
+  data, run, told = write_prepared(tmp_path / 'music'), tmp_path / 'run', []
+
+  def ready(said):
+    if len(soak_resume.trace(run)) < 310:
+      return False
+    told.append(time.monotonic())
+    return True
+
+  done = stopped(run, str(data), steps=100_000, ready=ready, hook=SLOW_SAVES)
+  seconds = time.monotonic() - told[0]
+  assert 310 <= done[0] == done[1] == checkpoint.latest(run / 'checkpoints')
+  assert not (run / 'snapshot').exists() and 'snapshot' not in os.listdir(run)
+  said = [pathlib.Path(f'{run}.{i}.log').read_text() for i in range(2)]
+  assert said[0].count('snapshot, and checkpoint to go on from') >= 5 and 'looked at' not in said[0] + said[1]
+  for text in said:
+    first, *rest = json.loads(text.split('held up ')[1].splitlines()[0])
+    print(f'stopped within {seconds:.1f} s; saving held the loop up for {first} s, later {rest} s')
+    assert first < 30 and min(rest) < 0.3  # the least disturbed of them: the machine may be busy
+  assert seconds < 60
 
 
 # The shipped config, small.
