@@ -30,14 +30,17 @@ run() {
   "$@" </dev/null || failed+=("$name")
   say "-- $name: $((SECONDS - start)) s"
 }
-run flake8 "$bin/python" -m flake8
-run mypy "$bin/python" -m mypy
+lint() { run flake8 "$bin/python" -m flake8; run mypy "$bin/python" -m mypy; [ ${#failed[@]} = 0 ]; }
+lint >.venv-test/lint.log 2>&1 &  # beside the tests, which wait for one thing or another; told at the end
+lint=$!
 options=()
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared;
 # in the order of tests/conftest.py, not files of many tests first.
 [ $# -gt 0 ] || options+=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 [ -z "$soak" ] || options+=(-m 'not gpu and not tpu and not torch and not visqol')
 run pytest "$bin/python" -m pytest tests ${options[@]+"${options[@]}"} "$@"
+wait $lint || failed+=('flake8 or mypy')
+cat .venv-test/lint.log
 if [ -n "$soak" ] && [ $# -eq 0 ]; then
   run soak_resume "$bin/python" tests/soak_resume.py --kills=5
   run soak_prepare "$bin/python" tests/soak_prepare.py kills --kills=3
