@@ -571,7 +571,7 @@ def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 # In processes of their own.
 
 IN_PROCESS = """
-import functools, sys
+import functools, sys, time
 import jax
 process, count, port, workdir, music, steps = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 4 // int(count))
@@ -581,6 +581,10 @@ import test_train
 from absl import logging
 from m2l2 import build, sharding, train
 logging.set_verbosity(logging.INFO)
+if process == '1':  # its data come slowly
+  from m2l2.data import transforms
+  read = transforms.RandomCrop.__call__
+  transforms.RandomCrop.__call__ = lambda self, index: (time.sleep(.03), read(self, index))[1]
 build.step_functions = test_train.small_functions
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
@@ -644,6 +648,9 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   run = tmp_path / 'two'
   done = stopped(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
+  waits = [(line['time/input_wait'], line['time/input_wait_process']) for line in soak_resume.trace(run)[2:]]
+  assert {process for _, process in waits} == {1} and max(waits)[0] > .1, waits
+  assert f'all wait for the data of process 1 on {socket.gethostname()}: ' in pathlib.Path(f'{run}.0.log').read_text()
   if again:  # told before its first step, the resumed run stops too
     done = stopped(run, music, steps=steps, ready=lambda said: 'going on from' in said)
     assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
