@@ -573,7 +573,7 @@ def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 IN_PROCESS = """
 import functools, sys, time
 import jax
-process, count, port, workdir, music, steps = sys.argv[1:]
+process, count, port, workdir, music, steps, slow = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 4 // int(count))
 if count == '2':
   jax.distributed.initialize(f'localhost:{port}', 2, int(process))
@@ -581,21 +581,21 @@ import test_train
 from absl import logging
 from m2l2 import build, sharding, train
 logging.set_verbosity(logging.INFO)
-if process == '1':  # its data come slowly
+if process == slow:
   from m2l2.data import transforms
   read = transforms.RandomCrop.__call__
-  transforms.RandomCrop.__call__ = lambda self, index: (time.sleep(.03), read(self, index))[1]
+  transforms.RandomCrop.__call__ = lambda self, index: (time.sleep(.3), read(self, index))[1]
 build.step_functions = test_train.small_functions
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
-  'train.checkpoint_every': 1000 if count == '2' else 2})
+  'train.checkpoint_every': 1000 if count == '2' else 2, 'data.num_threads': 1, 'data.num_workers': 0})
 print('updates', train.train(config, workdir))
 """
 
 
-def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300):
-  """Starts one or two processes, sends a signal to the last once `ready(what it says)`.
+def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM, seconds=300, slow=None):
+  """Starts one or two processes, sends a signal to the last once `ready(what it says)`. The data of number `slow` are.
 
   Returns the updates that each has done; of those who were killed, None.
   """
@@ -610,7 +610,8 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
     for process, path in enumerate(logs):
       with open(path, 'w') as log:
         started.append(subprocess.Popen(
-          [sys.executable, '-c', IN_PROCESS, str(process), str(processes), str(port), workdir, music, str(steps)],
+          [sys.executable, '-c', IN_PROCESS, str(process), str(processes), str(port), workdir, music, str(steps),
+           str(slow)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
     while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
       time.sleep(0.02)
@@ -648,9 +649,6 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   run = tmp_path / 'two'
   done = stopped(run, music, steps=steps, ready=lambda said: len(soak_resume.trace(run)) >= 5)
   assert 5 <= done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
-  waits = [(line['time/input_wait'], line['time/input_wait_process']) for line in soak_resume.trace(run)[2:]]
-  assert {process for _, process in waits} == {1} and max(waits)[0] > .1, waits
-  assert f'all wait for the data of process 1 on {socket.gethostname()}: ' in pathlib.Path(f'{run}.0.log').read_text()
   if again:  # told before its first step, the resumed run stops too
     done = stopped(run, music, steps=steps, ready=lambda said: 'going on from' in said)
     assert done[0] == done[1] < steps and steps_of(run) == list(range(1, done[0] + 1))
@@ -660,6 +658,19 @@ def test_two_processes_train_as_one_and_stop_together_when_one_is_told(small, tm
   small(tmp_path / 'one', **more)
   losses = [[line['loss'] for line in soak_resume.trace(w)] for w in (run, tmp_path / 'one')]
   np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('slow', [0, 1])
+def test_the_process_whose_data_come_last_is_named(tmp_path, music, slow):
+  run = tmp_path / 'two'
+  path = run / 'metrics.jsonl'
+  stopped(run, music, steps=2000, slow=slow, ready=lambda said: path.exists() and path.read_text().count('\n') >= 8)
+  waits = [(line['time/input_wait'], line['time/input_wait_process'])
+           for line in map(json.loads, path.read_text().splitlines()[2:])]
+  assert {process for _, process in waits} == {slow} and max(waits)[0] > .3, waits
+  assert (f'all wait for the data of process {slow} on {socket.gethostname()}: '
+          in pathlib.Path(f'{run}.0.log').read_text())
 
 
 # The shipped config, small.
