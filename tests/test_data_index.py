@@ -76,6 +76,7 @@ def reads(monkeypatch):
 def test_every_part_of_a_segment_is_the_same_with_and_without_an_index(plain, indexed):
   whole, short = find_mixture(plain).sources[0], find_mixture(indexed).sources[0]
   assert len(whole) == len(short) == 6 and whole.fingerprint == short.fingerprint
+  assert isinstance(short.open(0), index.Segment) and not isinstance(whole.open(0), index.Segment)
   rng = np.random.default_rng(0)
   for number in range(6):
     with whole.open(number) as a, short.open(number) as b:
