@@ -28,6 +28,8 @@ def train(config, workdir, writers=()) -> int:
     writers: where else the first process's log goes: `metrics.Writer`s or functions, such as
       `lambda step, scalars: wandb.log(scalars, step=step)`.
 
+  A script that calls this needs `if __name__ == '__main__':` where processes read the data (`data.num_workers`).
+
   Returns:
     The number of updates done.
 

@@ -24,9 +24,10 @@ def music(samples, channels, seed):
 
 def write_prepared(folder, *, channels=(2, 1, 2, 3, 2, 2), length=LENGTH, own=OWN):
   examples = [{
-      'audio': audio_io.flac_bytes(music(length - 1000 * number, count, number), 44100), 'source': f'a/{number // 2}.ogg',
-      'offset': own * number, 'starts': own, 'samples': length - 1000 * number, 'rate': 44100, 'channels': count,
-      'loudness': -10., 'source_rate': 44100, 'source_samples': own, 'source_channels': count}
+      'audio': audio_io.flac_bytes(music(length - 1000 * number, count, number), 44100),
+      'source': f'a/{number // 2}.ogg', 'offset': own * number, 'starts': own, 'rate': 44100, 'channels': count,
+      'samples': length - 1000 * number, 'loudness': -10., 'source_rate': 44100, 'source_samples': own,
+      'source_channels': count}
       for number, count in enumerate(channels)]
   write_shards(folder, segments.features(), examples, name='audio', shards=2)
   return folder

@@ -81,7 +81,6 @@ def test_threads_do_not_change_the_order(music, straight, options):
   assert_equal(take(music, 6, **options), straight)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize('demand, seconds, cpu, cores, expected', [
     (200, .053, .003, 2, (11, 1)),     # 11 under way give 200 a second; .6 of a core is more than the run can spare
     (500, .083, .003, 100, (14, 3)),   # 42 under way
@@ -89,11 +88,13 @@ def test_threads_do_not_change_the_order(music, straight, options):
     (None, .003, .003, 2, (4, 0)),
     (None, .053, .003, 2, (36, 0)),    # while one waits, others keep both cores busy
     (1e6, .1, .05, 2, (256, 1)),
+    (1e6, .1, .05, 200, (256, 16)),
     (None, 0., 0., 1, (4, 0))])
 def test_threads_and_workers_follow_the_demand(demand, seconds, cpu, cores, expected):
   assert readers(demand, Cost(seconds, cpu), cores=cores) == expected
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize('num_workers', [1, 2])
 def test_workers_do_not_change_the_order(music, straight, num_workers):
   assert_equal(take(music, 6, num_workers=num_workers, num_threads=2, prefetch=2), straight)
@@ -230,7 +231,7 @@ def test_the_files_are_told(music):
 
 SCRIPT = '''
 import sys
-from m2l2.data.pipeline import AUTO, Ahead, Cost, make_loader, readers
+from m2l2.data.pipeline import Ahead, make_loader
 
 if __name__ == '__main__':
   batches = make_loader(

@@ -551,7 +551,7 @@ def read_bytes(data: bytes, *, start: int, frames: int, name: str) -> np.ndarray
 
 
 def decode_bytes(data: bytes, *, skip: int, frames: int, name: str) -> np.ndarray:
-  """`frames` samples after the first `skip` ones of an audio file in memory, without a seek: float32 [channels, frames].
+  """`frames` samples of an audio file in memory after its first `skip`, without a seek: float32 [channels, frames].
 
   `name` is what errors call it. Raises UserError: not audio, damaged, or shorter than that.
   """

@@ -32,6 +32,7 @@ _TRIALS = 8  # crops that are read to see what one costs, and one before them
 _THREADS = 4, 256  # least and most
 _OF_A_CORE = .5  # what a process gives to reading beside other work, above which workers take it over
 _OF_A_WORKER = .7
+_WORKERS = 16  # most; a small model never comes near the peak from which the demand is told
 
 
 class Loader:
@@ -184,7 +185,7 @@ class Cost:
 
 
 def measure_cost(crop: RandomCrop, *, first: int) -> Cost:
-  """What a crop costs here, one after the other: the mean of some from sample `first` on. Unusable data are no error."""
+  """What a crop costs here, one after the other: the mean of some from sample `first` on. Unusable ones count, too."""
   seconds, cpu = [], []
   for index in range(first, first + _TRIALS + 1):
     began = time.perf_counter(), time.thread_time()
@@ -203,7 +204,7 @@ def readers(demand: float | None, cost: Cost, *, cores: int) -> tuple[int, int]:
   if demand is None:  # while one thread waits, others keep the cores busy
     return _within(cores * cost.seconds / max(cost.cpu, 1e-6)), 0
   load = demand * cost.cpu
-  workers = 0 if load <= _OF_A_CORE else min(math.ceil(load / _OF_A_WORKER), max(1, cores - 1))
+  workers = 0 if load <= _OF_A_CORE else min(math.ceil(load / _OF_A_WORKER), _WORKERS, max(1, cores - 1))
   return _within(demand * cost.seconds / max(1, workers)), workers
 
 
@@ -215,8 +216,8 @@ def _chosen(crop, *, num_threads, num_workers, demand, first) -> tuple[int, int]
   """The numbers of threads and workers, AUTO ones from the demand; says them and why."""
   if AUTO not in (num_threads, num_workers):
     return num_threads, num_workers
-  cost, cores = measure_cost(crop, first=first), len(os.sched_getaffinity(0)) if hasattr(
-      os, 'sched_getaffinity') else os.cpu_count() or 1
+  cost = measure_cost(crop, first=first)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   threads, workers = readers(demand, cost, cores=cores)
   if num_workers != AUTO:
     workers = num_workers
