@@ -112,7 +112,7 @@ def time_bare(crops) -> float:
 
 def time_loader(mixture, args, *, first, num_threads, prefetch) -> float:
   """Seconds a crop, from sample `first` on."""
-  ahead = min(num_threads, first // args.batch)  # batches taken before
+  ahead = min(prefetch, first // args.batch)  # batches taken before
   with make_loader(root=mixture, sample_rate=RATES[0], native_rates=RATES, channels=2, crop_samples=args.crop,
                    batch_size=args.batch, seed=args.seed, start_index=first - ahead * args.batch,
                    num_threads=num_threads, prefetch=prefetch) as batches:

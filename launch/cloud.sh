@@ -5,10 +5,15 @@
 # directory; in such a bucket that is one atomic step, in a flat one it is object by object, and a
 # machine lost in between would leave half a checkpoint under its final name. So these scripts refuse
 # flat buckets. Caches of names are turned off, so that every host sees what another has written.
+# What training only reads (data_flags) is mounted once more, from any bucket: read-only, and with all names and sizes
+# cached for as long as the mount lasts, so that opening a shard asks nobody. No file cache: a crop is a short read
+# at a random place, for which that would fetch the whole shard.
 # What stays different from a disk: a file is in the bucket once it is closed, so the lines of
 # metrics.jsonl since the last start are lost with a machine that is lost without a warning.
 
 mount_point=/mnt/m2l2
+data_mount_point=/mnt/m2l2-data
+data_flags='--config.data.root --config.evaluate.root'
 stopped_code=75  # "try again": what m2l2 train returns when it was told to stop and has saved
 
 # Runs a command, or with dry_run=1 prints it as a line for a shell.
@@ -33,28 +38,36 @@ require() {  # require PATTERN OPTION VALUE
   [[ $3 =~ ^($1)$ ]] || give_up "$2=$3 cannot be right: it must match $1"
 }
 
-# What follows `--`, for m2l2 train: gs://BUCKET/... becomes a path under the mount.
-# Sets `train` (an array) and `bucket` (empty where no flag names one).
+# What follows `--`, for m2l2 train: gs://BUCKET/... becomes a path under a mount.
+# Sets `train` (an array), `bucket` and `data_bucket` (empty where no flag names one).
 read_train_flags() {
-  local flag path workdir=
-  train=() bucket=
+  local flag path place workdir=
+  train=() bucket= data_bucket=
   for flag in "$@"; do
     case $flag in
       --multihost* | --stopped_exit_code* | --coordinator* | --num_processes* | --process_id*)
         give_up "${flag%%=*} is not yours to give: this script sets it" ;;
       --*=gs://*)
         path=${flag#*=gs://}
-        [ "${bucket:-${path%%/*}}" = "${path%%/*}" ] ||
-          give_up "$flag is in another bucket than gs://$bucket: one is mounted, so keep all in one"
-        bucket=${path%%/*}
-        require '[a-z0-9][a-z0-9._-]*' bucket "$bucket"
         case $path in */?*) ;; *) give_up "$flag names no folder in the bucket" ;; esac
-        flag="${flag%%=*}=$mount_point/${path#*/}" ;;
+        case " $data_flags " in
+          *" ${flag%%=*} "*) in_bucket data_bucket "$flag" "${path%%/*}"; place=$data_mount_point ;;
+          *) in_bucket bucket "$flag" "${path%%/*}"; place=$mount_point ;;
+        esac
+        flag="${flag%%=*}=$place/${path#*/}" ;;
     esac
     case $flag in --workdir=?*) workdir=$flag ;; esac
     train+=("$flag")
   done
   [ -n "$workdir" ] || give_up 'give the flags of m2l2 train after --, --workdir=... among them (try --help)'
+}
+
+# in_bucket VARIABLE FLAG BUCKET: notes the bucket, of which there is one for what is written and one for data.
+in_bucket() {
+  [ "${!1:-$3}" = "$3" ] ||
+    give_up "$2 is in another bucket than gs://${!1}: one is mounted for data and one for all else"
+  require '[a-z0-9][a-z0-9._-]*' bucket "$3"
+  printf -v "$1" %s "$3"
 }
 
 # In a dry run: what m2l2 train says of its flags, as it would be with so many devices; `config` where data and

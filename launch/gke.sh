@@ -22,6 +22,7 @@ Usage: launch/gke.sh --name=NAME --image=IMAGE --type=v5e|v5p|v6e|v4 --topology=
 
 --workdir=gs://BUCKET/... in the flags of m2l2 train is mounted with the Cloud Storage FUSE CSI driver; the
 bucket needs a hierarchical namespace (launch/cloud.sh says why), the cluster the driver and JobSet >= 0.6.
+Data on gs:// are mounted read-only and cached, from any bucket.
 GKE tells the workers who they are, several slices through MEGASCALE_...: --multihost is all m2l2 needs.
 
 Example: launch/gke.sh --name=base --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
@@ -86,12 +87,17 @@ json_list() {
 args=$(json_list train "${train[@]}" --multihost "--stopped_exit_code=$stopped_code")
 args=$(sed 's/[\\&|]/\\&/g' <<< "$args")  # it goes through sed once more
 
+marked() {  # marked WANTED MARK: what sed makes of the lines with that mark
+  [ -n "$1" ] && echo "s/  # $2\$//" || echo "/  # $2\$/d"
+}
+
 manifest() {
-  sed -e "$([ -n "$spot" ] && echo 's/  # spot$//' || echo '/  # spot$/d')" -e 1d \
+  sed -e "$(marked "$spot" spot)" -e "$(marked "$data_bucket" data)" -e 1,2d \
     -e "s|@NAME@|$name|; s|@NAMESPACE@|$namespace|; s|@MAX_RESTARTS@|$max_restarts|; s|@SLICES@|$slices|" \
     -e "s|@HOSTS@|$((chips / chips_per_host))|; s|@CHIPS_PER_HOST@|$chips_per_host|; s|@STOPPED_CODE@|$stopped_code|" \
     -e "s|@GRACE@|$grace|; s|@SERVICE_ACCOUNT@|$service_account|; s|@ACCELERATOR@|$accelerator|" \
     -e "s|@TOPOLOGY@|$topology|; s|@IMAGE@|$image|; s|@MOUNT@|$mount_point|; s|@BUCKET@|$bucket|" \
+    -e "s|@DATA_MOUNT@|$data_mount_point|; s|@DATA_BUCKET@|$data_bucket|" \
     -e "s|@ARGS@|$args|" launch/jobset.yaml
 }
 

@@ -32,7 +32,8 @@ Usage: launch/tpu.sh COMMAND --name=NAME [options] [-- flags of m2l2 train]
   --dry-run          print the commands, run none
 
 The workdir must be on something that all workers share. gs://BUCKET/... in the flags of m2l2 train is
-mounted with Cloud Storage FUSE; the bucket needs a hierarchical namespace (launch/cloud.sh says why).
+mounted with Cloud Storage FUSE: data read-only and cached, from any bucket; the one with the workdir needs a
+hierarchical namespace (launch/cloud.sh says why).
 Workers find each other through the metadata of their machines, several slices through the
 MEGASCALE_... entries that the queued resource puts there: --multihost is all that m2l2 needs.
 
@@ -121,7 +122,7 @@ run() {
   check_train "$(devices)" config
   check_bucket
   on all all "bash m2l2/launch/worker.sh start $(
-    quoted "${bucket:--}" "${train[@]}" --multihost --stopped_exit_code=$stopped_code)"
+    quoted "${bucket:--}" "${data_bucket:--}" "${train[@]}" --multihost --stopped_exit_code=$stopped_code)"
 }
 
 state() {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What launch/tpu.sh has each worker of a TPU slice do; run there, not by hand.
 #   worker.sh setup                  a Python 3.12 environment with m2l2[train,tpu] in ~/m2l2-venv
-#   worker.sh start BUCKET FLAGS...  mounts gs://BUCKET ('-': none) and trains, as the service m2l2
+#   worker.sh start BUCKET DATA_BUCKET FLAGS...  mounts both ('-': none), the second one read-only, and trains, as
+#                                    the service m2l2
 #   worker.sh outcome                absent, running, done or failed
 #   worker.sh stop                   SIGTERM, and waits until the run has saved
 set -euo pipefail
@@ -19,30 +20,33 @@ setup() {
   PYTHON=$("$uv" python find 3.12) make_environment "$HOME/m2l2-venv" train,tpu
 }
 
-mount_bucket() {
-  if mountpoint -q "$mount_point"; then
+mount_bucket() {  # mount_bucket BUCKET PLACE OPTIONS
+  if mountpoint -q "$2"; then
     local mounted
-    mounted=$(findmnt --noheadings --output SOURCE "$mount_point")
+    mounted=$(findmnt --noheadings --output SOURCE "$2")
     [ "$mounted" != "$1" ] || return 0
-    give_up "$mount_point holds gs://$mounted, this run asks for gs://$1: unmount it, take its line out of /etc/fstab"
+    give_up "$2 holds gs://$mounted, this run asks for gs://$1: unmount it, take its line out of /etc/fstab"
   fi
   command -v gcsfuse >/dev/null || sudo apt-get install -y gcsfuse >/dev/null ||
     give_up 'no gcsfuse on this image, and apt does not know it: install it and run this again'
-  sudo mkdir -p "$mount_point"
+  sudo mkdir -p "$2"
   # In fstab, so that it is there again after a reboot, before the service.
-  printf '%s %s gcsfuse rw,_netdev,allow_other,implicit_dirs,uid=%s,gid=%s,%s\n' \
-    "$1" "$mount_point" "$(id -u)" "$(id -g)" metadata_cache_ttl_secs=0,metadata_cache_negative_ttl_secs=0 |
-    sudo tee -a /etc/fstab >/dev/null
-  sudo mount "$mount_point" || give_up "could not mount gs://$1: may this machine's service account read it?"
+  printf '%s %s gcsfuse %s,_netdev,allow_other,implicit_dirs,uid=%s,gid=%s\n' \
+    "$1" "$2" "$3" "$(id -u)" "$(id -g)" | sudo tee -a /etc/fstab >/dev/null
+  sudo mount "$2" || give_up "could not mount gs://$1: may this machine's service account read it?"
 }
 
 # A service and not nohup: it starts again after a reboot (maintenance of the host does that).
 # KillMode=mixed: the signal goes to restart.sh alone, and the processes that load data live on
 # while m2l2 saves.
 start() {
-  local bucket=$1
-  shift
-  [ "$bucket" = - ] || mount_bucket "$bucket"
+  local bucket=$1 data_bucket=$2
+  local cached=metadata_cache_ttl_secs=-1,stat_cache_max_size_mb=-1,type_cache_max_size_mb=-1
+  shift 2
+  [ "$bucket" = - ] ||
+    mount_bucket "$bucket" "$mount_point" rw,metadata_cache_ttl_secs=0,metadata_cache_negative_ttl_secs=0
+  [ "$data_bucket" = - ] ||
+    mount_bucket "$data_bucket" "$data_mount_point" "ro,$cached,kernel_list_cache_ttl_secs=-1"
   {
     printf 'exec '
     quoted "$PWD/launch/restart.sh" "$HOME/m2l2-venv/bin/m2l2" train "$@"

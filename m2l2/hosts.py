@@ -173,6 +173,25 @@ def watched(workdir):
   here.end_watching()  # not after an error: who waits for a process that fails is told by it
 
 
+def exchange(topic: str, word: str) -> dict[int, str]:
+  """Leaves this process's word on a topic; nobody waits, and no device takes part.
+
+  Returns on process 0 the newest word of each process that has left one, by its number; elsewhere its own.
+  """
+  from jax._src import distributed  # as below
+  state = distributed.global_state
+  found = {state.process_id: word}
+  if state.client is not None:
+    try:
+      state.client.key_value_set(f'm2l2/{topic}/{state.process_id}', word, allow_overwrite=True)
+      if state.process_id == 0:
+        words = state.client.key_value_dir_get(f'm2l2/{topic}/')
+        found |= {int(key.rsplit('/', 1)[1]): value for key, value in words}
+    except Exception as error:  # a word is no reason to end a run; that the store is gone, others find out
+      logging.warning('could not exchange words on %s (%s)', topic, first_line(error))
+  return found
+
+
 class Hosts:
   """This process among the others, watched and watching, from `join` to `leave` or `fail`."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import contextlib
 import json
 import re
+import socket
 import time
 
 from absl import logging
@@ -19,6 +20,10 @@ from m2l2.flops import Flops, count_flops
 from m2l2.metrics import write_json
 
 
+_STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
+_SILENCE = 60  # seconds between two such lines
+
+
 class Throughput:
   """Speed between two logged steps.
 
@@ -28,13 +33,15 @@ class Throughput:
     flops_until: the FLOPs of the first n steps, as `model_flops` gives it; None leaves these rates out.
     devices: how many share them.
     peak: FLOP/s that one device can do at most; None where nobody knows.
+    exchange: takes a word of this process and gives those of all processes by number, as each left it last.
     clock: seconds, rising.
   """
 
   def __init__(self, *, samples_per_step, seconds_per_sample, flops_until=None, devices=1, peak=None,
-               clock=time.perf_counter):
+               exchange=lambda word: {0: word}, clock=time.perf_counter):
     self._samples, self._seconds, self._clock = samples_per_step, seconds_per_sample, clock
     self._flops_until, self._devices, self._peak = flops_until, devices, peak
+    self._exchange, self._host, self._warm = exchange, socket.gethostname(), False
     self._since, self._step, self._waited = clock(), None, 0.0
 
   def start(self, step):
@@ -51,8 +58,9 @@ class Throughput:
   def rates(self, step) -> dict:
     """Rates since the last call.
 
-    `time/input_wait` is the share of time spent waiting for data, `time/tflops_per_second` is of one device, and
-    `time/mfu` is that over the device's peak.
+    `time/input_wait` is the share of time spent waiting for data: of several processes the largest, that of the one
+    whose number is `time/input_wait_process`, and the log names its host. `time/tflops_per_second` is of one device,
+    and `time/mfu` is that over the device's peak.
     """
     elapsed = max(self._clock() - self._since, 1e-9)
     rate = (step - self._step) / elapsed
@@ -60,7 +68,7 @@ class Throughput:
         'time/steps_per_second': rate,
         'time/samples_per_second': rate * self._samples,
         'time/audio_seconds_per_second': rate * self._samples * self._seconds,
-        'time/input_wait': min(self._waited / elapsed, 1.0),
+        **self._input_wait(min(self._waited / elapsed, 1.0)),
     }
     if self._flops_until:
       flops = (self._flops_until(step) - self._flops_until(self._step)) / elapsed / self._devices
@@ -69,6 +77,17 @@ class Throughput:
         out['time/mfu'] = flops / self._peak
     self.start(step)
     return out
+
+  def _input_wait(self, own) -> dict:
+    told = {process: word.split(maxsplit=1) for process, word in self._exchange(f'{own!r} {self._host}').items()}
+    worst = max(told, key=lambda process: float(told[process][0]))
+    wait, host = float(told[worst][0]), told[worst][1]
+    if len(told) > 1 and wait > _STARVED and self._warm:  # the first batch of all is waited for everywhere
+      logging.log_every_n_seconds(
+          logging.WARNING, 'all wait for the data of process %d on %s: %.0f %% of its time', _SILENCE, worst, host,
+          100 * wait)
+    self._warm = True
+    return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
 
 
 # Fields of config.model for counting: nothing computed twice, no packed maps, attention as matrix products. What a step
@@ -110,6 +129,12 @@ def peak_flops(config) -> float | None:
   """Published peak FLOP/s of a device at the dtype of this run's activations; None where it is not known."""
   chip = find_chip(jax.devices()[0].device_kind)
   return chip and chip.flops(build.activation_dtype(config.model.dtype))
+
+
+def demand(config, flops_until: Callable[[int], float]) -> float | None:
+  """Crops a second that this process's devices would take at their peak; None where nobody knows that."""
+  fields, peak = config.train, peak_flops(config)
+  return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
 
 
 class Goodput:

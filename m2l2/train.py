@@ -31,6 +31,8 @@ def train(config, workdir, writers=()) -> int:
     writers: where else the first process's log goes: `metrics.Writer`s or functions, such as
       `lambda step, scalars: wandb.log(scalars, step=step)`.
 
+  A script that calls this needs `if __name__ == '__main__':` where processes read the data (`data.num_workers`).
+
   Returns:
     The number of updates done.
 
@@ -85,6 +87,7 @@ def train(config, workdir, writers=()) -> int:
     position = restored.position if restored else {'next_index': 0, 'files': None}
     listener = Listener(plain, sample_rate=functions.sample_rate, workdir=workdir, first=first)
 
+    counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
     own, blocks = sharding.batch_blocks(mesh)
     fed = config.data
     loader = make_loader(
@@ -92,7 +95,8 @@ def train(config, workdir, writers=()) -> int:
       native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
       batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
       blocks=own, of_blocks=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
-      prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix)
+      prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix,
+      demand=timing.peak_flops(config) and timing.demand(config, counting.result()))
     stack.callback(loader.close)
     loader.check()
     files = loader.mixture.fingerprint if main else None  # once: it asks for the size of every shard
@@ -130,7 +134,6 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
     # ==============================================================================================
-    counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
     whole = sharding.replicated(mesh)
     audio = jax.ShapeDtypeStruct(
       (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
@@ -166,7 +169,8 @@ def train(config, workdir, writers=()) -> int:
     speed = timing.Throughput(
       samples_per_step=fields.batch_size,
       seconds_per_sample=functions.crop_samples / functions.sample_rate,
-      flops_until=counting.result(), devices=jax.device_count(), peak=timing.peak_flops(config))
+      flops_until=counting.result(), devices=jax.device_count(), peak=timing.peak_flops(config),
+      exchange=functools.partial(hosts.exchange, 'input_wait'))
     speed.start(first)
     goodput.start()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data.pipeline import Ahead, make_loader
+from m2l2.data.pipeline import AUTO, Ahead, Cost, make_loader, readers
 from m2l2.errors import UserError
 
 CROP = 500
@@ -75,9 +75,23 @@ def test_what_a_batch_is(music, straight):
 
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(num_threads=1), dict(num_threads=3, prefetch=2), dict(num_threads=2, prefetch=9)])
+    dict(), dict(num_threads=1), dict(num_threads=3, prefetch=2), dict(num_threads=20, prefetch=1),
+    dict(num_threads=2, prefetch=0), dict(num_threads=AUTO, num_workers=AUTO, demand=1.)])
 def test_threads_do_not_change_the_order(music, straight, options):
   assert_equal(take(music, 6, **options), straight)
+
+
+@pytest.mark.parametrize('demand, seconds, cpu, cores, expected', [
+    (200, .053, .003, 2, (11, 1)),     # 11 under way give 200 a second; .6 of a core is more than the run can spare
+    (500, .083, .003, 100, (14, 3)),   # 42 under way
+    (100, .003, .003, 8, (4, 0)),
+    (None, .003, .003, 2, (4, 0)),
+    (None, .053, .003, 2, (36, 0)),    # while one waits, others keep both cores busy
+    (1e6, .1, .05, 2, (256, 1)),
+    (1e6, .1, .05, 200, (256, 16)),
+    (None, 0., 0., 1, (4, 0))])
+def test_threads_and_workers_follow_the_demand(demand, seconds, cpu, cores, expected):
+  assert readers(demand, Cost(seconds, cpu), cores=cores) == expected
 
 
 @pytest.mark.soak
@@ -193,8 +207,8 @@ def test_nothing_usable_ends_with_one_line(tmp_path, num_workers):
 @pytest.mark.parametrize('options', [
     dict(batch_size=6, of_blocks=4), dict(batch_size=0), dict(channels=3), dict(seed=-1),
     dict(seed=2**64), dict(start_index=-8), dict(blocks=(2,), of_blocks=2),
-    dict(native_rates=()), dict(native_rates=(48000, 44100)), dict(num_workers=-1),
-    dict(crop_samples=0), dict(prefetch=-1), dict(num_threads=-1),
+    dict(native_rates=()), dict(native_rates=(48000, 44100)), dict(num_workers=-2),
+    dict(crop_samples=0), dict(prefetch=-1), dict(num_threads=-2),
     dict(worker_buffer=0), dict(gain_db=-1), dict(gain_db=61), dict(mix=1.5), dict(mix=-.1),
     dict(source='tape')])
 def test_bad_arguments(music, options):

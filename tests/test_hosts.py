@@ -105,7 +105,12 @@ from m2l2 import hosts, main, watchdog
 from m2l2.errors import UserError
 
 def train(config, workdir):
-  print('process', jax._src.distributed.global_state.process_id, 'trains', flush=True)
+  own = jax._src.distributed.global_state.process_id
+  while workdir == 'words' and len(words := hosts.exchange('words', f'of {own}')) < 2 - own:
+    time.sleep(.05)
+  if workdir == 'words':
+    print('words', words)
+  print('process', own, 'trains', flush=True)
   if workdir == 'mistake':
     raise UserError('there is no music here')
   if workdir == 'bug':
@@ -185,8 +190,9 @@ def test_a_loop_that_stands_still_in_a_process_that_lives_ends_all_with_their_st
 
 
 def test_when_the_first_process_is_killed_jax_aborts_the_others_and_their_last_words_say_why(tmp_path):
-  with stand_ins(['w'] * 2, flags=flags(2), log=tmp_path / 'first') as processes:
+  with stand_ins(['words'] * 2, flags=flags(2), log=tmp_path / 'first') as processes:
     processes.wait_for(train_all(processes))
+    assert "words {0: 'of 0', 1: 'of 1'}" in processes.said(0) and "words {1: 'of 1'}" in processes.said(1)
     processes.all[0].kill()
     assert processes.status(1, seconds=60) != 0
     line = processes.last_line(1)

@@ -16,7 +16,7 @@ import m2l2.train
 
 LAUNCH = Path(__file__).parent.parent / 'launch'
 FLAGS = ['--config=configs/base.py', '--config.data.root=gs://bucket/my "good" music', "--workdir=gs://bucket/it's"]
-MOUNTED = ['--config=configs/base.py', '--config.data.root=/mnt/m2l2/my "good" music', "--workdir=/mnt/m2l2/it's",
+MOUNTED = ['--config=configs/base.py', '--config.data.root=/mnt/m2l2-data/my "good" music', "--workdir=/mnt/m2l2/it's",
            '--multihost', '--stopped_exit_code=75']
 TPU = ['--name=base', '--type=v5litepod-256', '--zone=us-west4-a', '--project=p']
 GKE = ['--name=base', '--image=registry/m2l2:tpu', '--type=v5e', '--topology=16x16']
@@ -156,7 +156,14 @@ def test_flags_reach_the_workers_as_they_were_given(place):
   assert look[:5] == ['gcloud', 'storage', 'buckets', 'describe', 'gs://bucket']
   assert '--worker=all' in start and '--node=all' in start
   [command] = [word.removeprefix('--command=') for word in start if word.startswith('--command=')]
-  assert shlex.split(command) == ['bash', 'm2l2/launch/worker.sh', 'start', 'bucket', *MOUNTED]
+  assert shlex.split(command) == ['bash', 'm2l2/launch/worker.sh', 'start', 'bucket', 'bucket', *MOUNTED]
+
+
+def test_data_may_lie_in_a_bucket_of_their_own(place):
+  flags = ['--config.data.root=gs://music/all', '--workdir=gs://runs/a']
+  look, start = printed(place.run('tpu.sh', 'run', '--dry-run', *TPU, '--', *flags))
+  assert look[4] == 'gs://runs'  # where nothing is written, nothing can be torn
+  assert any("start runs music --config.data.root=/mnt/m2l2-data/all --workdir=/mnt/m2l2/a" in word for word in start)
 
 
 def test_a_flat_bucket_is_refused(place):
@@ -250,6 +257,12 @@ def test_the_manifest_restarts_and_mounts(place):
   mounts = {mount['name']: mount['mountPath'] for mount in container['volumeMounts']}
   assert volumes.keys() == mounts.keys() and mounts['bucket'] == '/mnt/m2l2'
   assert volumes['bucket']['csi']['volumeAttributes']['bucketName'] == 'bucket'
+  data = volumes['data']['csi']
+  assert data['readOnly'] and data['volumeAttributes']['mountOptions'].split(',')[:3] == [
+    'implicit-dirs', 'metadata-cache:ttl-secs:-1', 'metadata-cache:stat-cache-max-size-mb:-1']
+  local = place.run('gke.sh', *GKE, '--dry-run', '--', '--config=c.py', '--workdir=gs://bucket/run').stdout
+  assert 'm2l2-data' not in local and 'data' not in {volume['name'] for volume in yaml.safe_load(local)['spec'][
+    'replicatedJobs'][0]['template']['spec']['template']['spec']['volumes']}
   assert job['template']['metadata']['annotations'] == {'gke-gcsfuse/volumes': 'true'}
 
 
@@ -337,11 +350,13 @@ def test_a_worker_mounts_the_bucket_and_starts_the_service(place, tmp_path):
   # Files of the system land in the home of this test.
   place.command('sudo', '#!/bin/bash\ncase $1 in\n  tee) exec tee ${3:+-a} "$HOME/$(basename "${!#}")";;\n'
                 '  mkdir) ;;\n  *) exec "$@";;\nesac\n')
-  result = place.run('worker.sh', 'start', 'bucket', '--workdir=/mnt/m2l2/a b', '--multihost')
+  result = place.run('worker.sh', 'start', 'bucket', 'music', '--workdir=/mnt/m2l2/a b', '--multihost')
   assert result.returncode == 0, result.stderr
-  assert ['mount', '/mnt/m2l2'] in place.calls()
-  bucket, where, kind, options, *_ = (tmp_path / 'fstab').read_text().split()
-  assert (bucket, where, kind) == ('bucket', '/mnt/m2l2', 'gcsfuse') and 'metadata_cache_ttl_secs=0' in options
+  assert [call for call in place.calls() if call[0] == 'mount'] == [['mount', '/mnt/m2l2'], ['mount', '/mnt/m2l2-data']]
+  written, read = [line.split() for line in (tmp_path / 'fstab').read_text().splitlines()]
+  assert written[:3] == ['bucket', '/mnt/m2l2', 'gcsfuse'] and read[:3] == ['music', '/mnt/m2l2-data', 'gcsfuse']
+  assert {'rw', 'metadata_cache_ttl_secs=0'} < set(written[3].split(','))
+  assert {'ro', 'metadata_cache_ttl_secs=-1', 'stat_cache_max_size_mb=-1'} < set(read[3].split(','))
   unit = (tmp_path / 'm2l2.service').read_text()
   assert 'KillMode=mixed' in unit and f'ExecStart=/bin/bash {tmp_path}/m2l2-run/train.sh' in unit
   last = shlex.split((tmp_path / 'm2l2-run' / 'train.sh').read_text().splitlines()[-1])
@@ -355,7 +370,7 @@ def test_a_worker_never_takes_another_bucket_for_its_own(mounted, code, place):
   place.command('findmnt', f'#!/bin/sh\necho {mounted}\n')
   for name in ('systemctl', 'sudo', 'mount'):
     place.command(name, RECORD)
-  result = place.run('worker.sh', 'start', 'bucket', '--workdir=/mnt/m2l2/a')
+  result = place.run('worker.sh', 'start', 'bucket', '-', '--workdir=/mnt/m2l2/a')
   assert result.returncode == code
   if code:
     assert 'holds gs://another' in result.stderr and not place.calls()
@@ -384,6 +399,7 @@ def test_a_worker_tells_how_training_stands(load, active, says, place):
   ('tpu.sh', ['create', *TPU, '--', *FLAGS], 'no flags of m2l2 train'),
   ('tpu.sh', ['run', *TPU], '--workdir'),
   ('tpu.sh', ['run', *TPU, '--', '--config=gs://a/c.py', '--workdir=gs://b/run'], 'another bucket'),
+  ('tpu.sh', ['run', *TPU, '--', '--config.data.root=gs://a/c', '--config.evaluate.root=gs://b/c'], 'another bucket'),
   ('tpu.sh', ['run', *TPU, '--', '--workdir=gs://bucket'], 'no folder'),
   ('tpu.sh', ['run', *TPU, '--', '--workdir=w', '--multihost'], '--multihost'),
   ('gke.sh', ['--name=x'], '--image'),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_the_manifest_counts(music, prepared):
   assert split['seconds'] == pytest.approx(5 + 3 + 4 + 2 + 2, abs=1e-3)
   assert split['seconds'] == pytest.approx(sum(record['starts'] / record['rate'] for record in found), abs=1e-3)
   assert sorted(path.name for path in prepared.iterdir()) == sorted(
-      ['manifest.json', 'report.json', 'dataset_info.json', 'features.json',
+      ['manifest.json', 'report.json', 'dataset_info.json', 'features.json', 'audio-train.index',
        *(shard['file'] for shard in split['shards'])])
   assert report(prepared) == {'files': 5, 'used': 5, 'skipped': [], 'silent_segments': []}
 
@@ -374,6 +375,20 @@ def test_a_second_run_changes_nothing_and_another_job_is_refused(music, prepared
   with pytest.raises(UserError, match='is not empty and holds no prepared data'):
     run(music, tmp_path / 'full')
   assert os.listdir(tmp_path / 'full') == ['thesis.txt']
+
+
+def test_data_prepared_before_there_was_an_index_get_theirs(music, prepared, tmp_path):
+  output = tmp_path / 'out'
+  shutil.copytree(prepared, output)
+  (output / 'audio-train.index').unlink()
+  manifest = output / 'manifest.json'
+  manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+  written = {path: path.stat().st_mtime_ns for path in output.glob('*.array_record*')}
+  with pytest.raises(UserError, match='was prepared with other options'):
+    run(music, output)
+  assert run(music, output, options=SHORT)['format'] == 2
+  assert contents(output) == contents(prepared)
+  assert written == {path: path.stat().st_mtime_ns for path in written}
 
 
 def test_two_at_once_are_refused(music, tmp_path):

@@ -28,6 +28,33 @@ def test_throughput_counts_from_one_logged_step_to_the_next():
   assert got['time/steps_per_second'] == 1.0 and got['time/input_wait'] == 0.0
 
 
+def test_the_process_whose_data_come_last_is_named(caplog):
+  now, words = [0.0], []
+  told = {0: '0.01 first', 2: '0.5 the third host'}
+  speed = timing.Throughput(samples_per_step=8, seconds_per_sample=1.5, clock=lambda: now[0],
+                            exchange=lambda word: (words.append(word), {**told, 1: word})[1])
+  speed.start(0)
+  for step in (1, 2, 3):
+    with speed.waiting():
+      now[0] += 1.0
+    now[0] += 3.0
+    rates = speed.rates(step)
+    assert (rates['time/input_wait'], rates['time/input_wait_process']) == (0.5, 2)
+  assert [word.split()[0] for word in words] == ['0.25'] * 3
+  # Not of the first line, for which all wait, and not again at once.
+  assert [record.getMessage() for record in caplog.records] == [
+    'all wait for the data of process 2 on the third host: 50 % of its time']
+
+
+def test_what_the_devices_could_take_is_the_demand(monkeypatch):
+  config = tiny.get_config('debug')
+  config.train.update(batch_size=64, steps=10)
+  monkeypatch.setattr(timing, 'peak_flops', lambda config: None)
+  assert timing.demand(config, lambda n: 1e9 * n) is None
+  monkeypatch.setattr(timing, 'peak_flops', lambda config: 1e12)
+  assert timing.demand(config, lambda n: 1e9 * n) == pytest.approx(64 * 1000 * jax.local_device_count())
+
+
 def test_flops_of_a_device_and_their_share_of_its_peak():
   now = [0.0]
   speed = timing.Throughput(

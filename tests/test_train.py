@@ -610,7 +610,7 @@ def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 # In processes of their own.
 
 IN_PROCESS = """
-import functools, sys
+import functools, sys, time
 import jax
 process, count, port, workdir, music, steps = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 4 // int(count))
@@ -625,7 +625,7 @@ HOOK
 sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=1)
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
-  'train.checkpoint_every': 1000 if count == '2' else 2, **more})
+  'train.checkpoint_every': 1000 if count == '2' else 2, 'data.num_threads': 1, 'data.num_workers': 0, **more})
 print('updates', train.train(config, workdir))
 """
 
@@ -749,6 +749,28 @@ def test_two_processes_do_not_wait_for_a_snapshot_nor_look_at_the_data_again(tmp
     print(f'stopped within {seconds:.1f} s; saving held the loop up for {first} s, later {rest} s')
     assert first < 30 and min(rest) < 0.3  # the least disturbed of them: the machine may be busy
   assert seconds < 60
+
+
+SLOW_READS = """
+if process == '{slow}':
+  from m2l2.data import transforms
+  read = transforms.RandomCrop.__call__
+  transforms.RandomCrop.__call__ = lambda self, index: (time.sleep(.3), read(self, index))[1]
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize('slow', [0, 1])
+def test_the_process_whose_data_come_last_is_named(tmp_path, music, slow):
+  run = tmp_path / 'two'
+  path = run / 'metrics.jsonl'
+  stopped(run, music, steps=2000, hook=SLOW_READS.format(slow=slow),
+          ready=lambda said: path.exists() and path.read_text().count('\n') >= 8)
+  waits = [(line['time/input_wait'], line['time/input_wait_process'])
+           for line in map(json.loads, path.read_text().splitlines()[2:])]
+  assert {process for _, process in waits} == {slow} and max(waits)[0] > .3, waits
+  assert (f'all wait for the data of process {slow} on {socket.gethostname()}: '
+          in pathlib.Path(f'{run}.0.log').read_text())
 
 
 # The shipped config, small.

@@ -550,6 +550,21 @@ def read_bytes(data: bytes, *, start: int, frames: int, name: str) -> np.ndarray
   return np.ascontiguousarray(audio.T, np.float32)
 
 
+def decode_bytes(data: bytes, *, skip: int, frames: int, name: str) -> np.ndarray:
+  """`frames` samples of an audio file in memory after its first `skip`, without a seek: float32 [channels, frames].
+
+  `name` is what errors call it. Raises UserError: not audio, damaged, or shorter than that.
+  """
+  try:
+    with _Sound(io.BytesIO(data)) as file:
+      audio = file.read(skip + frames, dtype='float32', always_2d=True)
+  except _FILE_ERRORS as e:
+    raise UserError(f'{name}: is damaged ({_reason(e)})') from e
+  if len(audio) != skip + frames:
+    raise UserError(f'{name}: is damaged (ends after {len(audio)} of {skip + frames} samples)')
+  return audio[skip:].T
+
+
 def _extension(path) -> str:
   return os.path.splitext(os.fsdecode(path))[1].lower()
 

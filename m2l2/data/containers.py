@@ -370,6 +370,34 @@ def _flac_frame(head, block, channels) -> int | None:
   return (number if head[1] & 1 else number * block) + size
 
 
+def flac_frames(data: bytes, *, channels: int) -> tuple[int, list[int]]:
+  """(samples of each frame but the last, where in the bytes each begins) of a FLAC with frames of one length.
+
+  Raises ValueError: it is none, or its frames are not found.
+  """
+  if not _FLAC_START.match(data):
+    raise ValueError('it is no FLAC')
+  block, at, last = int.from_bytes(data[8:10], 'big'), 4, False
+  while not last:
+    last, at = data[at] >= 0x80, at + 4 + int.from_bytes(data[at + 1:at + 4], 'big')
+  offsets = [at]
+  for match in _FLAC_FRAME.finditer(data, at + 1):
+    place = match.start()
+    end = _flac_frame(data[place:place + 17], block, channels) or 0
+    number = (end - 1) // block
+    if number == len(offsets):
+      offsets.append(place)
+    elif number == len(offsets) - 1 and number:  # bytes that look like the same frame's beginning: one of the two is
+      offsets[-1:] = [place if _crc(data[offsets[-2]:offsets[-1]], 16, 0x8005) else offsets[-1]]
+  return block, offsets
+
+
+def flac_header(*, block: int, rate: int, channels: int, samples: int) -> bytes:
+  """What must stand before frames of 16 bits for them to be a FLAC."""
+  facts = rate << 44 | channels - 1 << 41 | 15 << 36 | samples
+  return b'fLaC\x80\0\0\x22' + 2 * block.to_bytes(2, 'big') + bytes(6) + facts.to_bytes(8, 'big') + bytes(16)
+
+
 def _crc(data: bytes, width: int, polynomial: int) -> int:
   value, top, mask = 0, 1 << width - 1, (1 << width) - 1
   table = _TABLES.get((width, polynomial))

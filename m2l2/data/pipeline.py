@@ -7,20 +7,32 @@ Threads, workers, processes and a restart change who reads a sample, never which
 import collections
 from collections.abc import Callable
 from concurrent import futures
+import contextlib
 import dataclasses
 import gc
+import math
+import os
+import threading
+import time
 import weakref
 
-from absl import flags
+from absl import flags, logging
 import grain
 import numpy as np
 
 from m2l2.data.sources import Mixture, find_mixture
-from m2l2.data.transforms import CropSpec, FaultLog, RandomCrop
+from m2l2.data.transforms import CropSpec, RandomCrop
 from m2l2.errors import UserError
+
+AUTO = -1  # for numbers of threads and workers: from the demand
 
 _ENDLESS = 2**62
 _MOST_GAIN = 60  # dB
+_TRIALS = 8  # crops that are read to see what one costs, and one before them
+_THREADS = 4, 256  # least and most
+_OF_A_CORE = .5  # what a process gives to reading beside other work, above which workers take it over
+_OF_A_WORKER = .7
+_WORKERS = 16  # most; a small model never comes near the peak from which the demand is told
 
 
 class Loader:
@@ -31,11 +43,11 @@ class Loader:
       same items).
   """
 
-  def __init__(self, dataset: grain.IterDataset, crop: RandomCrop):
-    self.mixture: Mixture = crop.mixture
-    self._crop, self._iterators = crop, [iter(dataset)]
+  def __init__(self, dataset: grain.IterDataset, reader: 'Batches'):
+    self.mixture: Mixture = reader.crop.mixture
+    self._crop, self._iterators = reader.crop, [iter(dataset)]
     # Also runs at the interpreter's end, before Grain's modules are torn down under its feet.
-    self._close = weakref.finalize(self, _close, self._iterators, crop.faults)
+    self._close = weakref.finalize(self, _close, self._iterators, reader)
 
   def __iter__(self):
     return self
@@ -97,9 +109,10 @@ class Ahead:
       self._thread.shutdown(cancel_futures=True)
 
 
-def _close(iterators: list[grain.DatasetIterator], faults: FaultLog):
-  faults.close()
+def _close(iterators: list[grain.DatasetIterator], reader: 'Batches'):
+  reader.crop.faults.close()
   iterators.pop().close()
+  reader.close()
   # Grain's iterators hang in cycles; left to the interpreter's end, their __del__ print errors and
   # leak shared memory.
   gc.collect()
@@ -122,11 +135,109 @@ class Rows:
     return self.start_index + batch * self.batch_size + self.blocks[block] * self.batch_size // self.of_blocks + row
 
 
+class Batches:
+  """`batches(t)` -> the process's rows of batch t, whose crops are read side by side.
+
+  Grain's own threads take a whole batch each, crop after crop: where a read takes 50 ms, a batch of 128 rows would come
+  after 6 s, and as many batches would be held as threads are needed. These threads are shared by the batches under way.
+
+  Args:
+    crop, rows: what a sample is, and which ones the rows are.
+    threads: how many crops are read at once; 0 reads one after the other.
+  """
+
+  def __init__(self, crop: RandomCrop, rows: Rows, *, threads: int):
+    self.crop, self._rows, self._threads = crop, rows, threads
+    self._lock, self._pool, self._closed = threading.Lock(), None, False
+
+  def __reduce__(self):
+    return _batches, (self.crop, self._rows, self._threads)  # a worker process has threads of its own
+
+  def __call__(self, t: int) -> dict[str, np.ndarray]:
+    indices = [self._rows(k) for k in range(t * len(self._rows), (t + 1) * len(self._rows))]
+    samples = list(self._started().map(self.crop, indices) if self._threads else map(self.crop, indices))
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+  def _started(self) -> futures.ThreadPoolExecutor:
+    with self._lock:
+      if self._closed:
+        raise futures.CancelledError
+      self._pool = self._pool or futures.ThreadPoolExecutor(self._threads, 'crops')
+      return self._pool
+
+  def close(self):
+    """Reads under way end, others are not begun."""
+    with self._lock:
+      self._closed = True
+    if self._pool:
+      self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batches(crop, rows, threads) -> Batches:
+  return Batches(crop, rows, threads=threads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one crop: seconds, and seconds of a core among them."""
+  seconds: float
+  cpu: float
+
+
+def measure_cost(crop: RandomCrop, *, first: int) -> Cost:
+  """What a crop costs here, one after the other: the mean of some from sample `first` on. Unusable ones count, too."""
+  seconds, cpu = [], []
+  for index in range(first, first + _TRIALS + 1):
+    began = time.perf_counter(), time.thread_time()
+    with contextlib.suppress(UserError):  # who reads on is told
+      crop(index)
+    seconds.append(time.perf_counter() - began[0])
+    cpu.append(time.thread_time() - began[1])
+  return Cost(sum(seconds[1:]) / _TRIALS, sum(cpu[1:]) / _TRIALS)
+
+
+def readers(demand: float | None, cost: Cost, *, cores: int) -> tuple[int, int]:
+  """How many threads (in each process that reads) and worker processes meet a demand.
+
+  demand: crops a second that this process is to give; None: as many as its own threads can. cores: that it may use.
+  """
+  if demand is None:  # while one thread waits, others keep the cores busy
+    return _within(cores * cost.seconds / max(cost.cpu, 1e-6)), 0
+  load = demand * cost.cpu
+  workers = 0 if load <= _OF_A_CORE else min(math.ceil(load / _OF_A_WORKER), _WORKERS, max(1, cores - 1))
+  return _within(demand * cost.seconds / max(1, workers)), workers
+
+
+def _within(threads: float) -> int:
+  return min(max(math.ceil(threads), _THREADS[0]), _THREADS[1])
+
+
+def _chosen(crop, *, num_threads, num_workers, demand, first) -> tuple[int, int]:
+  """The numbers of threads and workers, AUTO ones from the demand; says them and why."""
+  if AUTO not in (num_threads, num_workers):
+    return num_threads, num_workers
+  cost = measure_cost(crop, first=first)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  threads, workers = readers(demand, cost, cores=cores)
+  if num_workers != AUTO:
+    workers = num_workers
+    threads = _within(demand * cost.seconds / max(1, workers)) if demand else threads
+  threads = threads if num_threads == AUTO else num_threads
+  wanted = f'for {demand:.0f} crops/s ' if demand else ''
+  logging.info('input: %d threads in %s %sat %.1f ms a crop, %.1f ms of them of a core', threads,
+               f'each of {workers} workers' if workers else 'this process', wanted, 1e3 * cost.seconds, 1e3 * cost.cpu)
+  if demand and demand * cost.cpu > cores:
+    logging.warning('the input wants %.1f cores to feed these devices at their peak, and there are %d',
+                    demand * cost.cpu, cores)
+  return threads, workers
+
+
 def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channels: int,
                 crop_samples: int, batch_size: int, seed: int, start_index: int = 0,
                 blocks: tuple[int, ...] = (0,), of_blocks: int = 1, num_workers: int = 0,
                 num_threads: int = 4, prefetch: int = 4, worker_buffer: int = 1, rms_floor: float = 1e-3,
-                gain_db: float = 0.0, mix: float = 0.0, source: str = 'auto', split: str = 'train') -> Loader:
+                gain_db: float = 0.0, mix: float = 0.0, source: str = 'auto', split: str = 'train',
+                demand: float | None = None) -> Loader:
   """Batches of random crops from what is at `root`, from sample `start_index` on.
 
   Batch t holds the samples start_index + t * batch_size ..., of which one process of several yields
@@ -145,16 +256,19 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     start_index: the first global index.
     blocks: the numbers h of this process's blocks, in rising order (`sharding.batch_blocks`).
     of_blocks: H.
-    num_workers: reader processes, 0 for none. They pay only where one process cannot keep up; they
-      are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
-    num_threads: batches read at once, in each worker (or here, without workers); 0 reads in `next`.
-    prefetch: batches read ahead, in each worker (or here); their memory is held.
+    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs. They pay only where one process
+      cannot keep up; they are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
+    num_threads: crops read at once, in each worker (or here, without workers); 0 reads one after the other in `next`;
+      AUTO (-1) as many as `demand` needs, by what some crops cost here.
+    prefetch: batches read ahead, in each worker (or here), and as many as keep the threads busy; their memory is held.
+      0 reads a batch when it is asked for.
     worker_buffer: batches that each worker has ready beside those.
     rms_floor: a crop below this RMS is silent and drawn again.
     gain_db: each crop is scaled by a random gain within +-gain_db dB.
     mix: the chance that a sample is the sum of two crops, clipped to [-1, 1].
     source: what `root` is: 'auto' or 'folder' (`sources.find_mixture`).
     split: of TFDS datasets.
+    demand: crops a second that this process must give, None: as many as it can; for AUTO.
 
   Returns:
     A `Loader` of dicts, B' the rows of this process: 'audio' float32 [B', channels, crop_samples];
@@ -174,10 +288,12 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
                     rms_floor=rms_floor, gain_db=gain_db, mix=mix))
 
   rows = Rows(start_index, batch_size, blocks, of_blocks)
-  pieces = grain.MapDataset.range(_ENDLESS).map(rows).map(crop).batch(len(rows))
-  read_options = grain.ReadOptions(
-      num_threads=min(num_threads, prefetch), prefetch_buffer_size=prefetch if num_threads else 0)
-  batches = pieces.to_iter_dataset(read_options)
+  num_threads, num_workers = _chosen(
+      crop, num_threads=num_threads, num_workers=num_workers, demand=demand, first=start_index)
+  reader = Batches(crop, rows, threads=num_threads)
+  under_way = 1 + -(-num_threads // len(rows)) if num_threads and prefetch else 0  # batches, enough for all threads
+  batches = grain.MapDataset.range(_ENDLESS).map(reader).to_iter_dataset(
+      grain.ReadOptions(num_threads=under_way, prefetch_buffer_size=max(prefetch, under_way) if under_way else 0))
   if num_workers:
     # Grain reads absl flags when it starts workers, and these are unparsed wherever m2l2 is used
     # as a library (a notebook, a test): their defaults are what is wanted there.
@@ -185,7 +301,7 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
       flags.FLAGS.mark_as_parsed()
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=worker_buffer)).map(_own)
-  return Loader(batches, crop)
+  return Loader(batches, reader)
 
 
 def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -210,8 +326,8 @@ def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, see
                     f'a multiple of {of_blocks}')
   if not 0 <= seed < 2**64:
     raise UserError(f'seed must be in [0, 2**64), not {seed}')
-  if min(start_index, num_workers, num_threads, prefetch) < 0:
-    raise UserError('start_index, num_workers, num_threads and prefetch must not be negative')
+  if min(start_index, num_workers - AUTO, num_threads - AUTO, prefetch) < 0:
+    raise UserError('start_index and prefetch must not be negative, num_workers and num_threads not below -1')
   if worker_buffer < 1:
     raise UserError(f'worker_buffer must be 1 or more, not {worker_buffer}')
   if not 0 <= gain_db <= _MOST_GAIN:

@@ -4,11 +4,12 @@ Three stages, each a Beam pipeline over small work items (names of files, never 
 
   probe   a block of files: what their headers say, and a hash of the first samples
   hash    a block of files whose first samples are not theirs alone: a hash of all samples
-  write   one shard: decode, resample, cut, encode and store its files
+  write   one shard: decode, resample, cut, encode and store its files; its index (index.py)
 
 An item ends by writing one JSON file under DIR/.prepare, so a job that was stopped at any moment goes on
 with the items that lack theirs, and its output is the same bytes. What is planned between the stages is a
 pure function of the files found and of these JSON files. manifest.json comes last: with it, DIR is done.
+Data of format 1, which had no index, get one when they are prepared again; their shards stay as they are.
 
 Beam's own parallel local modes hand out items beforehand and start a gRPC service for each process (3 s
 more, and the slowest share decides). Here the embedded runner's one worker puts the items of its bundle to
@@ -42,10 +43,11 @@ from m2l2 import lock
 from m2l2.data import segments, sources
 from m2l2.data.audio_io import shown
 from m2l2.data.decoder import Decoder, FileFault
+from m2l2.data.index import index_name, index_shard, join
 from m2l2.data.order import digest, split_of, SPLITS
 from m2l2.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 lacked the index
 NAME = 'audio'  # of the dataset, as TFDS says it
 WORK = '.prepare'
 MANIFEST, REPORT, JOB = 'manifest.json', 'report.json', f'{WORK}/job.json'
@@ -125,7 +127,8 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
     quiet: no progress bar.
 
   Returns:
-    The manifest. A directory that was prepared from the same files with the same options is left as it is.
+    The manifest. A directory that was prepared from the same files with the same options is left as it is, but for
+    an index that it lacks.
 
   Raises:
     UserError: nothing to prepare; `output` holds something else; it cannot be written; the pipeline failed.
@@ -136,20 +139,23 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
   output = output if '://' in output else os.path.expanduser(output)
   base, names, sizes = _find(source)
   place = Place(output)
+  job = _Job(base=base, output=output, options=options, limits=limits)
+  run = lambda stage, items, total, unit: _run_stage(
+      place, job, stage, items, total=total, unit=unit, runner=runner, processes=processes,
+      beam_arguments=beam_arguments, quiet=quiet)
   identity = {'format': FORMAT, 'options': dataclasses.asdict(options) | {'rates': list(options.rates)},
               'files': len(names), 'input': _fingerprint(names, sizes)}
   if done := place.read_json(MANIFEST):
-    _refuse_other(place, done, identity)
+    has_index = done.get('format') != 1
+    _refuse_other(place, done, identity if has_index else identity | {'format': 1})
+    if not has_index:
+      done = _add_index(place, done, run)
     place.clear_work()
     return done
   _refuse_foreign(place)
   place.make()
   with place.locked():
     _begin(place, identity)
-    job = _Job(base=base, output=output, options=options, limits=limits)
-    run = lambda stage, items, total, unit: _run_stage(
-        place, job, stage, items, total=total, unit=unit, runner=runner, processes=processes,
-        beam_arguments=beam_arguments, quiet=quiet)
     probed, skipped = _merge(run('probe', list(_blocks(names)), len(names), 'file'))
     suspects = list(_suspects(probed))
     hashed, faults = _merge(run('hash', list(_blocks(suspects)), len(suspects), 'file'))
@@ -208,6 +214,7 @@ def _finish(place, identity, shards, written, skipped) -> dict:
                     f'{shown(place.root)}/{REPORT} names all)')
   if 'train' not in splits:
     absl_logging.warning('all files fell to validation; lower --validation-fraction to train on them')
+  _write_indices(place, shards, splits)
   _write_metadata(place, splits)
   counts = {split: {'sources': sum(shard['sources'] for shard in of), 'records': sum(shard['records'] for shard in of),
                     'seconds': round(sum(shard['seconds'] for shard in of), 3),
@@ -216,6 +223,26 @@ def _finish(place, identity, shards, written, skipped) -> dict:
   place.write_json(MANIFEST, manifest)
   place.clear_work()
   return manifest
+
+
+def _add_index(place, manifest, run) -> dict:
+  """Gives data of format 1 their index; returns the new manifest."""
+  shards = [{'number': f'{split}-{number:05d}', 'split': split, 'file': shard['file']}
+            for split, of in manifest['splits'].items() for number, shard in enumerate(of['shards'])]
+  place.make()
+  with place.locked():
+    place.clear_parts()
+    run('index', shards, len(shards), 'shard')
+    _write_indices(place, shards, manifest['splits'])
+    manifest = manifest | {'format': FORMAT}
+    place.write_json(MANIFEST, manifest)
+  return manifest
+
+
+def _write_indices(place, shards, splits):
+  for split in splits:
+    own = [shard for shard in shards if shard['split'] == split]
+    place.write(index_name(own[0]['file']), join(place.read(_part_name(shard)) for shard in own))
 
 
 def _report(count, skipped, silent) -> bytes:
@@ -319,6 +346,11 @@ def _do(job: _Job, stage: str, item: dict, decoder: Decoder, advance: Callable):
   place = Place(job.output)
   if stage == 'write':
     result = _write_shard(job, place, item, decoder, advance)
+  elif stage == 'index':
+    with _local(job.output, item['file']) as path:
+      place.write(_part_name(item), index_shard(path, item['file']))
+    result = {}
+    advance(1)
   else:
     result = {'facts': {}, 'faults': {}}
     for name in item['files']:
@@ -384,12 +416,18 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
         counts['sources'] += bool(wanted)
         advance(found['source_samples'] / found['source_rate'])
       writer.close()
+      place.write(_part_name(item), index_shard(path, item['file']))
     except RuntimeError as e:  # the writer's only kind of error
       raise UserError(f'{shown(place.root)}: cannot be written: {" ".join(str(e).split())}') from e
     finally:
       with contextlib.suppress(RuntimeError):
         writer.close()
   return result
+
+
+def _part_name(shard) -> str:
+  """The index of one shard, until all are joined."""
+  return f'{WORK}/{shard["number"]}.index'
 
 
 def _result_name(stage, item) -> str:
@@ -659,6 +697,13 @@ class Place:
     except FileNotFoundError:
       return None
     except (OSError, ValueError) as e:
+      raise UserError(f'{shown(self.root)}/{name}: cannot be read ({e})') from e
+
+  def read(self, name: str) -> bytes:
+    try:
+      with self._fs.open(self._at(name), 'rb') if self._fs else open(self._at(name), 'rb') as file:
+        return file.read()
+    except OSError as e:
       raise UserError(f'{shown(self.root)}/{name}: cannot be read ({e})') from e
 
   def write_json(self, name: str, value):

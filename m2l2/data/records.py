@@ -10,9 +10,12 @@ Understood, without TensorFlow, is a TFDS dataset in the file format array_recor
 
 The audio is the feature named 'audio'; else the only one with samples; else the only one with bytes.
 With integers [start, starts) of crops belong to an item if it has a feature 'starts', as segments do.
+
+Beside segments that `m2l2 prepare` wrote lies their index (index.py): then a crop is read without its record.
 """
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -26,6 +29,7 @@ from tensorflow_datasets.core.utils.version import Version
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2l2.data import audio_io
+from m2l2.data.index import Index, Segment, index_name
 from m2l2.errors import UserError
 
 RATES = ('rate', 'sample_rate', 'sampling_rate', 'samplerate', 'sr')
@@ -64,32 +68,39 @@ class Records:
   def __init__(self, paths: list[str], layout: Layout):
     self._paths = sorted(paths, key=os.path.basename)
     self._layout = layout
-    try:
-      self._records = grain.sources.ArrayRecordDataSource(self._paths)
-    except (OSError, RuntimeError, ValueError) as e:
-      raise UserError(f'{_shards(self._paths)}: cannot be read as ArrayRecord ({_line(e)})') from e
-    if not len(self._records):
+    self._index = _find_index(self._paths) if layout == SEGMENTS else None
+    if not len(self):
       raise UserError(f'{_shards(self._paths)}: hold no records')
 
+  @functools.cached_property
+  def _records(self):  # with an index it is rarely asked for, and opens every shard
+    try:
+      return grain.sources.ArrayRecordDataSource(self._paths)
+    except (OSError, RuntimeError, ValueError) as e:
+      raise UserError(f'{_shards(self._paths)}: cannot be read as ArrayRecord ({_line(e)})') from e
+
   def __len__(self) -> int:
-    return len(self._records)
+    return len(self._records if self._index is None else self._index)
 
   @property
   def fingerprint(self) -> str:
     """16 hex digits of the shards' names and sizes and of how many records they hold."""
-    lines = [f'{os.path.basename(path)} {os.path.getsize(path)}' for path in self._paths]
+    sizes = map(os.path.getsize, self._paths) if self._index is None else self._index.sizes
+    lines = [f'{os.path.basename(path)} {size}' for path, size in zip(self._paths, sizes, strict=True)]
     return hashlib.sha256('\n'.join([*lines, str(len(self))]).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
 
-  @property
+  @functools.cached_property
   def place(self) -> str:
     return _shards(self._paths)
 
   def name(self, number: int) -> str:
     return f'{self.place}: record {number}'
 
-  def open(self, number: int) -> 'audio_io.AudioReader | Samples':
+  def open(self, number: int) -> 'audio_io.AudioReader | Samples | Segment':
     """The audio of a record: `info`, `starts` and `read`, as a context manager. Raises UserError."""
     name, layout = self.name(number), self._layout
+    if self._index is not None:
+      return self._index.open(number, name)
     try:
       features = self._features(number)
       if layout.source:
@@ -183,7 +194,8 @@ def open_dataset(folder: str, *, split: str) -> Records:
       data_dir=folder, template=splits[split].get('filepathTemplate') or '', dataset_name=info.get('name'),
       split=split, filetype_suffix='array_record')
   paths = [os.fspath(path) for path in template.sharded_filepaths(count)] if count else []
-  missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
+  there = set(os.listdir(folder))  # one call, not one a shard
+  missing = [name for name in map(os.path.basename, paths) if name not in there]
   if missing or not paths:
     raise UserError(f'{shown}: {len(missing)} of the {count} shards of {split!r} are missing'
                     f'{f", the first is {missing[0]}" if missing else ""}: is it complete?')
@@ -194,6 +206,13 @@ def open_shards(paths: list[str]) -> Records:
   """Shards by name: as the features.json beside them says, else as m2l2 prepare writes them."""
   beside = os.path.join(os.path.dirname(paths[0]), 'features.json')
   return Records(paths, find_layout(beside) if os.path.isfile(beside) else SEGMENTS)
+
+
+def _find_index(paths: list[str]) -> Index | None:
+  """The index beside the shards; None: there is none, or they are of several."""
+  found = {index_name(path) for path in paths}
+  path = found.pop()
+  return Index(path, paths) if not found and os.path.isfile(path) else None
 
 
 def find_layout(path: str) -> Layout:

@@ -1,0 +1,267 @@
+"""Where the audio of prepared segments lies within their shards, so that a crop takes one short read.
+
+A record holds some 20 s as one FLAC, of which a crop needs a second or two. FLAC is a row of frames (4096 samples, as
+libsndfile writes it) that can be decoded without those before. `m2l2 prepare` writes beside the shards of a split its
+index: for each record what a crop must know of it, and the place in the shard of every fourth frame. It is read once,
+some 300 bytes a record (half a GB for 10,000 hours), and a crop is then the bytes from one such place to another.
+
+The index is made of the finished shard alone (`index_shard`), so data that were prepared before can be given theirs.
+It is a safetensors file; without it whole records are read.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+import functools
+import json
+import mmap
+import os
+
+from array_record.python.array_record_module import ArrayRecordReader
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+from tensorflow_datasets.proto import tf_example_pb2
+
+from m2l2.data import audio_io, containers
+from m2l2.errors import UserError
+
+VERSION = 1
+_APART = 4  # frames from one place to the next: a crop of 1.5 s then fetches a quarter more than it needs
+
+# ArrayRecord is a Riegeli file, in which every 64 KiB begin with a header of 24 bytes, whatever stands there.
+_BLOCK, _HEADER = 2**16, 24
+_SLACK = 2**17  # bytes before a record's audio: what the file keeps of records, and the record's first fields
+_FIELDS = {'begin': np.int64, 'samples': np.int32, 'starts': np.int32, 'rate': np.int32, 'channels': np.uint8,
+           'block': np.int32, 'source': np.int32}
+_MOST_OPEN = 256  # shards; a shell lets a process have 1024 files
+
+
+def index_name(shard: str) -> str:
+  """'audio-train.array_record-00000-of-00010' -> 'audio-train.index'."""
+  return shard.rpartition('.array_record')[0] + '.index'
+
+
+# ---- making it -----------------------------------------------------------------------------------
+
+
+def index_shard(path, name: str) -> bytes:
+  """The index of one shard of segments (`segments.features`), named `name` in it. Raises UserError: it is none."""
+  try:
+    return _index_shard(os.fspath(path), name)
+  except (OSError, RuntimeError, ValueError, KeyError, IndexError) as e:
+    raise UserError(f'{name}: cannot be indexed ({" ".join(str(e).split())})') from e
+
+
+def _index_shard(path, name) -> bytes:
+  rows: dict[str, list[int]] = {field: [] for field in _FIELDS}
+  points, names = array('I'), {}
+  reader = ArrayRecordReader(path)
+  try:
+    with open(path, 'rb') as file:
+      size = os.fstat(file.fileno()).st_size
+      buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b''
+    at = 0  # in bytes without the headers of blocks
+    for number in range(reader.num_records()):
+      features = tf_example_pb2.Example.FromString(reader.read([number])[0]).features.feature
+      integer = lambda key: features[key].int64_list.value[0]
+      flac, = features['audio'].bytes_list.value
+      at = _find(buffer, flac, at)
+      block, offsets = _frames(flac, samples=integer('samples'), channels=integer('channels'))
+      begin = _outer(at)
+      points.extend(_outer(at + offset) - begin for offset in (*offsets[::_APART], len(flac)))
+      source = names.setdefault(features['source'].bytes_list.value[0], len(names))
+      for field, value in {'begin': begin, 'block': block, 'source': source}.items():
+        rows[field].append(value)
+      for field in ('samples', 'starts', 'rate', 'channels'):
+        rows[field].append(integer(field))
+      at += len(flac)
+  finally:
+    reader.close()
+  arrays = {field: np.array(values, _FIELDS[field]) for field, values in rows.items()}
+  return _save(arrays, points=np.array(points, np.uint32), names=list(names), shards=[[name, size, len(rows['begin'])]])
+
+
+def join(parts: Iterable[bytes]) -> bytes:
+  """The index of several shards, in their order, from those of each."""
+  fields: dict[str, list] = {field: [] for field in _FIELDS}
+  points, names, shards = [], [], []
+  for part in parts:
+    meta, arrays = _load(part)
+    arrays['source'] = arrays['source'] + np.int32(len(names))
+    for field, values in fields.items():
+      values.append(arrays[field])
+    points.append(arrays['points'])
+    names += _lines(arrays['names'])
+    shards += meta['shards']
+  return _save({field: np.concatenate(values) for field, values in fields.items()}, points=np.concatenate(points),
+               names=names, shards=shards)
+
+
+def _save(arrays, *, points, names, shards) -> bytes:
+  meta = json.dumps({'version': VERSION, 'apart': _APART, 'shards': shards})
+  text = np.frombuffer(b'\n'.join(names), np.uint8)
+  return save({**arrays, 'points': points, 'names': text}, metadata={'index': meta})  # one entry: equal bytes
+
+
+def _load(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
+  length = int.from_bytes(data[:8], 'little')
+  meta = json.loads(json.loads(data[8:8 + length])['__metadata__']['index'])
+  if meta['version'] != VERSION:
+    raise ValueError(f'it is of version {meta["version"]}, this m2l2 reads {VERSION}')
+  return meta, load(data)
+
+
+def _lines(text) -> list[bytes]:
+  return text.tobytes().split(b'\n') if text.size else []
+
+
+def _find(buffer, flac: bytes, at: int) -> int:
+  """Where the bytes stand in a shard from `at` on, both without the headers of blocks."""
+  window = _inner(buffer, _outer(at), _outer(at + len(flac) + _SLACK))
+  head = flac[:64]  # quicker to look for, and unlike others by the checksum in it
+  found = window.find(head)
+  while found >= 0 and not window.startswith(flac, found):
+    found = window.find(head, found + 1)
+  if found < 0:
+    raise ValueError('a record does not lie in it as it is; is the shard compressed?')
+  return at + found
+
+
+def _outer(at: int) -> int:
+  """A place among the bytes without the headers of blocks -> in the file."""
+  return at + _HEADER * (at // (_BLOCK - _HEADER) + 1)
+
+
+def _inner(data, begin: int, end: int, origin: int = 0) -> bytes:
+  """The bytes [begin, end) of a file but for the headers of blocks; `data` holds it from `origin` on."""
+  if begin // _BLOCK == (end - 1) // _BLOCK and begin % _BLOCK >= _HEADER:
+    return data[begin - origin:end - origin]
+  pieces = []
+  while begin < end:
+    stop = min(end, (begin // _BLOCK + 1) * _BLOCK)
+    pieces.append(data[max(begin, begin // _BLOCK * _BLOCK + _HEADER) - origin:stop - origin])
+    begin = stop
+  return b''.join(pieces)
+
+
+def _frames(flac: bytes, *, samples: int, channels: int) -> tuple[int, list[int]]:
+  """(samples of a frame, where each frame begins) of a FLAC that we wrote."""
+  block, offsets = containers.flac_frames(flac, channels=channels)
+  if len(offsets) != -(-samples // block):
+    raise ValueError(f'a segment of {samples} samples has {len(offsets)} frames of {block}')
+  return block, offsets
+
+
+# ---- reading by it -------------------------------------------------------------------------------
+
+
+class Index:
+  """Of the records of some shards.
+
+  Args:
+    path: the index of a split.
+    shards: paths of its shards whose records are wanted, in order.
+
+  Attributes:
+    sizes: of the shards, in bytes.
+
+  Raises UserError: it cannot be read, or is not of these shards.
+  """
+
+  def __init__(self, path, shards: Sequence[str]):
+    try:
+      with open(path, 'rb') as file:
+        meta, arrays = _load(file.read())
+      known = {name: (number, size, count) for number, (name, size, count) in enumerate(meta['shards'])}
+      found = [known[os.path.basename(shard)] for shard in shards]
+      counts = [count for *_, count in known.values()]
+      ends = np.cumsum(counts)
+      rows = np.concatenate([np.arange(ends[number] - counts[number], ends[number]) for number, *_ in found])
+      span = arrays['block'] * np.int32(meta['apart'])
+      lengths = -(-arrays['samples'] // span) + 1
+      self._first = (np.cumsum(lengths) - lengths)[rows]
+      self._span, self._points = span[rows], arrays['points']
+      self._rows = {field: arrays[field][rows] for field in _FIELDS}
+      self._names = [name.decode() for name in _lines(arrays['names'])]
+      self._shard = np.repeat(np.arange(len(found)), [count for *_, count in found])
+      self._paths, self.sizes = list(shards), [size for _, size, _ in found]
+    except KeyError as e:
+      raise UserError(f'{audio_io.shown(path)}: is not of the shards beside it (it lacks {e}); {_MEND}') from e
+    except (OSError, ValueError, TypeError, IndexError, SafetensorError) as e:
+      raise UserError(f'{audio_io.shown(path)}: cannot be read ({" ".join(str(e).split())}); {_MEND}') from e
+
+  def __len__(self) -> int:
+    return len(self._shard)
+
+  def open(self, number: int, place: str) -> 'Segment':
+    """The segment in a record; `place` is what errors call the record."""
+    facts = {field: int(values[number]) for field, values in self._rows.items()}
+    first, span = int(self._first[number]), int(self._span[number])
+    points = self._points[first:first - (-facts['samples'] // span) + 1]
+    shard = self._shard[number]
+    name = f'{place} ({self._names[facts["source"]]})'
+    return Segment(self._paths[shard], self.sizes[shard], name, points, span, **facts)
+
+
+_MEND = 'run the same m2l2 prepare again, or remove it to have whole records read'
+
+
+class Segment:
+  """A segment that stays in its shard but for what is read of it; the face of `audio_io.AudioReader`."""
+
+  def __init__(self, path, size, name, points, span, *, begin, samples, starts, rate, channels, block, source):
+    self._path, self._size, self._points, self._span, self._begin, self._block = path, size, points, span, begin, block
+    self.starts = starts
+    self.info = audio_io.AudioInfo(
+        path=name, sample_rate=rate, channels=channels, frames=samples, format='FLAC', subtype='PCM_16')
+
+  def read(self, *, start: int, frames: int, check_finite: bool = False) -> np.ndarray:
+    """The samples [start, start + frames), float32 [channels, frames]: multiples of 2**-15. Raises UserError."""
+    del check_finite  # integers are
+    info, first = self.info, start // self._span
+    last = min(-(-(start + frames) // self._span), len(self._points) - 1)
+    begin, end = self._begin + int(self._points[first]), self._begin + int(self._points[last])
+    try:
+      data = read_shard(self._path, self._size, begin, end)
+    except OSError as e:
+      raise UserError(f'{info.path}: cannot be read ({e.strerror or e})') from e
+    held = min(last * self._span, info.frames) - first * self._span
+    header = containers.flac_header(
+        block=self._block, rate=info.sample_rate, channels=info.channels, samples=held)
+    return audio_io.decode_bytes(
+        header + _inner(data, begin, end, begin), skip=start - first * self._span, frames=frames, name=info.path)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+
+def read_shard(path: str, size: int, begin: int, end: int) -> bytes:
+  """The bytes [begin, end) of a file that is to have `size`. Raises OSError."""
+  data = _opened(path, size).read(begin, end)
+  if len(data) != end - begin:
+    raise OSError('it ends early')
+  return data
+
+
+class _File:
+  """An open file, closed when nobody holds it any more: a thread may still read what another has let go."""
+
+  def __init__(self, path, size):
+    self._number = os.open(path, os.O_RDONLY)
+    if os.fstat(self._number).st_size != size:
+      raise OSError(f'it has another size than when it was indexed; {_MEND}')
+    if hasattr(os, 'posix_fadvise'):  # else the system reads ahead what no crop asks for
+      os.posix_fadvise(self._number, 0, 0, os.POSIX_FADV_RANDOM)
+
+  def read(self, begin, end) -> bytes:
+    return os.pread(self._number, end - begin, begin)
+
+  def __del__(self):
+    if hasattr(self, '_number'):
+      os.close(self._number)
+
+
+_opened = functools.lru_cache(maxsize=_MOST_OPEN)(_File)
