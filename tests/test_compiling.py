@@ -71,7 +71,7 @@ def test_jax_tells_when_it_compiles(said, any_lowering):
 
 
 def test_the_programs_of_a_codec_are_told(said, any_lowering, monkeypatch):
-  monkeypatch.setattr(codec_lib, 'compiled_programs', codec_lib.compiled_programs.__wrapped__)  # not those of other tests
+  monkeypatch.setattr(codec_lib, 'compiled_programs', codec_lib.compiled_programs.__wrapped__)  # none of others
   config = make_config()
   codec = codec_lib.Codec(config=config, params=make_params(config), fingerprint='any')
   codec.encode(np.ones((1, 500), np.float32), 44100)
