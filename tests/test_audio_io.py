@@ -293,7 +293,7 @@ def test_what_is_cut_short_is_told_with_seconds(tmp_path, name, caplog):
   assert caplog.text.count(path) == 1
 
 
-def test_lengths_that_a_pipe_leaves_open(tmp_path):
+def test_lengths_that_a_pipe_leaves_open_in_flac(tmp_path):
   audio = tone(rate=44100, samples=90001)
   for bits, seed in (('PCM_16', 0), ('PCM_24', 1)):
     path = encode(tmp_path / f'{seed}.flac', audio, rate=44100, format='FLAC', subtype=bits)
@@ -303,6 +303,10 @@ def test_lengths_that_a_pipe_leaves_open(tmp_path):
     open(path, 'wb').write(data)
     np.testing.assert_array_equal(audio_io.read(path)[0], expected)
     np.testing.assert_array_equal(audio_io.read(path, start=70000)[0], expected[:, 70000:])
+
+
+def test_lengths_that_a_pipe_leaves_open_in_wav(tmp_path):
+  audio = tone(rate=44100, samples=90001)
   path = encode(tmp_path / 'a.wav', audio, rate=44100, format='WAV', subtype='PCM_16')
   data, expected = bytearray(open(path, 'rb').read()), audio_io.read(path)[0]
   for size in (0, 2**32 - 1, 2**31 - 1):
@@ -314,6 +318,43 @@ def test_lengths_that_a_pipe_leaves_open(tmp_path):
   open(path, 'wb').write(data)
   with pytest.raises(UserError, match='holds no samples'):
     audio_io.read(path)
+
+
+def test_flac_inside_ogg(tmp_path, caplog):
+  """Of which FFmpeg's header states no length."""
+  import av
+  path, pcm = tmp_path / 'a.ogg', np.round(bursts(rate=44100, samples=150_001, every=.5) * 32767).astype(np.int16)
+  with av.open(str(path), 'w') as container:
+    stream = container.add_stream('flac', rate=44100, layout='stereo')
+    for start in range(0, 150_001, 4608):
+      block = np.ascontiguousarray(pcm[:, start:start + 4608].T.reshape(1, -1))
+      frame = av.AudioFrame.from_ndarray(block, 's16', 'stereo')
+      frame.rate, frame.pts = 44100, start
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+  expected, data = pcm / np.float32(32768), path.read_bytes()
+  assert audio_io.probe(path).frames == 150_001
+  np.testing.assert_array_equal(audio_io.read(path)[0], expected)
+  for start in (1, 44_100, 149_000):
+    np.testing.assert_array_equal(audio_io.read(path, start=start, frames=1001)[0], expected[:, start:start + 1001])
+  path.write_bytes(2 * data)
+  np.testing.assert_array_equal(audio_io.read(path)[0], np.concatenate([expected, expected], axis=1))
+  assert not caplog.text
+  path.write_bytes(data[:len(data) * 2 // 3])
+  half, _ = audio_io.read(path)
+  np.testing.assert_array_equal(half, expected[:, :half.shape[1]])
+  assert half.shape[1] > 40_000
+  assert f'{path}: ends after {half.shape[1] / 44100:.1f} s without an end mark' in caplog.text
+
+
+def test_an_mp3_that_ends_anywhere_inside_a_frame_is_told(tmp_path):
+  path = encode(tmp_path / 'a.mp3', tone(rate=44100, samples=90_000), rate=44100, format='MP3',
+                subtype='MPEG_LAYER_III')
+  data = without_xing(open(path, 'rb').read())
+  begin = data.rindex(data[:2])  # of the last frame
+  for cut, unended in ((0, False), (1, True), (2, True), (3, True), (4, True), (100, True)):
+    assert containers.inspect(data[:begin + cut]).unended is unended, cut
+  assert not containers.inspect(data + b'\0\0').unended
 
 
 def test_gsm_and_mp3_inside_wav(tmp_path):

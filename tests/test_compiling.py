@@ -6,9 +6,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from m2l2 import compiling
-from m2l2.codec import Codec
+from m2l2 import codec as codec_lib, compiling
 from m2l2.compiling import Told, told
+import numpy as np
 import pytest
 from test_codec import make_config, make_params
 
@@ -53,20 +53,29 @@ def test_a_long_wait_is_told_and_a_short_one_is_not(said, monkeypatch):
   assert said() == []
 
 
-def test_jax_tells_when_it_compiles(said, monkeypatch):
+@pytest.fixture
+def any_lowering(monkeypatch):
+  """Makes each count as long, and told at once -> the timers that did so."""
   monkeypatch.setattr(compiling, '_PER_LOWERING', 10 ** 9)
   started = []
   monkeypatch.setattr(threading.Timer, 'start', lambda timer: started.append(timer) or timer.function(*timer.args))
+  return started
+
+
+def test_jax_tells_when_it_compiles(said, any_lowering):
   program = Told(jax.jit(lambda x: jnp.sin(x) * 3))
   for size in (7, 7, 8):
     program(jnp.ones(size))
   assert len(said()) == 2 == program._cache_size()  # the attributes are the function's
-  assert all(timer.finished.is_set() for timer in started)
+  assert all(timer.finished.is_set() for timer in any_lowering)
 
 
-def test_the_programs_of_a_codec_are_told():
+def test_the_programs_of_a_codec_are_told(said, any_lowering, monkeypatch):
+  monkeypatch.setattr(codec_lib, 'compiled_programs', codec_lib.compiled_programs.__wrapped__)  # none of others
   config = make_config()
-  codec = Codec(config=config, params=make_params(config), fingerprint='any')
+  codec = codec_lib.Codec(config=config, params=make_params(config), fingerprint='any')
+  codec.encode(np.ones((1, 500), np.float32), 44100)
+  assert [line.partition(', about ')[0] for line in said()] == ['compiling']
   programs = vars(codec._programs)
   assert len(programs) == 4 and all(isinstance(program, Told) for program in programs.values())
   assert logging.getLogger('m2l2.compiling').isEnabledFor(logging.WARNING)

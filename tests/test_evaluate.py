@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -345,6 +346,20 @@ def test_a_metric_without_a_value_is_left_out_and_named(music, monkeypatch, rais
                            embedders={'level': embed})
   assert list(made['metrics']) == ['lsd_db'] and told in made['warnings'] and made['frechet'] == {}
   assert any(line.startswith('lonely: level: has no value (ZeroDivisionError') for line in made['warnings'])
+
+
+def test_a_report_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+  audio_io.write(tmp_path / 'a.wav', np.ones((1, 4000), np.float32) / 2, RATE)
+
+  def full(source, target):
+    raise OSError(28, 'No space left on device', str(target))
+
+  monkeypatch.setattr('os.replace', full)
+  assert run(f'--reference={tmp_path}/a.wav', f'--estimate={tmp_path}/a.wav', f'--output={tmp_path}/report.json',
+             '--metrics=mel_l1_db') == 1
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said == f'm2l2: {tmp_path}/report.json: could not be written (No space left on device)'
+  assert os.listdir(tmp_path) == ['a.wav']
 
 
 def test_pairs_by_name_and_by_stem(tmp_path):

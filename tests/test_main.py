@@ -36,12 +36,14 @@ def test_a_wrong_path_never_becomes_the_preset_of_that_name(value, tmp_path, mon
     config_file.find(value)
 
 
-def test_which_file_it_is_is_logged(tmp_path, monkeypatch):
+@pytest.mark.parametrize('folder', ['~', 'TMP'])
+def test_which_file_it_is_is_logged(folder, tmp_path, monkeypatch):
   said = []
   monkeypatch.setattr(main.logging, 'info', lambda text, *args: said.append(text % args))
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'mine.py').write_text('from m2l2.configs import tiny\ndef get_config():\n  return tiny.get_config()\n')
-  assert main.parse(['m2l2', '--config=~/mine.py', '--workdir=w']).config.train.steps == 2000
+  given = f'{folder}/mine.py'.replace('TMP', str(tmp_path))
+  assert main.parse(['m2l2', f'--config={given}', '--workdir=w']).config.train.steps == 2000
   assert said == [f'config: {tmp_path}/mine.py']
 
 
@@ -133,9 +135,15 @@ def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
   ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'WARNING', True),
   (os.path.join(os.path.dirname(main.__file__), 'train.py'), 'INFO', True),
   (os.path.join(os.path.dirname(main.__file__), 'data', 'pipeline.py'), 'INFO', True)])
-def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes):
-  record = logging.LogRecord('absl', getattr(logging, level), path, 1, 'text', (), None)
-  assert main._is_for_users(record) is passes
+def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes, monkeypatch):
+  record, shown = logging.LogRecord('absl', getattr(logging, level), path, 1, 'text', (), None), []
+
+  def train(config, workdir):
+    shown.append(bool(main.logging.get_absl_handler().filter(record)))
+    return config.train.steps
+
+  monkeypatch.setattr('m2l2.train.train', train)
+  assert main.main(['m2l2', TINY, '--workdir=w']) == 0 and shown == [passes]
 
 
 OWN = """from m2l2.configs import tiny

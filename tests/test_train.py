@@ -565,6 +565,26 @@ def test_one_run_at_a_time_in_a_workdir(small, straight, again, music):
   assert not (again / preflight.LOCK).exists()
 
 
+def test_a_second_run_in_a_workdir_leaves_the_first_alone(small, tmp_path, monkeypatch):
+  flight, told = tmp_path / 'checkpoints/9.orbax-checkpoint-tmp-1', []
+
+  def start_another(self, step):
+    if not told:
+      told.append('')
+      flight.mkdir()  # as the first run's save in flight
+      try:
+        small(tmp_path, **{'train.steps': 3})
+      except UserError as error:
+        told.append(str(error))
+      assert flight.exists(), 'the second run deleted the save of the first'
+      flight.rmdir()
+    return False
+
+  monkeypatch.setattr(checkpoint.StopSignal, 'reached', start_another)
+  assert small(tmp_path) == 6
+  assert len(told) == 2 and 'another m2l2 train is writing there' in told[1]
+
+
 @pytest.mark.parametrize('holder, refused', [
   ({'pid': os.getpid(), 'began': lock._began(os.getpid())}, True),
   ({'pid': os.getpid(), 'began': '1'}, False),  # its number was given out again

@@ -2,7 +2,7 @@
 
 Audio is float32 `[channels, samples]`, nominally in [-1, 1] (lossy and float files may exceed it); the channels are in
 WAV's order (5.1: left, right, centre, LFE, back left, back right), whatever the format's own is.
-Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...). Every failure that a
+Readable: what libsndfile reads (WAV, FLAC, OGG Vorbis, Opus, MP3, AIFF, ...), and FLAC inside OGG. Every failure that a
 user can mend is a `UserError` of one line that begins with the path.
 
 Seeking is exact: a read at `start` gives the very samples of the whole file's read, bit for bit

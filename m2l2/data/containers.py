@@ -220,6 +220,8 @@ def _ogg(buffer) -> Contents:
 def _ogg_part(buffer, pages, end) -> Part:
   pieces, head = ((pages[0].offset, end),), bytes(buffer[pages[0].body:pages[0].body + 19])
   vorbis, channels = head[:7] == b'\x01vorbis', 0
+  if head[:5] == b'\x7fFLAC' and head[9:13] == b'fLaC':
+    return _flac_of_ogg(buffer, pages)
   if vorbis:
     channels = head[11]
   elif head[:8] == b'OpusHead' and head[18] == 1:
@@ -265,6 +267,16 @@ def _ogg_part(buffer, pages, end) -> Part:
     return Part(pieces, order=order)
   header = pages[0].offset, pages[first].offset
   return Part(pieces, order=order, positions=positions, offsets=offsets, header=header, end=end)
+
+
+def _flac_of_ogg(buffer, pages) -> Part:
+  """Its packets one after the other are a FLAC, which soundfile's library reads without Ogg alone. The pages know the
+  length, which FFmpeg does not write into the header."""
+  bodies = [(page.body, page.body + sum(page.lacing)) for page in pages]
+  head = bytearray(buffer[bodies[0][0] + 9:bodies[0][1]])
+  length = max(0, *(page.granule for page in pages))
+  head[21:26] = (int.from_bytes(head[21:26], 'big') & ~(2**36 - 1) | length & 2**36 - 1).to_bytes(5, 'big')
+  return Part((bytes(head), *bodies[1:]))
 
 
 def _opus_page(buffer, page) -> bytes:
@@ -463,7 +475,9 @@ def _mp3(buffer, at=0) -> Contents:
     else:
       begin = at + _frame_bytes(buffer[at:at + 4]) if stated else at  # a Xing or VBRI header without what is needed
       frames, end = _run(buffer, begin)
-      unended = end + 4 <= len(buffer) < end + _frame_bytes(buffer[end:end + 4])
+      rest = bytes(buffer[end:end + 4])
+      unended = len(buffer) < end + _frame_bytes(rest) if len(rest) == 4 else (
+          rest != b'' and rest[:2] == bytes(buffer[begin:begin + len(rest[:2])]))  # of a header
       if frames:
         # mpg123 takes all frames for as long as the first, and reads no more of them than would fit: so the shortest
         # comes first, and more of them follow than rounding could take away.
