@@ -46,7 +46,7 @@ def untrained(codec: Codec, *, seed: int = 0) -> Codec:
       return value
     return rng.standard_normal(value.shape, np.float32) * np.float32(np.prod(value.shape[:-1]) ** -.5)
 
-  params = jax.tree.map(draw, codec.network.init(jax.random.key(seed)), codec.network.init_names)
+  params = jax.tree.map(draw, jax.jit(codec.network.init)(jax.random.key(seed)), codec.network.init_names)
   return Codec(config=codec.config, params=params, fingerprint='untrained')
 
 
