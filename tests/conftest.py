@@ -30,8 +30,9 @@ flags.FLAGS.mark_as_parsed()  # grain asks; under pytest nobody else would
 
 MAPPINGS = 20_000
 LONGEST = (  # files that use test_codec.py's models come after it: they find its programs in the cache
-  'test_train.py', 'test_codec.py', 'test_ladder.py', 'test_model.py', 'test_cli.py', 'test_bulk.py', 'test_prepare.py',
-  'test_train_step.py', 'test_presets.py', 'test_learning.py', 'test_colabs.py', 'test_hosts.py', 'test_conformance.py',
+  'test_codec.py', 'test_ladder.py', 'test_train_step.py', 'test_train.py', 'test_prepare.py', 'test_bulk.py',
+  'test_model.py', 'test_probes.py', 'test_cli.py', 'test_consistency.py', 'test_configs.py', 'test_evaluate.py',
+  'test_hosts.py', 'test_kernels.py', 'test_learning.py', 'test_box.py', 'test_compilation_cache.py',
 )
 
 

@@ -16,8 +16,6 @@ from m2l2.latents import Latents
 PLACE = Path(str(resources.files('m2l2'))) / 'assets' / 'models' / 'tiny'
 MIB = 2 ** 20
 
-pytestmark = pytest.mark.usefixtures('full_optimization')
-
 
 @pytest.fixture(scope='module')
 def codec():
