@@ -234,7 +234,7 @@ def test_vorbis_is_the_same_wherever_it_is_read(tmp_path, rate, writer):
 
 
 def test_vorbis_cut_out_without_decoding_is_read_to_its_end(tmp_path):
-  """`ffmpeg -ss 7 -c copy` counts from the place, and writes packets from before it, which decoders give all the same."""
+  """`ffmpeg -ss 7 -c copy` counts from the place, and writes packets from before it, which decoders give too."""
   path = encode(tmp_path / 'a.ogg', bursts(rate=44100, samples=400_000, every=.6), rate=44100, format='OGG',
                 subtype='VORBIS')
   whole, _ = audio_io.read(path)
