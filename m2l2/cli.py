@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
   made.add_argument('--quiet', action='store_true', help='no progress bar, no table')
   made = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
                  example='  m2l2 info song.safetensors\n  m2l2 info tiny --json')
-  made.add_argument('path', metavar='FILE_OR_CHECKPOINT')
+  made.add_argument('path', metavar='FILE_OR_CHECKPOINT', help='- is a pipe')
   made.add_argument('--json', action='store_true', help='one JSON object')
   made = command('export', _export, summary='Checkpoint -> programs and weights that JAX runs without m2l2.',
                  example='  m2l2 export tiny --format=stablehlo --output=exported\n'
@@ -822,8 +822,12 @@ def _import_codicodec(args):
 def _info(args):
   if sys.stdout is None:
     raise UserError('standard output is closed: there is nowhere to say it')
-  from m2l2 import info
-  facts = info.facts(args.path)
+  from m2l2 import info, jobs
+  job = jobs.Job(jobs.PIPE if args.path in ('-', '/dev/stdin') else args.path, jobs.PIPE)
+  with jobs.reading(job) as path:
+    facts = info.facts(path)
+  if path != job.source:  # what came through a pipe
+    facts['path'] = job.name
   if args.json:
     _print(json.dumps(facts, indent=2))
     return

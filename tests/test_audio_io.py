@@ -233,6 +233,25 @@ def test_vorbis_is_the_same_wherever_it_is_read(tmp_path, rate, writer):
   same_wherever_it_is_read(path, [0, *(start for start in starts if 0 <= start < 8 * rate - 6000)])
 
 
+def test_vorbis_cut_out_without_decoding_is_read_to_its_end(tmp_path):
+  """`ffmpeg -ss 7 -c copy` counts from the place, and writes packets from before it, which decoders give too."""
+  path = encode(tmp_path / 'a.ogg', bursts(rate=44100, samples=400_000, every=.6), rate=44100, format='OGG',
+                subtype='VORBIS')
+  whole, _ = audio_io.read(path)
+  data = bytearray(open(path, 'rb').read())
+  for page in containers._pages(bytes(data)):
+    if page.granule > 0:
+      data[page.offset:page.body + sum(page.lacing)] = containers._ogg_page(
+          bytes(data), page, granule=page.granule - 3000)
+  cut = tmp_path / 'cut.ogg'
+  cut.write_bytes(data)
+  audio, _ = audio_io.read(cut)
+  lost = whole.shape[1] - audio.shape[1]
+  assert 0 <= lost <= 1024  # the last packet of the first page
+  np.testing.assert_array_equal(audio[:, -100_000:], whole[:, -100_000:])
+  same_wherever_it_is_read(cut, range(0, audio.shape[1] - 6000, 20_000))
+
+
 CHAINS = {'a.ogg': ('OGG', 'VORBIS'), 'a.opus': ('OGG', 'OPUS'), 'a.flac': ('FLAC', 'PCM_16'),
           'a.mp3': ('MP3', 'MPEG_LAYER_III')}
 

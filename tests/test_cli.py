@@ -717,6 +717,23 @@ def test_pipes_by_name(m2l2, models, song, folder, tmp_path, monkeypatch):
   assert status == 1 and one_line(errors).startswith(f'm2l2: {pipe}: is not audio')
 
 
+def test_info_of_what_comes_through_a_pipe(m2l2, song, tmp_path, monkeypatch):
+  import io
+  import threading
+  source, pipe = song(samples=2000), tmp_path / 'pipe'
+  os.mkfifo(pipe)
+  feeding = threading.Thread(target=lambda: pipe.write_bytes(source.read_bytes()), daemon=True)
+  feeding.start()
+  status, out, *_ = m2l2('info', pipe, '--json')
+  facts = json.loads(out)
+  assert status == 0 and facts['samples'] == 2000 and facts['path'] == str(pipe)
+  feeding.join()
+  for name in ('-', '/dev/stdin'):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    facts = json.loads(m2l2('info', name, '--json')[1])
+    assert facts['samples'] == 2000 and facts['path'] == 'standard input'
+
+
 # As many devices as this process has: only then what it has compiled is found in the cache.
 ENVIRONMENT = {**os.environ, 'JAX_NUM_CPU_DEVICES': '8'}
 

@@ -234,7 +234,7 @@ def _ogg_part(buffer, pages, end) -> Part:
     return Part(pieces, order=order)
   sizes = buffer[pages[0].body + 28]
   sizes, modes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), [], 0, 0, 0, None
-  positions, offsets = array('q'), array('q')
+  positions, offsets, late, step = array('q'), array('q'), 0, 0
   whole = bytearray()  # the headers' packets
   for number, page in enumerate(pages):
     if heads < 3:
@@ -255,17 +255,23 @@ def _ogg_part(buffer, pages, end) -> Part:
       if continued or not length or buffer[begin] & 1:
         continue
       block = sizes[modes[buffer[begin] >> 1 & (1 << (len(modes) - 1).bit_length()) - 1]]
-      position, last = position + (last + block) // 4 if last else 0, block
+      step, last = (last + block) // 4 if last else 0, block
+      position += step
       start = position if start is None else start
     if start is not None and start >= (positions[-1] if positions else 0) + _APART:
       positions.append(start)
       offsets.append(page.offset)
     whole = page.lacing and page.lacing[-1] < 255
     if number == first and 0 <= page.granule < position and not page.flags & 4 and whole:
-      position = page.granule  # the encoder's lead, which decoders drop
+      # The encoder's lead, which decoders drop, but no more of it than the last packet gives: of what was cut out
+      # without decoding the rest is read, and the end would be missing.
+      late = max(0, position - page.granule - step)
+      position = page.granule + late
   if first is None or first >= len(pages):
     return Part(pieces, order=order)
   header = pages[0].offset, pages[first].offset
+  if late and pages[-1].granule > 0:
+    pieces = ((pages[0].offset, pages[-1].offset), _ogg_page(buffer, pages[-1], granule=pages[-1].granule + late))
   return Part(pieces, order=order, positions=positions, offsets=offsets, header=header, end=end)
 
 
@@ -282,9 +288,18 @@ def _flac_of_ogg(buffer, pages) -> Part:
 def _opus_page(buffer, page) -> bytes:
   """The first page of an Opus stream, at 48 kHz: libsndfile decodes at a rate near the one that was encoded, as 24 kHz
   of what was at 32 kHz, and with it half of the sound."""
+  body = bytearray(buffer[page.body:page.body + sum(page.lacing)])
+  body[12:16] = _OPUS_RATE
+  return _ogg_page(buffer, page, body=body)
+
+
+def _ogg_page(buffer, page, *, granule: int | None = None, body: bytes | None = None) -> bytes:
+  """A page with another granule or another body of the same length."""
   data = bytearray(buffer[page.offset:page.body + sum(page.lacing)])
-  at = page.body - page.offset + 12
-  data[at:at + 4] = _OPUS_RATE
+  if granule is not None:
+    data[6:14] = granule.to_bytes(8, 'little')
+  if body is not None:
+    data[page.body - page.offset:] = body
   data[22:26] = bytes(4)
   data[22:26] = _crc(bytes(data), 32, 0x04c11db7).to_bytes(4, 'little')
   return bytes(data)
