@@ -278,6 +278,29 @@ def test_streams_one_after_the_other_are_one(tmp_path, name, equal, caplog):
   assert not caplog.text
 
 
+@pytest.mark.parametrize('first, second', [
+    ('a.flac', 'b.ogg'), ('a.mp3', 'b.wav'), ('a.wav', 'b.flac'), ('a.ogg', 'b.wav')])
+def test_a_file_of_another_kind_behind_is_told(tmp_path, caplog, first, second):
+  kinds = CHAINS | {'a.wav': ('WAV', 'PCM_16')}
+  one, two = (encode(tmp_path / name, tone(rate=48000, samples=20_000), rate=48000, format=kinds[f'a.{name[2:]}'][0],
+                     subtype=kinds[f'a.{name[2:]}'][1]) for name in (first, second))
+  alone, _ = audio_io.read(one)
+  assert not caplog.text
+  size = os.path.getsize(one)
+  both = tmp_path / f'both{first[1:]}'
+  both.write_bytes(open(one, 'rb').read() + open(two, 'rb').read())
+  np.testing.assert_array_equal(audio_io.read(both)[0][:, :alone.shape[1]], alone)
+  assert f'from byte {size:,} on, which is not read' in caplog.text
+
+
+def test_a_flac_that_keeps_the_header_of_its_wav_holds_no_other_file(tmp_path, caplog):
+  data = open(encode(tmp_path / 'a.flac', tone(rate=8000, samples=9000), rate=8000, format='FLAC', subtype='PCM_16'),
+              'rb').read()
+  kept = b'riff' + b'RIFF' + (18_036).to_bytes(4, 'little') + b'WAVE'
+  (tmp_path / 'kept.flac').write_bytes(data[:42] + b'\x02' + len(kept).to_bytes(3, 'big') + kept + data[42:])
+  assert audio_io.read(tmp_path / 'kept.flac')[0].shape == (2, 9000) and not caplog.text
+
+
 def test_a_stream_of_another_kind_behind_is_told(tmp_path, caplog):
   one = encode(tmp_path / '1.flac', tone(rate=8000, samples=16000), rate=8000, format='FLAC', subtype='PCM_16')
   two = encode(tmp_path / '2.flac', tone(rate=9000, samples=9000), rate=9000, format='FLAC', subtype='PCM_16')

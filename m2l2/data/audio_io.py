@@ -274,6 +274,8 @@ class AudioReader:
     elif contents.unended:
       self._tell(f'ends after {self.info.seconds:.1f} s without an end mark: it was cut short, or recorded from a '
                  'stream')
+    if contents.foreign:
+      self._tell(f'holds a file of another kind, too, from byte {contents.foreign:,} on, which is not read')
 
   @staticmethod
   def _check_file(path, name):

@@ -61,10 +61,12 @@ class Part:
 @dataclasses.dataclass(frozen=True)
 class Contents:
   """Attributes: parts, in order, none where libsndfile needs no help; stated: samples that the header of a file
-  promises beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame."""
+  promises beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame;
+  foreign: where a file of another kind begins behind this one, which nobody reads; 0: none does."""
   parts: tuple[Part, ...] = ()
   stated: int = 0
   unended: bool = False
+  foreign: int = 0
 
 
 # Vorbis and Opus have an order of channels of their own: of 5.1 left, centre, right, back left, back right, LFE.
@@ -114,8 +116,28 @@ class Joined(io.RawIOBase):
 
 
 def inspect(buffer: Buffer, *, whole: bool = True) -> Contents:
-  """What is in a file. Without `whole` a FLAC is not searched for a second one of the same length behind it: that takes
-  all of its bytes. Never raises for what a file holds: what is not understood is libsndfile's affair."""
+  """What is in a file. Without `whole` it is not searched for a second one behind it where that takes all of its
+  bytes. Never raises for what a file holds: what is not understood is libsndfile's affair."""
+  contents = _inside(buffer, whole)
+  return dataclasses.replace(contents, foreign=_foreign(buffer)) if whole else contents
+
+
+def _foreign(buffer) -> int:
+  """Where a WAV, FLAC or Ogg begins that is of another kind than the beginning; 0: nowhere."""
+  for magic, after, more in ((b'RIFF', 8, b'WAVE'), (b'fLaC', 4, bytes(3)), (b'OggS', 4, b'\0\2')):
+    if buffer[:4] == magic:
+      continue
+    at = buffer.find(magic, 12)
+    while at > 0:
+      # FLAC inside Ogg has FLAC's magic in its first page; FLAC may keep the header of the WAV that it was made of.
+      if (buffer[at + after:at + after + len(more)] == more and buffer[at - 9:at - 4] != b'\x7fFLAC'
+          and buffer[at - 4:at] != b'riff'):
+        return at
+      at = buffer.find(magic, at + 4)
+  return 0
+
+
+def _inside(buffer, whole) -> Contents:
   magic = bytes(buffer[:12])
   try:
     if magic[:4] in (b'RIFF', b'FORM') and magic[8:] in (b'WAVE', b'AIFF', b'AIFC'):
