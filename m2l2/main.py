@@ -91,9 +91,18 @@ def _places(argv) -> list[str]:
 
 
 def _is_for_users(record: python_logging.LogRecord) -> bool:
-  """Warnings, and what m2l2 itself says: the folder above may be called m2l2 too, and hold all libraries."""
-  ours = os.path.dirname(os.path.abspath(hosts.__file__)) + os.sep
-  return record.levelno > python_logging.INFO or os.path.abspath(record.pathname).startswith(ours)
+  """Warnings, and what m2l2 itself says: the folder above may be called m2l2 too, and hold all libraries.
+
+  An error that a library logs with its traceback (Orbax, of what it writes in the background) becomes one line: what
+  ends the run is told at its end.
+  """
+  own = os.path.dirname(os.path.abspath(hosts.__file__)) + os.sep
+  if os.path.abspath(record.pathname).startswith(own):
+    return True
+  if record.exc_info and record.exc_info[1]:
+    record.msg, record.args = f'{record.module}: {hosts.first_line(record.exc_info[1])}', ()
+    record.exc_info = record.exc_text = None
+  return record.levelno > python_logging.INFO
 
 
 def main(argv=None) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 import pytest
 
@@ -144,6 +145,25 @@ def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes, mon
 
   monkeypatch.setattr('m2l2.train.train', train)
   assert main.main(['m2l2', TINY, '--workdir=w']) == 0 and shown == [passes]
+
+
+def test_an_error_that_a_library_logs_is_one_line(monkeypatch):
+  try:
+    raise OSError(28, 'No space left on device', 'there')
+  except OSError:
+    record = logging.LogRecord('absl', logging.ERROR, '/lib/site-packages/orbax/checkpoint.py', 1,
+                               'Failed to write metadata=%s', ({'a': 1},), sys.exc_info())
+  shown = []
+
+  def train(config, workdir):
+    handler = main.logging.get_absl_handler()
+    shown.append(handler.filter(record) and handler.format(record))
+    return config.train.steps
+
+  monkeypatch.setattr('m2l2.train.train', train)
+  assert main.main(['m2l2', TINY, '--workdir=w']) == 0
+  [text] = shown
+  assert text.endswith("checkpoint: [Errno 28] No space left on device: 'there'") and '\n' not in text
 
 
 OWN = """from m2l2.configs import tiny
