@@ -24,7 +24,6 @@ Compiled programs are kept, so that a restart does not compile again: where JAX_
 in ~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
 """
 
-import contextlib
 import logging as python_logging
 import os
 import re
@@ -106,18 +105,6 @@ def _is_for_users(record: python_logging.LogRecord) -> bool:
   return record.levelno > python_logging.INFO
 
 
-@contextlib.contextmanager
-def _no_tracebacks_of_callbacks():
-  """What C++ prints by sys.excepthook while training runs is one line: callbacks of TensorStore whose event loop has
-  ended with the save that a full disk ended. What ends the run itself gets there after this."""
-  before = sys.excepthook
-  sys.excepthook = lambda kind, error, trace: logging.warning('a callback failed: %s', hosts.first_line(error))
-  try:
-    yield
-  finally:
-    sys.excepthook = before
-
-
 def main(argv=None) -> int:
   """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
   argv = list(sys.argv if argv is None else argv)
@@ -147,8 +134,7 @@ def main(argv=None) -> int:
         coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
         start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
     from m2l2.train import train
-    with _no_tracebacks_of_callbacks():
-      done = train(values.config, values.workdir)
+    done = train(values.config, values.workdir)
     if several:
       several.leave()
   except (Exception, KeyboardInterrupt, SystemExit) as error:

@@ -166,20 +166,6 @@ def test_an_error_that_a_library_logs_is_one_line(monkeypatch):
   assert text.endswith("checkpoint: [Errno 28] No space left on device: 'there'") and '\n' not in text
 
 
-def test_an_error_in_a_callback_of_a_library_is_one_line(monkeypatch, capfd, caplog):
-  before = sys.excepthook
-
-  def train(config, workdir):
-    sys.excepthook(RuntimeError, RuntimeError('Event loop is closed'), None)  # as C++ does
-    return config.train.steps
-
-  monkeypatch.setattr('m2l2.train.train', train)
-  assert main.main(['m2l2', TINY, '--workdir=w']) == 0 and sys.excepthook is before
-  assert 'RuntimeError' not in capfd.readouterr().err
-  assert [record.getMessage() for record in caplog.records if record.levelname == 'WARNING'] == [
-    'a callback failed: Event loop is closed']
-
-
 OWN = """from m2l2.configs import tiny
 def get_config(arg=None):
   config = tiny.get_config()
