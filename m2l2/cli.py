@@ -921,7 +921,8 @@ def _stopped_by_signals():
   """SIGTERM, and SIGHUP of a terminal that is closed, unwind like Ctrl-C does, so that temporary files are removed.
 
   All three wait where an exception would do harm or be lost: while a module is imported, of which the C code of numpy
-  and JAX may crash; in what the garbage collector calls, as JAX has it do.
+  and JAX may crash; in what the garbage collector calls, as JAX has it do. Not told are TensorStore's writes that end
+  after their save has, with a traceback each: by what ended it, a full disk, the run ends too, in one line.
   """
   def stop(number, frame):
     if _is_importing(frame):
@@ -935,7 +936,7 @@ def _stopped_by_signals():
       _send_again(signal.SIGINT)
     elif isinstance(error, SystemExit) and error.code in [128 + number for number in before]:
       _send_again(error.code - 128)
-    else:
+    elif not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
       hook(unraisable)
 
   before, hook = {}, sys.unraisablehook

@@ -4,6 +4,7 @@ Commands run in this process; two tests start the real program.
 """
 
 import ast
+import asyncio
 import configparser
 import importlib
 import io
@@ -15,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -29,6 +31,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
+import tensorstore
 from test_codec import CODICODEC_LIKE, load_once, make_snapshot, music
 from test_layering import ROOT
 
@@ -546,6 +549,32 @@ def test_training_that_is_stopped_before_its_first_step_takes_away_what_it_made(
   monkeypatch.setattr('m2l2.train.train', train)
   assert m2l2('train', '--config=tiny:debug', f'--workdir={folder}')[0] == status
   assert os.listdir(folder) == []
+
+
+def test_a_write_that_ends_after_its_save_has_prints_nothing(m2l2, tmp_path, monkeypatch):
+  printed = []
+  monkeypatch.setattr(sys, 'unraisablehook', lambda lost: printed.append(str(lost.exc_value)))
+
+  def train(config, workdir):
+    promise, written = tensorstore.Promise.new()
+
+    async def write():
+      await written
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(write())
+    loop.run_until_complete(asyncio.sleep(0))
+    task._log_destroy_pending = False
+    loop.close()
+    thread = threading.Thread(target=promise.set_result, args=[None])
+    thread.start()
+    thread.join()
+    time.sleep(0.1)  # TensorStore calls back on a thread of its own
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr('m2l2.train.train', train)
+  status, _, errors = m2l2('train', '--config=tiny:debug', f'--workdir={tmp_path}')
+  assert status == 1 and 'No space left' in errors and not printed
 
 
 @pytest.mark.parametrize('name', ['latents', 'report', 'picture', 'export'])
