@@ -63,6 +63,7 @@ def _run_told(argv) -> int:
 
 def _run(argv) -> int:
   if argv[:1] == ['train']:  # its flags are absl's, made from the config
+    _leave_late_writes_untold()
     with _stopped_by_signals():
       return _train(argv[1:])
   if not argv:
@@ -921,8 +922,7 @@ def _stopped_by_signals():
   """SIGTERM, and SIGHUP of a terminal that is closed, unwind like Ctrl-C does, so that temporary files are removed.
 
   All three wait where an exception would do harm or be lost: while a module is imported, of which the C code of numpy
-  and JAX may crash; in what the garbage collector calls, as JAX has it do. Not told are TensorStore's writes that end
-  after their save has, with a traceback each: by what ended it, a full disk, the run ends too, in one line.
+  and JAX may crash; in what the garbage collector calls, as JAX has it do.
   """
   def stop(number, frame):
     if _is_importing(frame):
@@ -936,7 +936,7 @@ def _stopped_by_signals():
       _send_again(signal.SIGINT)
     elif isinstance(error, SystemExit) and error.code in [128 + number for number in before]:
       _send_again(error.code - 128)
-    elif not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+    else:
       hook(unraisable)
 
   before, hook = {}, sys.unraisablehook
@@ -955,6 +955,16 @@ def _stopped_by_signals():
     sys.unraisablehook = hook
     for number, handler in before.items():
       signal.signal(number, handler)
+
+
+def _leave_late_writes_untold():
+  """Until the process ends: TensorStore has a traceback for each write that outlives its save, even after the run's last
+  line. What ended the save, a full disk, ends the run too and is that line."""
+  def lost(unraisable):
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == 'Event loop is closed'):
+      hook(unraisable)
+
+  hook, sys.unraisablehook = sys.unraisablehook, lost
 
 
 def _is_importing(frame) -> bool:
