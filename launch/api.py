@@ -23,7 +23,7 @@ Made from the docstrings by `python launch/api.py`; a test fails when it is stal
 underscore, may change without notice.
 '''
 # (heading, module, names; None: all public functions and classes in it), then whole packages, module by module.
-SECTIONS = (('Errors', 'm2l2.errors', None), ('Training', 'm2l2.train', ('train',)))
+SECTIONS = (('Errors', 'm2l2.errors', None), ('Training', 'm2l2.training.loop', ('train',)))
 PACKAGES = (('Evaluation', 'm2l2.evaluation'), ('Interop', 'm2l2.interop'))
 
 

@@ -40,8 +40,9 @@ import jax  # noqa: E402  (after the path is set: the checkout's own m2l2 is mea
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from m2l2 import build, timing  # noqa: E402
-from m2l2.chips import find_chip  # noqa: E402
+from m2l2 import build  # noqa: E402
+from m2l2.training import timing  # noqa: E402
+from m2l2.planning.chips import find_chip  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
 from m2l2.model.layers import REMATS  # noqa: E402
@@ -84,7 +85,7 @@ def parse(argv):
   parser.add_argument('--threads', type=int, metavar='N', help='CPU threads (default: all; with --torch 2)')
   parser.add_argument('--seed', type=int, default=0, help='of weights and signals (default 0)')
   parser.add_argument('--peak-tflops', type=float, metavar='X',
-                      help="the device's peak in this dtype, for the MFU (default: m2l2/chips.py)")
+                      help="the device's peak in this dtype, for the MFU (default: m2l2/planning/chips.py)")
   args = parser.parse_args(argv)
   args.only = args.only.split(',')
   args.remat = args.remat.split(',') if args.remat else []
@@ -303,7 +304,7 @@ def time_attention(arch, *, batch, args) -> dict:
 
 def time_codec(config, *, parts, args, original=None) -> dict:
   """Codec.encode and Codec.decode of one signal, with all that users wait for."""
-  from m2l2.codec import Codec  # needs soundfile and soxr
+  from m2l2.codec.codec import Codec  # needs soundfile and soxr
 
   def calls(config):
     params = original.params if original else jax.jit(build.network(config['model']).init)(jax.random.key(args.seed))

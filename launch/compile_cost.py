@@ -163,7 +163,7 @@ def codec_seconds(config, program) -> float:
   import jax
   import numpy as np
   from m2l2 import build
-  from m2l2.codec import Codec
+  from m2l2.codec.codec import Codec
   shapes = jax.eval_shape(build.network(config['model']).init, jax.eval_shape(lambda: jax.random.key(0)))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype(np.float32), shapes)

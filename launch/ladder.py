@@ -43,19 +43,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build, timing
-from m2l2.clips import TRAINING
-from m2l2.codec import load
+from m2l2 import build
+from m2l2.training import timing
+from m2l2.assets import TRAINING
+from m2l2.codec.codec import load
 from m2l2.configs import base, clip
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import excerpts
-from m2l2.evaluation.embeddings import make_embedder
+from m2l2.evaluation.studies import excerpts
+from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.model import envelope
 from m2l2.representation import coherence
-from m2l2.snapshot import save_snapshot
-from m2l2.train import train
-from m2l2.train_step import denoise, local_deviation
+from m2l2.codec.snapshot import save_snapshot
+from m2l2.training.loop import train
+from m2l2.training.train_step import denoise, local_deviation
 
 EMBEDDING = 'musicnn_mtt'
 SIGMA_CONDS = (0.1, 0.3, 0.965, 2.0, 5.0, 15.0)  # the curve of the paper's figure 3

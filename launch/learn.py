@@ -35,12 +35,14 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
-from m2l2 import build, main as command, timing
-from m2l2.codec import Codec, load
+from m2l2 import build
+from m2l2.training import main as command, timing
+from m2l2.codec.codec import Codec, load
 from m2l2.errors import UserError
-from m2l2.evaluation import excerpts, pictures
-from m2l2.evaluation.embeddings import make_embedder
-from m2l2.train_step import probe
+from m2l2.evaluation.reports import pictures
+from m2l2.evaluation.studies import excerpts
+from m2l2.evaluation.embedders.embeddings import make_embedder
+from m2l2.training.train_step import probe
 
 EMBEDDING = 'musicnn_mtt'
 METRICS = ('ratio', 'mel_l1_db', 'coherence', 'coherence_reference', 'si_sdr')
@@ -65,7 +67,7 @@ def parser():
 
 def run(argv) -> dict:
   """One trial; returns its line of the table."""
-  from m2l2.train import train
+  from m2l2.training.loop import train
 
   args, rest = parser().parse_known_args(argv)
   if args.compare:

@@ -30,7 +30,7 @@ import numpy as np
 
 from m2l2.data import audio_io, sources
 from m2l2.errors import UserError
-from m2l2.evaluation import tasks
+from m2l2.evaluation.studies import tasks
 
 RATE = 44100
 TICKS = 480  # a beat of half a second

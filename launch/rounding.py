@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2 import build
-from m2l2.clips import CLIPS
-from m2l2.codec import load
+from m2l2.assets import CLIPS
+from m2l2.codec.codec import load
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.train_step import denoise, local_deviation
+from m2l2.training.train_step import denoise, local_deviation
 
 SIGMAS = (0.2, 0.8, 2.5, 8.6, 24.0)
 STEPS = (0.01, 0.001)

@@ -54,7 +54,7 @@ fi
 limit=()
 [ -z "$minutes" ] || limit=(timeout --preserve-status --signal=TERM "${minutes}m")
 stopped=75 code=0
-do_it ${limit[@]+"${limit[@]}"} "$python" -m m2l2.main --config="$config" --config.data.root="$pack" \
+do_it ${limit[@]+"${limit[@]}"} "$python" -m m2l2 train --config="$config" --config.data.root="$pack" \
   --config.train.init_from="$workdir/start" --workdir="$workdir" --stopped_exit_code=$stopped "$@" || code=$?
 if [ -n "$minutes" ] && [ $code != 0 ] && [ ! -e "$workdir/snapshot/config.json" ] && [ -z "$dry_run" ]; then
   give_up "no step was done in $minutes minutes (status $code): give more"

@@ -10,7 +10,7 @@ import dataclasses
 from absl import logging
 import jax
 
-from m2l2.chips import find_chip
+from m2l2.planning.chips import find_chip
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
@@ -123,7 +123,7 @@ def step_functions(config, *, ravel=False, data=None):
 
   ravel: see ravel.py. data: what stands in the place of the config's Representation, for data that are no sound.
   """
-  from m2l2 import optim, train_step  # here, so that inference never imports optax
+  from m2l2.training import optim, train_step  # here, so that inference never imports optax
 
   train = config['train']
   net, process = network(config['model']), consistency(config['consistency'])

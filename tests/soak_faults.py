@@ -114,7 +114,7 @@ COMMANDS = {
   'encode-dataset': Command(lambda out: m2l2(
     'encode-dataset', f'--source={CLIPS}', '--checkpoint=tiny', f'--output={out}', '--shards=6'), different_bytes),
   'train': Command(lambda out: m2l2('train', *soak_resume.command(
-    out, music=CLIPS, fields={'train.steps': 40, 'train.checkpoint_every': 8})[3:]), different_runs),
+    out, music=CLIPS, fields={'train.steps': 40, 'train.checkpoint_every': 8})[4:]), different_runs),
 }
 
 

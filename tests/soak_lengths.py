@@ -28,7 +28,8 @@ def make_snapshot(config, directory):
   """A snapshot of random weights."""
   import jax
 
-  from m2l2 import build, snapshot
+  from m2l2 import build
+  from m2l2.codec import snapshot
   name, _, words = config.partition(':')
   fields = importlib.import_module(f'm2l2.configs.{name}').get_config(words).to_dict()
   params = jax.jit(build.network(fields['model']).init)(jax.random.key(0))

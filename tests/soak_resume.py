@@ -49,7 +49,7 @@ def write_music(directory, *, files=3, seconds=2, sample_rate=44100):
 def command(workdir, *, music, fields=None, flags=()):
   """The command line of a run."""
   fields = {**SMALL, 'data.root': music, **(fields or {})}
-  return [sys.executable, '-m', 'm2l2.main', f'--config={CONFIG}', f'--workdir={workdir}', *flags,
+  return [sys.executable, '-m', 'm2l2', 'train', f'--config={CONFIG}', f'--workdir={workdir}', *flags,
           *(f'--config.{name}={value}' for name, value in fields.items())]
 
 

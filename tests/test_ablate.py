@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jax
 from launch import ablate
-from m2l2 import cli, main as training
-from m2l2.codec import Codec
+from m2l2 import cli
+from m2l2.training import main as training
+from m2l2.codec.codec import Codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 import numpy as np

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import m2l2
-from m2l2 import clips
+from m2l2 import assets
 from m2l2.configs import tiny22
 from m2l2.data import audio_io
-from m2l2.evaluation import pairs
-from m2l2.latents import Latents
+from m2l2.evaluation.metrics import pairs
+from m2l2.codec.latents import Latents
 
 PLACE = Path(str(resources.files('m2l2'))) / 'assets' / 'models' / 'tiny'
 MIB = 2 ** 20
@@ -25,7 +25,7 @@ def codec():
 @pytest.fixture(scope='module')
 def clip(codec):
   """(3 s of the clip that no model was trained on, its latents), at the model's rate."""
-  audio, rate = audio_io.read(clips.HELD_OUT, frames=3 * 44100)
+  audio, rate = audio_io.read(assets.HELD_OUT, frames=3 * 44100)
   audio = audio_io.resample(audio, from_rate=rate, to_rate=codec.native_rates[0])
   return audio, codec.encode(audio, codec.native_rates[0])
 

@@ -11,7 +11,9 @@ import time
 
 import grain
 import jax
-from m2l2 import bulk, cli, codec as codec_lib, info, lock
+from m2l2 import cli, lock
+from m2l2.cli import info
+from m2l2.codec import bulk, codec as codec_lib
 from m2l2.data import audio_io, latents, segments, storage
 from m2l2.errors import UserError
 import numpy as np

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from m2l2 import checkpoint, sharding
+from m2l2 import sharding
+from m2l2.training import checkpoint
 from m2l2.errors import UserError
 
 CONFIG = {'seed': 0, 'model': {'width': 4, 'strides': (2, 2)}}

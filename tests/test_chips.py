@@ -5,7 +5,7 @@ import collections
 from jax.experimental.pallas import tpu as pltpu
 import pytest
 
-from m2l2 import chips
+from m2l2.planning import chips
 
 
 def test_names_and_kinds_are_each_of_one_chip():

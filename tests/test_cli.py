@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -21,11 +20,13 @@ import time
 from unittest import mock
 
 import jax
-from m2l2 import __version__, cli, codec as codec_lib, export, jobs, lock
-from m2l2.latents import Latents
+from m2l2 import __version__, cli, lock
+from m2l2.cli import jobs
+from m2l2.codec import codec as codec_lib, export
+from m2l2.codec.latents import Latents
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import pictures, report
+from m2l2.evaluation.reports import pictures, report
 from matplotlib.figure import Figure
 import numpy as np
 import pytest
@@ -468,16 +469,12 @@ def test_training_is_handed_over(m2l2, tmp_path):
   assert status == 1 and '--config' in one_line(errors)
 
 
-def test_training_without_its_libraries_is_told(m2l2, monkeypatch, capsys):
-  monkeypatch.delitem(sys.modules, 'm2l2.main', raising=False)
-  monkeypatch.delattr('m2l2.main', raising=False)
+def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
+  monkeypatch.delitem(sys.modules, 'm2l2.training.main', raising=False)
+  monkeypatch.delattr('m2l2.training.main', raising=False)
   monkeypatch.setitem(sys.modules, 'ml_collections', None)
   status, _, errors = m2l2('train', '--config=configs/tiny.py')
   assert status == 1 and "pip install 'm2l2[train]'" in one_line(errors)
-  monkeypatch.setattr(sys, 'argv', ['m2l2.main', '--config=configs/tiny.py'])
-  with pytest.raises(SystemExit) as stop:
-    runpy.run_module('m2l2.main', run_name='__main__')  # python -m m2l2.main
-  assert stop.value.code == 1 and capsys.readouterr().err == errors
 
 
 # ---- being stopped -------------------------------------------------------------------------------
@@ -530,7 +527,7 @@ def test_a_signal_at_a_bad_moment_waits_for_a_better_one(m2l2, tmp_path, monkeyp
 
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
-    monkeypatch.setattr('m2l2.info.facts', facts)
+    monkeypatch.setattr('m2l2.cli.info.facts', facts)
     began = time.monotonic()
     result = m2l2('info', 'any')
   finally:
@@ -546,7 +543,7 @@ def test_training_that_is_stopped_before_its_first_step_takes_away_what_it_made(
     with lock.held(folder / '.lock', command='m2l2 train', place='here'):
       signal.raise_signal(number)
 
-  monkeypatch.setattr('m2l2.train.train', train)
+  monkeypatch.setattr('m2l2.training.loop.train', train)
   assert m2l2('train', '--config=tiny:debug', f'--workdir={folder}')[0] == status
   assert os.listdir(folder) == []
 
@@ -572,7 +569,7 @@ def test_a_write_that_ends_after_its_save_has_prints_nothing(m2l2, tmp_path, mon
     time.sleep(0.1)  # TensorStore calls back on a thread of its own
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr('m2l2.train.train', train)
+  monkeypatch.setattr('m2l2.training.loop.train', train)
   status, _, errors = m2l2('train', '--config=tiny:debug', f'--workdir={tmp_path}')
   assert status == 1 and 'No space left' in errors and not printed
 
@@ -830,7 +827,7 @@ def test_errors_that_nobody_reads_change_no_status(gone, song, tmp_path, monkeyp
   with monkeypatch.context() as patch:
     for name, stream in streams.items():
       patch.setattr(sys, name, stream)
-    patch.setattr(cli, '_quiet_libraries', lambda: print('a line of the log', file=sys.stderr, end=''))
+    patch.setattr(cli.terminal, 'quiet_libraries', lambda: print('a line of the log', file=sys.stderr, end=''))
     both = len(gone) == 2
     assert cli.main(['info', str(song()) if both else 'nothing']) == (141 if both else 1)
   for stream in streams.values():
@@ -890,8 +887,8 @@ def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, 
       raise PermissionError(13, 'Permission denied', '/else\nwhere')
     return Made()
 
-  monkeypatch.setattr(cli, '_encoder', lambda args: 'codec')
-  monkeypatch.setattr(cli, '_encode_file', encode)
+  monkeypatch.setattr(cli.coding, '_encoder', lambda args: 'codec')
+  monkeypatch.setattr(cli.coding, 'encode_file', encode)
   (folder.parent / 'in').mkdir()
   song('in/a.wav'), song('in/b.wav')
   status, _, errors = m2l2('encode', folder.parent / 'in', folder, '--checkpoint=none')
@@ -908,8 +905,8 @@ def test_a_folder_ends_at_a_full_disk(m2l2, song, folder, monkeypatch):
     tried.append(os.path.basename(info.path))
     raise UserError('a.safetensors: could not be written (No space left on device)')
 
-  monkeypatch.setattr(cli, '_encoder', lambda args: 'codec')
-  monkeypatch.setattr(cli, '_encode_file', encode)
+  monkeypatch.setattr(cli.coding, '_encoder', lambda args: 'codec')
+  monkeypatch.setattr(cli.coding, 'encode_file', encode)
   (folder.parent / 'in').mkdir()
   song('in/a.wav'), song('in/b.wav')
   status, _, errors = m2l2('encode', folder.parent / 'in', folder, '--checkpoint=none')
@@ -940,9 +937,9 @@ def test_a_missing_extra_is_told_before_any_work(m2l2, monkeypatch, argv, module
 def test_extras_bring_what_commands_ask_for():
   setup = configparser.ConfigParser()
   setup.read(ROOT / 'setup.cfg')
-  source = (ROOT / 'm2l2' / 'cli.py').read_text(encoding='utf-8')
-  calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
-           and ast.unparse(node.func) == 'extras.require']
+  files = (ROOT / 'm2l2' / 'cli').glob('*.py')
+  calls = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding='utf-8')))
+           if isinstance(node, ast.Call) and ast.unparse(node.func) == 'extras.require']
   assert len(calls) >= 7
   for call in calls:
     names = [node.value for arg in call.args[1:] for node in ast.walk(arg) if isinstance(node, ast.Constant)]

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 import m2l2
-from m2l2.evaluation import pairs
+from m2l2.evaluation.metrics import pairs
 
 FOLDER = pathlib.Path(m2l2.__file__).parent / 'assets' / 'clips'
 CLIPS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob('*.ogg'))

@@ -13,14 +13,15 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, clips, codec as codec_lib, decoding
-from m2l2.codec import Codec
+from m2l2 import build, assets
+from m2l2.codec import codec as codec_lib
+from m2l2.codec.codec import Codec
 from m2l2.data import audio_io
-from m2l2.decoding import FIRST, REFINE
+from m2l2.codec.sampler import FIRST, REFINE, Sampler
 from m2l2.errors import UserError
-from m2l2.latents import Latents, spoken_seconds
+from m2l2.codec.latents import Latents, spoken_seconds
 from m2l2.model import envelope
-from m2l2.snapshot import load_snapshot, save_snapshot
+from m2l2.codec.snapshot import load_snapshot, save_snapshot
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -722,7 +723,7 @@ def perfect(words='debug', **changes):
   return codec
 
 
-class Perfect(decoding.Sampler):
+class Perfect(Sampler):
 
   def denoiser(self, params, features):
     return lambda x, sigma: features
@@ -992,7 +993,7 @@ def test_the_readmes_snippet_runs_in_any_folder(mono, tmp_path, monkeypatch, cap
   snippet = (ROOT / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
   audio_io.write(tmp_path / 'clip.wav', music(3000, channels=2), 44100)
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(clips, 'TRAINING', tmp_path / 'clip.wav')
+  monkeypatch.setattr(assets, 'TRAINING', tmp_path / 'clip.wav')
   monkeypatch.setattr('m2l2.load', {'tiny': mono}.__getitem__)
   exec(snippet, {})
   assert sorted(os.listdir()) == ['again.wav', 'clip.wav', 'song.safetensors']
@@ -1008,7 +1009,7 @@ def test_what_people_read_of_a_codec_and_of_latents(mono, stereo):
                            'samples; model 0123456789abcdef>')
   assert (latents.seconds, latents.kbit_per_second) == (1.0, 5504 * 32 / 1000)
   assert '1 channel: 16 tokens, ' in repr(some_latents(z=np.zeros((1, 2, 8), np.int32)))
-  assert repr(some_latents(sample_rate=None)).startswith('<m2l2.latents.Latents object')
+  assert repr(some_latents(sample_rate=None)).startswith('<m2l2.codec.latents.Latents object')
   for seconds, words in ((0.5, '0.50 s'), (59.99, '59.99 s'), (59.996, '1:00 min'), (188.4, '3:08 min'),
                          (3599.7, '1:00:00 h'), (3723, '1:02:03 h')):
     assert spoken_seconds(seconds) == words

@@ -18,10 +18,10 @@ import sys
 import types
 
 import IPython.display
-from m2l2 import clips
+from m2l2 import assets
 from m2l2.configs import tiny, tiny22
 from m2l2.data import audio_io
-from m2l2.snapshot import save_snapshot
+from m2l2.codec.snapshot import save_snapshot
 import nbclient
 import nbformat
 import numpy as np
@@ -176,7 +176,7 @@ def small_config():
 
 
 def stand_in(config, workdir, writers=()):
-  """In place of m2l2.train.train: its lines, its end at Ctrl-C, and other weights than there were."""
+  """In place of m2l2.training.loop.train: its lines, its end at Ctrl-C, and other weights than there were."""
   folder, stopped = Path(workdir), []
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / 'metrics.jsonl').open('a+') as lines:
@@ -209,8 +209,8 @@ def run_cells(place, monkeypatch):
   In their folder lies a model of random weights that is called as the one in the box.
   """
   monkeypatch.chdir(place)
-  monkeypatch.setattr(clips, 'TRAINING', place / 'training.wav')
-  monkeypatch.setattr(clips, 'HELD_OUT', place / 'held_out.wav')
+  monkeypatch.setattr(assets, 'TRAINING', place / 'training.wav')
+  monkeypatch.setattr(assets, 'HELD_OUT', place / 'held_out.wav')
   monkeypatch.setattr(IPython.display, 'display', lambda *objects, **options: types.SimpleNamespace(
       update=lambda figure: figure.savefig(io.BytesIO())))
   monkeypatch.delitem(sys.modules, 'google.colab', raising=False)
@@ -220,7 +220,7 @@ def run_cells(place, monkeypatch):
     plain = json.loads(json.dumps(config.to_dict()))
     save_snapshot(place / 'tiny', params=make_params(plain), config=plain, step=7)
     monkeypatch.setattr(tiny22, 'get_config', lambda: config)
-    monkeypatch.setattr('m2l2.train.train', stand_in)
+    monkeypatch.setattr('m2l2.training.loop.train', stand_in)
     for cell in code_cells(with_steps(read(name))):
       lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(('%', '!'))]
       if 'find_spec' not in cell.source:  # the cell that installs, which test_it_opens_in_colab reads

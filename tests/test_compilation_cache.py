@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from m2l2 import compilation_cache
+from m2l2 import compiling
 from test_codec import make_snapshot
 
 # Trains (a model of one matrix), or encodes and decodes; prints what JAX's cache lacked, and what it had.
@@ -29,7 +29,7 @@ if what == 'train':
   sys.path.append(tests)
   import test_train
   test_train.build.step_functions = test_train.small_functions
-  assert test_train.train.train(test_train.small_config(places[0], **{'train.steps': 2}), 'run') == 2
+  assert test_train.loop.train(test_train.small_config(places[0], **{'train.steps': 2}), 'run') == 2
 else:
   import m2l2
   codec = m2l2.load(places[0])
@@ -65,7 +65,7 @@ OF_TWO = """
 import sys
 import jax
 import numpy as np
-from m2l2 import hosts
+from m2l2.training import hosts
 asked = {'compile_requests_use_cache': 0, 'cache_hits': 0}
 def count(name, **more):
   kind = name.rpartition('/')[2]
@@ -80,7 +80,7 @@ if what == 'train':
   import test_train
   test_train.build.step_functions = test_train.small_functions
   config = test_train.small_config(place, **{'train.steps': 2, 'train.probe_every': 1})
-  assert test_train.train.train(config, 'run') == 2
+  assert test_train.loop.train(config, 'run') == 2
 else:
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
@@ -143,10 +143,10 @@ def test_the_place(backend, processes, own, expected, setting, tmp_path, monkeyp
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   monkeypatch.setattr(jax, 'process_count', lambda: processes)
   setting(own)
-  compilation_cache.use('run')
-  expected = compilation_cache.default_folder() if expected is None else expected
+  compiling.use_cache('run')
+  expected = compiling.cache_folder() if expected is None else expected
   assert setting() == (expected and str(tmp_path / expected))
-  compilation_cache.use()  # what was decided holds for the process
+  compiling.use_cache()  # what was decided holds for the process
   assert setting() == (expected and str(tmp_path / expected))
 
 
@@ -154,7 +154,7 @@ def test_no_place_is_no_fault(setting, tmp_path, monkeypatch):
   (tmp_path / 'file').write_text('')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
   setting(None)
-  compilation_cache.use()
+  compiling.use_cache()
   assert setting() is None
 
 
@@ -164,6 +164,6 @@ def test_each_kind_of_processor_has_its_own(monkeypatch):
   found = []
   for flags in ('sse2 avx2', 'sse2 avx2 avx512f', 'sse2 avx2'):
     lines = io.StringIO(f'cpu MHz: {len(found)}\nflags\t: {flags}\n')
-    monkeypatch.setattr(compilation_cache, 'open', lambda *_, **__: lines, raising=False)
-    found.append(Path(compilation_cache.default_folder()))
+    monkeypatch.setattr(compiling, 'open', lambda *_, **__: lines, raising=False)
+    found.append(Path(compiling.cache_folder()))
   assert found[0] == found[2] != found[1] and {path.parent for path in found} == {Path('/home/me/.cache/m2l2')}

@@ -6,7 +6,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-from m2l2 import codec as codec_lib, compiling
+from m2l2 import compiling
+from m2l2.codec import codec as codec_lib
 from m2l2.compiling import Told, told
 import numpy as np
 import pytest

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import m2l2.configs
-from m2l2 import build, timing
+from m2l2 import build
+from m2l2.training import timing
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for

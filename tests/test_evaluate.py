@@ -15,10 +15,13 @@ import soxr
 from test_codec import load_once, make_snapshot
 from test_layering import ROOT
 
-from m2l2 import cli, codec
+from m2l2 import cli
+from m2l2.codec import codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import checks, evaluate, pairs, report, seams, stereo, visqol
+from m2l2.evaluation import evaluate
+from m2l2.evaluation.metrics import checks, pairs, seams, stereo, visqol
+from m2l2.evaluation.reports import report
 from m2l2.representation import Representation
 
 CLIPS = ROOT / 'm2l2' / 'assets' / 'clips' / 'train'

@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 
-from m2l2 import cli, codec as codec_lib
+from m2l2 import cli
+from m2l2.codec import codec as codec_lib
 import numpy as np
 from test_codec import make_snapshot
 

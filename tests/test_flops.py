@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2l2.flops import count_flops
+from m2l2.planning.flops import count_flops
 
 
 def flops(function, *shapes, unit=128):

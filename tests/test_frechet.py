@@ -12,7 +12,8 @@ from test_layering import ROOT
 
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import clap, embeddings, frechet, musicnn, pairs, vggish
+from m2l2.evaluation.embedders import clap, embeddings, musicnn, vggish
+from m2l2.evaluation.metrics import frechet, pairs
 
 
 def normal(n, d, seed, scale=1.):

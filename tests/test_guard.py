@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import guard, train_step
+from m2l2.training import guard, train_step
 from m2l2.configs import base
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import pytest
 
-from m2l2 import hlo
+from m2l2.planning import hlo
 from m2l2.errors import UserError
 
 

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from m2l2 import hosts, main
+from m2l2.training import hosts, main
 from m2l2.errors import UserError
 import soak_resume
 
@@ -101,7 +101,7 @@ def flags(count, *, peer_timeout=15):
 STAND_IN = """
 import sys, time, types
 import jax
-from m2l2 import hosts, main, watchdog
+from m2l2.training import hosts, main, watchdog
 from m2l2.errors import UserError
 
 def train(config, workdir):
@@ -134,7 +134,7 @@ def loop(workdir):
 def hang_in_the_loader():
   time.sleep(200)
 
-sys.modules['m2l2.train'] = types.SimpleNamespace(train=train)
+sys.modules['m2l2.training.loop'] = types.SimpleNamespace(train=train)
 sys.exit(main.main(['m2l2 train', *sys.argv[1:]]))
 """
 
@@ -290,7 +290,8 @@ WITH_DIGEST = """
 import dataclasses, sys
 import jax, jax.numpy as jnp
 from jax._src import cache_key
-from m2l2 import build, main
+from m2l2 import build
+from m2l2.training import main
 cache_key._hash_accelerator_config = lambda *unused: None
 make = build.step_functions
 
@@ -401,7 +402,7 @@ def test_kill_9_of_one_of_two_then_on_in_two_in_one_and_in_four(run, tmp_path):
 LOADER = """
 import sys, time
 from jax._src import cache_key
-from m2l2 import main
+from m2l2.training import main
 from m2l2.data import pipeline
 cache_key._hash_accelerator_config = lambda *unused: None  # as above
 

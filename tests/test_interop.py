@@ -18,12 +18,12 @@ import pytest
 import safetensors.numpy
 
 from m2l2 import build, cli
-from m2l2.codec import Codec
+from m2l2.codec.codec import Codec
 from m2l2.configs import codicodec as recipe
 from m2l2.errors import UserError
 from m2l2.interop import codicodec as interop
-from m2l2.latents import Latents
-from m2l2.snapshot import load_snapshot
+from m2l2.codec.latents import Latents
+from m2l2.codec.snapshot import load_snapshot
 
 
 get_config = recipe.get_config  # whatever a test puts in its place

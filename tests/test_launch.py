@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from launch import install
-from m2l2 import main
-import m2l2.train
+from m2l2.training import main
+import m2l2.training.loop
 
 LAUNCH = Path(__file__).parent.parent / 'launch'
 FLAGS = ['--config=configs/base.py', '--config.data.root=gs://bucket/my "good" music', "--workdir=gs://bucket/it's"]
@@ -336,7 +336,7 @@ while :; do sleep .05; done
 @pytest.mark.parametrize('done, flags, code', [
   (3, [], 0), (2, [], 0), (3, ['--stopped_exit_code=75'], 0), (2, ['--stopped_exit_code=75'], 75)])
 def test_a_stopped_run_can_be_told_from_one_that_is_done(done, flags, code, monkeypatch):
-  monkeypatch.setattr(m2l2.train, 'train', lambda config, workdir: done)
+  monkeypatch.setattr(m2l2.training.loop, 'train', lambda config, workdir: done)
   assert main.main(['m2l2', '--config=configs/tiny.py:debug', '--config.train.steps=3', '--workdir=w', *flags]) == code
 
 

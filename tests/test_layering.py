@@ -22,18 +22,18 @@ FLOORS = {
     'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
     'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
                    'm2l2.consistency', 'm2l2.sharding'),
-    'm2l2.compilation_cache': ('jax',),
+    'm2l2.compiling': ('jax',),
     'm2l2.errors': (),
-    'm2l2.snapshot': ('numpy', 'safetensors', 'm2l2.errors'),
+    'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2', 'm2l2.errors'),
 }
 
 # These may not import what is named.
 BANS = {
-    'm2l2.train_step': ('m2l2.codec',),
-    'm2l2.codec': ('m2l2.train_step', 'm2l2.train'),
-    'm2l2.bulk': ('m2l2.train_step', 'm2l2.train', 'm2l2.model', 'm2l2.build'),
+    'm2l2.training.train_step': ('m2l2.codec',),
+    'm2l2.codec': ('m2l2.training.train_step', 'm2l2.training.loop'),
+    'm2l2.codec.bulk': ('m2l2.model', 'm2l2.build'),
     'm2l2.data': ('m2l2.model', 'm2l2.kernels', 'm2l2.representation', 'm2l2.consistency',
-                  'm2l2.build', 'm2l2.bulk', 'm2l2.codec', 'm2l2.encoding', 'm2l2.train_step', 'm2l2.train', 'flax'),
+                  'm2l2.build', 'm2l2.codec', 'm2l2.training', 'm2l2.planning', 'm2l2.evaluation', 'm2l2.cli', 'flax'),
 }
 
 # These may be imported only by what is named.
@@ -47,17 +47,18 @@ KEEPERS = {
     'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
 }
 # Its result, the bundle of functions, is what these two stand on: they may name the type.
-INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.train_step')}
+INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.train_step')}
 
 # What encoding and decoding execute, and what that must never pull in. flax imports optax
 # by itself, so optax is forbidden to our files but may be in memory.
-INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec', 'm2l2.consistency',
-             'm2l2.data.audio_io', 'm2l2.encoding', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
-             'm2l2.latents', 'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.snapshot')
+INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec.codec', 'm2l2.codec.latents', 'm2l2.codec.snapshot',
+             'm2l2.consistency', 'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
+             'm2l2.model.autoencoder', 'm2l2.representation')
 TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These also serve training or an extra, from inside functions that inference without them never calls.
-LAZY = ('m2l2.build', 'm2l2.cli', 'm2l2.data.ffmpeg')
+LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.cli.coding', 'm2l2.cli.corpora', 'm2l2.cli.measuring', 'm2l2.cli.runs',
+        'm2l2.cli.weights')
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
@@ -182,7 +183,7 @@ def test_names_say_something():
 
 
 def test_the_loop_is_one_short_file():
-  assert len((ROOT / 'm2l2' / 'train.py').read_text().splitlines()) <= LONGEST_LOOP
+  assert len((ROOT / 'm2l2' / 'training' / 'loop.py').read_text().splitlines()) <= LONGEST_LOOP
 
 
 # ---- the checker itself -------------------------------------------------------------------------
@@ -227,19 +228,19 @@ def small_house(files):
     ({'m2l2.sharding': 'import jaxtyping'}, 'm2l2.sharding imports jaxtyping: not on its floor'),
     ({'m2l2.model.encoder': 'import optax'}, 'm2l2.model.encoder imports optax: not on its floor'),
     ({'m2l2.model.encoder': 'from m2l2.build import make'}, 'not on its floor'),
-    ({'m2l2.train_step': 'import m2l2.codec'}, 'm2l2.train_step imports m2l2.codec: banned'),
-    ({'m2l2.codec': 'def f():\n  from m2l2 import train_step'}, 'm2l2.train_step: banned'),
+    ({'m2l2.training.train_step': 'import m2l2.codec'}, 'm2l2.training.train_step imports m2l2.codec: banned'),
+    ({'m2l2.codec': 'def f():\n  from m2l2.training import train_step'}, 'm2l2.training.train_step: banned'),
     ({'m2l2.data.sources': 'from m2l2.model.layers import Linear'}, 'Linear: banned'),
     ({'m2l2.codec': 'import soundfile'}, 'soundfile: only m2l2.data.audio_io may'),
     ({'m2l2.configs.base': 'from soundfile import read'}, 'only m2l2.data.audio_io may'),
     ({'m2l2.codec': 'from m2l2.model.autoencoder import make_network'}, 'only m2l2.build and'),
-    ({'m2l2.train': 'from m2l2.model.autoencoder import Network'}, 'only m2l2.build and'),
+    ({'m2l2.training.loop': 'from m2l2.model.autoencoder import Network'}, 'only m2l2.build and'),
     ({'m2l2.codec': 'from m2l2.model import autoencoder'}, 'only m2l2.build and m2l2.model may'),
-    ({'m2l2.codec': 'def f():\n  import clu'}, 'imports clu: m2l2.codec must do without it'),
-    ({'m2l2.codec': 'import m2l2.optim', 'm2l2.optim': 'import optax'},
-     'm2l2.optim imports optax: m2l2.codec must do without it'),
-    ({'m2l2.codec': 'from m2l2.build import make', 'm2l2.build': 'from m2l2 import optim',
-      'm2l2.optim': 'import optax'}, 'm2l2.optim imports optax: m2l2.codec must do without it'),
+    ({'m2l2.codec.codec': 'def f():\n  import clu'}, 'imports clu: m2l2.codec.codec must do without it'),
+    ({'m2l2.codec.codec': 'import m2l2.training.optim', 'm2l2.training.optim': 'import optax'},
+     'm2l2.training.optim imports optax: m2l2.codec.codec must do without it'),
+    ({'m2l2.codec.codec': 'from m2l2.build import make', 'm2l2.build': 'from m2l2.training import optim',
+      'm2l2.training.optim': 'import optax'}, 'm2l2.training.optim imports optax: m2l2.codec.codec must do without it'),
     ({'m2l2.build': 'import ml_collections'}, 'm2l2.build must do without it'),
     ({'m2l2.data.audio_io': '', 'm2l2.data': 'from grain import MapDataset'},
      'm2l2.data imports grain.MapDataset: m2l2.data.audio_io must do without it'),
@@ -253,11 +254,12 @@ def test_a_broken_floor_is_told(files, line):
     {'m2l2.kernels.flash': 'import functools, jax\nfrom jax.experimental import pallas\n'
                            'from m2l2.kernels.plain import f\nfrom m2l2.errors import UserError'},
     {'m2l2.model.decoder': 'from flax import nnx\nfrom m2l2.kernels.flash import f'},
-    {'m2l2.train': 'if typing.TYPE_CHECKING:\n  from m2l2.model.autoencoder import Network'},
+    {'m2l2.training.loop': 'if typing.TYPE_CHECKING:\n  from m2l2.model.autoencoder import Network'},
     {'m2l2.codec': 'from m2l2.model.autoencoder import Network'},
     {'m2l2.build': 'from m2l2.model.autoencoder import make_network\n'
-                   'def f():\n  from m2l2 import optim, train_step',
-     'm2l2.codec': 'from m2l2 import build', 'm2l2.optim': 'import optax', 'm2l2.train_step': ''},
+                   'def f():\n  from m2l2.training import optim, train_step',
+     'm2l2.codec.codec': 'from m2l2 import build', 'm2l2.training.optim': 'import optax',
+     'm2l2.training.train_step': ''},
     {'m2l2.data.audio_io': 'import soundfile', 'm2l2.data.pipeline': 'import grain'},
 ])
 def test_a_sound_house_passes(files):
@@ -268,7 +270,7 @@ def test_a_sound_house_passes(files):
 def test_vague_names_are_told():
   assert vague_names(['m2l2/data/utils.py', 'm2l2/misc', 'launch/common.sh']) == [
       'm2l2/data/utils.py', 'm2l2/misc', 'launch/common.sh']
-  assert vague_names(['m2l2/optim.py', 'm2l2/data/audio_io.py']) == []
+  assert vague_names(['m2l2/training/optim.py', 'm2l2/data/audio_io.py']) == []
 
 
 # ---- executed -----------------------------------------------------------------------------------

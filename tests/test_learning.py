@@ -9,14 +9,18 @@ import pytest
 from test_codec import ONE_LEVEL, make_params
 
 from launch import bounds, held_out, learn, pca_start, ship
-from m2l2 import build, codec, timing
+from m2l2 import build
+from m2l2.codec import codec
+from m2l2.training import timing
 from m2l2.configs import tiny
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import baselines, excerpts, pairs, pictures
-from m2l2.latents import Latents
+from m2l2.evaluation.metrics import pairs
+from m2l2.evaluation.reports import pictures
+from m2l2.evaluation.studies import baselines, excerpts
+from m2l2.codec.latents import Latents
 from m2l2.model import envelope
-from m2l2.snapshot import save_snapshot
+from m2l2.codec.snapshot import save_snapshot
 
 RATE = 22050
 SMALL = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
@@ -151,7 +155,7 @@ def test_a_wiener_filter_knows_each_excerpts_mean_spectrum():
 
 
 def untrained(config, workdir, writers=()):
-  """In place of m2l2.train.train: what it leaves, of random weights."""
+  """In place of m2l2.training.loop.train: what it leaves, of random weights."""
   plain = json.loads(json.dumps(config.to_dict()))
   workdir.mkdir(parents=True)
   (workdir / 'config.json').write_text(json.dumps(plain))
@@ -169,7 +173,7 @@ def make_embedder(name):
 
 
 def test_a_trial_is_a_line_of_the_table_and_its_model_ships(music, tmp_path, monkeypatch):
-  monkeypatch.setattr('m2l2.train.train', untrained)
+  monkeypatch.setattr('m2l2.training.loop.train', untrained)
   figures = {name: 0.5 for name in learn.COLUMNS if name != 'name'}
   monkeypatch.setattr(learn, 'cost', lambda config: {})
   monkeypatch.setattr(learn, 'report', lambda codec, sounds, rate, workdir: figures | {'excerpts': len(sounds)})

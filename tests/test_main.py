@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from m2l2 import config_file, main
+import m2l2
+from m2l2.training import config_file, main
 from m2l2.errors import UserError
 
 TINY = '--config=configs/tiny.py:debug'
@@ -134,8 +135,8 @@ def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
   ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'INFO', False),
   ('/home/me/m2l2/.venv/lib/python3.12/site-packages/jax/_src/xla_bridge.py', 'INFO', False),
   ('/home/me/m2l2/.venv/lib/python3.12/site-packages/orbax/checkpoint/manager.py', 'WARNING', True),
-  (os.path.join(os.path.dirname(main.__file__), 'train.py'), 'INFO', True),
-  (os.path.join(os.path.dirname(main.__file__), 'data', 'pipeline.py'), 'INFO', True)])
+  (os.path.join(os.path.dirname(main.__file__), 'loop.py'), 'INFO', True),
+  (os.path.join(os.path.dirname(m2l2.__file__), 'data', 'pipeline.py'), 'INFO', True)])
 def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes, monkeypatch):
   record, shown = logging.LogRecord('absl', getattr(logging, level), path, 1, 'text', (), None), []
 
@@ -143,7 +144,7 @@ def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes, mon
     shown.append(bool(main.logging.get_absl_handler().filter(record)))
     return config.train.steps
 
-  monkeypatch.setattr('m2l2.train.train', train)
+  monkeypatch.setattr('m2l2.training.loop.train', train)
   assert main.main(['m2l2', TINY, '--workdir=w']) == 0 and shown == [passes]
 
 
@@ -160,7 +161,7 @@ def test_an_error_that_a_library_logs_is_one_line(monkeypatch):
     shown.append(handler.filter(record) and handler.format(record))
     return config.train.steps
 
-  monkeypatch.setattr('m2l2.train.train', train)
+  monkeypatch.setattr('m2l2.training.loop.train', train)
   assert main.main(['m2l2', TINY, '--workdir=w']) == 0
   [text] = shown
   assert text.endswith("checkpoint: [Errno 28] No space left on device: 'there'") and '\n' not in text
@@ -216,13 +217,13 @@ def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, 
 def test_a_fault_of_the_machine_in_training_is_one_line(error, status, says, monkeypatch, capsys):
   def train(config, workdir):
     raise error
-  monkeypatch.setattr('m2l2.train.train', train)
+  monkeypatch.setattr('m2l2.training.loop.train', train)
   assert main.main(['m2l2', '--config=tiny:debug', '--workdir=w']) == status
   last = capsys.readouterr().err.splitlines()[-1]
   assert last.startswith('m2l2: ') and says in last
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-  monkeypatch.setattr('m2l2.train.train', lambda config, workdir: 1 / 0)
+  monkeypatch.setattr('m2l2.training.loop.train', lambda config, workdir: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     main.main(['m2l2', '--config=tiny:debug', '--workdir=w'])

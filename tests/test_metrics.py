@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import metrics
+from m2l2.training import metrics
 from m2l2.errors import UserError
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
-from m2l2.flops import count_flops
+from m2l2.planning.flops import count_flops
 from m2l2.model import autoencoder, decoder, envelope, layers, patchify
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.denoiser import noise_features, token_grid

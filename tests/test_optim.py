@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from m2l2 import optim
+from m2l2.training import optim
 from m2l2.errors import UserError
 
 RECIPE = dict(learning_rate=1e-4, warmup_steps=10_000, total_steps=800_000,

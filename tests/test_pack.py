@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launch import pack
-from m2l2 import codec
+from m2l2.codec import codec
 from m2l2.data import audio_io
 from m2l2.data.order import split_of
 from m2l2.errors import UserError

@@ -179,7 +179,7 @@ def test_the_citation_is_of_this_version_and_names_the_paper():
 
 
 def test_the_public_names():
-  assert dir(m2l2) == sorted(m2l2.__all__) == ['Codec', 'Latents', '__version__', 'load']
+  assert dir(m2l2) == sorted(m2l2.__all__) == ['Codec', 'Latents', '__version__', 'load', 'train']
   for name in m2l2.__all__:
     assert getattr(m2l2, name) is not None
   with pytest.raises(AttributeError, match="'m2l2' has no attribute 'lode'"):

@@ -6,7 +6,7 @@ import scipy.signal
 import soxr
 
 from m2l2.errors import UserError
-from m2l2.evaluation import pairs
+from m2l2.evaluation.metrics import pairs
 
 RATE = 44100
 EVERY_METRIC = ['si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio', 'coherence', 'coherence_reference']

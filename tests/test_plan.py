@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import chips, cli, hlo, plan, sharding
+from m2l2 import cli, sharding
+from m2l2.planning import chips, hlo, plan
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for

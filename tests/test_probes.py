@@ -7,10 +7,12 @@ import types
 
 import jax
 from launch import probe_data
-from m2l2 import cli, codec as codec_lib
+from m2l2 import cli
+from m2l2.codec import codec as codec_lib
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import pictures, probes, tasks
+from m2l2.evaluation.reports import pictures
+from m2l2.evaluation.studies import probes, tasks
 import mido
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
 """States as vectors: the same numbers as states of trees, and back."""
 
 import jax
-from m2l2.ravel import Apart, Ravel
+from m2l2.training.ravel import Apart, Ravel
 import numpy as np
 import optax
 

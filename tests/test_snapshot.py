@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2 import snapshot
+from m2l2.codec import snapshot
 from m2l2.errors import UserError
 
 CONFIG = {'model': {'width': 4, 'strides': [[2, 2], [4, 1]]}, 'seed': 0}

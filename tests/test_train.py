@@ -25,11 +25,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2 import build, checkpoint, codec, listening, lock, metrics, preflight, sharding, train, train_step
+from m2l2 import build, lock, sharding
+from m2l2.codec import codec
+from m2l2.training import checkpoint, listening, metrics, preflight, loop, train_step
 from m2l2.configs import tiny
 from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
-from m2l2.snapshot import load_snapshot, save_snapshot
+from m2l2.codec.snapshot import load_snapshot, save_snapshot
 import soak_resume
 from test_codec import ONE_LEVEL
 from test_data_sources import write_prepared
@@ -91,7 +93,7 @@ def music(tmp_path_factory):
 def small(monkeypatch, music):
   """`small(workdir, **changes)` runs the loop with the small model; returns the updates done."""
   monkeypatch.setattr(build, 'step_functions', small_functions)
-  return lambda workdir, writers=(), **changes: train.train(
+  return lambda workdir, writers=(), **changes: loop.train(
     small_config(music, **changes), str(workdir), writers)
 
 
@@ -101,7 +103,7 @@ def straight(music, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('straight') / 'run'
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(build, 'step_functions', small_functions)
-    assert train.train(small_config(music), str(workdir), ()) == 6
+    assert loop.train(small_config(music), str(workdir), ()) == 6
   return workdir
 
 
@@ -114,7 +116,7 @@ def again(straight, tmp_path):
 def warnings(monkeypatch):
   """What the loop warns of."""
   said = []
-  for module in (train, checkpoint):
+  for module in (loop, checkpoint):
     monkeypatch.setattr(module.logging, 'warning', lambda text, *args: said.append(text % args))
   return said
 
@@ -154,7 +156,7 @@ def test_the_log_says_what_a_person_wants(small, again, music, monkeypatch):
   def info(*args, **kwargs):  # of all that use absl: Orbax hands over dicts
     said.append(logging.LogRecord('', logging.INFO, '', 0, args[0], args[1:], None).getMessage())
 
-  monkeypatch.setattr(train.logging, 'info', info)
+  monkeypatch.setattr(loop.logging, 'info', info)
   small(again, **{'train.steps': 7})
   starts = ('devices     8 cpu (cpu)', 'model       0.000512 M parameters, mono, 8000 Hz', 'data        ',
             'batch       8 crops of 0.01 s, 1 a device', 'going on from step 6', 'compiling', 'the step compiled in',
@@ -240,7 +242,7 @@ def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(
 
 
 def test_the_loop_goes_on_while_a_snapshot_is_written(small, straight, tmp_path, monkeypatch):
-  order, go_on, save = [], threading.Event(), train.save_snapshot
+  order, go_on, save = [], threading.Event(), loop.save_snapshot
 
   def slow(*args, **options):
     order.append(options['step'])
@@ -252,7 +254,7 @@ def test_the_loop_goes_on_while_a_snapshot_is_written(small, straight, tmp_path,
     if step == 5:  # logged while step 6 is under way
       go_on.set()
 
-  monkeypatch.setattr(train, 'save_snapshot', slow)
+  monkeypatch.setattr(loop, 'save_snapshot', slow)
   assert small(tmp_path, [writer]) == 6
   assert order[-1] == 6 and order.count(4) <= 1  # the end waits for the last one; who takes longer leaves some out
   assert order.index(2) < order.index('line 5') and 4 not in order[:order.index('line 5')]
@@ -263,7 +265,7 @@ def test_a_snapshot_that_cannot_be_written_ends_the_run_with_its_line(small, tmp
   def full(*args, **options):
     raise UserError('cannot write the snapshot: No space left on device')
 
-  monkeypatch.setattr(train, 'save_snapshot', full)
+  monkeypatch.setattr(loop, 'save_snapshot', full)
   with pytest.raises(UserError, match='No space left'):
     small(tmp_path)
 
@@ -299,13 +301,13 @@ def test_a_resumed_run_may_differ_and_says_in_what(small, again, tmp_path, warni
 
 def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, again, monkeypatch):
   starts = []
-  make_loader = train.make_loader
+  make_loader = loop.make_loader
 
   def spy(**fields):
     starts.append((fields['start_index'], fields['batch_size']))
     return make_loader(**fields)
 
-  monkeypatch.setattr(train, 'make_loader', spy)
+  monkeypatch.setattr(loop, 'make_loader', spy)
   small(again, **{'train.steps': 8, 'train.batch_size': 16})
   small(again, **{'train.steps': 9, 'train.batch_size': 16})
   assert starts == [(6 * 8, 16), (6 * 8 + 2 * 16, 16)]
@@ -498,7 +500,7 @@ def test_what_cannot_be_measured_is_told_at_the_start(held_out, tmp_path, fields
 def nothing_compiled(monkeypatch):
   def refuse(*args, **kwargs):
     raise AssertionError('compiled')
-  monkeypatch.setattr(train.jax, 'jit', refuse)
+  monkeypatch.setattr(loop.jax, 'jit', refuse)
 
 
 @pytest.mark.parametrize('fields, says', [
@@ -638,7 +640,8 @@ if count == '2':
   jax.distributed.initialize(f'localhost:{port}', 2, int(process))
 import test_train
 from absl import logging
-from m2l2 import build, sharding, train
+from m2l2 import build, sharding
+from m2l2.training import loop
 logging.set_verbosity(logging.INFO)
 build.step_functions, more = test_train.small_functions, {}
 HOOK
@@ -646,7 +649,7 @@ sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
   'train.checkpoint_every': 1000 if count == '2' else 2, 'data.num_threads': 1, 'data.num_workers': 0, **more})
-print('updates', train.train(config, workdir))
+print('updates', loop.train(config, workdir))
 """
 
 
@@ -724,7 +727,7 @@ import contextlib, os, time
 more = {'train.checkpoint_every': 60, 'data.num_workers': 0}
 started, held_up, look = False, [], os.stat
 
-def slow(*args, save=train.save_snapshot, **options):
+def slow(*args, save=loop.save_snapshot, **options):
   time.sleep(600)
   save(*args, **options)
 
@@ -744,7 +747,7 @@ def watched(workdir):
   yield progress
   print('held up', held_up)
 
-train.save_snapshot, os.stat, train.hosts.watched = slow, stat, watched
+loop.save_snapshot, os.stat, loop.hosts.watched = slow, stat, watched
 """
 
 
@@ -800,12 +803,12 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   # On one device: of what several have alike, Orbax saves slices, and compiles hundreds of programs for them.
   monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
   # Counting its FLOPs takes 10 s of tracing: test_timing.py does.
-  monkeypatch.setattr(train.timing, 'model_flops', lambda config: lambda steps: 1e9 * steps)
+  monkeypatch.setattr(loop.timing, 'model_flops', lambda config: lambda steps: 1e9 * steps)
   config = small_config(music)
   config.model.alpha = tiny.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)
   config.train.update(steps=2, head_start=0., checkpoint_every=10)
-  assert train.train(config, str(tmp_path), ()) == 2
+  assert loop.train(config, str(tmp_path), ()) == 2
   assert all(np.isfinite(line['loss']) for line in soak_resume.trace(tmp_path)) and steps_of(tmp_path) == [1, 2]
   model = codec.load(tmp_path)
   assert model.fingerprint == soak_resume.fingerprint(tmp_path)

@@ -14,7 +14,8 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from m2l2 import build, train_step
+from m2l2 import build
+from m2l2.training import train_step
 from m2l2.configs import tiny
 from m2l2.consistency import Consistency
 from m2l2.model import envelope

@@ -2,7 +2,7 @@
 
 import pytest
 
-from m2l2.watchdog import COMPUTING, MEASURING, SAVING, WAITING, Pace, Watchdog
+from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING, Pace, Watchdog
 
 
 class Clock:

@@ -16,8 +16,8 @@ import soxr
 
 from m2l2.data import audio_io, sources
 from m2l2.errors import UserError
-from m2l2.evaluation import checks, frechet, pairs, seams, stereo, visqol
-from m2l2.evaluation.embeddings import EMBEDDINGS, IN_THE_BOX
+from m2l2.evaluation.metrics import checks, frechet, pairs, seams, stereo, visqol
+from m2l2.evaluation.embedders.embeddings import EMBEDDINGS, IN_THE_BOX
 
 STEREO_METRICS = ('si_sdr_left', 'si_sdr_right', 'side_mid_db')
 METRICS = (*pairs.PAIR_METRICS, *STEREO_METRICS, 'seam_db', 'visqol')

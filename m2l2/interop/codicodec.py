@@ -20,8 +20,8 @@ import safetensors.numpy
 from m2l2 import build
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.latents import Latents, is_safetensors
-from m2l2.snapshot import check_place, save_snapshot
+from m2l2.codec.latents import Latents, is_safetensors
+from m2l2.codec.snapshot import check_place, save_snapshot
 
 STATE_DICT = 'gen_state_dict'  # its place in the published checkpoint
 LATENT_SCALE = 0.8             # public latents are atanh(z) / 0.8

@@ -15,10 +15,10 @@ import numpy as np
 
 import kit
 from m2l2 import build
-from m2l2.codec import Codec
+from m2l2.codec.codec import Codec
 from m2l2.configs import codicodec as recipe
 from m2l2.interop import codicodec as interop
-from m2l2.latents import Latents
+from m2l2.codec.latents import Latents
 
 
 def make_config(dtype='float32'):

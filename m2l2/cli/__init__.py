@@ -1,0 +1,107 @@
+"""The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, evaluate, info, ...
+
+Each group of commands is a file, with its options beside what they do: `add` declares them. Whatever a command needs
+is imported when it runs, so that `m2l2 --help` answers at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from m2l2 import __version__
+from m2l2.cli import coding, corpora, measuring, runs, signals, terminal, weights
+from m2l2.errors import OutputClosed, told
+
+_GROUPS = (runs, corpora, coding, measuring, weights)
+_DESCRIPTION = """\
+Music to a few summary embeddings, and back.
+
+  m2l2 encode song.flac song.safetensors --checkpoint=tiny
+  m2l2 decode song.safetensors song.wav --checkpoint=tiny
+
+tiny is the model in the box; a training run's folder does too.
+"""
+
+
+def main(argv=None) -> int:
+  """Runs one command; returns its exit status.
+
+  0: the job is done. 1: a mistake of the user's, or a fault of the machine, told in one line. 2: a command line that is
+  none. 129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM; nothing half-written is left. 141: who read its output has
+  gone.
+  """
+  terminal.open_streams()
+  try:
+    return _run_told(argv)
+  finally:
+    terminal.settle()
+
+
+def _run_told(argv) -> int:
+  try:
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    terminal.flush()
+    return status
+  except KeyboardInterrupt:
+    terminal.tell('stopped')
+    return 130
+  except SystemExit as stop:  # of a signal
+    return stop.code
+  except Exception as error:
+    line = told(error)
+    if line is None:
+      raise
+    terminal.tell(line)
+    return 141 if isinstance(line, OutputClosed) else 1
+
+
+def _run(argv) -> int:
+  if argv[:1] == ['train']:  # its flags are absl's, made from the config
+    signals.leave_late_writes_untold()
+    with signals.stopped_by_signals():
+      return runs.train(argv[1:])
+  if not argv:
+    _parser().print_help()
+    return 0
+  try:
+    args, rest = _parser().parse_known_args(argv)
+    others = args.run is runs.plan or getattr(args, 'runner', None)  # fields of the config; the runner's options
+    if rest and not others:
+      _parser().error(f'unrecognized arguments: {" ".join(rest)}')
+  except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong command line
+    return stop.code
+  args.rest = rest
+  for name, value in vars(args).items():  # a shell leaves --name=~/x as it is
+    if isinstance(value, list) and name != 'rest':
+      setattr(args, name, [_at_home(one) for one in value])
+    setattr(args, name, _at_home(getattr(args, name)))
+  terminal.quiet_libraries()
+  waits = logging.getLogger('m2l2.compiling')
+  waits.setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
+  try:
+    with signals.stopped_by_signals():
+      args.run(args)
+  finally:
+    waits.setLevel(logging.NOTSET)  # whoever goes on in this process did not ask for quiet
+  return 0
+
+
+def _at_home(value):
+  return os.path.expanduser(value) if isinstance(value, str) and value.startswith('~') else value
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = terminal.Parser(prog='m2l2', description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--version', action='version', version=f'm2l2 {__version__}')
+  commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True, parser_class=terminal.Parser)
+
+  def command(name, run, *, summary, example):
+    made = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.set_defaults(run=run)
+    return made
+
+  for group in _GROUPS:
+    group.add(command)
+  return parser

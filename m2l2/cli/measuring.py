@@ -1,0 +1,207 @@
+"""evaluate, sweep-sigma-cond, probe: reports on reconstructions and latents."""
+
+import argparse
+import contextlib
+import os
+import tempfile
+
+from m2l2.cli import coding, extras, options, terminal
+from m2l2.errors import UserError
+
+
+def add(command):
+  parser = command('evaluate', _evaluate,
+                   summary='Metrics of reconstructions against their originals, in pairs by file name.',
+                   example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
+                           '  m2l2 evaluate --reference=DIR --checkpoint=tiny --output=report.json '
+                           '--metrics=si_sdr,musicnn_mtt')
+  parser.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
+  parser.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
+  options.checkpoint(parser, required=False,
+                     help='reconstruct first, with this snapshot, workdir or model in the box')
+  options.report(parser)
+  parser.add_argument('--csv', metavar='*.csv', help='one row a file')
+  parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
+  parser.add_argument('--metrics', metavar='A,B,...',
+                      help='some of si_sdr, mel_l1_db, lsd_db, mrstft, ratio, si_sdr_left, si_sdr_right, side_mid_db, '
+                      'seam_db, visqol, and Frechet distances over musicnn_mtt, musicnn_msd, vggish, clap '
+                      '(default: all that need no file; visqol if it is installed)')
+  parser.add_argument('--vggish', metavar='FILE',
+                      help='weights of VGGish: vggish-10086976.pth of torchvggish, or its tensors as *.safetensors')
+  parser.add_argument('--clap', metavar='FILE',
+                      help='weights of LAION-CLAP: 630k-audioset-best.pt, or its tensors as *.safetensors')
+  options.workers(parser)
+  parser.add_argument('--chunk-seconds', type=float, metavar='X',
+                      help="length of the model's chunks, for seam_db (default: the checkpoint's, else 0.743)")
+  options.quiet(parser, without='no progress bar, no table')
+  options.decoding(parser)
+  parser = command('sweep-sigma-cond', _sweep,
+                   summary="Quality against sigma_cond, the noise put back on a chunk before the next is decoded.",
+                   example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=tiny --output=sweep.json '
+                           '--png=sweep.png')
+  parser.add_argument('--reference', required=True, metavar='DIR', help='music to reconstruct (a folder, or one file)')
+  options.checkpoint(parser)
+  options.report(parser)
+  parser.add_argument('--png', metavar='*.png', help='its curves')
+  parser.add_argument('--values', metavar='X,Y,...', help='of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
+  parser.add_argument('--metrics', metavar='A,B,...', help='as for evaluate (default: si_sdr, mel_l1_db, mrstft, '
+                      'ratio, seam_db, musicnn_mtt, musicnn_msd)')
+  parser.add_argument('--by', metavar='NAME', help='which of them tells the best (default: the first Frechet distance)')
+  parser.add_argument('--clips', type=int, default=36, metavar='N', help='files to take, evenly over all (default 36)')
+  parser.add_argument('--seconds', type=float, default=10., metavar='X', help='from the middle of each (default 10)')
+  parser.add_argument('--write-best', action='store_true',
+                      help="make the best setting the default of the snapshot's decoding")
+  options.workers(parser)
+  options.seed(parser)
+  options.quiet(parser, without='no progress bar, no table')
+  parser = command('probe', _probe,
+                   summary='What the latents know: classifiers on frozen features, beside baselines.',
+                   example='  m2l2 probe --checkpoint=tiny --music=data/probes/notes --output=probe.json '
+                           '--png=probe.png\n'
+                           '  m2l2 probe --checkpoint=tiny --music=tinysol:DIR --music=beatport:DIR '
+                           '--output=probe.json')
+  options.checkpoint(parser)
+  parser.add_argument('--music', metavar='PLACE', required=True, action='append',
+                      help='a folder with a labels.csv (launch/probe_data.py makes some), tinysol:DIR, beatport:DIR or '
+                      'magnatagatune:DIR; again for more')
+  options.report(parser)
+  parser.add_argument('--png', metavar='*.png', help='its bars')
+  parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True,
+                      help='log-mel statistics, musicnn and random weights in the same table (default)')
+  parser.add_argument('--seconds', type=float, default=30., metavar='X',
+                      help='from the middle of each file (default 30)')
+  parser.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
+  options.quiet(parser, without='no progress bar, no table')
+
+
+def _evaluate(args):
+  extras.require('evaluation', 'eval', 'scipy', *['matplotlib'] * bool(args.html))
+  from m2l2.evaluation import evaluate
+  from m2l2.evaluation.embedders import embeddings
+  from m2l2.evaluation.metrics import seams
+  from m2l2.evaluation.reports import report
+  from m2l2 import compiling
+  from m2l2.data import audio_io
+  if not (args.estimate or args.checkpoint):
+    raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
+  if args.workers < 0 or (args.chunk_seconds is not None and not args.chunk_seconds > 0):
+    raise UserError('--workers must not be negative, and --chunk-seconds must be positive')
+  for path, extension in ((args.output, '.json'), (args.csv, '.csv'), (args.html, '.html')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
+  compiling.use_cache()  # of the networks that judge; --checkpoint is not always given
+  metrics, names = evaluate.split_names(args.metrics, with_files=files)
+  embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
+  with contextlib.ExitStack() as stack:
+    chunks = seams.Chunks()
+    if args.checkpoint:
+      codec = options.load_codec(args)
+      chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
+      folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
+      items, warnings = _reconstruct_all(codec, folder, args)
+    else:
+      items, warnings = evaluate.find_pairs(args.reference, args.estimate)
+    if args.chunk_seconds:
+      chunks = seams.Chunks(period=args.chunk_seconds)
+    with terminal.bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
+      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
+                               seed=args.seed, progress=progress)
+    made['warnings'] = warnings + made['warnings']
+    report.write_json(args.output, made)
+    if args.csv:
+      report.write_csv(args.csv, made)
+    if args.html:
+      report.write_html(args.html, made, items)
+  for name, value, count in report.table(made):
+    terminal.say(args, f'{name:20} {value:22} n={count}')
+  for line in made['warnings']:
+    terminal.say(args, f'warning: {line}')
+
+
+def _reconstruct_all(codec, folder, args):
+  """Reconstructs every reference into `folder`, as WAV under its own name: (pairs, warnings)."""
+  from m2l2.data import audio_io, sources
+  from m2l2.evaluation.evaluate import Pair
+  codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
+  found, items, warnings = sources.find_audio_files(args.reference), [], []
+  quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
+  with terminal.bar('reconstruct', len(found), quiet=args.quiet) as progress:
+    for number, name in enumerate(found.names):
+      target = os.path.join(folder, f'{os.path.splitext(name)[0]}.wav')
+      if any(item.estimate == target for item in items):
+        raise UserError(f'{name}: another reference has that name with another extension; give it a name of its own')
+      if os.path.exists(target) and os.path.samefile(target, found.path(number)):
+        raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
+      try:
+        info = audio_io.probe(found.path(number))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
+          coding.decode_files(codec, [coding.encode_file(codec, info, quiet=True)], [writer], quiet)
+        items.append(Pair(name, found.path(number), target))
+      except UserError as error:
+        warnings.append(f'{name}: unreadable: {error}; left out')
+      progress(1)
+  if not items:
+    raise UserError(f'nothing could be reconstructed; the first: {warnings[0]}')
+  return items, warnings
+
+
+def _sweep(args):
+  extras.require('evaluation', 'eval', 'scipy', 'matplotlib')
+  from m2l2.evaluation import clips as folder_clips
+  from m2l2.evaluation.embedders import embeddings
+  from m2l2.evaluation.reports import pictures, report
+  from m2l2.evaluation.studies import sweep
+  from m2l2.data import audio_io
+  for path, extension in ((args.output, '.json'), (args.png, '.png')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  if args.write_best and not os.path.exists(args.checkpoint):
+    raise UserError(f'--write-best changes a snapshot, and {args.checkpoint} is none of yours: copy it out of the box')
+  values = sweep.values_of(args.values)
+  metrics, names = sweep.names_of(args.metrics)
+  embedders = {name: embeddings.make_embedder(name) for name in names}
+  codec = options.load_codec(args)
+  clips, warnings = folder_clips.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
+  with terminal.bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
+    made = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
+                       workers=args.workers, seed=args.seed, progress=progress)
+  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
+          'seconds': args.seconds, **made, 'warnings': warnings + made['warnings']}
+  report.write_json(args.output, made)
+  if args.png:
+    pictures.save(pictures.sweep_curves(made), args.png)
+  best = made['best']
+  for setting in made['settings']:
+    cells = '  '.join(f'{name} {value["mean"]:.4g}' for name, value in setting['values'].items())
+    terminal.say(args, f'{setting["sigma_cond"]:6g} {setting["steps"].replace("_", "-")}  {cells}')
+  for line in made['warnings']:
+    terminal.say(args, f'warning: {line}')
+  terminal.say(args, f'best by {best["by"]}: sigma_cond {best["sigma_cond"]:g}, {best["steps"].replace("_", "-")}')
+  if args.write_best:
+    terminal.say(args, f'{sweep.write_best(args.checkpoint, best)}: decodes so by default')
+
+
+def _probe(args):
+  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib')
+  from m2l2.evaluation.reports import pictures, report
+  from m2l2.evaluation.studies import probes, tasks
+  from m2l2.data import audio_io
+  for path, extension in ((args.output, '.json'), (args.png, '.png')):
+    if path:
+      audio_io.check_writable(path, extensions=(extension,))
+  if args.seeds < 1 or not args.seconds > 0:
+    raise UserError('--seeds must be at least 1, and --seconds positive')
+  music = [tasks.read(place) for place in args.music]
+  codec = options.load_codec(args)
+  functions = probes.extractors(codec, baselines=args.baselines)
+  with terminal.bar('probe', sum(len(one.paths) for one in music), quiet=args.quiet) as progress:
+    made = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
+  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **made}
+  report.write_json(args.output, made)
+  if args.png:
+    pictures.save(pictures.bars(probes.bars(made)), args.png)
+  terminal.say(args, probes.table(made))
+  for line in made['warnings']:
+    terminal.say(args, f'warning: {line}')

@@ -1,0 +1,115 @@
+"""Options that several commands have, each declared once, and the model that they name."""
+
+import argparse
+import os
+
+from m2l2.errors import UserError
+
+
+def checkpoint(parser, **given):
+  """--checkpoint=DIR; `given` is argparse's, where it is not required or means something more."""
+  parser.add_argument('--checkpoint', metavar='DIR', **{
+      'required': True, 'help': 'snapshot, workdir of a training run, or name of a model in the box', **given})
+
+
+def quiet(parser, *, without='no progress bar, no last line'):
+  parser.add_argument('--quiet', action='store_true', help=without)
+
+
+def overwrite(parser):
+  parser.add_argument('--overwrite', action='store_true', help='replace files that are there (default: refuse)')
+
+
+def files(parser, source, target):
+  """IN... OUT of a command over files, its model and the device that runs it."""
+  parser.add_argument('source', metavar='IN', nargs='+', help=f'{source}; several, a directory, a glob; - is a pipe')
+  parser.add_argument('target', metavar='OUT', help=f'{target}; for several a directory; - is a pipe')
+  checkpoint(parser)
+  parser.add_argument('--device', metavar='KIND[:N]', help='cpu, gpu or tpu, the N-th of them (default: the best)')
+  quiet(parser)
+
+
+def discrete(parser):
+  parser.add_argument('--discrete', action='store_true', help='store int32 tokens (models with an FSQ bottleneck)')
+
+
+def embeddings(parser):
+  parser.add_argument('--embeddings', type=int, metavar='K',
+                      help='keep but the first K of each chunk, a lower rate (models trained with train.nested)')
+
+
+def sound(parser):
+  """Of the audio files that are written."""
+  parser.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',
+                      help='of several files, or of what goes to a pipe (default wav)')
+  overwrite(parser)
+  parser.add_argument('--normalize', action='store_true',
+                      help='scale the whole file down where it would pass full scale (default: clip, and say so)')
+  parser.add_argument('--batch', type=int, metavar='N',
+                      help='files to decode at once (default: 1 on CPUs, else 8)')
+
+
+def seed(parser):
+  parser.add_argument('--seed', type=int, default=0, metavar='N',
+                      help='of the noise that decoding starts from (default 0)')
+
+
+def decoding(parser):
+  """What `decoding_of` hands to the codec, and the seed."""
+  seed(parser)
+  parser.add_argument('--mode', choices=('autoregressive', 'parallel'), default='autoregressive',
+                      help='chunk after chunk (default), or all chunks at once, each step in other pairs')
+  parser.add_argument('--steps', type=int, metavar='N',
+                      help="denoisings of a chunk from pure noise (default: the model's own)")
+  parser.add_argument('--sigma-cond', type=float, metavar='X',
+                      help="noise put back on each chunk before the next is decoded (default: the "
+                      "model's own; autoregressive only)")
+  parser.add_argument('--refine', action=argparse.BooleanOptionalAction,
+                      help="denoise each chunk once more, as the next one's left neighbour (default: the "
+                      "model's own; autoregressive only)")
+
+
+def decoding_of(args) -> dict:
+  return dict(mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond, refine=args.refine)
+
+
+def report(parser):
+  parser.add_argument('--output', required=True, metavar='*.json', help='the report')
+
+
+def workers(parser):
+  parser.add_argument('--workers', type=int, default=os.cpu_count() or 1, metavar='N',
+                      help='processes for the signal metrics (default: all cores)')
+
+
+def hosts(parser):
+  """Of a command that several processes run together."""
+  parser.add_argument('--multihost', action='store_true',
+                      help='this is one of several processes; JAX finds the others on TPU pods, GKE and Slurm')
+  parser.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0, where JAX does not find the others')
+  parser.add_argument('--num_processes', type=int, metavar='N', help='likewise')
+  parser.add_argument('--process_id', type=int, metavar='I', help='likewise')
+  parser.add_argument('--start_timeout', type=int, default=300, metavar='S', help='seconds in which all must have come')
+  parser.add_argument('--peer_timeout', type=int, default=100, metavar='S',
+                      help='seconds of silence after which a process counts as lost, which ends the others')
+
+
+def load_codec(args):
+  """The Codec, on the device that is asked for."""
+  import jax
+  from m2l2.codec import codec
+  path = codec.locate(args.checkpoint)
+  kind, _, number = (getattr(args, 'device', None) or '').partition(':')
+  if number and not number.isdecimal():
+    raise UserError(f'--device={args.device}: give KIND or KIND:N, as gpu:1')
+  if kind == 'cpu':
+    jax.config.update('jax_platforms', 'cpu')  # nothing of a GPU is touched, its memory least of all
+  try:
+    devices = jax.devices(kind or None)
+  except RuntimeError as error:
+    raise UserError(f'JAX finds no {kind or "device"}: {" ".join(str(error).split())}') from error
+  if kind:
+    if int(number or 0) >= len(devices):
+      raise UserError(f'--device={args.device}: there are {len(devices)}, counted from 0')
+    jax.config.update('jax_default_device', devices[int(number or 0)])
+  return codec.load(path)

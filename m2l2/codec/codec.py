@@ -1,0 +1,611 @@
+"""Codec: audio -> Latents -> audio, block by block, so that memory does not grow with the signal.
+
+Encoding is chunk-local. Decoding is autoregressive (by default the paper's two steps, figure 2: each
+network call refines the chunk before and makes a first estimate of the next) or parallel (CoDiCodec).
+Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks gives the same sound.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from importlib import resources
+import os
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m2l2 import build, compiling
+from m2l2.codec import encoding, output
+from m2l2.compiling import Told
+from m2l2.data import audio_io
+from m2l2.codec.sampler import Sampler
+from m2l2.errors import UserError
+from m2l2.codec.latents import Latents
+from m2l2.model.bottleneck import FSQ
+from m2l2.codec.snapshot import load_snapshot
+
+MODES = ('autoregressive', 'parallel')
+_MOST_STEPS = 16
+_FILE_SECONDS = 10  # of a file read at once
+_ENDLESS = 2 ** 31 - 1
+
+
+def locate(path):
+  """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
+
+  Raises UserError: neither is there.
+  """
+  path = os.path.expanduser(path)
+  if os.path.exists(path):
+    return path
+  box = resources.files('m2l2') / 'assets' / 'models'
+  names = sorted(entry.name for entry in box.iterdir() if entry.is_dir()) if box.is_dir() else []
+  if os.fspath(path) not in names:
+    raise UserError(f'{audio_io.shown(path)}: no such snapshot or workdir, nor a model in the box '
+                    f'({", ".join(names) or "it is empty"})')
+  return os.fspath(box / os.fspath(path))
+
+
+def load(path) -> 'Codec':
+  """A Codec from a snapshot, a workdir, or the name of a model in the box.
+
+  Programs that are compiled from here on are kept for the next start (m2l2/compiling.py says where).
+
+  Raises UserError: nothing there, or what is there is damaged.
+  """
+  compiling.use_cache()
+  snapshot = load_snapshot(locate(path))
+  return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint,
+               latent_scale=snapshot.extra.get('latents'))
+
+
+class Codec:
+  """Encodes and decodes with one set of weights.
+
+  Attributes:
+    config: the resolved config (nested dict); fingerprint: of the weights.
+    network, representation, consistency: the parts built from it; sampler: what decodes with them.
+    latent_scale: {'mean', 'std'} of the latents, measured in training; None where the checkpoint has none.
+  """
+
+  def __init__(self, *, config, params, fingerprint: str, latent_scale: Mapping | None = None):
+    """params: nested dict of float32 arrays, as in a snapshot.
+
+    Raises UserError: config describes no model, or the weights do not fit it.
+    """
+    for part in ('model', 'consistency'):
+      if not isinstance(config.get(part), Mapping):
+        raise UserError(f'the checkpoint\'s config has no "{part}": it is not of an m2l2 model')
+    self.config = config
+    self.fingerprint = fingerprint
+    self.latent_scale = latent_scale
+    # How attention is computed is a matter of where the model runs, not of its weights.
+    self.network = build.network({**config['model'], 'attention': 'auto'})
+    self.representation = build.representation(config['model'])
+    self.consistency = build.consistency(config['consistency'])
+    self.native_rates = build.native_rates(config['model'])
+    self._bottleneck = self.network.arch.make_bottleneck()
+    _check_params(params, self.network.shapes)
+    self.params = jax.device_put(params)
+    self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
+    self._programs = compiled_programs(self.sampler, self._bottleneck)
+
+  def __repr__(self):
+    arch, rate = self.network.arch, self.native_rates[0]
+    seconds = self.representation.chunk_samples / rate
+    mono, numbers = self.representation.channels == 1, arch.num_latents * arch.latent_dim
+    count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+    return (f'<Codec {self.fingerprint}: {"mono" if mono else "stereo"}, {rate:,} Hz, {count / 1e6:.3g} M parameters, '
+            f'{arch.num_latents} x {arch.latent_dim} numbers for {seconds:.3g} s: {numbers / seconds:,.0f} a second'
+            f'{" and channel" * mono}>')
+
+  def model_rate(self, sample_rate: int) -> int:
+    """The rate that a signal of `sample_rate` is processed at."""
+    sample_rate = encoding.whole_rate(sample_rate)
+    return sample_rate if sample_rate in self.native_rates else self.native_rates[0]
+
+  def at_model_rate(self, audio, sample_rate: int) -> tuple[np.ndarray, int]:
+    """Audio [channels, samples] at any rate -> (at the rate that this model works at for it, that rate)."""
+    rate = self.model_rate(sample_rate)
+    return audio_io.resample(audio, from_rate=encoding.whole_rate(sample_rate), to_rate=rate), rate
+
+  # Encoding.
+
+  def check_source(self, *, channels: int, discrete: bool = False):
+    """Raises UserError where this model cannot encode `channels` channels, or to tokens."""
+    encoding.check_channels(channels, most=self.representation.channels)
+    if discrete and not self._discrete:
+      raise UserError('this model has no tokens, only continuous latents: encode without discrete')
+
+  @property
+  def _discrete(self):
+    """Whether the latents have a form as int32 tokens."""
+    return (isinstance(self._bottleneck, FSQ)
+            and self._bottleneck.levels ** self.network.arch.latent_dim <= 2 ** 31)
+
+  def encode_fn(self, params, audio, frames):
+    """`encoding.encode_chunks` of this model, to be compiled: audio [B, C, crop_samples(S)] -> z [B, S, K, d]."""
+    return encoding.encode_chunks(params, audio, frames, representation=self.representation, network=self.network,
+                                  bottleneck=self._bottleneck)
+
+  def tokens(self, z):
+    """Latents float [..., K, d] -> int32 [..., K], for a model that has tokens."""
+    return self._bottleneck.tokens(z)
+
+  def encode(self, audio, sample_rate: int | None = None, *, discrete: bool = False) -> Latents:
+    """Audio float32 [channels, samples] or [samples] in [-1, 1], or the path of an audio file -> Latents.
+
+    A mono model encodes each channel as a stream of its own; a stereo model takes one or two
+    channels. Rates that are not native are resampled. sample_rate: Hz, which a file states itself; a file is read block
+    by block, and its tags are kept. discrete: int32 tokens, for a model with an FSQ bottleneck.
+
+    Raises UserError: no samples, integers, NaN or infinity, too many channels, a rate that is not a whole number of
+      Hz, no tokens to be had, or a file that cannot be read.
+    """
+    if isinstance(audio, str | os.PathLike):
+      return self._encode_file(audio, sample_rate, discrete)
+    if sample_rate is None:
+      raise UserError('say the sample rate of the audio too: encode(audio, 44100)')
+    audio = encoding.as_samples(audio)
+    audio = audio[None] if audio.ndim == 1 else audio
+    if audio.ndim != 2 or not audio.size:
+      raise UserError('audio must be [channels, samples] with at least one sample, not of shape '
+                      f'{list(audio.shape)}')
+    step = _block_chunks() * self.representation.chunk_samples
+    blocks = (audio[:, i:i + step] for i in range(0, audio.shape[1], step))
+    return self.encode_blocks(
+        blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
+
+  def _encode_file(self, path, sample_rate, discrete):
+    info = audio_io.probe(path)
+    if sample_rate not in (None, info.sample_rate):
+      raise UserError(f'{audio_io.shown(path)}: is at {info.sample_rate} Hz, not {sample_rate}; leave sample_rate out')
+    self.check_source(channels=info.channels, discrete=discrete)
+    blocks = audio_io.read_blocks(path, block_samples=_FILE_SECONDS * info.sample_rate, check_finite=True)
+    latents = self.encode_blocks(blocks, sample_rate=info.sample_rate, channels=info.channels, discrete=discrete)
+    return dataclasses.replace(latents, tags=dict(info.tags))
+
+  def encode_blocks(self, blocks: Iterable, *, sample_rate: int, channels: int,
+                    discrete: bool = False) -> Latents:
+    """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
+    sample_rate = encoding.whole_rate(sample_rate)
+    self.check_source(channels=channels, discrete=discrete)
+    windows = self._windows(blocks, sample_rate, channels=channels, width=_block_chunks())
+    z = [_finite(block) for block in output.on_host(map(self._encode_window, windows))]
+    z = np.concatenate(z, axis=1)[:, :windows.layout.chunks]
+    if discrete:
+      z = self.tokens(z)
+    return Latents(z=z, sample_rate=sample_rate, num_samples=windows.num_samples, channels=channels,
+                   model=self.fingerprint)
+
+  def stream_encode(self, audio_blocks: Iterable, sample_rate: int, *, channels: int,
+                    discrete: bool = False) -> Iterator[np.ndarray]:
+    """Encodes a signal as it comes: a chunk's latents are out as soon as its last sample is in.
+
+    Together they are the `encode(...).z` of the whole signal, to rounding. (Where the rate is not native, the
+    resampler holds some hundred samples more; models whose edges are not padded need `overlap` samples beyond.)
+
+    Args:
+      audio_blocks: float32 [channels, any number of samples] each.
+      sample_rate: Hz. channels: of the signal. discrete: tokens instead, for a model with an FSQ bottleneck.
+
+    Returns:
+      An iterator of float32 [streams, K, d], or int32 [streams, K] tokens, one per chunk: what `stream` takes.
+
+    Raises UserError as `encode_blocks` does.
+    """
+    sample_rate = encoding.whole_rate(sample_rate)
+    self.check_source(channels=channels, discrete=discrete)
+    return self._stream_encode(self._windows(audio_blocks, sample_rate, channels=channels, width=1), discrete)
+
+  def _stream_encode(self, windows, discrete):
+    for window in windows:
+      z = _finite(np.asarray(self._encode_window(window)))[:, 0]
+      yield self.tokens(z) if discrete else z
+
+  def _windows(self, blocks, sample_rate, *, channels, width):
+    return encoding.Windows(blocks, representation=self.representation, from_rate=sample_rate,
+                            to_rate=self.model_rate(sample_rate), channels=channels, width=width)
+
+  def _encode_window(self, window):
+    """-> z float32 [streams, chunks, K, d] on the device."""
+    streams = encoding.to_streams(window.audio, channels=self.representation.channels)
+    return self._programs.encode_block(self.params, streams, np.int32(window.frames))
+
+  # Decoding.
+
+  def decode(self, latents: Latents, seed: int = 0, *, mode: str = 'autoregressive',
+             steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
+             clip: bool = True, noise=None) -> np.ndarray:
+    """Latents -> audio float32 [channels, samples], exactly the source's channels, samples, rate.
+
+    Args:
+      seed: of the noise that decoding starts from, 0 to 2^32 - 1.
+      mode: 'autoregressive': each chunk is sampled beside the one before, which has `sigma_cond` put back on
+        it. 'parallel': all chunks are sampled at once, each step beside the other neighbour (CoDiCodec); work
+        and memory of a block grow with the steps, so many steps do not pay for short signals.
+      steps: denoisings of each chunk from sigma_max down, at most 16; the config's by default (1 in the paper's
+        autoregressive decoding, which `refine` makes two).
+      sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
+      refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
+        one more call at the end. The config's by default (true but in CoDiCodec's). Parallel decoding has none.
+      clip: to [-1, 1], where a file of integers would clip anyway.
+      noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise of each chunk's roles: first
+        estimate, left neighbour, then one before each further step.
+
+    Raises UserError: latents of another model or shape, an unknown mode, a bad seed, steps or sigma_cond.
+    """
+    blocks = self.decode_blocks(latents, seed, mode=mode, steps=steps, sigma_cond=sigma_cond,
+                                refine=refine, clip=clip, noise=noise)
+    return np.concatenate(list(blocks), axis=1)
+
+  def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
+                     sigma_cond: float | None = None):
+    """Raises UserError for options that `decode` would refuse: an early look, before long work."""
+    process = self.consistency
+    if mode not in MODES:
+      raise UserError(f'decoding mode {mode!r} is not known: choose from {", ".join(MODES)}')
+    if steps is not None and not 1 <= steps <= _MOST_STEPS:
+      raise UserError(f'steps is {steps}; it must lie in 1..{_MOST_STEPS}')
+    if not 0 <= seed < 2 ** 32:
+      raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
+    if mode == 'parallel' and self.network.arch.chunks == 1:
+      raise UserError('this model denoises each chunk alone: there are no pairs to decode in parallel')
+    if mode == 'parallel' and sigma_cond is not None:
+      raise UserError('parallel decoding has no sigma_cond: leave it out, or decode autoregressively')
+    if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:
+      raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
+                      f'{process.sigma_min}..{process.sigma_max}')
+
+  def check_latents(self, latents: Latents):
+    """Raises UserError for latents that `decode` would refuse: of another model or shape, or no numbers."""
+    self._continuous(latents)
+
+  def decode_blocks(self, latents: Latents, seed: int = 0, **options) -> Iterator[np.ndarray]:
+    """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
+    pieces = self.decode_together([latents], seed, **options)
+    return (piece for (piece,) in pieces if piece.shape[1])
+
+  def decode_together(self, many: Sequence[Latents], seed: int = 0, *, mode: str = 'autoregressive',
+                      steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
+                      clip: bool = True, noise=None) -> Iterator[list[np.ndarray]]:
+    """Decodes several signals at once, each as `decode` alone would (to rounding); GPUs and TPUs gain by it.
+
+    Returns an iterator of lists: of each signal, the next block float32 [channels, any number of samples].
+    Mistakes raise at the call.
+    """
+    self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond)
+    values = [self._continuous(latents) for latents in many]
+    if not values:
+      raise UserError('there are no latents to decode')
+    outputs = [self._output(latents, clip=clip) for latents in many]
+    ends = np.cumsum([len(z) for z in values])
+    chunks = np.repeat([z.shape[1] for z in values], [len(z) for z in values]).astype(np.int32)
+    streams = 1 << (len(chunks) - 1).bit_length()  # as many as a power of two: few shapes
+    chunks = np.pad(chunks, (0, streams - len(chunks)))
+    z = np.zeros((streams, chunks.max(), *values[0].shape[2:]), np.float32)
+    for value, end in zip(values, ends):
+      z[end - len(value):end, :value.shape[1]] = value
+    draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=z.shape[1])
+    if mode == 'parallel':
+      pieces = self._parallel(z, draw, chunks, sigmas=sigmas)
+    else:
+      width = _block_chunks()
+      blocks = (z[:, start:start + width] for start in range(0, z.shape[1], width))
+      pieces = self._autoregressive(blocks, draw, chunks, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
+                                    width=width)
+
+    def written():
+      for piece in output.on_host(pieces):
+        yield [out.take(piece[end - len(value):end]) for out, value, end in zip(outputs, values, ends)]
+      yield [out.finish() for out in outputs]
+    return written()
+
+  def stream(self, latent_chunks: Iterable, seed: int = 0, *, steps: int | None = None,
+             sigma_cond: float | None = None, refine: bool | None = None,
+             noise=None) -> Iterator[np.ndarray]:
+    """Decodes chunk by chunk as latents come (CoDiCodec's live decoding), autoregressively.
+
+    The pieces together are what `decode` gives for the same latents, seed and options, up to the end of the
+    last chunk. A piece comes as soon as its chunk's latents do or, with `refine`, the next chunk's: latency is one
+    chunk, or two, and the time that one call of the networks takes.
+
+    Args:
+      latent_chunks: each [K, d] float in [-1, 1] or [K] int tokens; a mono model also takes [streams, ...]. Of
+        `Latents`: `np.moveaxis(latents.z, 1, 0)`.
+      seed, steps, sigma_cond, refine, noise: as for `decode`; noise may have more chunks than come.
+
+    Returns:
+      An iterator of float32 [channels, samples of a chunk] at the model's rate; the first piece is shorter
+      where the signal's beginning was padded, the last also holds what the last frames add beyond their chunk.
+
+    Raises UserError: at the call for bad options, from the iterator for latents of a wrong shape.
+    """
+    self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond)
+    draw, sigmas = self._sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
+    rep = self.representation
+    streams = 1 if rep.channels > 1 else None  # a mono model's: as many as the first chunk has
+
+    def continuous(chunk):
+      nonlocal streams
+      z = np.asarray(chunk)
+      z = z[None] if z.ndim == (1 if np.issubdtype(z.dtype, np.integer) else 2) else z
+      streams = streams or len(z)
+      return self._values(z[:, None], (streams, 1))
+
+    pieces = self._autoregressive(map(continuous, latent_chunks), draw, np.int32([_ENDLESS]), sigmas=sigmas,
+                                  sigma_cond=sigma_cond, refine=refine, width=1)
+    pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in map(np.asarray, pieces))
+    cut = output.Cut(start=rep.layout(1).lead)
+    return (np.clip(piece, -1.0, 1.0) for piece in map(cut.take, pieces) if piece.shape[1])
+
+  # Latents at chunk borders.
+
+  def features(self, latents: Latents, *, per: str = 'chunk') -> np.ndarray:
+    """The latents as vectors for music information retrieval (paper, section 5.5: mean-pooled over time).
+
+    Returns float32 [chunks, K d], or [K d] with per='file'; the mean over the streams of a mono model.
+    Raises UserError: latents of another model, or an unknown `per`.
+    """
+    if per not in ('chunk', 'file'):
+      raise UserError(f"per is {per!r}; choose 'chunk' or 'file'")
+    z = self._continuous(latents).mean(axis=0)
+    z = z.reshape(len(z), -1)
+    return z if per == 'chunk' else z.mean(axis=0)
+
+  def to_unit(self, z):
+    """Latents -> about zero mean and unit variance over all numbers, for generative models: (z - mean) / std.
+
+    Raises UserError: the checkpoint does not tell its latents' scale.
+    """
+    scale = self._scale()
+    return (z - scale['mean']) / scale['std']
+
+  def from_unit(self, z):
+    """The inverse of `to_unit`, within [-1, 1] as `decode` needs it. Raises UserError as that does."""
+    scale = self._scale()
+    return np.clip(z * scale['std'] + scale['mean'], -1.0, 1.0)
+
+  def _scale(self):
+    if not self.latent_scale:
+      raise UserError('this checkpoint does not tell the scale of its latents (training measures it with each probe, '
+                      'train.probe_every): take mean and deviation of your own corpus')
+    return self.latent_scale
+
+  def cut(self, latents: Latents, start: int, stop: int) -> Latents:
+    """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.
+
+    With padded edges that is `stop - start` chunks less the overlap of frames. The last chunk alone may hold but what
+    its frames add to the chunk before: then `num_samples` is 1, and `padding` tells `join` how much less it is.
+    Raises UserError: no such chunks.
+    """
+    chunks = latents.z.shape[1]
+    if not 0 <= start < stop <= chunks:
+      raise UserError(f'there are no chunks {start} to {stop} in latents of {chunks}')
+    return self._ending(latents, latents.z[:, start:stop], self._missing(latents) if stop == chunks else 0)
+
+  def join(self, parts: Sequence[Latents]) -> Latents:
+    """Latents after each other, chunk by chunk: the inverse of `cut`; what the last chunk of a part lacks is silence.
+
+    Raises UserError: no parts, or parts of other models, rates, channels or forms.
+    """
+    parts = list(parts)
+    kinds = {(p.model, p.sample_rate, p.channels, p.z.dtype, p.z.shape[0], *p.z.shape[2:]) for p in parts}
+    if len(kinds) != 1:
+      raise UserError('latents to join must be of one model, rate, number of channels and form' if kinds else
+                      'there are no latents to join')
+    return self._ending(parts[-1], np.concatenate([part.z for part in parts], axis=1), self._missing(parts[-1]))
+
+  def _missing(self, latents):
+    """How many samples the signal is shorter than its chunks could hold."""
+    return self._most_samples(latents.z.shape[1], latents.sample_rate) - latents.num_samples + latents.padding
+
+  def _ending(self, latents, z, missing):
+    """Latents of `z` that lack `missing` samples of what its chunks could hold, or as many as leave it these chunks."""
+    chunks, rate = z.shape[1], latents.sample_rate
+    samples = self._most_samples(chunks, rate) - missing
+    fewest = self._most_samples(chunks - 1, rate) + 1 if chunks > 1 else 1
+    return dataclasses.replace(latents, z=z, num_samples=max(samples, fewest), padding=max(fewest - samples, 0))
+
+  def first(self, latents: Latents, embeddings: int) -> Latents:
+    """The first `embeddings` of every chunk alone: a lower rate, which a model trained with train.nested decodes.
+
+    Raises UserError: any other model, or no such number of embeddings.
+    """
+    self.check_first(embeddings, most=latents.z.shape[2])
+    return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
+
+  def check_first(self, embeddings: int, most: int | None = None):
+    """Raises UserError where `first` would, of `most` embeddings a chunk (by default all that the model makes)."""
+    most = most or self.network.arch.num_latents
+    if not self.nested:
+      raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
+    if not 1 <= embeddings <= most:
+      raise UserError(f'there are 1 to {most} embeddings a chunk to keep, not {embeddings}')
+
+  @property
+  def nested(self) -> bool:
+    """Whether any prefix of a chunk's embeddings can be decoded."""
+    return not self._discrete and (self.config.get('train') or {}).get('nested', 0) > 0
+
+  def _most_samples(self, chunks, sample_rate):
+    """Samples of the longest signal at `sample_rate` that takes `chunks` chunks."""
+    rep = self.representation
+    samples = chunks * rep.chunk_samples + (-rep.overlap if rep.edges == 'pad' else rep.window - 1)
+    samples = samples * sample_rate // self.model_rate(sample_rate)
+    while self.layout(samples + 1, sample_rate).chunks <= chunks:
+      samples += 1
+    while self.layout(samples, sample_rate).chunks > chunks:
+      samples -= 1
+    return samples
+
+  def _layout(self, latents):
+    """Where the signal behind the latents lies, at the model's rate."""
+    return self.layout(latents.num_samples, latents.sample_rate)
+
+  def layout(self, num_samples: int, sample_rate: int):
+    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.Layout."""
+    return self.representation.layout(audio_io.resampled_length(
+        num_samples, from_rate=encoding.whole_rate(sample_rate), to_rate=self.model_rate(sample_rate)))
+
+  def _continuous(self, latents):
+    """The latents as float32 [streams, chunks, K, d], checked against this model."""
+    if latents.model != self.fingerprint:
+      raise UserError(f'these latents are of model {latents.model}, this checkpoint is '
+                      f'{self.fingerprint}: decode with the checkpoint that encoded them')
+    streams = latents.channels if self.representation.channels == 1 else 1
+    if latents.channels > max(streams, self.representation.channels):
+      raise UserError(f'latents of {latents.channels} channels do not fit: this model has at most '
+                      f'{self.representation.channels}')
+    return self._values(latents.z, (streams, self._layout(latents).chunks))
+
+  def _values(self, z, lead):
+    """Latents or tokens [streams, chunks, K(, d)], `lead` the first two -> float32 [..., K, d]."""
+    arch = self.network.arch
+    z = np.asarray(z)
+    discrete = np.issubdtype(z.dtype, np.integer)
+    if discrete and not self._discrete:
+      raise UserError('these latents are tokens, but this model has only continuous ones')
+    shape = (*lead, arch.num_latents) if discrete else (*lead, arch.num_latents, arch.latent_dim)
+    if self.nested and z.ndim == 4 and 0 < z.shape[2] < shape[2]:
+      z = np.pad(z, [(0, 0), (0, 0), (0, shape[2] - z.shape[2]), (0, 0)])
+    if z.shape != shape:
+      raise UserError(f'latents of shape {list(z.shape)} do not fit: the signal and this model make them '
+                      f'{list(shape)} (streams, chunks, embeddings{"" if discrete else ", numbers"})')
+    if not np.isfinite(z).all():
+      raise UserError('the latents hold NaN or infinite numbers')
+    if not discrete and np.abs(z).max() > 1.001:
+      raise UserError(f'the latents reach {np.abs(z).max():.3g}, but lie in [-1, 1]: clip them, or bring them back to '
+                      "this scale (CoDiCodec's public latents: m2l2.interop.codicodec.from_public)")
+    if discrete:
+      codes = self._bottleneck.levels ** arch.latent_dim
+      if z.min() < 0 or z.max() >= codes:
+        raise UserError(f'the latents hold tokens beyond 0..{codes - 1}')
+      z = np.asarray(self._bottleneck.codes(z, width=arch.latent_dim))
+    return z.astype(np.float32)
+
+  def _output(self, latents, *, clip):
+    return output.Output(layout=self._layout(latents), model_channels=self.representation.channels,
+                         model_rate=self.model_rate(latents.sample_rate), channels=latents.channels,
+                         sample_rate=latents.sample_rate, num_samples=latents.num_samples, clip=clip)
+
+  def _sampling(self, seed, *, mode, steps, noise, chunks):
+    """-> (draw, the noise levels of the steps). draw(first, count, needed) is the noise [count, steps + 1, F, T, C] of
+    so many chunks, of which the first `needed` mean something, but for any before chunk 0."""
+    if steps is None:
+      steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
+    if noise is None:
+      draw = lambda first, count, needed: self._programs.noise(
+          np.uint32(seed), np.int32(first), count=count, roles=steps + 1)
+      return draw, self.consistency.schedule(steps)
+    noise = np.asarray(noise, np.float32)
+    if noise.shape[1:] != (steps + 1, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
+      wanted = ['chunks' if chunks is None else chunks, steps + 1, *self.sampler.chunk_shape]
+      raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
+
+    def draw(first, count, needed):
+      if chunks is None and first + needed > len(noise):
+        raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
+      return noise[np.clip(first + np.arange(count), 0, len(noise) - 1)]
+    return draw, self.consistency.schedule(steps)
+
+  def _autoregressive(self, blocks, draw, chunks, *, sigmas, sigma_cond, refine, width):
+    """blocks of z [streams, n <= width, K, d]; chunks int32 [streams] -> audio [streams, C, samples] on the device."""
+    sigma_cond = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
+    refine = self.consistency.refine if refine is None else bool(refine)
+    state, position = None, 0
+
+    def advance(z, needed):
+      count = z.shape[1]
+      z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
+      noise = draw(position - 1, width + 1, needed)
+      return self._programs.advance(self.params, state, z, np.int32(position), np.int32(count), chunks, noise,
+                                    sigma_cond, np.bool_(refine), sigmas=sigmas)
+
+    for z in blocks:
+      if state is None:
+        state = self.sampler.state(self.params, z.shape)
+      audio, state = advance(z, z.shape[1] + 1)
+      # With `refine` the audio lags by a chunk: before the first there is none.
+      yield output.Blocks(audio, z.shape[1], skip=self.representation.chunk_samples if refine and not position else 0)
+      position += z.shape[1]
+    if position and refine:
+      audio, state = advance(np.zeros_like(z[:, :1]), 1)
+      yield output.Blocks(audio, 1, tail=state['tail'])
+    elif position:
+      yield state['tail']
+
+  def _parallel(self, z, draw, chunks, *, sigmas):
+    """z [streams, n, K, d], chunks int32 [streams] -> blocks of audio [streams, C, samples], then the tail."""
+    rep, lag = self.representation, len(sigmas) - 1
+    longest = z.shape[1]
+    # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
+    widths = range(lag + 1 + (lag + 1) % 2, max(_block_chunks(), lag + 2) + 1, 2)
+    width = min(widths, key=lambda width: (-(-(longest + lag) // width) * width, -width))
+    state = self.sampler.parallel_state(self.params, z.shape, lag)
+    for start in range(0, longest + lag, width):
+      block = z[:, start:start + width]
+      block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
+      noise = draw(start - lag, width + lag, width + lag)
+      audio, state = self._programs.parallel_block(
+          self.params, state, block, np.int32(start), chunks, noise, sigmas=sigmas)
+      yield output.Blocks(audio, skip=max(lag - start, 0) * rep.chunk_samples)  # what lies before chunk 0
+    yield state['tail']
+
+
+@functools.lru_cache(maxsize=8)
+def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
+  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, one a mode of decoding,
+  and the noise of the chunks that a call of these needs.
+
+  Models that differ in their weights alone, as those of one run, share them.
+  """
+
+  def noise(seed, first, *, count, roles):
+    return sampler.noise(jax.random.key(seed), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
+
+  def advance(params, state, z, first, count, chunks, noise, sigma_cond, refine, *, sigmas):
+    return sampler.advance(params, state, z, first, count, chunks, noise, sigma_cond, sigmas=sigmas, refine=refine)
+
+  def parallel_block(params, state, z, first, chunks, noise, *, sigmas):
+    return sampler.parallel_block(params, state, z, first, chunks, noise, sigmas=sigmas)
+
+  def encode_block(params, audio, frames):
+    return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
+                                  network=sampler.network, bottleneck=bottleneck)
+
+  programs = dict(
+      encode_block=jax.jit(encode_block),
+      noise=jax.jit(noise, static_argnames=('count', 'roles')),
+      advance=jax.jit(advance, static_argnames='sigmas'),
+      parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
+  return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
+
+
+def _block_chunks() -> int:
+  """Chunks a device call. On CPUs two: the maps of eight leave the caches, a chunk of `base` took 17 % longer."""
+  return 2 if jax.default_backend() == 'cpu' else 8
+
+
+def _finite(z):
+  if not np.isfinite(z).all():
+    raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
+                    'or the weights are broken')
+  return z
+
+
+def _check_params(params, expected):
+  """Raises UserError naming the first parameter that is missing, too many or of another shape."""
+  found, wanted = ({_path(path): tuple(np.shape(leaf))
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+                   for tree in (params, expected))
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise UserError(f'the weights do not fit their config: {name} is '
+                      f'{found.get(name, "missing")}, should be {wanted.get(name, "absent")}')
+
+
+def _path(path):
+  return '/'.join(str(entry.key) for entry in path)

@@ -1,0 +1,1 @@
+"""Networks that hear: the embeddings that Frechet distances and probes are taken over."""

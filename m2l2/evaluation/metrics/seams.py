@@ -1,0 +1,57 @@
+"""Does one hear where the chunks meet? The error at chunk borders against that in the middle of chunks."""
+
+import dataclasses
+
+import numpy as np
+
+from m2l2.errors import UserError
+from m2l2.evaluation.metrics import pairs
+
+REACH = 2  # frames of 512 samples on either side of a border or a centre
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+  """Where a model's chunks lie: border k at `first + k * period` seconds of the signal, k = 1, 2, ..."""
+  period: float = 32768 / 44100
+  first: float = 0.
+
+
+def of_model(representation, *, sample_rate: int) -> Chunks:
+  """The `Chunks` of an m2l2 model: a border lies midway between the centres of the two frames that it separates.
+
+  Args:
+    representation: m2l2.representation.Representation. sample_rate: of the model's own processing (Hz).
+  """
+  hop = representation.hop
+  lead = representation.window - hop if representation.edges == 'pad' else 0
+  return Chunks(period=hop * representation.frames / sample_rate,
+                first=(representation.window / 2 - lead - hop / 2) / sample_rate)
+
+
+def seam_db(reference, estimate, *, sample_rate: int, chunks: Chunks = Chunks()) -> float:
+  """Mean |log-mel difference| (dB, as in `pairs.mel_l1_db`) of the frames within 2 of a chunk border, less that of
+  those within 2 of a chunk's centre: 0 where borders are no worse.
+
+  Args:
+    reference, estimate: float [channels, samples] or [samples], both at `sample_rate` (Hz).
+  Raises:
+    UserError: not a whole border and centre in common, or not finite.
+  """
+  logs = [pairs.log_mel_db(audio, sample_rate=sample_rate) for audio in (reference, estimate)]
+  frames = min(log.shape[1] for log in logs)
+  error = np.mean(np.abs(logs[0][:, :frames] - logs[1][:, :frames]), axis=0)
+  border, centre = (_near(frames, chunks, shift) for shift in (0., .5))
+  if not border.any() or not centre.any():
+    raise UserError('seam_db is undefined: the pair holds no chunk border; give longer clips')
+  return float(error[border].mean() - error[centre].mean())
+
+
+def _near(frames: int, chunks: Chunks, shift: float) -> np.ndarray:
+  """bool [frames]: within REACH of k + shift chunks, of the borders and centres inside the signal (k >= 1)."""
+  seconds = np.arange(frames) * pairs.HOP / pairs.SAMPLE_RATE
+  places = (seconds - chunks.first) / chunks.period - shift
+  nearest = np.maximum(np.round(places), 1)
+  reach = REACH * pairs.HOP / pairs.SAMPLE_RATE
+  inside = (nearest + shift) * chunks.period + chunks.first <= seconds[-1] - reach
+  return (np.abs(places - nearest) * chunks.period <= reach + 1e-9) & inside

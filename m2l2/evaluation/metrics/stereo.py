@@ -1,0 +1,28 @@
+"""What the mono metrics do not see of a stereo pair."""
+
+import numpy as np
+
+from m2l2.evaluation.metrics import pairs
+
+# Side over mid is held within these, so that a mono file has a level too.
+LEVEL_LIMIT_DB = 60.
+
+
+def channel_si_sdr(reference, estimate) -> dict[str, float]:
+  """`pairs.si_sdr` of each channel of float [2, samples]: {'si_sdr_left', 'si_sdr_right'} in dB."""
+  return {name: pairs.si_sdr(reference[channel], estimate[channel])
+          for channel, name in enumerate(('si_sdr_left', 'si_sdr_right'))}
+
+
+def side_mid_error_db(reference, estimate) -> float:
+  """|difference of the two `side_mid_db`|, lower is better: how much wider or narrower the stereo image became."""
+  length = min(reference.shape[1], estimate.shape[1])
+  return abs(side_mid_db(estimate[:, :length]) - side_mid_db(reference[:, :length]))
+
+
+def side_mid_db(audio) -> float:
+  """Energy of L - R over that of L + R in dB, of float [2, samples]; within +-60 dB (mono: -60)."""
+  left, right = np.asarray(audio, np.float64)
+  side, mid = np.sum((left - right) ** 2), np.sum((left + right) ** 2)
+  floor = 10 ** (-LEVEL_LIMIT_DB / 10)
+  return float(10 * np.log10(max(side, floor * mid, 1e-30) / max(mid, floor * side, 1e-30)))

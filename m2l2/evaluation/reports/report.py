@@ -1,0 +1,181 @@
+"""A report of `evaluate` for people: a table in the terminal, CSV, and a page of HTML that needs no other file."""
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+import tempfile
+
+import numpy as np
+
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation.metrics import pairs
+from m2l2.evaluation.evaluate import HIGHER_IS_BETTER, load_pair
+
+PAGE_FILES = 6  # pairs with spectrograms and players
+EXCERPT_SECONDS = 10.
+_STYLE = '''
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .pair audio { width: 100% }
+'''
+
+
+def table(report) -> list[tuple[str, str, str]]:
+  """Rows (name, value, pairs or clips) of all means and distances."""
+  rows = []
+  for name, metric in report['metrics'].items():
+    spread = '' if metric['sem'] is None else f' +- {metric["sem"]:.3g}'
+    rows.append((name, f'{metric["mean"]:.4g}{spread}', str(len(metric['per_file']))))
+  for name, distance in report['frechet'].items():
+    spread = '' if distance['bootstrap_sd'] is None else f' +- {distance["bootstrap_sd"]:.3g}'
+    rows.append((f'frechet {name}', f'{distance["value"]:.4g}{spread}', str(distance['clips'])))
+  return rows
+
+
+def write_json(path, report):
+  _write(path, json.dumps(report, indent=2, allow_nan=False) + '\n')
+
+
+def write_csv(path, report):
+  """One row a file, one column a metric; empty where a pair has none."""
+  metrics = report['metrics']
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['file', *metrics])
+  for file in _files(report):
+    writer.writerow([file, *(metric['per_file'].get(file, '') for metric in metrics.values())])
+  _write(path, text.getvalue())
+
+
+def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
+  """The page: tables, a plot of every metric over the files, spectrograms and players of PAGE_FILES pairs.
+
+  items: the `evaluate.Pair`s of the report.
+  """
+  shown = _from_best_to_worst(report, items)
+  body = [f'<h1>{html.escape(title)}</h1><p>{report["pairs"]} pairs</p>',
+          _html_table(('metric', 'mean +- standard error (Frechet: bootstrap sd)', 'pairs'), table(report))]
+  if report['warnings']:
+    lines = ''.join(f'<li>{html.escape(line)}</li>' for line in report['warnings'])
+    body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
+  if report['metrics']:
+    body.append(f'<h2>Over the files</h2>{_image(_plot_metrics(report), "every metric over the files")}')
+  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from best to worst by {_ranking(report)}; '
+              f'{EXCERPT_SECONDS:.0f} s of each.</p>')
+  body += [_listen(item) for item in shown]
+  names = list(report['metrics'])
+  values = {name: report['metrics'][name]['per_file'] for name in names}
+  rows = [(file, *(f'{values[name][file]:.4g}' if file in values[name] else '-' for name in names))
+          for file in _files(report)]
+  body.append(f'<h2>Files</h2><div class="scroll">{_html_table(("file", *names), rows)}</div>')
+  _write(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+               f'<style>{_STYLE}</style><body>{"".join(body)}</body></html>\n')
+
+
+def _write(path, text):
+  """Whole or not at all. Raises UserError where it cannot be."""
+  partial = audio_io.temporary(os.path.abspath(path))
+  try:
+    with open(partial, 'w', encoding='utf-8', errors='backslashreplace') as file:
+      file.write(text)
+    os.replace(partial, path)
+  except OSError as error:
+    raise UserError(f'{audio_io.shown(path)}: could not be written ({error.strerror or error})') from error
+  finally:
+    if os.path.exists(partial):
+      os.remove(partial)
+
+
+def _files(report) -> list[str]:
+  """Every file that has a metric, in their order."""
+  return list(dict.fromkeys(file for metric in report['metrics'].values() for file in metric['per_file']))
+
+
+def _from_best_to_worst(report, items):
+  """PAGE_FILES pairs, evenly over the ranking by the mel distance (by another metric where there is none)."""
+  if not report['metrics']:
+    return items[:PAGE_FILES]
+  name = _ranking(report)
+  values, sign = report['metrics'][name]['per_file'], -1 if name in HIGHER_IS_BETTER else 1
+  measured = sorted((item for item in items if item.name in values), key=lambda item: sign * values[item.name])
+  picks = np.unique(np.linspace(0, len(measured) - 1, PAGE_FILES).round().astype(int))
+  return [measured[i] for i in picks]
+
+
+def _ranking(report) -> str:
+  return 'mel_l1_db' if 'mel_l1_db' in report['metrics'] else next(iter(report['metrics']), 'name')
+
+
+def _html_table(head, rows) -> str:
+  def row(cells, tag):
+    return f'<tr>{"".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)}</tr>'
+  return f'<table>{row(head, "th")}{"".join(row(cells, "td") for cells in rows)}</table>'
+
+
+def _listen(item) -> str:
+  loaded = load_pair(item, check=False)
+  length = int(EXCERPT_SECONDS * loaded.sample_rate)
+  sides = (('reference', loaded.reference[:, :length]), ('estimate', loaded.estimate[:, :length]))
+  cells = ''.join(
+      f'<div>{name}<br><audio controls src="data:audio/flac;base64,{_flac(audio, loaded.sample_rate)}"></audio>'
+      f'{_image(_plot_spectrogram(audio, loaded.sample_rate), f"spectrogram of the {name}")}</div>'
+      for name, audio in sides)
+  return f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}</div>'
+
+
+def _flac(audio, sample_rate) -> str:
+  with tempfile.TemporaryDirectory() as folder:
+    path = os.path.join(folder, 'audio.flac')
+    # 16 bits' worth, which FLAC packs into half the size; and within them, which is no news worth a log line.
+    audio_io.write(path, np.clip(np.round(audio * 2 ** 15), -2 ** 15, 2 ** 15 - 1) / 2 ** 15, sample_rate)
+    with open(path, 'rb') as file:
+      return base64.b64encode(file.read()).decode()
+
+
+def _image(figure, description) -> str:
+  png = io.BytesIO()
+  figure.savefig(png, format='png', dpi=100)
+  data = base64.b64encode(png.getvalue()).decode()
+  return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+
+
+def _figure(size):
+  from matplotlib.figure import Figure  # not pyplot: no window system, no state
+  return Figure(figsize=size, layout='constrained')
+
+
+def _plot_spectrogram(audio, sample_rate):
+  figure = _figure((5.2, 2.6))
+  axes = figure.subplots()
+  log_mel = pairs.log_mel_db(audio, sample_rate=sample_rate)
+  seconds = log_mel.shape[1] * pairs.HOP / pairs.SAMPLE_RATE
+  axes.imshow(log_mel, origin='lower', aspect='auto', extent=(0, seconds, 0, len(log_mel)), cmap='magma',
+              vmin=-50, vmax=30)
+  axes.set(xlabel='s', ylabel='mel band')
+  return figure
+
+
+def _plot_metrics(report):
+  """A panel a metric: the files' values, sorted, and their mean."""
+  metrics = report['metrics']
+  columns = min(3, len(metrics))
+  rows = -(-len(metrics) // columns)
+  figure = _figure((3.6 * columns, 2.2 * rows))
+  panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+  for panel, (name, metric) in zip(panels, metrics.items()):
+    values = sorted(metric['per_file'].values(), reverse=name in HIGHER_IS_BETTER)
+    panel.plot(np.arange(1, len(values) + 1), values, 'o-', markersize=3, linewidth=1)
+    panel.axhline(metric['mean'], color='0.6', linewidth=1)
+    panel.set_title(f'{name}, mean {metric["mean"]:.3g}', fontsize=9)
+    panel.tick_params(labelsize=7)
+  for panel in panels[len(metrics):]:
+    panel.set_visible(False)
+  figure.supxlabel('files, best to worst', fontsize=8)
+  return figure

@@ -1,0 +1,104 @@
+"""Latents mixed and taken apart: what lies between two sounds, and what each summary embedding carries.
+
+Embeddings are counted 0 ... K - 1. Latents of tokens are refused: they have no numbers to mix.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from m2l2.codec.codec import Codec
+from m2l2.errors import UserError
+from m2l2.evaluation.metrics.pairs import log_mel_db
+from m2l2.codec.latents import Latents
+
+FILLS = ('zero', 'mean')
+
+
+def interpolate(first: Latents, second: Latents, weight: float) -> Latents:
+  """(1 - weight) first + weight second, as long as the shorter of both.
+
+  Args:
+    first, second: of one model, sample rate and number of channels.
+    weight: 0 (first) to 1 (second).
+
+  Raises UserError: the two do not go together, tokens, or another weight.
+  """
+  if not 0 <= weight <= 1:
+    raise UserError(f'weight is {weight}; it must lie in 0..1')
+  first, second = _paired(first, second)
+  z = ((1 - weight) * first.z + weight * second.z).astype(np.float32)
+  return dataclasses.replace(first, z=z)
+
+
+def swap(first: Latents, second: Latents, embeddings) -> tuple[Latents, Latents]:
+  """Both, as long as the shorter, with the named embeddings of every chunk exchanged.
+
+  Args:
+    first, second: of one model, sample rate and number of channels.
+    embeddings: numbers of embeddings, each in 0 ... K - 1.
+
+  Raises UserError: the two do not go together, tokens, or no such embedding.
+  """
+  first, second = _paired(first, second)
+  chosen = np.isin(np.arange(first.z.shape[2]), _checked(first, embeddings))[:, None]
+  return (dataclasses.replace(first, z=np.where(chosen, second.z, first.z)),
+          dataclasses.replace(second, z=np.where(chosen, first.z, second.z)))
+
+
+def without(latents: Latents, embeddings, *, fill: str = 'zero') -> Latents:
+  """The same latents, the named embeddings of every chunk set to 0, or to their mean over the chunks.
+
+  The mean takes away what an embedding tells of the single chunk and keeps what it says of the whole signal.
+
+  Raises UserError: tokens, no such embedding, or another fill than zero and mean.
+  """
+  if fill not in FILLS:
+    raise UserError(f'fill {fill!r} is not known: choose from {", ".join(FILLS)}')
+  _check_continuous(latents)
+  chosen = _checked(latents, embeddings)
+  z = latents.z.copy()
+  z[:, :, chosen] = 0.0 if fill == 'zero' else z[:, :, chosen].mean(axis=1, keepdims=True)
+  return dataclasses.replace(latents, z=z)
+
+
+def carried(codec: Codec, latents: Latents, *, fill: str = 'zero', seed: int = 0) -> np.ndarray:
+  """What each embedding carries: how the sound changes without it, decoded in one step from the same noise.
+
+  Returns:
+    float64 [K, 128, frames]: log-mel spectrogram (`pairs.log_mel_db`) without the embedding, minus that of
+    the whole, in dB. Where nothing changes, the embedding carries nothing.
+
+  Raises UserError: tokens, latents of another model, or another fill than zero and mean.
+  """
+  def log_mel(changed):
+    return log_mel_db(codec.decode(changed, seed, refine=False), sample_rate=latents.sample_rate)
+  whole = log_mel(latents)
+  return np.stack([log_mel(without(latents, [k], fill=fill)) - whole for k in range(latents.z.shape[2])])
+
+
+def _paired(first, second):
+  """Both, as long as the shorter of them."""
+  for latents in (first, second):
+    _check_continuous(latents)
+  for what in ('model', 'sample_rate', 'channels'):
+    values = [getattr(latents, what) for latents in (first, second)]
+    if values[0] != values[1]:
+      raise UserError(f'these latents do not go together: {what.replace("_", " ")} is {values[0]} and {values[1]}')
+  chunks = min(first.z.shape[1], second.z.shape[1])
+  samples = min(first.num_samples, second.num_samples)
+  return tuple(dataclasses.replace(latents, z=latents.z[:, :chunks], num_samples=samples)
+               for latents in (first, second))
+
+
+def _check_continuous(latents):
+  if latents.z.ndim != 4:
+    raise UserError('these latents are tokens: encode without discrete to mix or change them')
+
+
+def _checked(latents, embeddings):
+  chosen, count = [int(k) for k in embeddings], latents.z.shape[2]
+  for k in chosen:
+    if not 0 <= k < count:
+      raise UserError(f'there is no embedding {k}: these latents have 0..{count - 1}')
+  return chosen

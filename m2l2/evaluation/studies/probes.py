@@ -1,0 +1,303 @@
+"""Probes: what do the latents know? Small classifiers on frozen, time-averaged features (the paper's section 5.5).
+
+Each probe is an MLP without hidden layers or with two (256, 128), trained with Adam (1e-3, L2 penalty 1e-5) for at most
+100 epochs, stopped after 10 without a lower validation loss. Features are standardised by the training files' mean and
+deviation. Batches are of 1083 files, as others do it, or an eighth of the training files where that is fewer: small
+sets would end their epochs before they have learned anything.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.stats
+
+from m2l2.codec.codec import Codec
+from m2l2.errors import UserError
+from m2l2.evaluation.embedders import musicnn
+from m2l2.evaluation.metrics import pairs
+from m2l2.evaluation.studies import tasks
+from m2l2.evaluation.clips import take_excerpt
+
+HIDDEN = {'linear': (), 'mlp': (256, 128)}
+LEARNING_RATE, PENALTY = 1e-3, 1e-5
+BATCH, EPOCHS, PATIENCE = 1083, 100, 10
+DRAWS = 40  # of the bootstrap
+METRICS = {'class': ('accuracy',), 'key': ('key_score', 'accuracy'), 'tags': ('roc_auc', 'average_precision')}
+MAJORITY = 'majority'
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+
+def features_of(codec: Codec) -> Callable[..., np.ndarray]:
+  """audio [channels, samples], sample_rate -> float32 [K d]: the latents' mean over the chunks."""
+  return lambda audio, sample_rate: codec.features(codec.encode(audio, sample_rate), per='file')
+
+
+def untrained(codec: Codec, *, seed: int = 0) -> Codec:
+  """The same network with random weights: its initial ones, but for the zeros among the kernels, which are drawn too
+  (by their fan-in), since at its very beginning the network says nothing at all."""
+  rng = np.random.default_rng(seed)
+
+  def draw(value, name):
+    if name != 'zeros' or value.ndim < 2:
+      return value
+    return rng.standard_normal(value.shape, np.float32) * np.float32(np.prod(value.shape[:-1]) ** -.5)
+
+  params = jax.tree.map(draw, jax.jit(codec.network.init)(jax.random.key(seed)), codec.network.init_names)
+  return Codec(config=codec.config, params=params, fingerprint='untrained')
+
+
+def log_mel_statistics(audio, sample_rate) -> np.ndarray:
+  """float32 [256]: mean and deviation over time of each of 128 log-mel bands."""
+  levels = pairs.log_mel_db(audio, sample_rate=sample_rate)
+  return np.concatenate([levels.mean(axis=1), levels.std(axis=1)]).astype(np.float32)
+
+
+def musicnn_mean(audio, sample_rate) -> np.ndarray:
+  """float32 [200]: musicnn's embedding, mean over its windows; shorter sounds are filled up to 3 s with silence."""
+  needed = -(-musicnn.WINDOW_FRAMES * musicnn.HOP * sample_rate // musicnn.SAMPLE_RATE)
+  audio = np.pad(audio, ((0, 0), (0, max(0, needed - audio.shape[1]))))
+  return musicnn.embed(audio, sample_rate=sample_rate, name='mtt').mean(axis=0)
+
+
+def extractors(codec: Codec, *, baselines: bool = True, seed: int = 0) -> dict[str, Callable]:
+  """Name -> features of a sound: the model's and, with `baselines`, what they have to beat."""
+  if not baselines:
+    return {'model': features_of(codec)}
+  return {'model': features_of(codec), 'random weights': features_of(untrained(codec, seed=seed)),
+          'log-mel statistics': log_mel_statistics, 'musicnn': musicnn_mean}
+
+
+def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: float,
+            progress: Callable[[int], None] = lambda files: None) -> tuple[dict, np.ndarray, list[str]]:
+  """Features of the middle `seconds` of all files.
+
+  Returns ({name: float32 [files read, width]}, which files they are, a warning for each that cannot be read).
+  Raises UserError: no file can be read.
+  """
+  found, read, warnings = {name: [] for name in functions}, [], []
+  for number, path in enumerate(music.paths):
+    try:
+      clip = take_excerpt(path, seconds=seconds)
+      rows = {name: function(clip.audio, clip.sample_rate) for name, function in functions.items()}
+    except UserError as error:
+      warnings.append(f'{music.name}: unreadable: {error}; left out')
+    else:
+      read.append(number)
+      for name, row in rows.items():
+        found[name].append(row)
+    progress(1)
+  if not read:
+    raise UserError(f'{music.name}: no file can be read; the first: {warnings[0]}')
+  return {name: np.stack(rows) for name, rows in found.items()}, np.array(read), warnings
+
+
+# ---- the probes ----------------------------------------------------------------------------------
+
+
+def fit(x, y, x_valid, y_valid, *, hidden: Sequence[int], outputs: int, seed: int = 0) -> Callable:
+  """Trains one probe.
+
+  Args:
+    x: float32 [n, d], standardised. y: int32 [n] classes, or float32 [n, outputs] tags.
+    x_valid, y_valid: the same, for early stopping.
+  Returns:
+    A function of x: float32 [n, outputs], the scores before softmax or sigmoid.
+  """
+  key = jax.random.key(seed)
+  sizes = (x.shape[1], *hidden, outputs)
+  params = [{'w': jax.random.normal(jax.random.fold_in(key, i), (a, b)) * (2 / a) ** .5, 'b': jnp.zeros(b)}
+            for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
+  batch = max(1, min(BATCH, len(x) // 8))
+  optimizer_state, best, lowest, since = _OPTIMIZER.init(params), params, np.inf, 0
+  rng = np.random.default_rng(seed)
+  for _ in range(EPOCHS):
+    order = np.resize(rng.permutation(len(x)), (-(-len(x) // batch), batch))
+    params, optimizer_state = _epoch(params, optimizer_state, x, y, order)
+    loss, since = float(_loss(params, x_valid, y_valid)), since + 1
+    if loss < lowest:
+      best, lowest, since = params, loss, 0
+    if since >= PATIENCE:
+      break
+  return lambda x: np.asarray(_scores(best, x))
+
+
+# Adam after the penalty's gradient, as torch has it.
+_OPTIMIZER = optax.chain(optax.add_decayed_weights(PENALTY), optax.adam(LEARNING_RATE))
+
+
+def _scores(params, x):
+  for i, layer in enumerate(params):
+    x = jax.nn.relu(x) if i else x
+    x = x @ layer['w'] + layer['b'][None]
+  return x
+
+
+@jax.jit
+def _loss(params, x, y):
+  scores = _scores(params, x)
+  if y.ndim == 1:
+    return optax.softmax_cross_entropy_with_integer_labels(scores, y).mean()
+  return optax.sigmoid_binary_cross_entropy(scores, y).mean()
+
+
+@jax.jit
+def _epoch(params, optimizer_state, x, y, order):
+  def step(carry, rows):
+    params, state = carry
+    updates, state = _OPTIMIZER.update(jax.grad(_loss)(params, x[rows], y[rows]), state, params)
+    return (optax.apply_updates(params, updates), state), None
+  return jax.lax.scan(step, (params, optimizer_state), order)[0]
+
+
+def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 3) -> dict:
+  """Trains probes of `seeds` beginnings and scores the test files.
+
+  Args:
+    x: float32 [n, d], features of the task's files.
+  Returns:
+    {metric: {'mean': over the seeds, 'error': bootstrap deviation over the test files}}.
+  """
+  chosen = {split: task.splits == split for split in tasks.SPLITS}
+  mean, deviation = x[chosen['train']].mean(axis=0), x[chosen['train']].std(axis=0)
+  x = ((x - mean) / np.maximum(deviation, 1e-6)).astype(np.float32)
+  sides = [part[chosen[split]] for split in ('train', 'valid') for part in (x, task.targets)]
+  probes = [fit(*sides, hidden=hidden, outputs=len(task.classes), seed=seed) for seed in range(seeds)]
+  return scored(task.kind, [one(x[chosen['test']]) for one in probes], task.targets[chosen['test']])
+
+
+def majority(task: tasks.Task) -> dict:
+  """What saying always the same gives: the most frequent class of the training files, or each tag's share of them."""
+  train, test = task.targets[task.splits == 'train'], task.targets[task.splits == 'test']
+  counts = train.mean(axis=0) if task.kind == 'tags' else np.bincount(train, minlength=len(task.classes))
+  return scored(task.kind, [np.broadcast_to(np.float32(counts), (len(test), len(task.classes)))], test)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def scored(kind, scores: Sequence[np.ndarray], targets: np.ndarray, *, seed: int = 0) -> dict:
+  """{metric: {'mean', 'error'}} of the scores [n, classes] of each seed."""
+  rng = np.random.default_rng(seed)
+  picks = rng.integers(len(targets), size=(DRAWS, len(targets)))
+  made = {}
+  for name in METRICS[kind]:
+    measure = _MEASURES[name]
+    over_seeds = lambda rows: np.mean([measure(one[rows], targets[rows]) for one in scores])
+    error = np.nanstd([over_seeds(pick) for pick in picks], ddof=1) if len(targets) > 1 else None
+    made[name] = {'mean': float(over_seeds(slice(None))), 'error': None if error is None else float(error)}
+  return made
+
+
+def accuracy(scores, targets) -> float:
+  return float(np.mean(scores.argmax(axis=1) == targets))
+
+
+def key_score(scores, targets) -> float:
+  """MIREX's weighted key score, mean over the files."""
+  return float(np.mean(_key_weights()[targets, scores.argmax(axis=1)]))
+
+
+@functools.cache
+def _key_weights() -> np.ndarray:
+  """[truth, estimate] over tasks.KEYS: 1 right, 0.5 a fifth too high, 0.3 the relative key, 0.2 the parallel one."""
+  weights = np.eye(24)
+  for tonic in range(12):
+    for mode in (0, 12):
+      weights[mode + tonic, mode + (tonic + 7) % 12] = .5
+      weights[mode + tonic, 12 - mode + tonic] = .2
+    weights[tonic, 12 + (tonic + 9) % 12] = weights[12 + (tonic + 9) % 12, tonic] = .3
+  return weights
+
+
+def roc_auc(scores, targets) -> float:
+  """Mean over the tags of the chance that a file with the tag outranks one without; ties count half."""
+  return _over_tags(scores, targets, lambda score, has: (
+      (scipy.stats.rankdata(score)[has].sum() - has.sum() * (has.sum() + 1) / 2) / (has.sum() * (~has).sum())))
+
+
+def average_precision(scores, targets) -> float:
+  """Mean over the tags of the precision at each file that has the tag; files of one score are taken together."""
+  def one(score, has):
+    order = np.argsort(-score, kind='stable')
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # where each score ends
+    hits = np.cumsum(has[order])[last]
+    return np.sum(np.diff(hits, prepend=0) * hits / (last + 1)) / has.sum()
+  return _over_tags(scores, targets, one)
+
+
+def _over_tags(scores, targets, measure) -> float:
+  """Mean over the tags that some files have and some have not; nan where there is none."""
+  values = [measure(scores[:, i], targets[:, i] > 0) for i in range(targets.shape[1]) if 0 < targets[:, i].mean() < 1]
+  return float(np.mean(values)) if values else float('nan')
+
+
+_MEASURES = {'accuracy': accuracy, 'key_score': key_score, 'roc_auc': roc_auc, 'average_precision': average_precision}
+
+
+# ---- all together --------------------------------------------------------------------------------
+
+
+def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, seconds: float = 30., seeds: int = 3,
+          progress: Callable[[int], None] = lambda files: None) -> dict:
+  """Every task of every set of music, by every kind of features, with every probe.
+
+  Args:
+    functions: see `extractors`. seconds: from the middle of each file. seeds: beginnings of each probe.
+    progress: called with the number of files done since.
+  Returns:
+    JSON types: {'seconds', 'seeds', 'tasks': {'MUSIC/TASK': {'kind', 'classes': n, 'files': {split: n}, 'rows':
+    {features: {probe: {metric: {'mean', 'error'}}}}}}, 'warnings'}. The row 'majority' has one probe, 'none'.
+  Raises:
+    UserError: a set without files that can be read, or a task that cannot be trained.
+  """
+  made, warnings = {}, []
+  for one in music:
+    prepared = {name: tasks.task(one, name) for name in one.labels}  # mistakes are told before the long work
+    features, read, unreadable = extract(one, functions, seconds=seconds, progress=progress)
+    warnings += unreadable
+    for name, (task, unseen) in prepared.items():
+      task, rows = tasks.only(task, read)
+      warnings += unseen
+      found = {kind: {label: run(task, x[rows], hidden=hidden, seeds=seeds) for label, hidden in HIDDEN.items()}
+               for kind, x in features.items()}
+      made[f'{one.name}/{name}'] = {
+          'kind': task.kind, 'classes': len(task.classes),
+          'files': {split: int((task.splits == split).sum()) for split in tasks.SPLITS},
+          'rows': {**found, MAJORITY: {'none': majority(task)}}}
+  return {'seconds': seconds, 'seeds': seeds, 'tasks': made, 'warnings': warnings}
+
+
+def table(report) -> str:
+  """Markdown: a row for each kind of features and probe, a column for each task's first metric."""
+  columns = {name: METRICS[task['kind']][0] for name, task in report['tasks'].items()}
+  rows = dict.fromkeys((kind, label) for task in report['tasks'].values() for kind, labels in task['rows'].items()
+                       for label in labels)
+  head = [f'{name}, {metric.replace("_", " ")} ({report["tasks"][name]["files"]["test"]} files)'
+          for name, metric in columns.items()]
+  lines = [f'| features | probe | {" | ".join(head)} |', '|---' * (2 + len(head)) + '|']
+  for kind, label in sorted(rows, key=lambda row: row[0] == MAJORITY):
+    cells = []
+    for name, metric in columns.items():
+      value = report['tasks'][name]['rows'].get(kind, {}).get(label, {}).get(metric)
+      error = '' if value is None or value['error'] is None else f' +- {value["error"]:.3f}'
+      cells.append('-' if value is None else f'{value["mean"]:.3f}{error}')
+    lines.append(f'| {kind} | {label} | {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def bars(report) -> dict:
+  """The same numbers as `pictures.bars` takes them."""
+  rows = {}
+  for name, task in report['tasks'].items():
+    metric = METRICS[task['kind']][0]
+    for kind, labels in task['rows'].items():
+      for label, values in labels.items():
+        row = kind if kind == MAJORITY else f'{kind}, {label}'
+        rows.setdefault(row, {})[f'{name}, {metric.replace("_", " ")}'] = values[metric]
+  return rows

@@ -1,0 +1,173 @@
+"""What can be told of a training run before anything is compiled or initialised; `m2l2 train --check` tells it all."""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+
+import jax
+
+from m2l2 import build, lock, sharding
+from m2l2.training import checkpoint, timing
+from m2l2.codec.codec import locate
+from m2l2.data.pipeline import make_loader
+from m2l2.data.sources import KINDS, Mixture, find_mixture
+from m2l2.errors import UserError
+from m2l2.training.listening import Listener
+from m2l2.codec.snapshot import Snapshot, load_snapshot
+
+LOCK = '.lock'  # in the workdir
+
+
+def plain(config) -> dict:
+  """The config as JSON types."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def local(workdir) -> str:
+  """The workdir as an absolute path. Raises UserError: it is a URL."""
+  if '://' in str(workdir):
+    raise UserError(f'--workdir={workdir}: mount the bucket and give its path in the file system')
+  return os.path.abspath(os.path.expanduser(str(workdir)))
+
+
+def check(config, *, shards: int):
+  """Raises UserError on fields that cannot work, alone or together.
+
+  shards: how many devices share a batch.
+  """
+  fields = config.train
+  if config.data.source not in KINDS:
+    raise UserError(f'data.source={config.data.source!r} is not known: it is {" or ".join(KINDS)}')
+  if not config.data.root:
+    raise UserError('data.root is empty: name a folder of audio files or a dataset, --config.data.root=DIR')
+  for name, value in _numbers(config):
+    if not math.isfinite(value):
+      raise UserError(f'{name}={value}: it must be a finite number')
+  timing.trace_range(fields.profile)
+  for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
+    if fields[name] < 1:
+      raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
+  if fields.probe_every < 0:
+    raise UserError(f'train.probe_every={fields.probe_every}: it must be 0 (never) or more')
+  if fields.batch_size % (fields.accumulate * shards):
+    raise UserError(
+      f'train.batch_size={fields.batch_size} must be a multiple of {fields.accumulate * shards}: '
+      f'train.accumulate={fields.accumulate} microbatches, each split over the {shards} devices '
+      'of mesh.data x mesh.fsdp')
+
+
+def _numbers(fields: Mapping, prefix=''):
+  for name, value in fields.items():
+    if isinstance(value, Mapping) or hasattr(value, 'items'):
+      yield from _numbers(value, f'{prefix}{name}.')
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(number, float):
+        yield prefix + name, number
+
+
+def find_data(config) -> Mixture:
+  """What is at data.root. Raises UserError: nothing, or nothing that is understood."""
+  return find_mixture(config.data.root, kind=config.data.source, split=config.data.split)
+
+
+def make_workdir(workdir: str):
+  """Raises UserError: it cannot be made."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'cannot make --workdir={workdir}: {error.strerror}') from error
+
+
+def locked(workdir: str):
+  """A context that holds the workdir for this run. Raises UserError: another one writes there."""
+  return lock.held(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
+
+
+def load_weights(path: str, params) -> Snapshot:
+  """The snapshot that a new run starts from. params: shapes of this config's.
+
+  Raises UserError: there is none, or it is of another model.
+  """
+  path = os.path.expanduser(path)
+  snapshot = load_snapshot(locate(path))
+  shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (snapshot.params, params)]
+  if shapes[0] != shapes[1]:
+    raise UserError(f'train.init_from={path} is of another model: its arrays do not fit this config')
+  return snapshot
+
+
+def report(config, workdir, *, places: bool = True) -> list[str]:
+  """What `train(config, workdir)` would do, a line each; nothing is compiled, and nothing is written.
+
+  places: whether data, workdir and weights are looked at, too; they may lie on the machine that is to train.
+
+  Raises UserError: what that would raise before its first step.
+  """
+  workdir, fields = local(workdir), config.train
+  if places:
+    _check_place(workdir)
+  mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+  shards = sharding.batch_shards(mesh)
+  check(config, shards=shards)
+  mixture = find_data(config) if places else None
+  functions = build.step_functions(config)
+  with jax.set_mesh(mesh):
+    params = jax.eval_shape(functions.init, jax.random.key(config.seed)).params
+    sharding.param_shardings(params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
+  about = describe(config, functions, params, mixture, mesh)
+  if not places:
+    return [*about, f'run         {fields.steps} steps, saved every {fields.checkpoint_every}']
+  with make_loader(
+      root=mixture, sample_rate=functions.sample_rate, native_rates=functions.native_rates,
+      channels=functions.channels, crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
+      num_threads=0, rms_floor=config.data.rms_floor, gain_db=config.data.gain_db, mix=config.data.mix) as loader:
+    loader.check()
+  done = checkpoint.latest(os.path.join(workdir, 'checkpoints'))
+  if done is not None:
+    start = f'goes on from step {done} of {fields.steps}'
+  elif fields.init_from:
+    start = f'new, from the weights of step {load_weights(fields.init_from, params).step} of {fields.init_from}'
+  else:
+    start = 'new, from random weights'
+  listener = Listener(plain(config), sample_rate=functions.sample_rate, workdir=workdir, first=done or 0)
+  return [
+    *about,
+    f'run         {start}; {fields.steps} steps, saved every {fields.checkpoint_every}',
+    f'evaluation  {f"every {config.evaluate.every} steps" if listener.measures else "none (evaluate.root is empty)"}',
+    f'workdir     {workdir}']
+
+
+def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[str]:
+  """A run in a few lines, for its user: devices, model, data, batch.
+
+  functions: `train_step.StepFunctions`. params: shapes. mixture: None where nobody looked.
+  """
+  found = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
+  fields, shards = config.train, sharding.batch_shards(mesh)
+  kinds = sorted({device.device_kind for device in mesh.devices.flat})
+  sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  seconds = functions.crop_samples / functions.sample_rate
+  parts = f' in {fields.accumulate} parts' if fields.accumulate > 1 else ''
+  processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  return [
+    f'devices     {mesh.size} {jax.default_backend()} ({", ".join(kinds)}){processes}, mesh {sizes}, '
+    f'preset {config.mesh.preset}',
+    f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
+    f'{functions.sample_rate} Hz',
+    f'data        {", ".join(found)}',
+    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
+
+
+def _check_place(workdir):
+  """Raises UserError: the workdir could not be made or written, or another run writes there."""
+  there = workdir
+  while not os.path.lexists(there):
+    there = os.path.dirname(there)
+  longest = os.pathconf(there, 'PC_NAME_MAX') if os.path.isdir(there) else 255
+  if any(len(os.fsencode(part)) > longest for part in workdir.split(os.sep)):
+    raise UserError(f'cannot make --workdir={workdir}: a name in it is longer than {longest} bytes')
+  if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f'cannot make --workdir={workdir}: {there} is not a directory that you may write in')
+  lock.check(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
