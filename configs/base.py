@@ -54,7 +54,7 @@ def get_config(arg=''):
   model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
   model.feature_norm = False           # cross-connection features are scaled to unit mean square
-  # Ablations: what the paper's choices are worth. See launch/ablate.sh.
+  # Ablations: what the paper's choices are worth. See launch/research/ablate.sh.
   model.embeddings = 'summary'         # summary: each of the whole chunk; local: in order, each of its slot of frames
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.

@@ -5,8 +5,8 @@
 
 The paper's recipe at 11.025 kHz, with two changes: linear paths to the latents and back, and a head start (a quarter of
 the steps regress from pure noise onto the clip), without which the latents of all chunks stay alike for thousands of
-steps. It is rung C of launch/ladder.py, which says what must come out. The quickstart trains it for a minute on the
-clip's magnitudes alone.
+steps. It is rung C of launch/research/ladder.py, which says what must come out. The quickstart trains it for a minute
+on the clip's magnitudes alone.
 
 Expected cost: 67.0 GFLOP a step of 4 pairs after the head start, 0.065 PFLOP in all; some 20 minutes on one CPU core.
 """

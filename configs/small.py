@@ -1,12 +1,12 @@
 """For one GPU: 19.3 M parameters, mono 44.1 kHz. The recipe of the model in the box, larger.
 
     ./launch/get_music.sh
-    ./launch/train_small.sh
+    ./launch/research/train_small.sh
 
 That packs 2.5 hours of music, begins at the principal components of its envelopes, trains, and leaves bfloat16 weights
 in runs/small/box. The pack is mono. On other music, or with `:stereo`:
 
-    python launch/pca_start.py --config=configs/small.py --config.data.root=MUSIC --output=runs/start
+    python launch/research/pca_start.py --config=configs/small.py --config.data.root=MUSIC --output=runs/start
     m2l2 train --config=configs/small.py --config.data.root=MUSIC --config.train.init_from=runs/start \\
       --workdir=runs/small
 

@@ -1,8 +1,8 @@
 """For a CPU and two hours: `tiny` at 22.05 kHz, the recipe of the model in the box. 14.7 M parameters, mono.
 
     m2l2 prepare --input=data/music/train --output=data/prepared --validation-fraction=0.08
-    python launch/pca_start.py --config=configs/tiny22.py --config.data.root=data/prepared --output=runs/start \\
-      --crops=20000
+    python launch/research/pca_start.py --config=configs/tiny22.py --config.data.root=data/prepared \\
+      --output=runs/start --crops=20000
     m2l2 train --config=configs/tiny22.py --config.data.root=data/prepared --config.train.init_from=runs/start \\
       --workdir=runs/tiny22
 

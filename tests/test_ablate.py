@@ -1,11 +1,11 @@
-"""launch/ablate.py: what each ablation changes, and the whole command on a small model, in this process."""
+"""launch/research/ablate.py: what each ablation changes, and the whole command on a small model, in this process."""
 
 import dataclasses
 import json
 from pathlib import Path
 
 import jax
-from launch import ablate
+from launch.research import ablate
 from m2l2 import cli
 from m2l2.training import main as training
 from m2l2.codec.codec import Codec

@@ -1,4 +1,4 @@
-"""launch/bench.py in this process, on models that compile in seconds."""
+"""launch/bench/bench.py in this process, on models that compile in seconds."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import sys
 from ml_collections import ConfigDict
 import pytest
 
-from launch import bench
+from launch.bench import bench
 from m2l2 import build
 from m2l2.configs import base, codicodec
 from test_train import small_functions
@@ -113,7 +113,7 @@ def test_references_of_the_train_step(changes, attention, remat, expected):
     (['--config=tiny:debug', '--torch', '--threads=1'], 'codicodec is not installed')])
 def test_bad_input_is_one_line(capsys, monkeypatch, argv, said):
   monkeypatch.setitem(sys.modules, 'codicodec', None)  # as where it is not installed
-  monkeypatch.delitem(sys.modules, 'launch.torch_reference', raising=False)
+  monkeypatch.delitem(sys.modules, 'launch.bench.torch_reference', raising=False)
   status, report, err = run(capsys, *argv)
   assert status == 1 and report is None
   assert err.startswith(f'bench: {said}') or f'bench: --torch runs the original beside m2l2, and {said}' in err
@@ -150,7 +150,7 @@ def test_the_original_beside_ours(small_codicodec, capsys):
 
 @pytest.mark.torch
 def test_another_computation_is_refused(small_codicodec, capsys, monkeypatch):
-  from launch import torch_reference
+  from launch.bench import torch_reference
   make = torch_reference.make_network
 
   def changed(arch, *, seed):

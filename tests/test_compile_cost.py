@@ -1,8 +1,8 @@
-"""launch/compile_cost.py's reading of programs, and what XLA is told of a run."""
+"""launch/bench/compile_cost.py's reading of programs, and what XLA is told of a run."""
 
 import pytest
 
-from launch import compile_cost
+from launch.bench import compile_cost
 from m2l2 import build
 from m2l2.configs import base, tiny
 from m2l2.kernels.chunk_causal import compiling_for

@@ -27,7 +27,7 @@ from m2l2.kernels.chunk_causal import compiling_for
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.
-EACH = [pytest.param(name, marks=pytest.mark.soak) if name in ('large', 'mono', 'xl') else name for name in CONFIGS]
+EACH = [pytest.param(name, marks=pytest.mark.soak) if name in ('large', 'xl') else name for name in CONFIGS]
 GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 LOGICAL_AXES = {
   'layers', 'embed', 'heads', 'head_dim', 'mlp', 'cond', 'conv_in', 'conv_out', 'kernel_f',
@@ -72,7 +72,7 @@ def _table(name):
 
 
 def test_all_configs_are_here():
-  assert {'base', 'mono', 'stereo', 'tiny'} <= set(CONFIGS)
+  assert {'base', 'stereo', 'tiny'} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('name', EACH)
@@ -93,10 +93,6 @@ def test_base_has_as_many_parameters_as_it_says():
   assert _table('base')[0] == '147,454,978 parameters'
 
 
-def test_mono_is_base_by_another_name():
-  assert _config('mono').to_dict() == _config('base').to_dict()
-
-
 @pytest.mark.parametrize('name', EACH)
 def test_parameters_are_float32_and_name_their_axes(name):
   def check(x, axes):
@@ -108,7 +104,7 @@ def test_parameters_are_float32_and_name_their_axes(name):
 
 # Tracing takes seconds: of the full sizes one in every run of the suite, the one in the box.
 @pytest.mark.parametrize('name', [
-  name if name == 'tiny22' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS if name != 'mono'])
+  name if name == 'tiny22' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
 def test_the_whole_step_at_full_size_by_shapes(name):
   config = _config(name)
   functions, state = _functions(name)

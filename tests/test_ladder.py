@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from launch import ladder, piano
+from launch.research import ladder, piano
 from m2l2 import build
 from m2l2.errors import UserError
 from m2l2.representation import Representation, coherence

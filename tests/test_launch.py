@@ -56,8 +56,8 @@ class Place:
   def run(self, script, *arguments, answers=None, **more):
     lines = (f'{part}\t{answer}' for part, answer in (answers or {}).items())
     environment = {**self.environment, 'ANSWERS': '\n'.join(lines), **more}
-    return subprocess.run(['bash', LAUNCH / script, *arguments], env=environment, text=True, capture_output=True,
-                          check=False, timeout=60)
+    return subprocess.run(['bash', next(LAUNCH.rglob(script)), *arguments], env=environment, text=True,
+                          capture_output=True, check=False, timeout=60)
 
   def calls(self):
     """What was called so far, without looks at this checkout; forgets it."""
@@ -80,16 +80,16 @@ def printed(result):
 HIERARCHICAL = {'buckets describe': 'True'}
 
 
-@pytest.mark.parametrize('script', sorted(path.name for path in LAUNCH.glob('*.sh')))
+@pytest.mark.parametrize('script', sorted(path.name for path in LAUNCH.rglob('*.sh')))
 def test_every_script_is_sound_bash(script):
-  checked = subprocess.run(['bash', '-n', LAUNCH / script], capture_output=True, text=True, check=False)
+  checked = subprocess.run(['bash', '-n', next(LAUNCH.rglob(script))], capture_output=True, text=True, check=False)
   assert checked.returncode == 0 and not checked.stderr
 
 
 @pytest.mark.parametrize('script', ['tpu.sh', 'gke.sh', 'slurm.sh', 'restart.sh'])
 def test_help_needs_nothing_and_shows_a_call(script, place):
   result = place.run(script, '--help')
-  assert result.returncode == 0 and f'launch/{script} ' in result.stdout and not place.calls()
+  assert result.returncode == 0 and f'launch/cloud/{script} ' in result.stdout and not place.calls()
 
 
 # ---- what a dry run prints is what is run --------------------------------------------------------
@@ -156,7 +156,7 @@ def test_flags_reach_the_workers_as_they_were_given(place):
   assert look[:5] == ['gcloud', 'storage', 'buckets', 'describe', 'gs://bucket']
   assert '--worker=all' in start and '--node=all' in start
   [command] = [word.removeprefix('--command=') for word in start if word.startswith('--command=')]
-  assert shlex.split(command) == ['bash', 'm2l2/launch/worker.sh', 'start', 'bucket', 'bucket', *MOUNTED]
+  assert shlex.split(command) == ['bash', 'm2l2/launch/cloud/worker.sh', 'start', 'bucket', 'bucket', *MOUNTED]
 
 
 def test_data_may_lie_in_a_bucket_of_their_own(place):
@@ -193,7 +193,7 @@ def test_keep_gives_up(place):
   assert sum('create' in call for call in place.calls()) == 3
   failed = place.run('tpu.sh', 'keep', *TPU, '--', *FLAGS, answers=HIERARCHICAL | {
     'queued-resources list': 'ACTIVE', 'outcome': 'failed'})
-  assert failed.returncode == 1 and 'launch/tpu.sh logs' in failed.stderr
+  assert failed.returncode == 1 and 'launch/cloud/tpu.sh logs' in failed.stderr
 
 
 def test_a_dry_keep_names_every_step(place):
@@ -323,7 +323,7 @@ trap 'sleep .3; echo saved > saved; exit 75' TERM
 touch started
 while :; do sleep .05; done
 ''')
-  loop = subprocess.Popen(['bash', LAUNCH / 'restart.sh', 'm2l2'], env=place.environment, cwd=tmp_path,
+  loop = subprocess.Popen(['bash', LAUNCH / 'cloud' / 'restart.sh', 'm2l2'], env=place.environment, cwd=tmp_path,
                           stderr=subprocess.DEVNULL)
   until = time.monotonic() + 20
   while not (tmp_path / 'started').exists() and time.monotonic() < until:
@@ -360,7 +360,7 @@ def test_a_worker_mounts_the_bucket_and_starts_the_service(place, tmp_path):
   unit = (tmp_path / 'm2l2.service').read_text()
   assert 'KillMode=mixed' in unit and f'ExecStart=/bin/bash {tmp_path}/m2l2-run/train.sh' in unit
   last = shlex.split((tmp_path / 'm2l2-run' / 'train.sh').read_text().splitlines()[-1])
-  assert last == ['exec', str(LAUNCH / 'restart.sh'), f'{tmp_path}/m2l2-venv/bin/m2l2', 'train',
+  assert last == ['exec', str(LAUNCH / 'cloud' / 'restart.sh'), f'{tmp_path}/m2l2-venv/bin/m2l2', 'train',
                   '--workdir=/mnt/m2l2/a b', '--multihost']
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_codec import ONE_LEVEL, make_params
 
-from launch import bounds, held_out, learn, pca_start, ship
+from launch.research import bounds, held_out, learn, pca_start, ship
 from m2l2 import build
 from m2l2.codec import codec
 from m2l2.training import timing

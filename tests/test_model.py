@@ -202,7 +202,7 @@ def _equations(jaxpr):
 
 @pytest.mark.parametrize('tile', ['0', '128'])
 def test_sums_of_the_denoiser_are_never_rounded_to_bfloat16(tile):
-  """Late in training student and teacher differ by less than that: see launch/rounding.py."""
+  """Late in training student and teacher differ by less than that: see launch/research/rounding.py."""
   network = _network(**{**ALL, 'widths': (16, 64), 'tile': tile, 'dtype': 'bfloat16'})
   params = _initial(network)
   spec = jax.ShapeDtypeStruct((1, 2, 64, 8, 4), jnp.float32)

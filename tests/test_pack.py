@@ -8,14 +8,14 @@ import sys
 import numpy as np
 import pytest
 
-from launch import pack
+from launch.research import pack
 from m2l2.codec import codec
 from m2l2.data import audio_io
 from m2l2.data.order import split_of
 from m2l2.errors import UserError
 import soak_resume
 
-SCRIPT = soak_resume.REPOSITORY / 'launch' / 'train_small.sh'
+SCRIPT = soak_resume.REPOSITORY / 'launch' / 'research' / 'train_small.sh'
 
 
 def test_time_is_shared_out_by_weight_and_what_one_lacks_goes_to_the_others():
@@ -94,7 +94,8 @@ def script(*arguments, environment=None, timeout=60):
 def test_what_train_small_would_do(tmp_path):
   done = script('--dry-run', f'--workdir={tmp_path}/w', f'--pack={tmp_path}/p', '--minutes=9', '--', '--config.seed=3')
   packs, begins, trains, ships = (shlex.split(line) for line in done.stdout.splitlines())
-  assert packs[1] == 'launch/pack.py' and begins[1] == 'launch/pca_start.py' and ships[1] == 'launch/ship.py'
+  assert [call[1] for call in (packs, begins, ships)] == [
+    f'launch/research/{name}.py' for name in ('pack', 'pca_start', 'ship')]
   assert trains[:4] == ['timeout', '--preserve-status', '--signal=TERM', '9m'] and '--config.seed=3' in trains
   assert f'--config.train.init_from={tmp_path}/w/start' in trains
   for wrong, says in (('--minutes=x', 'a whole number of minutes'), ('--pac=x', 'does not know --pac=x')):

@@ -157,7 +157,7 @@ def test_license_is_apache():
 
 
 def test_scripts_are_executable():
-  scripts = [ROOT / '.ci' / 'run', *(path for path in (ROOT / 'launch').glob('*.sh')
+  scripts = [ROOT / '.ci' / 'run', *(path for path in (ROOT / 'launch').rglob('*.sh')
                                      if path.read_text().startswith('#!'))]
   assert len(scripts) >= 2
   for path in scripts:

@@ -6,7 +6,7 @@ import sys
 import types
 
 import jax
-from launch import probe_data
+from launch.research import probe_data
 from m2l2 import cli
 from m2l2.codec import codec as codec_lib
 from m2l2.data import audio_io

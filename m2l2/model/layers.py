@@ -5,7 +5,7 @@ width, D width, C channel, H head, K head width, M hidden width of an MLP.
 
 Parameters are float32; a layer computes in the dtype of its input. Norms compute in float32. Products may give float32
 of bfloat16: what the denoiser's layers add up is not rounded to bfloat16, only what its products read
-(launch/rounding.py measures why).
+(launch/research/rounding.py measures why).
 """
 
 from collections.abc import Callable

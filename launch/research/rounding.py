@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How much of (student - teacher) is rounding? The paper's late steps compare two outputs that hardly differ.
 
-  python launch/rounding.py                      # the model in the box, and what `launch/ladder.py T1` left in runs/
-  python launch/rounding.py runs/mine ...        # names, snapshots or workdirs
+  python launch/research/rounding.py                 # the model in the box, and what rung T1 left in runs/
+  python launch/research/rounding.py runs/mine ...   # names, snapshots or workdirs
 
 For each level sigma and index step dt: the RMS of student - teacher in float32 (`size`), the RMS of what bfloat16
 products add to it (`error`), both in thousandths of the data's RMS, and their ratio, which should be a quarter at most

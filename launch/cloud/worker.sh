@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh has each worker of a TPU slice do; run there, not by hand.
+# What launch/cloud/tpu.sh has each worker of a TPU slice do; run there, not by hand.
 #   worker.sh setup                  a Python 3.12 environment with m2l2[train,tpu] in ~/m2l2-venv
 #   worker.sh start BUCKET DATA_BUCKET FLAGS...  mounts both ('-': none), the second one read-only, and trains, as
 #                                    the service m2l2
 #   worker.sh outcome                absent, running, done or failed
 #   worker.sh stop                   SIGTERM, and waits until the run has saved
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
-source launch/cloud.sh
+source launch/cloud/cloud.sh
 home=$HOME/m2l2-run
 mkdir -p "$home"
 
@@ -49,7 +49,7 @@ start() {
     mount_bucket "$data_bucket" "$data_mount_point" "ro,$cached,kernel_list_cache_ttl_secs=-1"
   {
     printf 'exec '
-    quoted "$PWD/launch/restart.sh" "$HOME/m2l2-venv/bin/m2l2" train "$@"
+    quoted "$PWD/launch/cloud/restart.sh" "$HOME/m2l2-venv/bin/m2l2" train "$@"
   } > "$home/train.sh"
   sudo tee /etc/systemd/system/m2l2.service >/dev/null <<UNIT
 [Unit]
@@ -87,5 +87,5 @@ outcome() {
 case "${1:-}" in
   setup | start | outcome) "$@" ;;
   stop) sudo systemctl disable --quiet --now m2l2 ;;
-  *) give_up 'knows setup, start, outcome and stop; launch/tpu.sh calls it' ;;
+  *) give_up 'knows setup, start, outcome and stop; launch/cloud/tpu.sh calls it' ;;
 esac

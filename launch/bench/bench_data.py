@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times the data pipeline against a bare loop of soundfile over the same crops: JSON on stdout.
 
-  python launch/bench_data.py data/music/train data/prepared
-  python launch/bench_data.py '3*data/music,1*data/speech' --crops=512 --rounds=5 --threads=4
+  python launch/bench/bench_data.py data/music/train data/prepared
+  python launch/bench/bench_data.py '3*data/music,1*data/speech' --crops=512 --rounds=5 --threads=4
 
 A place is what data.root takes. Both sides cut the same stereo crops; the bare side only opens, seeks and decodes
 (segments of records lie in files of a temporary folder for it), in one thread. Ours gives batches: reading records,
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import soundfile  # noqa: E402

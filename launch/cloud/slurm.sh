@@ -3,13 +3,13 @@
 set -euo pipefail
 
 # As a batch job (first argument `batch`) this is a copy somewhere else, started in the repository.
-[ "${1:-}" = batch ] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "${1:-}" = batch ] || cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
-source launch/cloud.sh
+source launch/cloud/cloud.sh
 
 usage() {
   cat <<'HELP'
-Usage: launch/slurm.sh --nodes=N --gpus=G [options] -- flags of m2l2 train
+Usage: launch/cloud/slurm.sh --nodes=N --gpus=G [options] -- flags of m2l2 train
 
   --nodes=N --gpus=G   nodes, and GPUs of each node (default 1 and 8)
   --cpus=C             for each GPU, to decode music (default 8)
@@ -26,7 +26,7 @@ One process for each GPU: jax gives process i of a node the GPU i, and would lea
 idle with one process a node. The workdir and the music must be on a file system that all nodes share.
 The job's log is slurm-JOB.out where you call this; it goes on in one file.
 
-Example: launch/slurm.sh --nodes=4 --gpus=8 --partition=gpu -- \
+Example: launch/cloud/slurm.sh --nodes=4 --gpus=8 --partition=gpu -- \
   --config=configs/base.py --config.data.root=/data/music --workdir=/data/runs/base
 HELP
 }
@@ -69,7 +69,7 @@ if [ -z "$inside" ]; then
   # --signal without B: to the processes of srun, not to this script's copy.
   act sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
     --cpus-per-task="$cpus" --time="$time" --signal="TERM@$notice" --requeue --open-mode=append \
-    --chdir="$PWD" ${wishes[@]+"${wishes[@]}"} launch/slurm.sh batch "${passed[@]}"
+    --chdir="$PWD" ${wishes[@]+"${wishes[@]}"} launch/cloud/slurm.sh batch "${passed[@]}"
   [ -z "$dry_run" ] || quoted "${step[@]}"
   exit
 fi

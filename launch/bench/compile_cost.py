@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What compiling costs, and where it comes from: kernels of the optimised program by named scope.
 
-  python launch/compile_cost.py --config=tiny
-  python launch/compile_cost.py --config=tiny22 --program=decode --depth=2
-  python launch/compile_cost.py --config=base:debug --against=../before     # another checkout, in turn with this one
+  python launch/bench/compile_cost.py --config=tiny
+  python launch/bench/compile_cost.py --config=tiny22 --program=decode --depth=2
+  python launch/bench/compile_cost.py --config=base:debug --against=../before   # another checkout and this one in turn
 
 XLA's CPU compiler makes machine code for each loop that differs from the others, and its time goes with their number,
 not with their work (products, convolutions and most reductions are calls of libraries and cost it nothing). The table
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PROGRAMS = ('train', 'head', 'probe', 'encode', 'decode')
 CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation')  # in the names of scopes
 # Operations that are no kernel and no call of a library, but names of memory, or control.

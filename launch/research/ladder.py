@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A ladder of known answers: does the recipe learn? Each rung says what must come out, and fails where it does not.
 
-  python launch/ladder.py T1                                   # one rung; exits 1 where it fails
-  python launch/ladder.py C train.head_start=0                 # the same without its head start
-  python launch/ladder.py M --data=data/prepared
+  python launch/research/ladder.py T1                                   # one rung; exits 1 where it fails
+  python launch/research/ladder.py C train.head_start=0                 # the same without its head start
+  python launch/research/ladder.py M --data=data/prepared
 
   G   independent Gaussian bins: the network must become their flow map, which is known in closed form
   T1  two pairs of harmonic tones, the same in each step: phases and latents are remembered
@@ -17,9 +17,9 @@
   --output=DIR       default runs/ladder: DIR/ladder.jsonl gets a line a run, DIR/NAME its weights; P and M are
                      trained there, and the same command goes on with them
   --name=NAME        of the run in the table; the rung's own by default
-  --data=PLACE       of P: what launch/piano.py made (data/piano); of M: music to train on, as prepared with
+  --data=PLACE       of P: what launch/research/piano.py made (data/piano); of M: music to train on, as prepared with
                      --validation-fraction=0.08 (data/prepared)
-  --held=DIR         of M: where the excerpts of launch/excerpts/validation.txt are (data/music/train)
+  --held=DIR         of M: where the excerpts of launch/research/excerpts/validation.txt are (data/music/train)
   group.field=VALUE  what differs from the rung's config
 
 Figures: SNR in dB of the compressed spectrogram, of one step from sigma_max with the right latents and with another
@@ -374,7 +374,7 @@ def noise_phases(representation, sounds):
 def piano(config, args):
   root = Path(args.data or 'data/piano')
   if not (root / 'train').is_dir():
-    raise UserError(f'{root}/train is missing: python launch/piano.py --output={root} renders it')
+    raise UserError(f'{root}/train is missing: python launch/research/piano.py --output={root} renders it')
   config.data.root = str(root / 'train')
   rate, sounds = build.native_rates(config.model)[0], {}
   for path in sorted((root / 'heldout').glob('*.flac')):

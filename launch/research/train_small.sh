@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# `small` from hours of music that fit in 40 MB: packs them (launch/pack.py), begins at the music's principal components
-# (launch/pca_start.py), trains, and writes the averaged weights in bfloat16, in files below 16 MB, to WORKDIR/box. Run
+# `small` from hours of music that fit in 40 MB: packs them (launch/research/pack.py), begins at the music's principal components
+# (launch/research/pca_start.py), trains, and writes the averaged weights in bfloat16, in files below 16 MB, to WORKDIR/box. Run
 # it again to go on where it stopped; what is there already is not made again.
-#   ./launch/train_small.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
+#   ./launch/research/train_small.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
 #     --music=DIR       (data/music/train, which launch/get_music.sh makes; not needed where the pack is)
 #     --pack=DIR        (data/pack)
 #     --config=FILE     (configs/small.py)
@@ -14,7 +14,7 @@
 # The pack is mono Opus of some 34 kbit/s: 2.5 hours at 48 kbit/s would be 54 MB.
 # For one GPU. m2l2.load('WORKDIR/box/small') takes the result, --checkpoint=WORKDIR/box/small too.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
 
 music=data/music/train pack=data/pack config=configs/small.py workdir=runs/small minutes='' python='' dry_run='' crops=5000
@@ -44,11 +44,11 @@ if [ -z "$python" ]; then
 fi
 if [ ! -e "$pack/pack.json" ]; then
   [ -n "$dry_run" ] || [ -d "$music" ] || give_up "neither $pack nor $music is there: run ./launch/get_music.sh first"
-  do_it "$python" launch/pack.py --input="$music" --output="$pack" --shares="$(
+  do_it "$python" launch/research/pack.py --input="$music" --output="$pack" --shares="$(
     [ ! -d "$music/warzone2100-music" ] || printf warzone2100-music=0.5)"  # its 48 kbit/s are heard
 fi
 if [ ! -e "$workdir/start/config.json" ]; then
-  do_it "$python" launch/pca_start.py --config="$config" --config.data.root="$pack" --output="$workdir/start" \
+  do_it "$python" launch/research/pca_start.py --config="$config" --config.data.root="$pack" --output="$workdir/start" \
     --crops="$crops" "$@"
 fi
 limit=()
@@ -60,5 +60,5 @@ if [ -n "$minutes" ] && [ $code != 0 ] && [ ! -e "$workdir/snapshot/config.json"
   give_up "no step was done in $minutes minutes (status $code): give more"
 fi
 [ $code = 0 ] || [ $code = $stopped ] || exit $code
-do_it "$python" launch/ship.py "$workdir" small --box="$workdir/box"
+do_it "$python" launch/research/ship.py "$workdir" small --box="$workdir/box"
 [ $code = 0 ] || say 'not at the end yet: run the same command to go on'

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One trial of a recipe: trains with a fixed budget, judges on fixed excerpts, adds a line to a table.
 
-  python launch/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
+  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
     --config.data.root=PREPARED --config.model.native_rates='(22050,)'
 
   --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it
@@ -9,7 +9,7 @@
   --cpu-seconds=S    steps are as many as fit in S processor seconds of compute (measured first);
                      without it config.train.steps counts
   --music=DIR        where the excerpts' files are (default data/music/train)
-  --excerpts=FILE    list of excerpts (default launch/excerpts/validation.txt), --seconds=6 each
+  --excerpts=FILE    list of excerpts (default launch/research/excerpts/validation.txt), --seconds=6 each
   --compare=A,B,...  trains nothing: draws TABLE/compare.png, what trials with config.evaluate.root came to on the way,
                      against hours of audio and PFLOP
   --config...        as m2l2 train has it: what differs from the file is the trial's delta

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What bounds a model that codes the envelope and leaves phases to noise, before anything is trained.
 
-  python launch/bounds.py --config=configs/tiny22.py --config.data.root=PREPARED --components=512,1024
+  python launch/research/bounds.py --config=configs/tiny22.py --config.data.root=PREPARED --components=512,1024
 
   --components=A,B   of the log-magnitudes of the cells of model.linear_sketch (default 512)
   --crops=N          of two chunks that they are fitted on, from the training music (default 5000)
   --music=DIR        default data/music/train (launch/get_music.sh)
-  --excerpts=FILE    default launch/excerpts/validation.txt, tracks that m2l2 prepare --validation-fraction=0.08 puts
-                     aside, of --seconds=6
+  --excerpts=FILE    default launch/research/excerpts/validation.txt, tracks that m2l2 prepare
+                     --validation-fraction=0.08 puts aside, of --seconds=6
   --power=P          the noise's magnitudes to this power, its phases as they are (default 1)
 
 A table: for the exact log-magnitude of every bin, for its exact means over the cells, and for so many components of
@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from launch import pca_start  # noqa: E402  (the checkout's own)
+from launch.research import pca_start  # noqa: E402  (the checkout's own)
 from m2l2 import build  # noqa: E402
 from m2l2.training import main as command  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
@@ -46,7 +46,7 @@ def parser():
   flags.add_argument('--components', type=lambda text: [int(x) for x in text.split(',')], default=[512])
   flags.add_argument('--crops', type=int, default=5000)
   flags.add_argument('--music', default=ROOT / 'data' / 'music' / 'train')
-  flags.add_argument('--excerpts', default=ROOT / 'launch' / 'excerpts' / 'validation.txt')
+  flags.add_argument('--excerpts', default=ROOT / 'launch' / 'research' / 'excerpts' / 'validation.txt')
   flags.add_argument('--seconds', type=float, default=6.0)
   flags.add_argument('--power', type=float, default=1.0)
   return flags

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Puts a trained model into the box: bfloat16, in files below 16 MB, under m2l2/assets/models/NAME.
 
-  python launch/ship.py runs/tiny tiny [--box=DIR]
+  python launch/research/ship.py runs/tiny tiny [--box=DIR]
 
 `m2l2.load(NAME)` finds it there; with --box it goes to DIR/NAME instead. MODEL.md beside the weights (data, licences,
 cost, figures, limits) is written by hand and stays when the weights are replaced; without one this command says so.
@@ -18,7 +18,7 @@ import numpy as np
 from m2l2.errors import UserError
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 
-BOX = Path(__file__).parents[1] / 'm2l2' / 'assets' / 'models'
+BOX = Path(__file__).parents[2] / 'm2l2' / 'assets' / 'models'
 SHARD_BYTES = 15_000_000
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Renders piano music from generated scores: as much as one wants of one instrument, to train on and to judge on.
 
-  python launch/piano.py --output=data/piano            # 80 pieces of 3 minutes to train on, 12 held out: 4.6 h
-  python launch/piano.py --output=DIR --pieces=8 --held=2 --seconds=30 --rate=22050
+  python launch/research/piano.py --output=data/piano     # 80 pieces of 3 minutes to train on, 12 held out: 4.6 h
+  python launch/research/piano.py --output=DIR --pieces=8 --held=2 --seconds=30 --rate=22050
 
 Needs fluidsynth and its General MIDI soundfont (Debian, Ubuntu: apt install fluidsynth fluid-soundfont-gm) and mido.
 Each piece is a score of its own (key, mode, tempo, accompaniment, melody), so a piece held out was heard by nobody.
@@ -19,9 +19,9 @@ import sys
 import mido
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch import probe_data  # noqa: E402  (the checkout's own)
+from launch.research import probe_data  # noqa: E402  (the checkout's own)
 from m2l2.data import audio_io  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 

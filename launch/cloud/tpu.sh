@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Trains on Cloud TPU slices: asks for them, installs m2l2, runs, restarts, gives them back.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
-source launch/cloud.sh
+source launch/cloud/cloud.sh
 
 usage() {
   cat <<'HELP'
-Usage: launch/tpu.sh COMMAND --name=NAME [options] [-- flags of m2l2 train]
+Usage: launch/cloud/tpu.sh COMMAND --name=NAME [options] [-- flags of m2l2 train]
 
   create   ask for the slices (a queued resource: they may come at once or in days)
   setup    install m2l2[train,tpu] on all workers, from a commit of this checkout
-  run      start training on all workers, detached; failures restart it (launch/restart.sh)
+  run      start training on all workers, detached; failures restart it (launch/cloud/restart.sh)
   keep     all of these, and all again whenever the slices are preempted, until training is done;
            it stays in the foreground, so run it in tmux on a machine that stays on
   status   the slices, and what training does on each worker
@@ -33,11 +33,11 @@ Usage: launch/tpu.sh COMMAND --name=NAME [options] [-- flags of m2l2 train]
 
 The workdir must be on something that all workers share. gs://BUCKET/... in the flags of m2l2 train is
 mounted with Cloud Storage FUSE: data read-only and cached, from any bucket; the one with the workdir needs a
-hierarchical namespace (launch/cloud.sh says why).
+hierarchical namespace (launch/cloud/cloud.sh says why).
 Workers find each other through the metadata of their machines, several slices through the
 MEGASCALE_... entries that the queued resource puts there: --multihost is all that m2l2 needs.
 
-Example: launch/tpu.sh keep --name=base --type=v5litepod-256 --zone=us-west4-a --spot -- \
+Example: launch/cloud/tpu.sh keep --name=base --type=v5litepod-256 --zone=us-west4-a --spot -- \
   --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base
 HELP
 }
@@ -105,7 +105,7 @@ setup() {
   [ "$ref" != HEAD ] || git diff --quiet HEAD || say 'tpu.sh: what is not committed is not installed'
   act git archive --format=tar.gz --output="$bundle" "$ref"
   tpus scp "$bundle" "$name:m2l2.tar.gz" ${where[@]+"${where[@]}"} ${internal[@]+"${internal[@]}"} --worker=all --node=all
-  on all all 'rm -rf m2l2 && mkdir m2l2 && tar -xzf m2l2.tar.gz -C m2l2 && bash m2l2/launch/worker.sh setup'
+  on all all 'rm -rf m2l2 && mkdir m2l2 && tar -xzf m2l2.tar.gz -C m2l2 && bash m2l2/launch/cloud/worker.sh setup'
 }
 
 devices() {  # of the type, as JAX counts them
@@ -121,7 +121,7 @@ devices() {  # of the type, as JAX counts them
 run() {
   check_train "$(devices)" config
   check_bucket
-  on all all "bash m2l2/launch/worker.sh start $(
+  on all all "bash m2l2/launch/cloud/worker.sh start $(
     quoted "${bucket:--}" "${data_bucket:--}" "${train[@]}" --multihost --stopped_exit_code=$stopped_code)"
 }
 
@@ -132,14 +132,14 @@ state() {
 # Everything that a lost slice needs again is done by this script anew, so that one failed command
 # (a worker that does not answer yet) is another try at the next look, and not the end.
 keep() {
-  local self=(bash launch/tpu.sh) now created=0 finished
+  local self=(bash launch/cloud/tpu.sh) now created=0 finished
   if [ -n "$dry_run" ]; then
     say 'until training is done, every' "$poll" 's:'
     state
     say 'not there, SUSPENDED or FAILED (then deleted first):'
     "${self[@]}" create "${options[@]}"
     say 'ACTIVE:'
-    on 0 0 'bash m2l2/launch/worker.sh outcome || echo absent'
+    on 0 0 'bash m2l2/launch/cloud/worker.sh outcome || echo absent'
     say 'ACTIVE, and the workers are new:'
     "${self[@]}" setup "${options[@]}"
     "${self[@]}" run "${options[@]}" -- "$@"
@@ -150,10 +150,10 @@ keep() {
     now=$(state) || now=unknown
     case $now in
       ACTIVE)
-        finished=$(on 0 0 'bash m2l2/launch/worker.sh outcome || echo absent') || finished=unknown
+        finished=$(on 0 0 'bash m2l2/launch/cloud/worker.sh outcome || echo absent') || finished=unknown
         case $finished in
-          *done) say "tpu.sh: training has ended, done or stopped; launch/tpu.sh delete gives $name back"; return ;;
-          *failed) give_up "training failed too often: see launch/tpu.sh logs --name=$name" ;;
+          *done) say "tpu.sh: training has ended, done or stopped; launch/cloud/tpu.sh delete gives $name back"; return ;;
+          *failed) give_up "training failed too often: see launch/cloud/tpu.sh logs --name=$name" ;;
           *absent) "${self[@]}" setup "${options[@]}" && "${self[@]}" run "${options[@]}" -- "$@" ||
             say 'tpu.sh: the workers are not ready; trying again' ;;
         esac ;;
@@ -170,9 +170,9 @@ keep() {
 
 case $command in
   keep) keep "$@" ;;
-  status) state; on all all 'bash m2l2/launch/worker.sh outcome; tail -n 1 m2l2-run/train.log 2>/dev/null || true' ;;
+  status) state; on all all 'bash m2l2/launch/cloud/worker.sh outcome; tail -n 1 m2l2-run/train.log 2>/dev/null || true' ;;
   logs) on 0 0 'tail -n 100 -F m2l2-run/train.log' ;;
-  stop) on all all 'bash m2l2/launch/worker.sh stop' ;;
+  stop) on all all 'bash m2l2/launch/cloud/worker.sh stop' ;;
   delete) tpus delete "$name" ${where[@]+"${where[@]}"} --force --quiet ;;
   *) "$command" ;;
 esac

@@ -1,6 +1,6 @@
 """Trains a config as it is and with one choice of the paper's changed at a time, and measures all alike.
 
-    python launch/ablate.py --config=configs/small.py --config.data.root=data/music/train \\
+    python launch/research/ablate.py --config=configs/small.py --config.data.root=data/music/train \\
       --reference=data/music/heldout --output=runs/ablations
 
 OUTPUT/NAME is the workdir of each run, OUTPUT/reports/NAME.json what `m2l2 evaluate` says of it, OUTPUT/ablations.json,

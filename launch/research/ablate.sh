@@ -3,15 +3,15 @@
 # seed, same number of chunks a step; reconstructs the same held-out excerpts with all; one table and one picture.
 # Run it again to go on where it stopped. Makes .venv.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
 
 case "${1:-}" in
   '' | -h | --help)
-    say 'usage: ./launch/ablate.sh --config=configs/small.py --reference=data/music/heldout --output=runs/ablations \'
-    say '         --config.data.root=data/music/train     (python launch/ablate.py --help: more)'
+    say 'usage: ./launch/research/ablate.sh --config=configs/small.py --reference=data/music/heldout --output=runs/ablations \'
+    say '         --config.data.root=data/music/train     (python launch/research/ablate.py --help: more)'
     [ $# -gt 0 ]; exit ;;
 esac
 
 make_environment .venv train
-exec .venv/bin/python launch/ablate.py "$@"
+exec .venv/bin/python launch/research/ablate.py "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What a model makes of music that nobody trained on or chose by, beside codecs that have learned little or nothing.
 
-  python launch/held_out.py --model=tiny --train=PREPARED --output=runs/held_out
+  python launch/research/held_out.py --model=tiny --train=PREPARED --output=runs/held_out
 
   --model=MODEL      snapshot, workdir or a model in the box
   --music=DIR        default data/music/heldout (launch/get_music.sh)
-  --excerpts=FILE    default launch/excerpts/heldout.txt: 60 of --seconds=10
+  --excerpts=FILE    default launch/research/excerpts/heldout.txt: 60 of --seconds=10
   --train=PLACE      music that the PCA is fitted on, as config.data.root has it
   --beside=A,B       further models of the same sample rate, a row each: one step; such as what training began with.
                      NAME=MODEL names the row

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster: fills in launch/jobset.yaml and applies it.
+# Trains on TPU slices of a GKE cluster: fills in launch/cloud/jobset.yaml and applies it.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
-source launch/cloud.sh
+source launch/cloud/cloud.sh
 
 usage() {
   cat <<'HELP'
-Usage: launch/gke.sh --name=NAME --image=IMAGE --type=v5e|v5p|v6e|v4 --topology=AxB[xC] [options] -- flags of m2l2 train
+Usage: launch/cloud/gke.sh --name=NAME --image=IMAGE --type=v5e|v5p|v6e|v4 --topology=AxB[xC] [options] -- flags of m2l2 train
 
   --image=IMAGE        made from launch/Containerfile with EXTRA=tpu, in a registry the cluster reads
   --topology=16x16     chips of one slice; a node pool of that shape for each slice must be there
@@ -21,11 +21,11 @@ Usage: launch/gke.sh --name=NAME --image=IMAGE --type=v5e|v5p|v6e|v4 --topology=
   --dry-run            print the manifest, apply nothing
 
 --workdir=gs://BUCKET/... in the flags of m2l2 train is mounted with the Cloud Storage FUSE CSI driver; the
-bucket needs a hierarchical namespace (launch/cloud.sh says why), the cluster the driver and JobSet >= 0.6.
+bucket needs a hierarchical namespace (launch/cloud/cloud.sh says why), the cluster the driver and JobSet >= 0.6.
 Data on gs:// are mounted read-only and cached, from any bucket.
 GKE tells the workers who they are, several slices through MEGASCALE_...: --multihost is all m2l2 needs.
 
-Example: launch/gke.sh --name=base --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
+Example: launch/cloud/gke.sh --name=base --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
   --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base
 
   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
@@ -98,7 +98,7 @@ manifest() {
     -e "s|@GRACE@|$grace|; s|@SERVICE_ACCOUNT@|$service_account|; s|@ACCELERATOR@|$accelerator|" \
     -e "s|@TOPOLOGY@|$topology|; s|@IMAGE@|$image|; s|@MOUNT@|$mount_point|; s|@BUCKET@|$bucket|" \
     -e "s|@DATA_MOUNT@|$data_mount_point|; s|@DATA_BUCKET@|$data_bucket|" \
-    -e "s|@ARGS@|$args|" launch/jobset.yaml
+    -e "s|@ARGS@|$args|" launch/cloud/jobset.yaml
 }
 
 check_train $((chips * slices)) config

@@ -2,7 +2,7 @@
 
     apt install fluidsynth fluid-soundfont-gm timgm6mb-soundfont openttd-openmsx
     pip install -e '.[eval]'
-    python launch/probe_data.py --output=data/probes --music=data/music/train
+    python launch/research/probe_data.py --output=data/probes --music=data/music/train
 
   notes  single notes of eight instruments: tasks instrument and pitch_class. One soundfont to train and validate on,
          another to test on: who knows only how a soundfont sounds fails.

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Times train step, encoding, decoding and attention on whatever device is there: JSON on stdout.
 
-  python launch/bench.py --config=tiny
-  python launch/bench.py --config=base --batch=16 --dtype=bfloat16 > bench.json
-  python launch/bench.py --config=tiny --only=train,attention --no-pairs
-  python launch/bench.py --config=codicodec --only=train --torch --threads=2 --batch=1 --remat=none --steps=3
+  python launch/bench/bench.py --config=tiny
+  python launch/bench/bench.py --config=base --batch=16 --dtype=bfloat16 > bench.json
+  python launch/bench/bench.py --config=tiny --only=train,attention --no-pairs
+  python launch/bench/bench.py --config=codicodec --only=train --torch --threads=2 --batch=1 --remat=none --steps=3
 
 Runs from a checkout, installed or not. The train step and attention need jax, flax, optax and numpy
 alone (and ml_collections, unless --config-json names the config.json of a workdir or snapshot);
@@ -16,7 +16,7 @@ What is measured has its references beside it, one run of each in turn (ABCABC..
 else the machine does meets all of them; `ratio` is the reference's seconds over ours, round by round:
 above 1 ours is faster. References are: of attention, one dense attention under a mask; of the others
 float32 for a narrower dtype; of the train step also plain attention for a fused one, and the further
-policies of --remat; and with --torch CoDiCodec's own torch modules (launch/torch_reference.py).
+policies of --remat; and with --torch CoDiCodec's own torch modules (launch/bench/torch_reference.py).
 """
 
 import argparse
@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, ROOT)
 
 import jax  # noqa: E402  (after the path is set: the checkout's own m2l2 is measured)
@@ -333,7 +333,7 @@ def torch_original(config, network, args):
   """The original beside us. Raises UserError: it is not installed, or is not what the config describes."""
   if config['model']['dtype'] != 'float32' or jax.default_backend() != 'cpu':
     raise UserError('--torch compares float32 on the CPU: set --dtype=float32 and JAX_PLATFORMS=cpu')
-  from launch import torch_reference  # needs torch and codicodec
+  from launch.bench import torch_reference  # needs torch and codicodec
   with torch_reference.sized(network.arch, hop=config['model']['hop'], threads=args.threads):
     yield torch_reference.Original(network.arch, seed=args.seed)
 

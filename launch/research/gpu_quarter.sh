@@ -3,18 +3,18 @@
 # keeping lands in OUTPUT, in few files below 16 MB: checks.log, train.log, metrics.jsonl, and the averaged weights in
 # bfloat16 (box/small). Run it again at once to go on where it stopped; on a machine that lacks the workdir but was given
 # OUTPUT it goes on from those weights.
-#   ./launch/gpu_quarter.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
+#   ./launch/research/gpu_quarter.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
 #     --minutes=M      for all of it (9)
 #     --output=DIR     (runs/gpu)
 #     --workdir=DIR    (runs/small)
-#     --pack=DIR       what launch/pack.py made (data/pack); it must be there
+#     --pack=DIR       what launch/research/pack.py made (data/pack); it must be there
 #     --config=FILE    (configs/small.py)
 #     --python=PROGRAM one that has JAX for this GPU (python3)
 #     --wheels=DIR     wheels of what it lacks, installed first: grain, soundfile, soxr, ml_collections, clu, ...
 #     --no-checks      training alone, as in a second call
-# Rehearse it on a CPU: ./launch/gpu_quarter.sh --minutes=3 --config=configs/small.py:debug --python=.venv-test/bin/python
+# Rehearse it on a CPU: ./launch/research/gpu_quarter.sh --minutes=3 --config=configs/small.py:debug --python=.venv-test/bin/python
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
 SECONDS=0
 
@@ -36,7 +36,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || give_up "--minutes=$minutes must be a whole number of minutes"
-[ -e "$pack/pack.json" ] || give_up "$pack is no pack: python launch/pack.py --output=$pack makes one"
+[ -e "$pack/pack.json" ] || give_up "$pack is no pack: python launch/research/pack.py --output=$pack makes one"
 mkdir -p "$output"
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ -n "$wheels" ]; then
@@ -49,7 +49,7 @@ if [ -n "$checks" ] && [ ! -e "$output/checks.log" ]; then
   { printf '%s\n' "$device"
     JAX_PLATFORMS= timeout 120 "$python" -m pytest -q tests/test_kernels.py -m gpu ||
       printf 'the tests failed or did not end\n'
-    timeout 120 "$python" launch/bench.py --config="$(basename "${config%%.*}")" --only=train,attention --no-pairs ||
+    timeout 120 "$python" launch/bench/bench.py --config="$(basename "${config%%.*}")" --only=train,attention --no-pairs ||
       printf 'the benchmarks failed or did not end\n'
   } > "$output/checks.part" 2>&1
   mv "$output/checks.part" "$output/checks.log"
@@ -64,7 +64,7 @@ if [ -e "$output/box/small/config.json" ] && [ ! -e "$workdir/checkpoints" ]; th
   say "going on from the weights in $output/box/small"
   onward=(--config.train.init_from="$output/box/small")
 fi
-./launch/train_small.sh --pack="$pack" --config="$config" --workdir="$workdir" --minutes=$rest --python="$python" \
+./launch/research/train_small.sh --pack="$pack" --config="$config" --workdir="$workdir" --minutes=$rest --python="$python" \
   -- "$@" ${onward[@]+"${onward[@]}"} 2>&1 | tee -a "$output/train.log" >&2
 rm -rf "$output/box.part"
 cp -r "$workdir/box" "$output/box.part"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Packs hours of music into megabytes: an excerpt of each file as mono Opus, for machines that cannot fetch a corpus.
 
-  python launch/pack.py --input=data/music/train --output=data/pack
+  python launch/research/pack.py --input=data/music/train --output=data/pack
 
   --hours=H        of music in all (default 2.5); every folder of the input gives the same time, every file of a folder
                    too, as far as they last; from the middle of each file
