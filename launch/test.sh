@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything the tests need, then all tests; needs Python >= 3.11 and nothing else.
 #   ./launch/test.sh                 all: flake8, mypy, pytest
-#   ./launch/test.sh --soak          also what takes minutes each: the marker soak, then tests/soak_*.py, few kills
+#   ./launch/test.sh --soak          also what takes minutes each: the marker soak, then tests/soak/soak_*.py, few kills
 #   ./launch/test.sh -k data -x      further arguments go to pytest; after --soak the scripts are left out then
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -42,10 +42,10 @@ run pytest "$bin/python" -m pytest tests ${options[@]+"${options[@]}"} "$@"
 wait $lint || failed+=('flake8 or mypy')
 cat .venv-test/lint.log
 if [ -n "$soak" ] && [ $# -eq 0 ]; then
-  run soak_resume "$bin/python" tests/soak_resume.py --kills=5
-  run soak_prepare "$bin/python" tests/soak_prepare.py kills --kills=3
-  run soak_encode "$bin/python" tests/soak_encode.py --kills=3
-  run soak_faults "$bin/python" tests/soak_faults.py --moments=4
+  run soak_resume "$bin/python" tests/soak/soak_resume.py --kills=5
+  run soak_prepare "$bin/python" tests/soak/soak_prepare.py kills --kills=3
+  run soak_encode "$bin/python" tests/soak/soak_encode.py --kills=3
+  run soak_faults "$bin/python" tests/soak/soak_faults.py --moments=4
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

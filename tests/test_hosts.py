@@ -321,7 +321,7 @@ def run(tmp_path_factory):
     own = flags(processes) if processes > 1 else [()]
     commands = []
     for i in range(processes):
-      _, _, _, *arguments = soak_resume.command(workdir, music=music, fields=fields, flags=own[i])
+      _, _, _, _, *arguments = soak_resume.command(workdir, music=music, fields=fields, flags=own[i])
       commands.append([sys.executable, '-c', WITH_DIGEST, *filter(None, [first_argument]), *arguments])
     return started(commands, [environment] * processes, log=f'{workdir}.{processes}x{devices}')
 

@@ -62,6 +62,7 @@ LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.cli.coding', 'm2l2.cli.corpora',
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
+MOST_AT_THE_TOP = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +175,34 @@ def test_the_files_the_rules_speak_of_exist():
   keepers = {name for names in KEEPERS.values() for name in names}
   named = {*FLOORS, *BANS, *INFERENCE, *LAZY, *keepers}
   assert sorted(named - set(house)) == []
+
+
+def circles(house):
+  """Of modules that import each other when they are imported: each circle's names, sorted."""
+  reach = {}
+  for module in house:
+    seen, queue = set(), [module]
+    while queue:
+      for item in house[queue.pop()]:
+        name = item.name
+        while name and name not in house:
+          name = name.rpartition('.')[0]
+        if item.at_import and name and name not in seen:
+          seen.add(name)
+          queue.append(name)
+    reach[module] = seen
+  return sorted({tuple(sorted(other for other in reach if module in reach[other] and other in reach[module]))
+                 for module in reach if module in reach[module]})
+
+
+def test_no_modules_import_each_other_in_a_circle():
+  assert circles(read_house()) == []
+  assert circles(small_house({'m2l2.a': 'import m2l2.b', 'm2l2.b': 'from m2l2.c import x', 'm2l2.c': 'import m2l2.a',
+                              'm2l2.d': 'import m2l2.a'})) == [('m2l2.a', 'm2l2.b', 'm2l2.c')]
+
+
+def test_the_top_of_the_package_is_short():
+  assert len(list((ROOT / 'm2l2').glob('*.py'))) <= MOST_AT_THE_TOP
 
 
 def test_names_say_something():

@@ -186,6 +186,28 @@ def test_the_public_names():
     m2l2.lode
 
 
+@pytest.mark.parametrize('line, instead', [
+    ('from m2l2 import train_step', 'm2l2.training.train_step'), ('import m2l2.snapshot', 'm2l2.codec.snapshot'),
+    ('from m2l2.latents import Latents', 'm2l2.codec.latents'), ('from m2l2.train import train', 'm2l2.training.loop'),
+    ('from m2l2.evaluation import pairs', 'm2l2.evaluation.metrics.pairs'), ('from m2l2 import clips', 'm2l2.assets'),
+    ('from m2l2.evaluation.sweep import sweep', 'm2l2.evaluation.studies.sweep')])
+def test_an_import_from_before_the_rooms_says_what_to_write(line, instead):
+  with pytest.raises(ModuleNotFoundError, match=f'is now {instead}: write that instead'):
+    exec(line)
+  importlib.import_module(instead)
+
+
+@pytest.mark.parametrize('line', ['from m2l2 import Codec, Latents, load, train', 'from m2l2.codec import Codec, load',
+                                  'from m2l2.data.latents import latent_source'])
+def test_public_imports_stay(line):
+  exec(line)
+
+
+def test_every_signpost_points_at_a_module():
+  for place in m2l2._NOW.values():
+    assert importlib.util.find_spec(place), place
+
+
 def test_the_presets_are_installed():
   import m2l2.configs
   assert Path(m2l2.configs.__file__).parent == ROOT / 'configs'

@@ -62,8 +62,8 @@ def add(command):
                            '--output=probe.json')
   options.checkpoint(parser)
   parser.add_argument('--music', metavar='PLACE', required=True, action='append',
-                      help='a folder with a labels.csv (launch/research/probe_data.py makes some), tinysol:DIR, beatport:DIR or '
-                      'magnatagatune:DIR; again for more')
+                      help='a folder with a labels.csv (launch/research/probe_data.py makes some), tinysol:DIR, '
+                      'beatport:DIR or magnatagatune:DIR; again for more')
   options.report(parser)
   parser.add_argument('--png', metavar='*.png', help='its bars')
   parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True,

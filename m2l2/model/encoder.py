@@ -50,8 +50,8 @@ class LinearSketch(nnx.Module):
   """Log-magnitudes [N, F, T, C], averaged over `grid`'s bands and stretches of frames -> latents [N, L, Z], affine.
 
   With decoder.LinearSketch a linear autoencoder of the envelope. It can begin as the music's principal components
-  (launch/research/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that Adam's
-  steps, equal for all parameters, are small for it.
+  (launch/research/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that
+  Adam's steps, equal for all parameters, are small for it.
   """
 
   def __init__(self, grid, latents, *, rngs):

@@ -1,10 +1,10 @@
 """musicnn (Pons and Serra, 2019): embeddings of music from a small network trained to tag it.
 
 The weights of the PyPI package musicnn 0.1.0 (ISC licence, see m2l2/assets/musicnn) were dumped once by
-tests/dump_musicnn.py; the network is written here in JAX. Two of them: 'mtt' was trained on MagnaTagATune, 'msd' on the
-Million Song Dataset. Input: 3 s windows of the log-mel spectrogram at 16 kHz. Two kinds of kernels read it: timbral
-ones, 7 frames wide over 40 or 70 % of the bands, and temporal ones of one band and up to 128 frames; a few layers of
-width 64 over time, the maximum and mean of everything over the window, and two dense layers.
+tests/conformance/dump_musicnn.py; the network is written here in JAX. Two of them: 'mtt' was trained on
+MagnaTagATune, 'msd' on the Million Song Dataset. Input: 3 s windows of the log-mel spectrogram at 16 kHz. Two kinds of
+kernels read it: timbral ones, 7 frames wide over 40 or 70 % of the bands, and temporal ones of one band and up to 128
+frames; a few layers of width 64 over time, the maximum and mean of everything over the window, and two dense layers.
 """
 
 import functools

@@ -5,7 +5,7 @@ Run once, by hand, in a throw-away environment; m2l2 itself needs none of it:
   pip download --no-deps musicnn==0.1.0   (its pins are of 2019: do not install it)
   unzip musicnn-0.1.0-py3-none-any.whl -d WHEEL
   pip install tensorflow-cpu==2.16.2 'numpy<2' librosa==0.11.0 soundfile soxr
-  python tests/dump_musicnn.py WHEEL
+  python tests/conformance/dump_musicnn.py WHEEL
 
 The graph is the wheel's own: its MetaGraphDef is cut to what leads to the penultimate layer and to the tags, and run
 with every variable fed from the checkpoint. The golden's input is made by librosa, so the test also holds our log-mel
@@ -23,7 +23,7 @@ import soundfile
 import soxr
 import tensorflow as tf
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CLIPS = ('train/crystan-credits', 'train/macklin-geoscape-theme', 'train/marino-main-theme',
          'train/obsidian-shell-ezer-ev', 'train/maxstack-through-space')
 PENULTIMATE, TAGS = 'model/dense/Relu', 'model/Sigmoid'

@@ -1,6 +1,6 @@
 """Kills a small run at random moments, resumes it each time, compares it with an unharmed run.
 
-  python tests/soak_resume.py --kills=20
+  python tests/soak/soak_resume.py --kills=20
 
 Prints both traces' comparison and PASS or FAIL; exits with 1 on FAIL. test_train.py does the same
 with fewer kills. Not collected by pytest.
@@ -21,7 +21,7 @@ import time
 import numpy as np
 import soundfile
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # The shipped config, small. All programs are the same, so they are compiled once and then found in
 # the cache; optimising a program that runs for a second does not pay.

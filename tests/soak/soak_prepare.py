@@ -1,8 +1,8 @@
 """Hard use of `m2l2 prepare`: kills, damaged files, and how time and memory grow.
 
-  python tests/soak_prepare.py kills --kills=10                       # byte-identical after kill -9
-  python tests/soak_prepare.py fuzz --files=1000                      # mutated WAV, FLAC, OGG and MP3
-  python tests/soak_prepare.py measure --music=data/music/train       # time against input, processes, memory
+  python tests/soak/soak_prepare.py kills --kills=10                       # byte-identical after kill -9
+  python tests/soak/soak_prepare.py fuzz --files=1000                      # mutated WAV, FLAC, OGG and MP3
+  python tests/soak/soak_prepare.py measure --music=data/music/train       # time against input, processes, memory
 
 Prints what was seen and PASS or FAIL; exits with 1 on FAIL. test_prepare.py runs small doses. Not collected
 by pytest.
@@ -25,7 +25,7 @@ import time
 import numpy as np
 import soundfile
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 FORMATS = ('wav', 'flac', 'ogg', 'mp3')
 
 

@@ -1,7 +1,7 @@
 """Kills encode-dataset at random moments, goes on each time, compares the bytes with an undisturbed run's.
 
-  python tests/soak_encode.py --kills=10
-  python tests/soak_encode.py --speed --music=data/music/heldout --checkpoint=runs/tiny
+  python tests/soak/soak_encode.py --kills=10
+  python tests/soak/soak_encode.py --speed --music=data/music/heldout --checkpoint=runs/tiny
 
 First with one process of eight devices, then as two real processes of four: killed (either of them, or both), and gone
 on with. Prints PASS or FAIL; exits with 1 on FAIL. With --speed instead: seconds of audio a second, against `m2l2
@@ -24,7 +24,7 @@ import soundfile
 from test_codec import make_snapshot, music
 from test_hosts import flags, started
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SHARDS = 24
 
 

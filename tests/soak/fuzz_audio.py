@@ -1,6 +1,6 @@
 """Damages audio files: what a hostile or broken corpus holds; as a script, makes good ones by the writers people use.
 
-  python tests/fuzz_audio.py --files=500 --seed=0
+  python tests/soak/fuzz_audio.py --files=500 --seed=0
 
 Writes random sounds by ffmpeg, sox, lame, oggenc, opusenc and flac, as far as they are installed, some of them through
 pipes, chained or cut short, and holds what `audio_io` reads against what ffmpeg decodes: samples, the channels' order,
@@ -24,8 +24,6 @@ import tempfile
 
 from absl import logging
 import numpy as np
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 _HEADER = 96  # bytes; the headers of WAV and FLAC, and the first page or frame of OGG and MP3, lie there
 _EXTREMES = (0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff, 0x10000,

@@ -1,6 +1,6 @@
 """Is time linear in a file's length, and memory flat? Encodes and decodes noise of growing length, each call a process.
 
-  python tests/soak_lengths.py --config=base --minutes=1,2,4
+  python tests/soak/soak_lengths.py --config=base --minutes=1,2,4
 
 Random weights; `m2l2 encode`, then `m2l2 decode --steps=1 --refine` as a user would call them, programs compiled
 before. Prints JSON: of each call the seconds, the seconds a minute, also of what is longer than the file before (so
@@ -20,7 +20,7 @@ import time
 import numpy as np
 import soundfile
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 BLOCK = 10  # seconds that are written at a time
 
 
@@ -66,7 +66,8 @@ def main():
     place = pathlib.Path(directory)
     maker = subprocess.run([sys.executable, '-c', 'import sys, soak_lengths; '
                             'print(soak_lengths.make_snapshot(*sys.argv[1:]))', args.config, place / 'model'],
-                           env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': f'{REPOSITORY}:{REPOSITORY}/tests'},
+                           env={**os.environ, 'JAX_PLATFORMS': 'cpu',
+                                'PYTHONPATH': f'{REPOSITORY}:{REPOSITORY}/tests/soak'},
                            check=True, text=True, stdout=subprocess.PIPE)  # its memory is not to count below
     rate, calls = int(maker.stdout), {'encode': [], 'decode': []}
     for length in (1 / 6, *minutes):  # the first compiles

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains (but for the model) on a folder of fuzzed audio: every file is used or named, in bounded time and memory.
 
-  python tests/soak_feed.py --files=1000 --music=data/music/train
+  python tests/soak/soak_feed.py --files=1000 --music=data/music/train
 
 Cuts pieces out of real music, encodes them as WAV, FLAC, OGG, Opus and MP3, damages them (fuzz_audio.mutate), puts
 undamaged ones between, and reads the folder with the training loader. JSON on stdout; exit 1 if anything of this
@@ -21,17 +21,15 @@ import sys
 import tempfile
 import time
 
-sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+from absl import logging as absl_logging
+from fuzz_audio import mutate
+import numpy as np
+import soundfile
 
-from absl import logging as absl_logging  # noqa: E402
-from fuzz_audio import mutate  # noqa: E402
-import numpy as np  # noqa: E402
-import soundfile  # noqa: E402
-
-from m2l2.data import order, transforms  # noqa: E402
-from m2l2.data.pipeline import make_loader  # noqa: E402
-from m2l2.data.sources import find_audio_files, find_mixture  # noqa: E402
-from m2l2.errors import UserError  # noqa: E402
+from m2l2.data import order, transforms
+from m2l2.data.pipeline import make_loader
+from m2l2.data.sources import find_audio_files, find_mixture
+from m2l2.errors import UserError
 
 FORMATS = {
     'wav': ('WAV', 'PCM_16'), 'f.wav': ('WAV', 'FLOAT'), '24.wav': ('WAV', 'PCM_24'), 'flac': ('FLAC', 'PCM_16'),

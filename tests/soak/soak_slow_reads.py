@@ -2,7 +2,7 @@
 """The training loader on prepared data where every read takes 50 ms longer, as on a network's file system.
 
   m2l2 prepare --input=MUSIC --output=data/prepared
-  python tests/soak_slow_reads.py data/prepared
+  python tests/soak/soak_slow_reads.py data/prepared
 
 JSON on stdout; exit 1 unless at least --rate crops a second came, at --cpu-ms of a core or less each, and the bytes
 fetched were at most --excess times those of the crops (their share of their segments' FLAC). The reads are slowed and
@@ -21,13 +21,11 @@ import sys
 import tempfile
 import time
 
+from m2l2.data import order, transforms
+from m2l2.data.pipeline import make_loader
+from m2l2.data.sources import find_mixture
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-
-from m2l2.data import order, transforms  # noqa: E402
-from m2l2.data.pipeline import make_loader  # noqa: E402
-from m2l2.data.sources import find_mixture  # noqa: E402
-
 CROP, BATCH = 67072, 16
 RATES = (44100, 48000)
 

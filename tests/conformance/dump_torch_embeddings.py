@@ -4,7 +4,7 @@ Run once, by hand, in a throw-away environment; m2l2 itself needs none of it:
 
   pip install torch librosa torchlibrosa soundfile soxr && pip install --no-deps torchvggish
   git clone https://github.com/LAION-AI/CLAP
-  python tests/dump_torch_embeddings.py CLAP/src/laion_clap/clap_module
+  python tests/conformance/dump_torch_embeddings.py CLAP/src/laion_clap/clap_module
 
 The golden holds the embeddings, and names and shapes of the references' tensors, so that m2l2's loaders are held to
 both.
@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CLIP = ROOT / 'm2l2' / 'assets' / 'clips' / 'train' / 'maxstack-through-space.ogg'
 
 

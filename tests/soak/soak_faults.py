@@ -1,7 +1,7 @@
 """Faults at random moments of encode over a folder, prepare, encode-dataset and train; then the same command again.
 
-  python tests/soak_faults.py --moments=20
-  python tests/soak_faults.py --moments=8 --only=train --seed=3 --verbose
+  python tests/soak/soak_faults.py --moments=20
+  python tests/soak/soak_faults.py --moments=8 --only=train --seed=3 --verbose
 
 Each command is run undisturbed first, which gives its duration and what it makes. Then, at moments drawn uniformly over
 that duration: kill -9; SIGHUP; a disk that is full from that moment on (a small tmpfs, filled up; without the right to
@@ -39,7 +39,7 @@ import time
 import soak_prepare
 import soak_resume
 
-REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CLIPS = REPOSITORY / 'm2l2' / 'assets' / 'clips' / 'train'
 FAULTS = ('kill', 'hangup', 'full disk', 'closed pipe')
 DISK = 64 << 20  # bytes
