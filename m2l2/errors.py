@@ -38,6 +38,25 @@ def told(error: BaseException) -> UserError | None:
   return None
 
 
+def unwritten(path, error: Exception) -> UserError:
+  """What to raise where `path` could not be written."""
+  reason = in_one_line(getattr(error, 'strerror', None) or error)
+  text = f'{printable(os.fspath(path))}: could not be written ({reason})'
+  return UserError(text + '; make room and run the same command again' * is_full(text))
+
+
+def in_one_line(error, *, most: int | None = None) -> str:
+  """An error's message, or its type's name where it has none, without line breaks; `most` characters of it."""
+  text = ' '.join(str(error).split()) or (type(error).__name__ if isinstance(error, BaseException) else '')
+  return text[:most]
+
+
+def first_line(error, *, most: int = 300) -> str:
+  """The first line of an error's message, for errors of libraries that run over many; its type's name without one."""
+  lines = str(error).strip().splitlines()
+  return in_one_line(lines[0] if lines else type(error).__name__, most=most)
+
+
 def is_full(text: str) -> bool:
   """Whether a message tells of a full disk: whatever is written next would fail, too."""
   return any(full in text for full in _FULL)

@@ -11,7 +11,7 @@ import time
 
 import grain
 import jax
-from m2l2 import cli, lock
+from m2l2 import cli, files
 from m2l2.cli import info
 from m2l2.codec import bulk, codec as codec_lib
 from m2l2.data import audio_io, latents, segments, storage
@@ -83,7 +83,7 @@ def rows(directory, split='train'):
   return [source[i] for i in range(len(source))]
 
 
-def files(directory):
+def contents(directory):
   """{name: bytes} of everything in a directory."""
   return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob('*') if path.is_file()}
 
@@ -168,7 +168,7 @@ def test_hosts_devices_and_threads_do_not_show(models, songs, straight, tmp_path
   with pytest.raises(UserError, match='not finished'):
     latents.latent_source(out)
   assert bulk.encode_dataset(codec, process_index=0, devices=jax.devices()[4:5], **share)['encoded'] == len(SONGS)
-  assert files(out) == files(straight)
+  assert contents(out) == contents(straight)
 
 
 def test_killed_and_gone_on_with(models, songs, straight, tmp_path):
@@ -189,7 +189,7 @@ def test_killed_and_gone_on_with(models, songs, straight, tmp_path):
       out / 'shards' / f'train-{path.name[-14:]}.json').exists()}
   assert 1 <= len(done) < 4 and not (out / 'dataset_info.json').exists()
   bulk.encode_dataset(codec_lib.load(models / 'mono'), source=songs, output=out)  # batch and shards as begun
-  assert files(out) == files(straight)
+  assert contents(out) == contents(straight)
   assert {path: path.stat().st_mtime_ns for path in done} == done  # not encoded again
 
 
@@ -269,8 +269,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(m2l2, models, songs, s
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (status, said) == (1, '') and errors.count('\n') == 1
   assert errors.startswith('m2l2: ') and 'File too large' in errors and str(out) in errors
-  assert not [name for name in files(out) if name.endswith('.part') or name.startswith('latents-')]
-  assert m2l2(*command)[0] == 0 and files(out) == files(straight)
+  assert not [name for name in contents(out) if name.endswith('.part') or name.startswith('latents-')]
+  assert m2l2(*command)[0] == 0 and contents(out) == contents(straight)
 
 
 def test_mistakes_are_one_line(m2l2, models, songs, straight, tmp_path):
@@ -291,7 +291,7 @@ def test_mistakes_are_one_line(m2l2, models, songs, straight, tmp_path):
   fails('--batch=0', says='must be 1 or more')
   fails('--threads=0', says='must be 1 or more')
   fails('--process_id=0', says='add --multihost')
-  with lock.held(straight / '.lock-0', command='m2l2 encode-dataset', place='there'):  # by another process
+  with files.locked(straight / '.lock-0', command='m2l2 encode-dataset', place='there'):  # by another process
     fails(output=straight, says=f'another m2l2 encode-dataset is writing there (process {os.getpid()} on ')
   (tmp_path / 'bad').mkdir()
   (tmp_path / 'bad' / 'a.wav').write_text('no')
@@ -304,7 +304,7 @@ def test_an_error_of_ours_is_not_taken_for_a_files_and_ends_the_threads(models, 
   monkeypatch.setattr(bulk.encoding, 'to_streams', lambda audio, channels: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     bulk.encode_dataset(codec_lib.load(models / 'mono'), source=songs, output=tmp_path / 'out')
-  assert [name for name in files(tmp_path / 'out')] == ['manifest.json']
+  assert [name for name in contents(tmp_path / 'out')] == ['manifest.json']
 
 
 # ---- reading back --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import time
 from unittest import mock
 
 import jax
-from m2l2 import __version__, cli, lock
+from m2l2 import __version__, cli, files
 from m2l2.cli import jobs
 from m2l2.codec import codec as codec_lib, export
 from m2l2.codec.latents import Latents
@@ -540,7 +540,7 @@ def test_a_signal_at_a_bad_moment_waits_for_a_better_one(m2l2, tmp_path, monkeyp
 def test_training_that_is_stopped_before_its_first_step_takes_away_what_it_made(m2l2, folder, monkeypatch, number,
                                                                                status):
   def train(config, workdir):
-    with lock.held(folder / '.lock', command='m2l2 train', place='here'):
+    with files.locked(folder / '.lock', command='m2l2 train', place='here'):
       signal.raise_signal(number)
 
   monkeypatch.setattr('m2l2.training.loop.train', train)
@@ -597,6 +597,7 @@ def test_what_a_killed_writer_left_is_taken_away_by_the_next_run(name, folder, m
   check()
   assert os.listdir(folder) == left  # its process lives
   monkeypatch.setattr(audio_io, '_is_alive', lambda process: False)
+  monkeypatch.setattr(files, '_began', lambda process: None)
   check()
   assert os.listdir(folder) == []
 
@@ -634,7 +635,7 @@ def test_help_is_immediate():
 
 
 def test_warnings_are_one_line_each():
-  code = ('from m2l2 import cli; from absl import logging; cli._quiet_libraries(); '
+  code = ('from m2l2.cli import terminal; from absl import logging; terminal.quiet_libraries(); '
           'logging.warning("so"); logging.info("no")')
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
   assert done.stderr == 'm2l2: so\n'

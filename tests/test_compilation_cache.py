@@ -26,7 +26,7 @@ def count(name, **more):
 jax.monitoring.register_event_listener(count)
 what, tests, *places = sys.argv[1:]
 if what == 'train':
-  sys.path.append(tests)
+  sys.path += [tests, f'{tests}/soak']
   import test_train
   test_train.build.step_functions = test_train.small_functions
   assert test_train.loop.train(test_train.small_config(places[0], **{'train.steps': 2}), 'run') == 2
@@ -76,7 +76,7 @@ what, tests, place, process, port = sys.argv[1:]
 jax.config.update('jax_num_cpu_devices', 1)
 several = hosts.join(coordinator=f'localhost:{port}', num_processes=2, process_id=int(process), start_timeout=60)
 if what == 'train':
-  sys.path.append(tests)
+  sys.path += [tests, f'{tests}/soak']
   import test_train
   test_train.build.step_functions = test_train.small_functions
   config = test_train.small_config(place, **{'train.steps': 2, 'train.probe_every': 1})

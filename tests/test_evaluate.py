@@ -361,7 +361,8 @@ def test_a_report_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkey
   assert run(f'--reference={tmp_path}/a.wav', f'--estimate={tmp_path}/a.wav', f'--output={tmp_path}/report.json',
              '--metrics=mel_l1_db') == 1
   said = capsys.readouterr().err.splitlines()[-1]
-  assert said == f'm2l2: {tmp_path}/report.json: could not be written (No space left on device)'
+  assert said == (f'm2l2: {tmp_path}/report.json: could not be written (No space left on device); make room and run '
+                  'the same command again')
   assert os.listdir(tmp_path) == ['a.wav']
 
 

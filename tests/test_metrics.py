@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from m2l2 import files
 from m2l2.training import metrics
 from m2l2.errors import UserError
 
@@ -58,9 +59,9 @@ def test_on_a_full_disk_nothing_half_written_is_left(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr('os.replace', full)
-  for write in (lambda: metrics.write_json(tmp_path / 'config.json', {}),
+  for write in (lambda: files.write_json(tmp_path / 'config.json', {}),
                 lambda: metrics.cut_back(tmp_path / 'metrics.jsonl', step=0)):
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(UserError, match='No space .*make room'):
       write()
   assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('metrics.jsonl', '{"step": 1}\n')]
 

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2 import build, lock, sharding
+from m2l2 import build, files, sharding
 from m2l2.codec import codec
 from m2l2.training import checkpoint, listening, metrics, preflight, loop, train_step
 from m2l2.configs import tiny
@@ -588,17 +588,17 @@ def test_a_second_run_in_a_workdir_leaves_the_first_alone(small, tmp_path, monke
 
 
 @pytest.mark.parametrize('holder, refused', [
-  ({'pid': os.getpid(), 'began': lock._began(os.getpid())}, True),
+  ({'pid': os.getpid(), 'began': files._began(os.getpid())}, True),
   ({'pid': os.getpid(), 'began': '1'}, False),  # its number was given out again
   ({'pid': 2 ** 22 + 1, 'began': '1'}, False),
-  ({'host': 'elsewhere', 'pid': os.getpid(), 'began': lock._began(os.getpid())}, False),
+  ({'host': 'elsewhere', 'pid': os.getpid(), 'began': files._began(os.getpid())}, False),
   (None, False)])
 def test_a_stale_lock_is_taken_over(holder, refused, tmp_path, monkeypatch):
   """Of a killed process the system's lock is gone; where there are no such locks, the file tells."""
   path, said = tmp_path / '.lock', []
   about = {'host': socket.gethostname(), 'since': 'noon', **holder} if holder else 'garb'
   path.write_text(json.dumps(about))
-  with lock.held(path, command='m2l2 train', place='there'):
+  with files.locked(path, command='m2l2 train', place='there'):
     assert json.loads(path.read_text())['pid'] == os.getpid()
   assert not path.exists()
 
@@ -606,14 +606,14 @@ def test_a_stale_lock_is_taken_over(holder, refused, tmp_path, monkeypatch):
     raise OSError(95, 'Operation not supported')
 
   path.write_text(json.dumps(about))
-  monkeypatch.setattr(lock.fcntl, 'flock', no_locks)
-  monkeypatch.setattr(lock.logging, 'warning', lambda text, *args: said.append(text % args))
+  monkeypatch.setattr(files.fcntl, 'flock', no_locks)
+  monkeypatch.setattr(files.logging, 'warning', lambda text, *args: said.append(text % args))
   if refused:
-    with pytest.raises(UserError, match='another m2l2 train is writing there'), lock.held(
+    with pytest.raises(UserError, match='another m2l2 train is writing there'), files.locked(
         path, command='m2l2 train', place='there'):
       pass
   else:
-    with lock.held(path, command='m2l2 train', place='there'):
+    with files.locked(path, command='m2l2 train', place='there'):
       assert len(said) == 1 and 'start no other m2l2 train there' in said[0]
 
 
@@ -621,7 +621,7 @@ def test_a_lock_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # fails as a full disk does, when bytes get there
-    with pytest.raises(UserError, match='there: cannot be written'), lock.held(
+    with pytest.raises(UserError, match='there: cannot be written'), files.locked(
         tmp_path / '.lock', command='m2l2 train', place='there'):
       pass
   finally:
@@ -663,7 +663,7 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
   tests = os.path.dirname(__file__)
-  environment = {**os.environ, 'PYTHONPATH': f'{tests}:{os.path.dirname(tests)}'}
+  environment = {**os.environ, 'PYTHONPATH': f'{tests}:{tests}/soak:{os.path.dirname(tests)}'}
   logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(processes)]
   started, end = [], time.monotonic() + seconds
   try:

@@ -7,7 +7,7 @@ import sys
 import time
 
 from m2l2.cli import options, terminal
-from m2l2.errors import OutputClosed, UserError, is_full, told
+from m2l2.errors import OutputClosed, UserError, in_one_line, is_full, told
 
 _SECONDS = 10  # of audio read at once
 _AUDIO_IN, _AUDIO_OUT = 'WAV, FLAC, OGG, Opus, MP3, AIFF file (M4A, AAC: extra av)', '*.wav, *.flac or *.ogg'
@@ -92,7 +92,7 @@ def _over(planned, name, args):
       line = told(error)
       if line is None or isinstance(line, OutputClosed):
         raise
-      text = ' '.join(str(line).split())
+      text = in_one_line(line)
       if is_full(text):  # for all others, too
         again = '; make room and run the same command again'
         raise UserError(text.removesuffix(again) + again) from error

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from m2l2.errors import printable
+from m2l2.errors import in_one_line, printable
 
 
 def open_streams():
@@ -28,7 +28,7 @@ def open_streams():
 def tell(error):
   """A mistake or a fault, in one line whatever names it holds."""
   try:
-    print('m2l2:', printable(' '.join(str(error).split())), file=sys.stderr)
+    print('m2l2:', printable(in_one_line(error)), file=sys.stderr)
   except (OSError, ValueError):  # nobody reads there any more
     settle()
 

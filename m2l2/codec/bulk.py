@@ -21,14 +21,14 @@ import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from m2l2 import lock, sharding
+from m2l2 import files, sharding
 from m2l2.codec import encoding
 from m2l2.training import hosts
 from m2l2.codec.codec import Codec
 from m2l2.compiling import Told
 from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 REPORT = 'report.json'
 _SIDECARS = 'shards'  # a JSON file for each shard that is done
@@ -121,7 +121,7 @@ def encode_dataset(codec: Codec, *, source, output, dtype: str = 'float16', disc
                        begun=latents.read_manifest(output))
   _begin(output, manifest)
   # Of this share: another process at the same one would remove what this one has half-written.
-  with lock.held(os.path.join(output, f'.lock-{process_index}'), command='m2l2 encode-dataset',
+  with files.locked(os.path.join(output, f'.lock-{process_index}'), command='m2l2 encode-dataset',
                  place=audio_io.shown(output)):
     return _encode_share(codec, signals, manifest, output=output, discrete=discrete, threads=threads,
                          process_index=process_index, process_count=process_count, devices=devices, progress=progress)
@@ -301,7 +301,7 @@ def _groups(shards, readers, encoder, *, name) -> Iterator[Group]:
               group = encoder.group()
             group.add(item, stream, frames)
       except _FILE_FAULTS as error:
-        item.fault = ' '.join(str(error).split()) or type(error).__name__
+        item.fault = in_one_line(error)
       group.done.append(item)
     group.closes = shard
     yield group

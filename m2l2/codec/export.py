@@ -6,15 +6,14 @@ batch), weights.npz, about.json with the few numbers it takes to call them, and 
 
 import json
 import os
-import shutil
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from m2l2 import files
 from m2l2.codec.sampler import REFINE
-from m2l2.data import audio_io
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
@@ -135,19 +134,13 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
       'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for _, leaf in state],
       'tail': [_name(path) for path, _ in state].index('tail'), 'platforms': list(platforms), **(extra or {})}
   made = programs(codec, platforms=platforms)
-  temporary = audio_io.temporary(os.path.realpath(target))
-  try:
-    os.makedirs(temporary)
+  with files.whole(target) as aside:
+    os.makedirs(aside)
     for name, program in made.items():
-      _write(temporary, f'{name}.stablehlo', program.serialize())
-    np.savez(os.path.join(temporary, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
-    _write(temporary, 'about.json', (json.dumps(about, indent=2) + '\n').encode())
-    _write(temporary, 'load.py', LOADER.encode())
-    os.rename(temporary, target)
-  except OSError as error:
-    raise UserError(f'{shown(target)}: could not be written ({error.strerror or error})') from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+      _write(aside, f'{name}.stablehlo', program.serialize())
+    np.savez(os.path.join(aside, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
+    _write(aside, 'about.json', (json.dumps(about, indent=2) + '\n').encode())
+    _write(aside, 'load.py', LOADER.encode())
 
 
 def check_target(target):
@@ -157,7 +150,7 @@ def check_target(target):
   folder = os.path.dirname(os.path.realpath(target))
   if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
     raise UserError(f'{shown(target)}: cannot be written: {shown(folder)} is no directory that may be written to')
-  audio_io.remove_leftovers(os.path.realpath(target))
+  files.remove_leftovers(os.path.realpath(target))
 
 
 def _leaves(params):

@@ -9,8 +9,9 @@ import os
 import numpy as np
 import safetensors
 
+from m2l2 import files
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _FORMAT = 'm2l2-latents'
 _VERSION = 1
@@ -105,17 +106,8 @@ class Latents:
     if stored.padding:  # an older m2l2 knows no such field
       fields['padding'] = stored.padding
     metadata = {'format': _FORMAT, 'version': str(stored.version), 'latents': json.dumps(fields, sort_keys=True)}
-    target = os.path.realpath(path)
-    temporary = audio_io.temporary(target)
-    try:
-      with open(temporary, 'wb') as file:
-        file.writelines(_safetensors(stored.z, metadata))
-      os.replace(temporary, target)
-    except OSError as error:
-      raise UserError(f'{name}: could not be written ({error.strerror})') from error
-    finally:
-      if os.path.exists(temporary):
-        os.unlink(temporary)
+    with files.whole(path) as aside, open(aside, 'wb') as file:
+      file.writelines(_safetensors(stored.z, metadata))
 
   @classmethod
   def load(cls, path) -> 'Latents':
@@ -139,7 +131,7 @@ class Latents:
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
       if isinstance(error, UserError):
         raise
-      reason = ' '.join(str(error).split())
+      reason = in_one_line(error)
       raise UserError(f'{name}: is not a file of latents, or a damaged one ({reason})') from error
     _check(latents, name)
     return latents

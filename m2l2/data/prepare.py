@@ -39,7 +39,7 @@ from array_record.python import array_record_module
 import tensorflow_datasets as tfds
 import tqdm
 
-from m2l2 import lock
+from m2l2 import files
 from m2l2.data import segments, sources
 from m2l2.data.audio_io import shown
 from m2l2.data.decoder import Decoder, FileFault
@@ -752,5 +752,5 @@ class Place:
     if self._fs:
       yield
       return
-    with lock.held(self._at(f'{WORK}/lock'), command='m2l2 prepare', place=shown(self.root)):
+    with files.locked(self._at(f'{WORK}/lock'), command='m2l2 prepare', place=shown(self.root)):
       yield

@@ -8,7 +8,6 @@ peaks, the estimate the compiler's own, in cycles, for each operation alone.
 import importlib.util
 import json
 import os
-import re
 import sys
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from m2l2 import build, sharding
 from m2l2.planning import chips, hlo
 from m2l2.training import timing
-from m2l2.errors import UserError
+from m2l2.errors import UserError, first_line
 from m2l2.kernels.chunk_causal import compiling_for
 
 MAX_COMPILES = 6
@@ -181,7 +180,7 @@ def _compile(config, mesh, say, *, probe=False):
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      return None, _first_line(error)
+      return None, first_line(error)
 
 
 def _largest_batch(config, mesh, unit, say):
@@ -253,13 +252,9 @@ def _topology(name):
   try:
     topology = topologies.get_topology_desc(platform='tpu', topology_name=name, **cores)
   except Exception as error:
-    raise UserError(f'--topology={name} is no TPU topology ({_first_line(error)})') from error
+    raise UserError(f'--topology={name} is no TPU topology ({first_line(error)})') from error
   devices = list(topology.devices)
   return chips.find_chip(devices[0].device_kind) or chips.BY_NAME[kind], devices
-
-
-def _first_line(error) -> str:
-  return re.sub(r'\s+', ' ', str(error).strip().splitlines()[0])[:300]
 
 
 def as_text(report: dict) -> str:

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from m2l2.errors import UserError
+from m2l2.errors import UserError, first_line
 
 FORMAT = 1
 
@@ -148,14 +148,14 @@ class Checkpoints:
         error = e
       if not _on_every_process(error is None):
         logging.warning('checkpoint %d in %s cannot be read (%s): trying the one before',
-                        step, self.directory, _first_line(error))
+                        step, self.directory, _reason(error))
         broken.append(step)
         continue
       self._set_aside(broken)
       return restored
     if broken:
       raise UserError(f'none of the checkpoints in {self.directory} can be read '
-                      f'({_first_line(error)}): move that directory away to start from scratch')
+                      f'({_reason(error)}): move that directory away to start from scratch')
     return None
 
   def _read(self, step, abstract_state, config) -> Restored:
@@ -217,12 +217,9 @@ class Checkpoints:
       self.close()
 
 
-def _first_line(error) -> str:
+def _reason(error) -> str:
   """What went wrong, short: the errors of Orbax run over many lines."""
-  if error is None:
-    return 'another process failed'
-  lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0][:200] if lines else ""}'
+  return 'another process failed' if error is None else f'{type(error).__name__}: {first_line(error, most=200)}'
 
 
 class StopSignal:

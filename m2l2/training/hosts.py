@@ -35,7 +35,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from m2l2 import compiling
-from m2l2.errors import UserError
+from m2l2.errors import UserError, first_line
 from m2l2.training.watchdog import STANDSTILL, Pace, Watchdog
 
 AGAIN = 'run the same command on all hosts to go on from the last checkpoint'
@@ -71,11 +71,6 @@ class LastWords:
       self._shell.wait(timeout=5)
     except (OSError, subprocess.TimeoutExpired):
       pass
-
-
-def first_line(error) -> str:
-  lines = str(error).strip().splitlines() or [repr(error)]
-  return lines[0][:300]
 
 
 def check(*, multihost, coordinator, num_processes, process_id):

@@ -9,7 +9,7 @@ import os
 from absl import logging
 
 from m2l2.codec.codec import Codec
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 from m2l2.evaluation import clips, evaluate
 from m2l2.evaluation.embedders import embeddings
 from m2l2.evaluation.metrics import seams
@@ -77,7 +77,7 @@ class Listener:
       self._measure_all(step, weights, log)
     except Exception as error:
       logging.warning('the evaluation at step %d failed, training goes on: %s: %s', step, type(error).__name__,
-                      ' '.join(str(error).split()))
+                      in_one_line(error))
 
   def _measure_all(self, step, weights, log):
     scalars, clip = {}, self._clips[0]

@@ -12,7 +12,7 @@ from clu import parameter_overview
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, compiling, sharding
+from m2l2 import build, compiling, files, sharding
 from m2l2.training import checkpoint, hosts, metrics, preflight, timing
 from m2l2.data.pipeline import Ahead, make_loader
 from m2l2.training.listening import Listener
@@ -100,7 +100,7 @@ def train(config, workdir, writers=()) -> int:
       demand=timing.peak_flops(config) and timing.demand(config, counting.result()))
     stack.callback(loader.close)
     loader.check()
-    files = loader.mixture.fingerprint if main else None  # once: it asks for the size of every shard
+    corpus = loader.mixture.fingerprint if main else None  # once: it asks for the size of every shard
     batches = Ahead(
       loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
       ahead=fed.device_prefetch)
@@ -118,7 +118,7 @@ def train(config, workdir, writers=()) -> int:
       logging.info('going on from step %d in %s', first, workdir)
       for difference in checkpoint.config_differences(restored.config, plain):
         logging.warning('this run differs from the one it continues in %s', difference)
-      if main and position['files'] != files:
+      if main and position['files'] != corpus:
         logging.warning('the files at data.root are not those of the run so far: '
                         'the order of samples changes from here on')
     else:
@@ -159,7 +159,7 @@ def train(config, workdir, writers=()) -> int:
     # Logs: written by the first process, cut back to the step the run goes on from; the clocks
     # ==============================================================================================
     if main:
-      metrics.write_json(os.path.join(workdir, 'config.json'), plain)
+      files.write_json(os.path.join(workdir, 'config.json'), plain)
     log = metrics.make_writers(workdir, resume_step=first, total_steps=fields.steps,
                                others=writers) if main else metrics.Writers()
     stack.callback(log.close)
@@ -200,7 +200,7 @@ def train(config, workdir, writers=()) -> int:
         line, averaged = None, None
         with goodput.saving(step, state):
           checkpoints.save(step, functions.unpack(state), config=plain, position={
-            'next_index': offset + step * fields.batch_size, 'files': files})
+            'next_index': offset + step * fields.batch_size, 'files': corpus})
           if not hurried:
             averaged = sharding.fetch(functions.unpack(state.ema), here=main)
           if main and averaged:

@@ -33,7 +33,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from m2l2.training import config_file, hosts
-from m2l2.errors import UserError, printable, told
+from m2l2.errors import UserError, first_line, in_one_line, printable, told
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
@@ -61,7 +61,7 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   try:
     rest = values(argv)[1:]
   except Exception as error:  # of absl or of ml_collections: any at all
-    raise UserError(' '.join(str(error).split()) or repr(error)) from error
+    raise UserError(in_one_line(error)) from error
   config_file.check_given(values.config)
   for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
@@ -96,7 +96,7 @@ def _is_for_users(record: python_logging.LogRecord) -> bool:
   if os.path.abspath(record.pathname).startswith(own):
     return True
   if record.exc_info and record.exc_info[1]:
-    record.msg, record.args = f'{record.module}: {hosts.first_line(record.exc_info[1])}', ()
+    record.msg, record.args = f'{record.module}: {first_line(record.exc_info[1])}', ()
     record.exc_info = record.exc_text = None
   return record.levelno > python_logging.INFO
 
@@ -144,6 +144,6 @@ def main(argv=None) -> int:
     line = told(error)
     if line is None:
       raise
-    print('m2l2:', printable(' '.join(str(line).split())), file=sys.stderr)
+    print('m2l2:', printable(in_one_line(line)), file=sys.stderr)
     return 1
   return values.stopped_exit_code if done < values.config.train.steps else 0

@@ -14,6 +14,7 @@ from typing import Callable, Mapping, Protocol
 from absl import logging
 import numpy as np
 
+from m2l2 import files
 from m2l2.errors import UserError
 from m2l2.training.guard import Guard
 
@@ -58,24 +59,7 @@ def cut_back(path, *, step):
           kept.append(line)
       except (ValueError, KeyError, TypeError):
         continue  # the line during which the run was killed
-  _replace(path, ''.join(kept))
-
-
-def write_json(path, content):
-  """Replaces a JSON file in one atomic move."""
-  _replace(path, json.dumps(content, indent=2) + '\n')
-
-
-def _replace(path, text):
-  """Nothing is left beside it, on a full disk neither."""
-  partial = f'{path}.partial'
-  try:
-    with open(partial, 'w', encoding='utf-8') as f:
-      f.write(text)
-    os.replace(partial, path)
-  finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(partial)
+  files.write_text(path, ''.join(kept))
 
 
 def latent_scale(workdir, *, step: int) -> dict:

@@ -7,7 +7,7 @@ import os
 
 import jax
 
-from m2l2 import build, lock, sharding
+from m2l2 import build, files, sharding
 from m2l2.training import checkpoint, timing
 from m2l2.codec.codec import locate
 from m2l2.data.pipeline import make_loader
@@ -81,7 +81,7 @@ def make_workdir(workdir: str):
 
 def locked(workdir: str):
   """A context that holds the workdir for this run. Raises UserError: another one writes there."""
-  return lock.held(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
+  return files.locked(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
 
 
 def load_weights(path: str, params) -> Snapshot:
@@ -170,4 +170,4 @@ def _check_place(workdir):
     raise UserError(f'cannot make --workdir={workdir}: a name in it is longer than {longest} bytes')
   if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f'cannot make --workdir={workdir}: {there} is not a directory that you may write in')
-  lock.check(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
+  files.check_lock(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')

@@ -13,11 +13,10 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build
+from m2l2 import build, files
 from m2l2.planning.chips import find_chip
 from m2l2.errors import UserError
 from m2l2.planning.flops import Flops, count_flops
-from m2l2.training.metrics import write_json
 
 
 _STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
@@ -183,7 +182,7 @@ class Goodput:
 
   def _write(self):
     if self._path:
-      write_json(self._path, {'began': self._began, 'starts': self._starts, 'seconds': self._seconds})
+      files.write_json(self._path, {'began': self._began, 'starts': self._starts, 'seconds': self._seconds})
 
 
 def _read(path):

@@ -4,13 +4,12 @@ Figures are made without pyplot, so that nothing is global and no backend is cho
 """
 
 import json
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 import numpy as np
 
-from m2l2.data import audio_io
+from m2l2 import files
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
 from m2l2.evaluation.metrics.pairs import log_mel_db, mel_edges
@@ -193,15 +192,8 @@ def bars(table) -> Figure:
 
 def save(figure: Figure, path):
   """Writes a PNG; nothing half-written is left. Raises UserError where it cannot."""
-  path = Path(path)
-  temporary = Path(audio_io.temporary(os.path.abspath(path)))
-  try:
-    figure.savefig(temporary, dpi=90, format='png')
-    os.replace(temporary, path)
-  except OSError as error:
-    raise UserError(f'{path}: could not be written ({error.strerror or error})') from error
-  finally:
-    temporary.unlink(missing_ok=True)
+  with files.whole(path) as aside:
+    figure.savefig(aside, dpi=90, format='png')
 
 
 def _panels(*, rows=1, columns=1, height):

@@ -10,8 +10,8 @@ import tempfile
 
 import numpy as np
 
+from m2l2 import files
 from m2l2.data import audio_io
-from m2l2.errors import UserError
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.evaluate import HIGHER_IS_BETTER, load_pair
 
@@ -40,7 +40,7 @@ def table(report) -> list[tuple[str, str, str]]:
 
 
 def write_json(path, report):
-  _write(path, json.dumps(report, indent=2, allow_nan=False) + '\n')
+  files.write_text(path, json.dumps(report, indent=2, allow_nan=False) + '\n')
 
 
 def write_csv(path, report):
@@ -51,7 +51,7 @@ def write_csv(path, report):
   writer.writerow(['file', *metrics])
   for file in _files(report):
     writer.writerow([file, *(metric['per_file'].get(file, '') for metric in metrics.values())])
-  _write(path, text.getvalue())
+  files.write_text(path, text.getvalue())
 
 
 def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
@@ -75,22 +75,8 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
   rows = [(file, *(f'{values[name][file]:.4g}' if file in values[name] else '-' for name in names))
           for file in _files(report)]
   body.append(f'<h2>Files</h2><div class="scroll">{_html_table(("file", *names), rows)}</div>')
-  _write(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+  files.write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
                f'<style>{_STYLE}</style><body>{"".join(body)}</body></html>\n')
-
-
-def _write(path, text):
-  """Whole or not at all. Raises UserError where it cannot be."""
-  partial = audio_io.temporary(os.path.abspath(path))
-  try:
-    with open(partial, 'w', encoding='utf-8', errors='backslashreplace') as file:
-      file.write(text)
-    os.replace(partial, path)
-  except OSError as error:
-    raise UserError(f'{audio_io.shown(path)}: could not be written ({error.strerror or error})') from error
-  finally:
-    if os.path.exists(partial):
-      os.remove(partial)
 
 
 def _files(report) -> list[str]:

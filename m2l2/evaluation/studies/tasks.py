@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 
+from m2l2 import files
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 
@@ -198,8 +199,7 @@ def only(task: Task, read: np.ndarray) -> tuple[Task, np.ndarray]:
 def write_table(folder, rows: Sequence[dict]):
   """labels.csv of `rows`, dicts with path, split and the tasks; whole or not at all."""
   path = os.path.join(folder, 'labels.csv')
-  with open(f'{path}.part', 'w', encoding='utf-8', newline='') as file:
+  with files.whole(path) as aside, open(aside, 'w', encoding='utf-8', newline='') as file:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-  os.replace(f'{path}.part', path)

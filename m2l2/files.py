@@ -1,24 +1,115 @@
-"""One process at a time in a folder: a file that is locked for as long as its holder lives, and says who that is.
+"""Files whole or not at all, and one process at a time in a folder.
 
-The lock is the operating system's, so that of a killed process is gone with it, on this machine and on file systems
-that carry locks to others (NFS). Where there are none, what the file says decides: a process of this machine that is
-still alive holds it; one of another machine is only warned of.
+What is written goes under a hidden name beside its target and takes the target's name once it is complete. Such a name
+tells who made it, so that what a killed process left can be taken away.
+
+A lock is a file that is locked for as long as its holder lives, and says who that is. It is the operating system's, so
+that of a killed process is gone with it, on this machine and on file systems that carry locks to others (NFS). Where
+there are none, what the file says decides: a process of this machine that is still alive holds it; one of another
+machine is only warned of.
 """
 
+from collections.abc import Iterator
 import contextlib
 import datetime
 import fcntl
+import glob
+import hashlib
 import json
 import os
+import secrets
+import shutil
 import socket
 
 from absl import logging
 
-from m2l2.errors import UserError
+from m2l2.errors import UserError, unwritten
+
+# ---- whole or not at all
 
 
 @contextlib.contextmanager
-def held(path, *, command: str, place: str):
+def whole(target, *, durable: bool = False) -> Iterator[str]:
+  """Gives a name to write a file or folder under, which becomes `target` when the block ends well; else nothing stays.
+
+  Args:
+    target: the path; of a link, what it points to is replaced.
+    durable: the bytes are on the disk before the name is: after a crash of the machine it never stands for half a file.
+
+  Raises UserError: it cannot be written.
+  """
+  place = os.path.realpath(target)
+  aside = temporary(place)
+  try:
+    yield aside
+    if durable:
+      sync(aside)
+    os.replace(aside, place)
+  except OSError as error:
+    raise unwritten(target, error) from error
+  finally:
+    _remove(aside)
+
+
+def write_text(target, text: str):
+  """A text file, whole or not at all. Raises UserError where it cannot be."""
+  with whole(target) as aside, open(aside, 'w', encoding='utf-8', errors='backslashreplace') as file:
+    file.write(text)
+
+
+def write_json(target, value, *, indent: int = 2):
+  """JSON, whole or not at all. Raises UserError where it cannot be."""
+  write_text(target, json.dumps(value, indent=indent) + '\n')
+
+
+def sync(path):
+  """Waits until the bytes of a file, or the names in a folder, are on the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def temporary(target: str) -> str:
+  """A free name beside the target; hidden, so that no scan takes it for music. It tells who made it."""
+  folder, base = os.path.split(target)
+  return os.path.join(folder, f'.{_short(base)}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part')
+
+
+def remove_leftovers(target: str):
+  """Takes away what killed processes of this machine left of a target that they were writing (`temporary`)."""
+  folder, base = os.path.split(target)
+  for path in glob.iglob(os.path.join(glob.escape(folder), f'.{glob.escape(_short(base))}.{_machine()}.*.part')):
+    number = path.split('.')[-3]
+    if number.isdecimal() and _began(int(number)) is None:
+      with contextlib.suppress(OSError):
+        _remove(path)
+
+
+def _remove(path):
+  if os.path.isdir(path) and not os.path.islink(path):
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(path)
+
+
+def _short(base: str) -> str:
+  """What fits into 255 bytes with more behind it."""
+  return os.fsdecode(os.fsencode(base)[:16])
+
+
+def _machine() -> str:
+  """A word for this machine, and this container on it: process numbers mean something there."""
+  return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+# ---- one process at a time
+
+
+@contextlib.contextmanager
+def locked(path, *, command: str, place: str):
   """Holds the lock at `path` during the block; the file is gone afterwards.
 
   Args:
@@ -36,8 +127,8 @@ def held(path, *, command: str, place: str):
         os.unlink(path)  # while it is locked: whoever has it open finds that it is no longer this file
 
 
-def check(path, *, command: str, place: str):
-  """Raises UserError where `held` would find another process's lock; changes nothing."""
+def check_lock(path, *, command: str, place: str):
+  """Raises UserError where `locked` would find another process's lock; changes nothing."""
   if os.path.exists(path):
     try:
       with open(path, encoding='utf-8') as file:
