@@ -11,13 +11,12 @@ import os
 import sys
 
 import jax
-import jax.numpy as jnp
 
 from m2l2 import build, sharding
-from m2l2.planning import chips, hlo
-from m2l2.training import timing
 from m2l2.errors import UserError, first_line
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.planning import chips, hlo
+from m2l2.training import programs, timing
 
 MAX_COMPILES = 6
 FULL = 0.9  # of the memory: beyond, the compiler tries for half an hour and longer to compute things twice
@@ -162,19 +161,11 @@ def _compile(config, mesh, say, *, probe=False):
   # An abstract mesh: with jax.set_mesh the few arrays made while tracing would go to the TPUs that are not there.
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     functions = build.step_functions(config)
-    abstract = jax.eval_shape(functions.init, jax.random.key(0))
-    placement = sharding.param_shardings(abstract.params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
-    shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    audio = jax.ShapeDtypeStruct((config.train.batch_size, functions.channels, functions.crop_samples), jnp.float32,
-                                 sharding=sharding.batch_sharding(mesh))
-    whole = sharding.replicated(mesh)
-    if probe:  # as m2l2/training/loop.py has it, but for the key
-      ask = lambda params, batch: functions.probe_step(params, batch, jax.random.key(config.seed))
-      lowered = jax.jit(ask, out_shardings=whole).lower(abstract.params, {'audio': audio})
-    else:
-      step = jax.jit(functions.train_step, donate_argnums=0, out_shardings=(shardings, whole))
-      lowered = step.lower(abstract, {'audio': audio})
+    state, _ = programs.abstract_state(functions, lambda: functions.init(jax.random.key(0)), mesh,
+                                       preset=config.mesh.preset)
+    batch = programs.abstract_batch(functions, mesh, batch_size=config.train.batch_size)
+    lowered = (programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed) if probe
+               else programs.lower_step(functions, state, batch, mesh))
     try:
       return lowered.compile(), ''
     except Exception as error:

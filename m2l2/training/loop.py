@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import build, compiling, files, sharding
-from m2l2.training import checkpoint, hosts, metrics, preflight, timing
-from m2l2.data.pipeline import Ahead, make_loader
-from m2l2.training.listening import Listener
 from m2l2.codec.snapshot import Background, save_snapshot
+from m2l2.data.pipeline import Ahead, make_loader
+from m2l2.training import checkpoint, hosts, metrics, preflight, programs, timing
+from m2l2.training.listening import Listener
 from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING
 
 
@@ -60,12 +60,8 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     # Shapes first: nothing is allocated before it is known where it goes
     # ==============================================================================================
-    abstract = jax.eval_shape(init)
-    placement = sharding.param_shardings(
-      abstract.params, functions.logical_axes, mesh=mesh, preset=config.mesh.preset)
-    shardings = sharding.state_shardings(abstract, placement.shardings, mesh=mesh)
-    abstract = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    abstract, placement = programs.abstract_state(functions, init, mesh, preset=config.mesh.preset)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     if main:
       table = parameter_overview.get_parameter_overview(abstract.params, include_stats=False)
       logging.vlog(1, 'parameters:\n%s', table)  # --v=1 shows it
@@ -130,27 +126,20 @@ def train(config, workdir, writers=()) -> int:
       del start
     del restored  # it would hold the first state for the whole run
     state = functions.pack(state)
-    packed = jax.tree.map(lambda x: x.sharding, state)
 
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
     # ==============================================================================================
-    whole = sharding.replicated(mesh)
-    audio = jax.ShapeDtypeStruct(
-      (fields.batch_size, functions.channels, functions.crop_samples), jnp.float32,
-      sharding=sharding.batch_sharding(mesh))
     logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compile_began = time.perf_counter()
-    compiled = lambda program, *args, **options: jax.jit(program, **options).lower(*args).compile(
-      compiler_options=build.compiler_options(config))
-    update = lambda program: compiled(
-      program, state, {'audio': audio}, donate_argnums=0, out_shardings=(packed, whole))
-    train_step = update(functions.train_step) if functions.head_start < fields.steps else None
-    head_step = update(functools.partial(functions.train_step, head=True)) if first < functions.head_start else None
-    probe = lambda params, batch, step: functions.probe_step(
-      params, batch, jax.random.fold_in(jax.random.key(config.seed), step))
+    batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
+    compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
+    update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
+    train_step = update() if functions.head_start < fields.steps else None
+    head_step = update(head=True) if first < functions.head_start else None
     probes = fields.probe_every and fields.steps // fields.probe_every > first // fields.probe_every
-    probe_step = compiled(probe, state.params, {'audio': audio}, state.step, out_shardings=whole) if probes else None
+    probe_step = compiled(
+      programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed)) if probes else None
     sharding.fetch(functions.unpack(state.ema), here=False)  # what saving needs of the devices is compiled now, too
     _log_memory([train_step or head_step, probe_step], seconds=time.perf_counter() - compile_began)
     hosts.meet('compiled')

@@ -1,0 +1,50 @@
+"""The programs of a run, lowered: what the loop compiles, the plan estimates and the benchmarks time is the same."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from m2l2 import sharding
+
+
+def abstract_state(functions, init: Callable, mesh, *, preset: str):
+  """Shapes and places of a run's state; nothing is allocated.
+
+  Args:
+    functions: `train_step.StepFunctions`.
+    init: () -> TrainState, traced alone.
+    preset: of sharding's table of logical axes.
+
+  Returns:
+    (TrainState of jax.ShapeDtypeStruct with shardings, the `sharding.Placement` of its parameters).
+  """
+  state = jax.eval_shape(init)
+  placement = sharding.param_shardings(state.params, functions.logical_axes, mesh=mesh, preset=preset)
+  shardings = sharding.state_shardings(state, placement.shardings, mesh=mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings), placement
+
+
+def abstract_batch(functions, mesh, *, batch_size: int) -> dict:
+  """{'audio': float32 [B, C, N]}, split over the mesh's devices."""
+  shape = (batch_size, functions.channels, functions.crop_samples)
+  return {'audio': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))}
+
+
+def lower_step(functions, state, batch, mesh, *, head: bool = False):
+  """`functions.train_step`, lowered for a packed state and a batch (arrays, or shapes with shardings).
+
+  The state is donated and comes back where it was: without out_shardings step 2 would compile again.
+  """
+  step = functools.partial(functions.train_step, head=True) if head else functions.train_step
+  places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, batch)
+
+
+def lower_probe(functions, params, batch, mesh, *, seed: int):
+  """(packed params, batch, int32[] step) -> `functions.probe_step` with the noise of (seed, step), lowered."""
+  probe = lambda params, batch, step: functions.probe_step(
+    params, batch, jax.random.fold_in(jax.random.key(seed), step))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+  return jax.jit(probe, out_shardings=sharding.replicated(mesh)).lower(params, batch, step)
