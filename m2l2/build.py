@@ -153,13 +153,13 @@ def step_functions(config, *, ravel=False, data=None):
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
       clip_norm=train['clip_norm'])
-  return train_step.make_step_functions(
-      network=net, representation=data or representation(config['model']), consistency=process, optimizer=optimizer,
-      schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'], total_steps=train['steps'],
-      accumulate=train['accumulate'], envelope_weight=train['envelope_weight'],
-      envelope_bands=train['envelope_bands'], nested=train['nested'],
+  objective = train_step.Objective(
+      network=net, representation=data or representation(config['model']), consistency=process, steps=train['steps'],
       head_start=int(train['head_start'] * train['steps']), head_start_on=train['head_start_on'],
-      native_rates=native_rates(config['model']), ravel=ravel)
+      envelope_weight=train['envelope_weight'], envelope_bands=train['envelope_bands'], nested=train['nested'])
+  return train_step.make_step_functions(
+      objective, optimizer=optimizer, schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'],
+      accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel)
 
 
 def _names(cls) -> set:

@@ -58,11 +58,12 @@ TOY = Network(arch=types.SimpleNamespace(chunks=2, make_bottleneck=Tanh), init=_
 
 
 def _functions(*, network=TOY, **fields):
-  return train_step.make_step_functions(**{
-    'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(),
-    'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
-    'total_steps': 10, 'accumulate': 1, 'envelope_weight': 1., 'envelope_bands': 0, 'nested': 0., 'head_start': 0,
-    'head_start_on': 'envelope', 'native_rates': (44100,), **fields})
+  run = {'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
+         'accumulate': 1, 'native_rates': (44100,)}
+  run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel')}
+  return train_step.make_step_functions(train_step.Objective(**{
+    'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(), 'steps': 10,
+    'envelope_weight': 1., 'head_start_on': 'envelope', **fields}), **run)
 
 
 def _batch(size=16, functions=None, seed=0):

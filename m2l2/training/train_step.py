@@ -70,72 +70,102 @@ class StepFunctions:
   unpack: Callable = lambda state: state
 
 
-def make_step_functions(*, network: Network, representation: Representation, consistency: Consistency,
-                        optimizer: optax.GradientTransformation, schedule: Callable, ema_max: float, seed: int,
-                        total_steps: int, accumulate: int, envelope_weight: float, envelope_bands: int, nested: float,
-                        head_start: int, head_start_on: str, native_rates, ravel: bool = False) -> StepFunctions:
-  """Binds the parts to the three functions.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What training minimises: the consistency loss of whole crops, as a pure function of (params, audio, keys).
 
-  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For its first
-  `head_start` steps the loop calls train_step(..., head=True), which trains on what `head_start_on` says:
-    'data': one step from sigma_max is to give the data itself (a regression through all three networks);
-    'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
-    'envelope': the envelope alone; the denoiser does not even run.
-  (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
+  Attributes:
+    network, representation, consistency: the parts.
+    steps: of the whole run, over which the index step shrinks.
+    head_start: of those, the first ones, which train on what `head_start_on` says:
+      'data': one step from sigma_max is to give the data itself (a regression through all three networks);
+      'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
+      'envelope': the envelope alone; the denoiser does not even run.
+    envelope_weight, envelope_bands: of the envelope's loss, see model/envelope.py.
+    nested: chance that a chunk keeps a prefix of its embeddings alone, see `shorten`.
   """
-  bottleneck = network.arch.make_bottleneck()
-  chunks = network.arch.chunks
-  stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
+  network: Network
+  representation: Representation
+  consistency: Consistency
+  steps: int
+  head_start: int = 0
+  head_start_on: str = 'data'
+  envelope_weight: float = 0.0
+  envelope_bands: int = 0
+  nested: float = 0.0
 
-  def loss_fn(params, audio, keys, step, *, head):
-    """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
-    progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
+  def loss_fn(self, params, audio, keys, step, *, head: bool = False):
+    """Student and teacher at two neighbouring noise levels, from one set of features: (scalar, metrics).
+
+    Args:
+      params: nested dict of float32 arrays.
+      audio: float32 [B, C, N], N samples of `chunks` chunks.
+      keys: [B], an item's randomness: levels, noise, what a bottleneck drops.
+      step: int32[], which tells the index step.
+      head: the head start's loss instead. (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the
+        branch on one thread, three times slower.)
+    """
+    network, consistency, chunks = self.network, self.consistency, self.network.arch.chunks
+    progress = jnp.maximum(step - self.head_start, 0) / max(self.steps - self.head_start, 1)
     with jax.named_scope('analyse'):
-      spec = representation.analyse(audio)
+      spec = self.representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
-    noise = jax.vmap(lambda k: representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
+    noise = jax.vmap(lambda k: self.representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
 
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
-    z = kept = bottleneck(pre, keys=drop_keys)
-    if nested:
-      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=nested)
+    z = kept = network.arch.make_bottleneck()(pre, keys=drop_keys)
+    if self.nested:
+      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=self.nested)
     features = network.decode(params, kept)
     data_std = local_deviation(consistency, features)
 
-    def consistency_loss():
-      with jax.named_scope('student'):
-        student = denoise(network, consistency, params, spec, noise, high, features, data_std)
-      with jax.named_scope('teacher'):
-        teacher = denoise(network, consistency, *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
-      return consistency.loss(student, teacher, high=high, low=low)
-
-    def head_loss():
-      with jax.named_scope('student'):
-        top = jnp.full_like(high, consistency.sigma_max)
-        estimate = denoise(network, consistency, params, spec, noise, top, features, data_std)
-      if head_start_on == 'data':
-        return consistency.distance(estimate, spec)
-      return jnp.mean(jnp.abs(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)), axis=(2, 3, 4))
-
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
     if not head:
-      per_chunk = consistency_loss()
+      per_chunk = self._consistency_loss(params, spec, noise, high, low, features, data_std)
       loss = jnp.mean(per_chunk)
       metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
-    elif head_start_on != 'envelope':
-      loss = metrics['loss/head_start'] = jnp.mean(head_loss())
+    elif self.head_start_on != 'envelope':
+      top = jnp.full_like(high, consistency.sigma_max)
+      loss = metrics['loss/head_start'] = jnp.mean(self._head_loss(params, spec, noise, top, features, data_std))
     else:
       loss = jnp.float32(0)
     if 'log_magnitude' in features:
-      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec, bands=envelope_bands))
+      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec, bands=self.envelope_bands))
       metrics['loss/envelope'] = error
-      loss = loss + envelope_weight * error
+      loss = loss + self.envelope_weight * error
     return loss, metrics
 
+  def _consistency_loss(self, params, spec, noise, high, low, features, data_std):
+    with jax.named_scope('student'):
+      student = denoise(self.network, self.consistency, params, spec, noise, high, features, data_std)
+    with jax.named_scope('teacher'):
+      teacher = denoise(self.network, self.consistency,
+                        *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+    return self.consistency.loss(student, teacher, high=high, low=low)
+
+  def _head_loss(self, params, spec, noise, top, features, data_std):
+    with jax.named_scope('student'):
+      estimate = denoise(self.network, self.consistency, params, spec, noise, top, features, data_std)
+    if self.head_start_on == 'data':
+      return self.consistency.distance(estimate, spec)
+    return jnp.mean(jnp.abs(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)), axis=(2, 3, 4))
+
+
+def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransformation, schedule: Callable,
+                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False
+                        ) -> StepFunctions:
+  """Binds an objective and an optimizer to what the loop calls.
+
+  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For the objective's
+  first `head_start` steps the loop calls train_step(..., head=True).
+  """
+  network, representation = objective.network, objective.representation
+  stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
+
   def gradients(params, audio, keys, step, *, head):
-    grad = jax.value_and_grad(functools.partial(loss_fn, head=head), has_aux=True)
+    grad = jax.value_and_grad(functools.partial(objective.loss_fn, head=head), has_aux=True)
     if accumulate == 1:
       (loss, metrics), grads = grad(params, audio, keys, step)
       return grads, {'loss': loss, **metrics}
@@ -185,13 +215,13 @@ def make_step_functions(*, network: Network, representation: Representation, con
 
   def probe_step(params, batch, key):
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
-                 consistency=consistency)
+                 consistency=objective.consistency)
 
   return StepFunctions(
       init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
       logical_axes=network.logical_axes, network=network,
-      crop_samples=representation.crop_samples(chunks), channels=representation.channels,
-      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
+      crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
+      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=objective.head_start)
 
 
 def shorten(z, keys, *, chance: float):
