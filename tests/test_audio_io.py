@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data import audio_io, containers
+from m2l2.data import audio_io, containers, paths
 from m2l2.errors import UserError
 
 KINDS = {
@@ -73,7 +73,7 @@ def test_seek_equals_slice(tmp_path, name):
 def test_reads_in_bounded_pieces(tmp_path, monkeypatch):
   audio = tone(rate=8000, samples=5000, channels=3)
   path = encode(tmp_path / 'a.wav', audio, rate=8000, format='WAV', subtype='FLOAT')
-  monkeypatch.setattr(audio_io, '_READ_VALUES', 300)
+  monkeypatch.setattr('m2l2.data.reader._READ_VALUES', 300)
   np.testing.assert_array_equal(audio_io.read(path)[0], audio)
   np.testing.assert_array_equal(audio_io.read(path, start=7, frames=4321)[0], audio[:, 7:4328])
   blocks = list(audio_io.read_blocks(path, block_samples=1024))
@@ -549,13 +549,13 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path):
   with subprocess.Popen(['true']) as dead:
     pass
 
-  def left(target, *, machine=audio_io._machine(), process=dead.pid):
+  def left(target, *, machine=paths._machine(), process=dead.pid):
     path = tmp_path / f'.{target}.{machine}.{process}.0123abcd.part'
     path.write_bytes(b'half')
     return path.name
   name = f'a[1]{"ö" * 60}.wav'
   made = audio_io.temporary(os.fspath(tmp_path / name))
-  short = os.path.basename(made)[1:].split(f'.{audio_io._machine()}.')[0]
+  short = os.path.basename(made)[1:].split(f'.{paths._machine()}.')[0]
   left(short)
   kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work
   audio_io.write(tmp_path / name, np.zeros((1, 8)), 8000)
@@ -601,7 +601,7 @@ def test_disk_full_is_one_line(tmp_path, monkeypatch):
 
 
 def test_wav_stops_at_4_gib(tmp_path, monkeypatch):
-  monkeypatch.setattr(audio_io, '_WAV_LIMIT', 100)
+  monkeypatch.setattr('m2l2.data.writer._WAV_LIMIT', 100)
   with pytest.raises(UserError, match='4 GiB'):
     audio_io.write(tmp_path / 'a.wav', np.zeros((1, 40)), 8000)
   audio_io.write(tmp_path / 'a.flac', np.zeros((1, 40)), 8000)
