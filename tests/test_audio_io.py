@@ -11,6 +11,7 @@ import pytest
 import soundfile
 
 from m2l2.data import audio_io, containers, paths
+from m2l2.data.containers import checksum, ogg
 from m2l2.errors import UserError
 
 KINDS = {
@@ -239,9 +240,9 @@ def test_vorbis_cut_out_without_decoding_is_read_to_its_end(tmp_path):
                 subtype='VORBIS')
   whole, _ = audio_io.read(path)
   data = bytearray(open(path, 'rb').read())
-  for page in containers._pages(bytes(data)):
+  for page in ogg.pages_of(bytes(data)):
     if page.granule > 0:
-      data[page.offset:page.body + sum(page.lacing)] = containers._ogg_page(
+      data[page.offset:page.body + sum(page.lacing)] = ogg.changed_page(
           bytes(data), page, granule=page.granule - 3000)
   cut = tmp_path / 'cut.ogg'
   cut.write_bytes(data)
@@ -517,7 +518,7 @@ def test_opus_is_read_at_48_khz(tmp_path, rate):
   at = data.index(b'OpusHead') + 12
   data[at:at + 4] = rate.to_bytes(4, 'little')
   data[22:26] = bytes(4)
-  data[22:26] = containers._crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
+  data[22:26] = checksum.crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
   open(path, 'wb').write(data)
   assert soundfile.info(path).samplerate == rate
   read, found = audio_io.read(path)
