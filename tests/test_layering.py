@@ -40,7 +40,7 @@ BANS = {
 KEEPERS = {
     'soundfile': ('m2l2.data.streams', 'm2l2.data.writer'),
     'av': ('m2l2.data.ffmpeg',),
-    'apache_beam': ('m2l2.data.prepare',),
+    'apache_beam': ('m2l2.data.prepare.stages',),
     'torch': ('m2l2.interop.codicodec',),
     'codicodec': ('m2l2.interop.codicodec',),
     # What turns a config into networks is called by build alone.
