@@ -57,6 +57,7 @@ _NOW = {
     **{f'm2l2.{"evaluation." if "." in room else ""}{name}': f'm2l2.{room}.{name}'
        for room, names in _MOVED.items() for name in names},
     'm2l2.train': 'm2l2.training.loop',
+    'm2l2.data.decoder': 'm2l2.data.prepare.child',
     'm2l2.clips': 'm2l2.assets', 'm2l2.compilation_cache': 'm2l2.compiling', 'm2l2.decoding': 'm2l2.codec.sampler'}
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from m2l2 import files
 from m2l2.data import audio_io, containers
+from m2l2.data.containers import checksum, ogg
 from m2l2.errors import UserError
 
 KINDS = {
@@ -73,7 +75,7 @@ def test_seek_equals_slice(tmp_path, name):
 def test_reads_in_bounded_pieces(tmp_path, monkeypatch):
   audio = tone(rate=8000, samples=5000, channels=3)
   path = encode(tmp_path / 'a.wav', audio, rate=8000, format='WAV', subtype='FLOAT')
-  monkeypatch.setattr(audio_io, '_READ_VALUES', 300)
+  monkeypatch.setattr('m2l2.data.reader._READ_VALUES', 300)
   np.testing.assert_array_equal(audio_io.read(path)[0], audio)
   np.testing.assert_array_equal(audio_io.read(path, start=7, frames=4321)[0], audio[:, 7:4328])
   blocks = list(audio_io.read_blocks(path, block_samples=1024))
@@ -239,9 +241,9 @@ def test_vorbis_cut_out_without_decoding_is_read_to_its_end(tmp_path):
                 subtype='VORBIS')
   whole, _ = audio_io.read(path)
   data = bytearray(open(path, 'rb').read())
-  for page in containers._pages(bytes(data)):
+  for page in ogg.pages_of(bytes(data)):
     if page.granule > 0:
-      data[page.offset:page.body + sum(page.lacing)] = containers._ogg_page(
+      data[page.offset:page.body + sum(page.lacing)] = ogg.changed_page(
           bytes(data), page, granule=page.granule - 3000)
   cut = tmp_path / 'cut.ogg'
   cut.write_bytes(data)
@@ -517,7 +519,7 @@ def test_opus_is_read_at_48_khz(tmp_path, rate):
   at = data.index(b'OpusHead') + 12
   data[at:at + 4] = rate.to_bytes(4, 'little')
   data[22:26] = bytes(4)
-  data[22:26] = containers._crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
+  data[22:26] = checksum.crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
   open(path, 'wb').write(data)
   assert soundfile.info(path).samplerate == rate
   read, found = audio_io.read(path)
@@ -549,13 +551,13 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path):
   with subprocess.Popen(['true']) as dead:
     pass
 
-  def left(target, *, machine=audio_io._machine(), process=dead.pid):
+  def left(target, *, machine=files._machine(), process=dead.pid):
     path = tmp_path / f'.{target}.{machine}.{process}.0123abcd.part'
     path.write_bytes(b'half')
     return path.name
   name = f'a[1]{"ö" * 60}.wav'
-  made = audio_io.temporary(os.fspath(tmp_path / name))
-  short = os.path.basename(made)[1:].split(f'.{audio_io._machine()}.')[0]
+  made = files.temporary(os.fspath(tmp_path / name))
+  short = os.path.basename(made)[1:].split(f'.{files._machine()}.')[0]
   left(short)
   kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work
   audio_io.write(tmp_path / name, np.zeros((1, 8)), 8000)
@@ -601,7 +603,7 @@ def test_disk_full_is_one_line(tmp_path, monkeypatch):
 
 
 def test_wav_stops_at_4_gib(tmp_path, monkeypatch):
-  monkeypatch.setattr(audio_io, '_WAV_LIMIT', 100)
+  monkeypatch.setattr('m2l2.data.writer._WAV_LIMIT', 100)
   with pytest.raises(UserError, match='4 GiB'):
     audio_io.write(tmp_path / 'a.wav', np.zeros((1, 40)), 8000)
   audio_io.write(tmp_path / 'a.flac', np.zeros((1, 40)), 8000)

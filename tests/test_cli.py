@@ -596,7 +596,6 @@ def test_what_a_killed_writer_left_is_taken_away_by_the_next_run(name, folder, m
       lambda: audio_io.check_writable(target, extensions=None))
   check()
   assert os.listdir(folder) == left  # its process lives
-  monkeypatch.setattr(audio_io, '_is_alive', lambda process: False)
   monkeypatch.setattr(files, '_began', lambda process: None)
   check()
   assert os.listdir(folder) == []

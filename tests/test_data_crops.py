@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import soundfile
 
 from m2l2.data import audio_io
 from m2l2.data import order
@@ -148,7 +149,7 @@ def test_a_resampled_crop_equals_the_whole_file_resampled(tmp_path, rate):
 
 def folder(tmp_path, **files):
   for name, audio in files.items():
-    with audio_io.soundfile.SoundFile(
+    with soundfile.SoundFile(
         tmp_path / f'{name}.wav', 'w', 44100, len(audio), subtype='FLOAT') as f:
       f.write(audio.T)
   return Mixture((find_audio_files(tmp_path),))

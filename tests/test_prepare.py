@@ -15,7 +15,8 @@ from soak_prepare import contents, killed_run, unaccounted, write_fuzzed, write_
 import tensorflow_datasets as tfds
 
 from m2l2 import cli
-from m2l2.data import audio_io, decoder, prepare, segments
+from m2l2.data import audio_io, prepare, segments
+from m2l2.data.prepare import child
 from m2l2.errors import UserError
 
 ALL = prepare.Options(validation_fraction=0.)
@@ -99,12 +100,19 @@ def test_every_sample_comes_back_through_tfds(music, prepared):
 
 
 def test_no_tensorflow(prepared):
-  code = (f'import sys, tensorflow_datasets as tfds; from m2l2.data import prepare, segments\n'
+  code = ('import sys, tensorflow_datasets as tfds; from m2l2.data import segments\n'
+          'from m2l2.data.prepare import prepare\n'
           f's = tfds.builder_from_directory({str(prepared)!r}).as_data_source()["train"]\n'
           'print(len(s), sum(segments.read_audio(r).shape[1] for r in s), "tensorflow" in sys.modules)')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   found = records(prepared)
   assert done.stdout.split() == [str(len(found)), str(sum(r['samples'] for r in found)), 'False']
+
+
+def test_the_children_that_decode_load_neither_beam_nor_what_reads_shards():
+  code = ('import sys, m2l2.data.prepare.child; '
+          'print({"apache_beam", "array_record", "grain", "jax", "tensorflow_datasets"} & set(sys.modules))')
+  assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'set()\n'
 
 
 def test_the_manifest_counts(music, prepared):
@@ -123,9 +131,9 @@ def test_the_manifest_counts(music, prepared):
 
 @pytest.mark.parametrize('samples', [1, 30, 31, 99, 100, 101, 170, 171, 1234, 99_999])
 def test_segments_are_even(samples):
-  length = decoder.even_length(samples, longest=100, overlap=30)
+  length = child.even_length(samples, longest=100, overlap=30)
   assert length <= 100
-  starts = [starts for _, starts, _ in decoder.split([np.zeros((1, samples))], length=length, overlap=30)]
+  starts = [starts for _, starts, _ in child.split([np.zeros((1, samples))], length=length, overlap=30)]
   assert len(starts) == max(1, -(-(samples - 30) // 70))  # no more than they must be
   own = [*starts[:-1], starts[-1] - 30] if samples > 30 else [1]  # that a crop of the overlap's length can begin at
   assert sum(starts) == samples and max(own) - min(own) < len(own) + 1
@@ -136,7 +144,7 @@ def test_segments_are_even(samples):
 def test_no_crop_is_lost(samples, block):
   signal = np.arange(2 * samples).reshape(2, samples)
   blocks = [signal[:, start:start + block] for start in range(0, samples, block)]
-  made = list(decoder.split(blocks, length=100, overlap=30))
+  made = list(child.split(blocks, length=100, overlap=30))
   owner = 0
   for number, (offset, starts, audio) in enumerate(made):
     np.testing.assert_array_equal(audio, signal[:, offset:offset + audio.shape[1]])
@@ -323,7 +331,7 @@ def test_files_that_vanish_after_the_plan(tmp_path, monkeypatch):
     (tmp_path / 'in' / '1.wav').unlink()
     return plan(*args)
 
-  monkeypatch.setattr(prepare, 'plan_shards', vanishing)
+  monkeypatch.setattr('m2l2.data.prepare.command.plan_shards', vanishing)
   run(tmp_path / 'in', tmp_path / 'out')
   assert skipped(tmp_path / 'out') == {'1.wav': 'there is no such file'}
   assert len(records(tmp_path / 'out')) == 2
@@ -419,7 +427,7 @@ def test_a_stop_while_the_pipeline_is_put_together_leaves_no_temporary_folder(mu
 
   (tmp_path / 'tmp').mkdir()
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'tmp'))
-  monkeypatch.setattr(prepare.beam, 'Create', stopped)
+  monkeypatch.setattr('apache_beam.Create', stopped)
   with pytest.raises(SystemExit):
     run(music, tmp_path / 'out')
   assert not os.listdir(tmp_path / 'tmp')

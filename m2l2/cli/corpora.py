@@ -56,17 +56,17 @@ def _prepare(args):
   extras.require('preparing', 'beam', 'apache_beam', 'array_record', 'fsspec', 'tensorflow_datasets')
   try:
     logging.disable(logging.WARNING)  # Beam's, about parts of itself that nobody asked for
-    from m2l2.data import prepare
+    from m2l2.data.prepare import Limits, Options, prepare
   finally:
     logging.disable(logging.NOTSET)
   try:
     rates = tuple(int(rate) for rate in args.rates.split(','))
   except ValueError as error:
     raise UserError(f'--rates={args.rates}: give numbers in Hz with commas between') from error
-  manifest = prepare.prepare(
+  manifest = prepare(
       args.input, args.output, runner=args.runner, processes=args.processes, beam_arguments=tuple(args.rest),
-      quiet=args.quiet, limits=prepare.Limits(timeout=args.timeout, memory=args.memory_mb << 20),
-      options=prepare.Options(
+      quiet=args.quiet, limits=Limits(timeout=args.timeout, memory=args.memory_mb << 20),
+      options=Options(
           segment_seconds=args.segment_seconds, overlap_seconds=args.overlap_seconds, rates=rates,
           validation_fraction=args.validation_fraction, silence_dbfs=args.silence_dbfs,
           shard_minutes=args.shard_minutes))

@@ -1,4 +1,5 @@
 """Audio in and out of files, prepared data, and the training data path.
 
-`audio_io` (no Grain) serves inference as well; `pipeline` and `records` are the files that need Grain.
+`audio_io` (no Grain) is the face of `reader`, `writer` and `resampling`, and serves inference as well;
+`pipeline` and `records` are the files that need Grain.
 """

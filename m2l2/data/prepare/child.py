@@ -1,6 +1,6 @@
 """Decoding in a child process, bounded in time and in memory: a codec that hangs or crashes costs one file.
 
-A `Decoder` is the parent's end of one child, which lives for many files (starting one takes longer
+A `DecodingProcess` is the parent's end of one child, which lives for many files (starting one takes longer
 than decoding a song). Requests and replies are lines of JSON through pipes; segments go through an
 unlinked file, so that what a file gave counts only when all of it was decoded, memory stays flat, and
 a kill leaves nothing behind. This module is what the child runs: it imports no more than decoding needs.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import hashlib
 import json
 import os
+import pathlib
 import resource
 import select
 import signal
@@ -189,7 +190,7 @@ def _serve(spool: int, memory: int):
 # ---- in the parent -------------------------------------------------------------------------------
 
 
-class Decoder:
+class DecodingProcess:
   """One child, started when it is first needed and again after it died. Not for two threads at once.
 
   Args:
@@ -247,10 +248,10 @@ class Decoder:
   def _start(self):
     if self._closed:
       raise UserError('stopped')
-    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    paths = [package, *filter(None, [os.environ.get('PYTHONPATH')])]
+    package = pathlib.Path(__file__).absolute().parents[3]
+    paths = [str(package), *filter(None, [os.environ.get('PYTHONPATH')])]
     self._child = subprocess.Popen(
-        [sys.executable, '-P', '-m', 'm2l2.data.decoder', str(self._spool.fileno()), str(self._memory)],
+        [sys.executable, '-P', '-m', 'm2l2.data.prepare.child', str(self._spool.fileno()), str(self._memory)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[self._spool.fileno()],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1'})
     reply = self._receive(_READY)

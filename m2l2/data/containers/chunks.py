@@ -1,0 +1,43 @@
+"""WAV and AIFF: files of chunks, of which a header may state less or more than there is."""
+
+import struct
+
+from m2l2.data.containers import mp3
+from m2l2.data.containers.parts import Contents, Part
+
+
+def contents(buffer, order) -> Contents:
+  """A length that is 0 though samples follow, or one that promises more than there is."""
+  at, size, width, name = 12, len(buffer), 0, b'data' if order == '<' else b'SSND'
+  while at + 8 <= size:
+    kind, length = struct.unpack_from(f'{order}4sI', buffer, at)
+    if kind == b'fmt ':
+      width, = struct.unpack_from('<H', buffer, at + 20)
+      if struct.unpack_from('<H', buffer, at + 8)[0] == 0x55:  # MP3, of which libsndfile guesses the length here
+        place = buffer.find(b'data', at)
+        return mp3.contents(buffer, place + 8) if place > 0 else Contents()
+    elif kind == b'COMM':
+      channels, _, bits = struct.unpack_from('>HIH', buffer, at + 8)
+      width = channels * -(-bits // 8)
+    elif kind == name:
+      there = size - at - 8
+      if not length and there >= max(1, width) and not _ends_well(buffer, at + 8, order):
+        patch = bytes(buffer[12:at + 4]) + struct.pack(f'{order}I', there)
+        return Contents((Part((bytes(buffer[:4]) + struct.pack(f'{order}I', size - 8) + bytes(buffer[8:12]) + patch,
+                               (at + 8, size))),))
+      # What a writer to a pipe states, who cannot know: 2^31 or 2^32 less some bytes.
+      if there < length < 2**31 - 2**16 and width:
+        return Contents(stated=(length - there) // width)
+      return Contents()
+    at += 8 + length + length % 2
+  return Contents()
+
+
+def _ends_well(buffer, at, order) -> bool:
+  """Whether further chunks, and nothing else, go from here to the end."""
+  while at + 8 <= len(buffer):
+    kind, length = struct.unpack_from(f'{order}4sI', buffer, at)
+    if not kind.isascii() or not kind.decode().isprintable():
+      return False
+    at += 8 + length + length % 2
+  return len(buffer) <= at <= len(buffer) + 1

@@ -1,0 +1,177 @@
+"""Ogg: chained streams of Vorbis, Opus or FLAC, in pages; and places in Vorbis from which decoding is exact."""
+
+from array import array
+import dataclasses
+import struct
+
+from m2l2.data.containers.checksum import crc
+from m2l2.data.containers.parts import Contents, MOST_PARTS, Part, XIPH_ORDER
+
+_APART = 2**16  # samples from one place of a Vorbis stream to the next
+_OPUS_RATE = (48000).to_bytes(4, 'little')
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+  """The header of a page, as far as it is needed."""
+  offset: int
+  body: int  # where its packets begin
+  flags: int  # 1: begins inside a packet, 2: first of a stream, 4: its last
+  granule: int
+  serial: int
+  lacing: bytes
+
+
+def pages_of(buffer) -> list[Page]:
+  """The whole pages, in order; what lies between them is passed over."""
+  at, pages = 0, []
+  while at >= 0 and at + 27 <= len(buffer):
+    magic, _, flags, granule, serial, _, _, count = struct.unpack_from('<4sBBqIIIB', buffer, at)
+    if magic != b'OggS':
+      at = buffer.find(b'OggS', at + 1)
+      continue
+    lacing = bytes(buffer[at + 27:at + 27 + count])
+    body = at + 27 + count
+    if body + sum(lacing) > len(buffer):
+      break
+    pages.append(Page(at, body, flags, granule, serial, lacing))
+    at = body + sum(lacing)
+  return pages
+
+
+def contents(buffer) -> Contents:
+  """Each of chained streams; nothing of streams beside each other."""
+  pages, streams = pages_of(buffer), []
+  for number, page in enumerate(pages):
+    if page.flags & 2 and (not number or not pages[number - 1].flags & 2):
+      streams.append([])
+    if not streams:
+      return Contents()
+    streams[-1].append(page)
+  if not 1 <= len(streams) <= MOST_PARTS or any(len({page.serial for page in stream}) > 1 for stream in streams):
+    return Contents()  # streams beside each other, as in a film
+  ends = [stream[0].offset for stream in streams[1:]] + [len(buffer)]
+  parts = tuple(_ogg_part(buffer, stream, end) for stream, end in zip(streams, ends, strict=True))
+  return Contents(parts, unended=not pages[-1].flags & 4)
+
+
+def _ogg_part(buffer, pages, end) -> Part:
+  pieces, head = ((pages[0].offset, end),), bytes(buffer[pages[0].body:pages[0].body + 19])
+  vorbis, channels = head[:7] == b'\x01vorbis', 0
+  if head[:5] == b'\x7fFLAC' and head[9:13] == b'fLaC':
+    return _flac_of_ogg(buffer, pages)
+  if vorbis:
+    channels = head[11]
+  elif head[:8] == b'OpusHead' and head[18] == 1:
+    channels = head[9]
+  of_wav = XIPH_ORDER.get(channels, ())
+  order = tuple(of_wav.index(channel) for channel in range(len(of_wav)))
+  if not vorbis:
+    if head[:8] == b'OpusHead' and head[12:16] != _OPUS_RATE:
+      pieces = (_opus_page(buffer, pages[0]), (pages[0].body + sum(pages[0].lacing), end))
+    return Part(pieces, order=order)
+  sizes = buffer[pages[0].body + 28]
+  sizes, modes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), [], 0, 0, 0, None
+  positions, offsets, late, step = array('q'), array('q'), 0, 0
+  whole = bytearray()  # the headers' packets
+  for number, page in enumerate(pages):
+    if heads < 3:
+      packets = _packets(page)
+      for begin, length, ended in packets:
+        whole += buffer[begin:begin + length]
+        if ended:
+          heads += 1
+          modes = _modes(bytes(whole)) if heads == 3 else modes
+          whole = bytearray()
+      if heads >= 3:
+        first = number + 1
+        if heads > 3 or not modes:
+          return Part(pieces, order=order)
+      continue
+    start = None
+    for begin, length, continued in _starts(page):
+      if continued or not length or buffer[begin] & 1:
+        continue
+      block = sizes[modes[buffer[begin] >> 1 & (1 << (len(modes) - 1).bit_length()) - 1]]
+      step, last = (last + block) // 4 if last else 0, block
+      position += step
+      start = position if start is None else start
+    if start is not None and start >= (positions[-1] if positions else 0) + _APART:
+      positions.append(start)
+      offsets.append(page.offset)
+    whole = page.lacing and page.lacing[-1] < 255
+    if number == first and 0 <= page.granule < position and not page.flags & 4 and whole:
+      # The encoder's lead, which decoders drop, but no more of it than the last packet gives: of what was cut out
+      # without decoding the rest is read, and the end would be missing.
+      late = max(0, position - page.granule - step)
+      position = page.granule + late
+  if first is None or first >= len(pages):
+    return Part(pieces, order=order)
+  header = pages[0].offset, pages[first].offset
+  if late and pages[-1].granule > 0:
+    pieces = ((pages[0].offset, pages[-1].offset), changed_page(buffer, pages[-1], granule=pages[-1].granule + late))
+  return Part(pieces, order=order, positions=positions, offsets=offsets, header=header, end=end)
+
+
+def _flac_of_ogg(buffer, pages) -> Part:
+  """Its packets one after the other are a FLAC, which soundfile's library reads without Ogg alone. The pages know the
+  length, which FFmpeg does not write into the header."""
+  bodies = [(page.body, page.body + sum(page.lacing)) for page in pages]
+  head = bytearray(buffer[bodies[0][0] + 9:bodies[0][1]])
+  length = max(0, *(page.granule for page in pages))
+  head[21:26] = (int.from_bytes(head[21:26], 'big') & ~(2**36 - 1) | length & 2**36 - 1).to_bytes(5, 'big')
+  return Part((bytes(head), *bodies[1:]))
+
+
+def _opus_page(buffer, page) -> bytes:
+  """The first page of an Opus stream, at 48 kHz: libsndfile decodes at a rate near the one that was encoded, as 24 kHz
+  of what was at 32 kHz, and with it half of the sound."""
+  body = bytearray(buffer[page.body:page.body + sum(page.lacing)])
+  body[12:16] = _OPUS_RATE
+  return changed_page(buffer, page, body=body)
+
+
+def changed_page(buffer, page, *, granule: int | None = None, body: bytes | None = None) -> bytes:
+  """A page with another granule or another body of the same length."""
+  data = bytearray(buffer[page.offset:page.body + sum(page.lacing)])
+  if granule is not None:
+    data[6:14] = granule.to_bytes(8, 'little')
+  if body is not None:
+    data[page.body - page.offset:] = body
+  data[22:26] = bytes(4)
+  data[22:26] = crc(bytes(data), 32, 0x04c11db7).to_bytes(4, 'little')
+  return bytes(data)
+
+
+def _packets(page) -> list[tuple[int, int, bool]]:
+  """(offset, length in this page, whether it ends here) of every packet or piece of one."""
+  packets, at, length = [], page.body, 0
+  for lace in page.lacing:
+    length += lace
+    if lace < 255:
+      packets.append((at, length, True))
+      at, length = at + length, 0
+  return packets + [(at, length, False)] * (length > 0)
+
+
+def _starts(page) -> list[tuple[int, int, bool]]:
+  """(offset, length in this page, whether it began in an earlier one) of every packet."""
+  return [(at, length, not number and bool(page.flags & 1)) for number, (at, length, _) in enumerate(_packets(page))]
+
+
+def _modes(setup: bytes) -> list[int]:
+  """Of each mode whether its blocks are long. They are the last of the setup header, so they are read from its end:
+  a bit that is 1, then modes of (8 bits mapping, 16 + 16 bits zero, 1 bit size), before them 6 bits count - 1."""
+  bits = int.from_bytes(setup, 'little')
+  at = bits.bit_length() - 1
+  modes: list[int] = []
+  best: list[int] = []
+  while at - 41 - 6 > 0 and len(modes) < 64:
+    mode = bits >> at - 41 & (1 << 41) - 1
+    if mode >> 1 & 0xffffffff or mode >> 33 > 63:
+      break
+    at -= 41
+    modes.insert(0, mode & 1)
+    if bits >> at - 6 & 63 == len(modes) - 1:
+      best = list(modes)
+  return best

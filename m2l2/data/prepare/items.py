@@ -1,0 +1,112 @@
+"""One work item, done by a child process that decodes: some files looked at, or one shard written."""
+
+from collections.abc import Callable
+import contextlib
+
+from absl import logging
+from array_record.python import array_record_module
+
+from m2l2.data import segments
+from m2l2.data.audio_io import shown
+from m2l2.data.index import index_shard
+from m2l2.data.prepare.child import DecodingProcess, FileFault
+from m2l2.data.prepare.inputs import fetched, remote_size
+from m2l2.data.prepare.options import Job
+from m2l2.data.prepare.place import Place, WORK
+from m2l2.errors import UserError
+
+_HEAD_BYTES = 2**22  # of a remote file, for the probe
+_SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the bytes that are there
+
+
+def do(job: Job, stage: str, item: dict, decoder: DecodingProcess, advance: Callable):
+  """Does an item and leaves its result, for good: nothing of it is visible before it is done."""
+  place = Place(job.output)
+  if stage == 'write':
+    result = _write_shard(job, place, item, decoder, advance)
+  elif stage == 'index':
+    with fetched(job.output, item['file']) as path:
+      place.write(part_name(item), index_shard(path, item['file']))
+    result = {}
+    advance(1)
+  else:
+    result = {'facts': {}, 'faults': {}}
+    for name in item['files']:
+      try:
+        result['facts'][name] = (_probe if stage == 'probe' else _hash)(job, name, decoder)
+      except FileFault as e:
+        result['faults'][name] = str(e)
+      advance(1)
+  place.write_json(result_name(stage, item), result)
+
+
+def _probe(job, name, decoder) -> dict:
+  if '://' in job.base:  # the beginning mostly does
+    with contextlib.suppress(FileFault), fetched(job.base, name, most=_HEAD_BYTES) as path:
+      facts = decoder.call('probe', path)
+      if facts['format'] in _SIZED:  # else the header told the whole length
+        facts['seconds'] *= max(1, remote_size(job.base, name) / _HEAD_BYTES)
+      return facts
+  with fetched(job.base, name) as path:
+    return decoder.call('probe', path)
+
+
+def _hash(job, name, decoder) -> dict:
+  with fetched(job.base, name) as path:
+    return decoder.call('content_hash', path)
+
+
+def _write_shard(job, place, item, decoder, advance) -> dict:
+  """Writes a shard. A file's segments go in once all of it has been decoded, or not at all."""
+  options = job.options
+  counts = {'records': 0, 'sources': 0, 'seconds': 0., 'bytes': 0}
+  result = {'counts': counts, 'faults': {}, 'silent': {}}
+  with place.new(item['file']) as path:
+    # Uncompressed: FLAC does not shrink. A group of one: any record is read alone.
+    writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
+    try:
+      for name in item['files']:
+        try:
+          with fetched(job.base, name) as local:
+            found = decoder.call('segment', local, rates=options.rates, seconds=options.segment_seconds,
+                                 overlap=options.overlap_seconds)
+        except FileFault as e:
+          result['faults'][name] = str(e)
+          continue
+        if found['note']:
+          logging.warning('%s: %s; taken as it is', shown(name), found['note'])
+        wanted = [segment for segment in found['segments'] if segment[3] >= options.silence_dbfs]
+        if len(wanted) < len(found['segments']):
+          result['silent'][name] = len(found['segments']) - len(wanted)
+        for segment, audio in zip(found['segments'], decoder.audio([size for *_, size in found['segments']])):
+          offset, starts, samples, loudness, _ = segment
+          if loudness < options.silence_dbfs:
+            continue
+          record = segments.encode({
+              'audio': audio, 'source': shown(name), 'offset': offset, 'starts': starts, 'samples': samples,
+              'rate': found['rate'], 'channels': found['channels'], 'loudness': loudness,
+              'source_rate': found['source_rate'], 'source_samples': found['source_samples'],
+              'source_channels': found['channels']})
+          writer.write(record)
+          counts['bytes'] += len(record)
+          counts['seconds'] += starts / found['rate']
+        counts['records'] += len(wanted)
+        counts['sources'] += bool(wanted)
+        advance(found['source_samples'] / found['source_rate'])
+      writer.close()
+      place.write(part_name(item), index_shard(path, item['file']))
+    except RuntimeError as e:  # the writer's only kind of error
+      raise UserError(f'{shown(place.root)}: cannot be written: {" ".join(str(e).split())}') from e
+    finally:
+      with contextlib.suppress(RuntimeError):
+        writer.close()
+  return result
+
+
+def part_name(shard) -> str:
+  """The index of one shard, until all are joined."""
+  return f'{WORK}/{shard["number"]}.index'
+
+
+def result_name(stage, item) -> str:
+  return f'{WORK}/{stage}-{item["number"]}.json'
