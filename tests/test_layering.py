@@ -41,8 +41,8 @@ KEEPERS = {
     'soundfile': ('m2l2.data.audio_io',),
     'av': ('m2l2.data.ffmpeg',),
     'apache_beam': ('m2l2.data.prepare',),
-    'torch': ('m2l2.interop.codicodec',),
-    'codicodec': ('m2l2.interop.codicodec',),
+    'torch': ('m2l2.interop.codicodec.reading', 'm2l2.interop.codicodec.verification'),
+    'codicodec': ('m2l2.interop.codicodec.verification',),
     # What turns a config into networks is called by build alone.
     'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
 }
