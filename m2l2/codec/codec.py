@@ -409,7 +409,7 @@ class Codec:
     return self.layout(latents.num_samples, latents.sample_rate)
 
   def layout(self, num_samples: int, sample_rate: int):
-    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.Layout."""
+    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.SignalLayout."""
     return self.representation.layout(audio_io.resampled_length(
         num_samples, from_rate=encoding.whole_rate(sample_rate), to_rate=self.model_rate(sample_rate)))
 

@@ -38,7 +38,7 @@ class Windows:
 
   Attributes, once iterated:
     num_samples: the signal's length at its own rate.
-    layout: representation.Layout at the model's rate; layout.chunks of the windows' chunks are the signal's.
+    layout: representation.SignalLayout at the model's rate; layout.chunks of the windows' chunks are the signal's.
 
   Raises UserError, while iterating: no samples, NaN or infinity among them, integers, or blocks of another shape.
   """
