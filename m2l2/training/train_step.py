@@ -83,12 +83,64 @@ def make_step_functions(*, network: Network, representation: Representation, con
     'envelope': the envelope alone; the denoiser does not even run.
   (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three times slower.)
   """
+  stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
+  loss_fn = make_loss(
+      network=network, representation=representation, consistency=consistency, total_steps=total_steps,
+      envelope_weight=envelope_weight, envelope_bands=envelope_bands, nested=nested, head_start=head_start,
+      head_start_on=head_start_on)
+
+  def init(key):
+    params = network.init(key)
+    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
+                      opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+
+  def train_step(state, batch, *, head=False):
+    audio = batch['audio']
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
+    grads, metrics = gradients(functools.partial(loss_fn, head=head), stored.tree(state.params), audio, keys,
+                               state.step, accumulate=accumulate)
+    grads = stored.vector(grads)
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.step, decay=ema_max)
+    ema = ema_update(state.ema, params, decay)
+
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+    state = TrainState(
+        step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
+    metrics |= {
+        'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
+        'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+        'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+    return state, jax.tree.map(jnp.float32, metrics)
+
+  def probe_step(params, batch, key):
+    return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
+                 consistency=consistency)
+
+  return StepFunctions(
+      init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
+      logical_axes=network.logical_axes, network=network,
+      crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
+      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
+
+
+def make_loss(*, network: Network, representation: Representation, consistency: Consistency, total_steps: int,
+              envelope_weight: float, envelope_bands: int, nested: float, head_start: int,
+              head_start_on: str) -> Callable:
+  """-> loss_fn(params, audio [B, C, N], keys [B], step, head=...) -> (scalar loss, metrics); arguments as
+  `make_step_functions` has them."""
   bottleneck = network.arch.make_bottleneck()
   chunks = network.arch.chunks
-  stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
   def loss_fn(params, audio, keys, step, *, head):
-    """audio [B, C, N], keys [B] -> (scalar loss, metrics)."""
     progress = jnp.maximum(step - head_start, 0) / max(total_steps - head_start, 1)
     with jax.named_scope('analyse'):
       spec = representation.analyse(audio)
@@ -134,64 +186,28 @@ def make_step_functions(*, network: Network, representation: Representation, con
       loss = loss + envelope_weight * error
     return loss, metrics
 
-  def gradients(params, audio, keys, step, *, head):
-    grad = jax.value_and_grad(functools.partial(loss_fn, head=head), has_aux=True)
-    if accumulate == 1:
-      (loss, metrics), grads = grad(params, audio, keys, step)
-      return grads, {'loss': loss, **metrics}
+  return loss_fn
 
-    def add(total, micro):
-      (loss, metrics), grads = grad(params, *micro, step)
-      return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
 
-    # Strided, so that with a sharded batch every device works on every microbatch.
-    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
-    grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-    grads = jax.tree.map(lambda g: g / accumulate, grads)
-    # A microbatch may hold no draw of a sigma band; any other nan must stay one.
-    return grads, {name: (jnp.nanmean if name.startswith('loss/sigma') else jnp.mean)(values, axis=0)
-                   for name, values in metrics.items()}
+def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
+  """-> (gradients, metrics and the 'loss') of loss_fn(params, audio [B, C, N], keys [B], step) -> (loss, metrics), in
+  `accumulate` microbatches one after the other."""
+  grad = jax.value_and_grad(loss_fn, has_aux=True)
+  if accumulate == 1:
+    (loss, metrics), grads = grad(params, audio, keys, step)
+    return grads, {'loss': loss, **metrics}
 
-  def init(key):
-    params = network.init(key)
-    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
-                      opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+  def add(total, micro):
+    (loss, metrics), grads = grad(params, *micro, step)
+    return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
 
-  def train_step(state, batch, *, head=False):
-    audio = batch['audio']
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(stored.tree(state.params), audio, keys, state.step, head=head)
-    grads = stored.vector(grads)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.step, decay=ema_max)
-    ema = ema_update(state.ema, params, decay)
-
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    params, ema, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
-    state = TrainState(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
-        skipped=state.skipped + jnp.where(finite, 0, 1),
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
-    metrics |= {
-        'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
-        'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
-        'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
-    return state, jax.tree.map(jnp.float32, metrics)
-
-  def probe_step(params, batch, key):
-    return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
-                 consistency=consistency)
-
-  return StepFunctions(
-      init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
-      logical_axes=network.logical_axes, network=network,
-      crop_samples=representation.crop_samples(chunks), channels=representation.channels,
-      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=head_start)
+  # Strided, so that with a sharded batch every device works on every microbatch.
+  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
+  grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+  grads = jax.tree.map(lambda g: g / accumulate, grads)
+  # A microbatch may hold no draw of a sigma band; any other nan must stay one.
+  return grads, {name: (jnp.nanmean if name.startswith('loss/sigma') else jnp.mean)(values, axis=0)
+                 for name, values in metrics.items()}
 
 
 def shorten(z, keys, *, chance: float):
