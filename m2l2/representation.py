@@ -21,7 +21,7 @@ EDGES = ('pad', 'none')
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class SignalLayout:
   """How a signal of `num_samples` lies in frames and chunks."""
   num_samples: int
   lead: int    # zeros put before the first sample
@@ -86,7 +86,7 @@ class Representation:
     """Samples that make exactly `chunks` chunks without padding: 2 chunks of 64 x 512 take 67072."""
     return chunks * self.chunk_samples + self.overlap
 
-  def layout(self, num_samples: int) -> Layout:
+  def layout(self, num_samples: int) -> SignalLayout:
     """Frames and chunks of a signal of `num_samples` >= 1 samples."""
     if num_samples < 1:
       raise ValueError('a signal needs at least one sample')
@@ -96,7 +96,7 @@ class Representation:
     else:
       lead = 0
       frames = max(1, (num_samples - self.window) // self.hop + 1)
-    return Layout(num_samples, lead, frames, -(-frames // self.frames))
+    return SignalLayout(num_samples, lead, frames, -(-frames // self.frames))
 
   def analyse(self, audio):
     """[..., C, N] float32 with N = crop_samples(S) -> spectrogram [..., S, F, T, 2C] float32."""

@@ -97,12 +97,12 @@ def test_equal_to_encode_and_compiled_once(models, songs, tmp_path, monkeypatch,
                                              options):
   codec, encoders, songs = codec_lib.load(models / model), [], songs / place
 
-  class Encoder(bulk.Encoder):
+  class CountedEncoder(bulk.GroupEncoder):
     def __init__(self, *args, **kwargs):
       super().__init__(*args, **kwargs)
       encoders.append(self)
 
-  monkeypatch.setattr(bulk, 'Encoder', Encoder)
+  monkeypatch.setattr(bulk, 'GroupEncoder', CountedEncoder)
   out = tmp_path / 'out'
   report = bulk.encode_dataset(
       codec, source=songs, output=out, batch=3, shards=2, **(options or {'dtype': dtype}))

@@ -22,7 +22,7 @@ from unittest import mock
 import jax
 from m2l2 import __version__, cli, files
 from m2l2.cli import jobs
-from m2l2.codec import codec as codec_lib, export
+from m2l2.codec import codec as codec_lib, export, loading
 from m2l2.codec.latents import Latents
 from m2l2.data import audio_io
 from m2l2.errors import UserError
@@ -452,7 +452,7 @@ def test_examples_in_the_help_name_models_that_are_there(m2l2):
     named = re.findall(r'(?:--checkpoint=|m2l2 (?:info|export) )([a-z/]+)(?= |$)', said, re.M)
     for name in named:
       if name != 'runs/codicodec':  # which the line before makes
-        assert os.path.isdir(codec_lib.locate(name)), (command, name)
+        assert os.path.isdir(loading.locate(name)), (command, name)
     assert named or command in ('plan', 'prepare', 'train')
 
 

@@ -14,7 +14,7 @@ import os
 import jax
 import jax.numpy as jnp
 from m2l2 import build, assets
-from m2l2.codec import codec as codec_lib
+from m2l2.codec import codec as codec_lib, loading, programs
 from m2l2.codec.codec import Codec
 from m2l2.data import audio_io
 from m2l2.codec.sampler import FIRST, REFINE, Sampler
@@ -79,7 +79,7 @@ _SNAPSHOTS = {}
 
 def load_once(path):
   """As codec.load, but whoever asks for the same model gets what is compiled already."""
-  snapshot = load_snapshot(codec_lib.locate(path))
+  snapshot = load_snapshot(loading.locate(path))
   key = snapshot.fingerprint, json.dumps(snapshot.config)
   _SNAPSHOTS[key] = snapshot
   return _loaded(*key)
@@ -231,7 +231,7 @@ def test_block_size_does_not_matter(mono, monkeypatch, size):
   audio = music(11 * 1024 + 77)
   encoded = mono.encode(audio, 44100)
   decoded = mono.decode(encoded, seed=3)
-  monkeypatch.setattr(codec_lib, '_block_chunks', lambda: size)
+  monkeypatch.setattr(programs, 'block_chunks', lambda: size)
   again = mono.encode(audio, 44100)
   assert again.z.shape == encoded.z.shape and again.z.shape[1] == 12
   np.testing.assert_allclose(again.z, encoded.z, atol=1e-5)
@@ -503,7 +503,7 @@ def test_decoding_is_codicodecs(ancestor, mode, steps):
 def test_block_size_does_not_matter_to_parallel_decoding(mono, monkeypatch, size):
   latents = latents_for(mono, chunks=11, streams=2, channels=2)
   expected = mono.decode(latents, mode='parallel', steps=2)
-  monkeypatch.setattr(codec_lib, '_block_chunks', lambda: size)
+  monkeypatch.setattr(programs, 'block_chunks', lambda: size)
   np.testing.assert_allclose(mono.decode(latents, mode='parallel', steps=2), expected, atol=1e-5)
 
 
@@ -719,7 +719,7 @@ def perfect(words='debug', **changes):
       decode=lambda params, z: 64 * z.reshape(*z.shape[:2], rep.bins, rep.frames, rep.spec_channels))
   codec._bottleneck = lambda pre: pre
   codec.sampler = Perfect(representation=rep, network=codec.network, consistency=codec.consistency)
-  codec._programs = codec_lib.compiled_programs(codec.sampler, codec._bottleneck)
+  codec._programs = programs.compiled_programs(codec.sampler, codec._bottleneck)
   return codec
 
 

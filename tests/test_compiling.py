@@ -7,7 +7,8 @@ import time
 import jax
 import jax.numpy as jnp
 from m2l2 import compiling
-from m2l2.codec import codec as codec_lib
+from m2l2.codec import programs
+from m2l2.codec.codec import Codec
 from m2l2.compiling import Told, told
 import numpy as np
 import pytest
@@ -72,11 +73,11 @@ def test_jax_tells_when_it_compiles(said, any_lowering):
 
 
 def test_the_programs_of_a_codec_are_told(said, any_lowering, monkeypatch):
-  monkeypatch.setattr(codec_lib, 'compiled_programs', codec_lib.compiled_programs.__wrapped__)  # none of others
+  monkeypatch.setattr(programs, 'compiled_programs', programs.compiled_programs.__wrapped__)  # none of others
   config = make_config()
-  codec = codec_lib.Codec(config=config, params=make_params(config), fingerprint='any')
+  codec = Codec(config=config, params=make_params(config), fingerprint='any')
   codec.encode(np.ones((1, 500), np.float32), 44100)
   assert [line.partition(', about ')[0] for line in said()] == ['compiling']
-  programs = vars(codec._programs)
-  assert len(programs) == 4 and all(isinstance(program, Told) for program in programs.values())
+  told = vars(codec._programs)
+  assert len(told) == 4 and all(isinstance(program, Told) for program in told.values())
   assert logging.getLogger('m2l2.compiling').isEnabledFor(logging.WARNING)

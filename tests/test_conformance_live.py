@@ -11,6 +11,7 @@ import port
 import pytest
 import safetensors.numpy
 
+from m2l2.errors import UserError
 from m2l2.interop import codicodec as interop
 
 pytestmark = pytest.mark.torch
@@ -136,5 +137,5 @@ def test_verify_finds_a_difference():
   state, config = kit.weights(0), port.make_config()
   params = port.make_params(0)
   params['denoiser']['output']['conv_out']['bias'] = params['denoiser']['output']['conv_out']['bias'] + 0.01
-  with pytest.raises(interop.UserError, match='of denoiser, at most 0.0001 is right; nothing was written'):
+  with pytest.raises(UserError, match='of denoiser, at most 0.0001 is right; nothing was written'):
     interop.verify_against_torch(state, config, params)

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import pytest
 
 from m2l2.planning import hlo
+from m2l2.planning.traffic import count_traffic
 from m2l2.errors import UserError
 
 
@@ -27,7 +28,7 @@ def test_bytes_of_types_and_of_their_padding_to_tiles():
 
 def test_one_operation_reads_its_operands_and_writes_its_result():
   x = jax.ShapeDtypeStruct((1000,), jnp.float32)
-  assert hlo.count_traffic(compiled(lambda a, b: a * b + a, x, x)).accessed == 3 * 4000
+  assert count_traffic(compiled(lambda a, b: a * b + a, x, x)).accessed == 3 * 4000
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -36,7 +37,7 @@ def test_a_loop_counts_as_often_as_it_runs():
   def product(x, count):
     return jax.lax.scan(lambda y, _: (y @ y, None), x, length=count)[0]
 
-  ten, thirty, fifty = (hlo.count_traffic(compiled(lambda x, n=n: product(x, n), x)).accessed for n in (10, 30, 50))
+  ten, thirty, fifty = (count_traffic(compiled(lambda x, n=n: product(x, n), x)).accessed for n in (10, 30, 50))
   assert fifty - thirty == thirty - ten
   assert 2 <= (fifty - thirty) / 20 / (64 * 64 * 4) <= 5  # operand and result, and at most a copy between them
 
@@ -46,9 +47,9 @@ def test_collectives_by_kind_also_in_a_loop():
   split, whole = NamedSharding(mesh, P('data')), NamedSharding(mesh, P())
   x = jax.ShapeDtypeStruct((80, 16), jnp.float32, sharding=split)
   total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=whole).lower(x).compile()
-  assert dict(hlo.count_traffic(total.as_text()).collectives) == {'all-reduce': 64}
+  assert dict(count_traffic(total.as_text()).collectives) == {'all-reduce': 64}
   gathered = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile()
-  assert dict(hlo.count_traffic(gathered.as_text()).collectives) == {'all-gather': 80 * 16 * 4}
+  assert dict(count_traffic(gathered.as_text()).collectives) == {'all-gather': 80 * 16 * 4}
 
   def often(x):
     def add(carry, _):
@@ -57,7 +58,7 @@ def test_collectives_by_kind_also_in_a_loop():
 
   with jax.set_mesh(mesh):
     looped = jax.jit(often, out_shardings=whole).lower(x).compile()
-  assert dict(hlo.count_traffic(looped.as_text()).collectives) == {'all-reduce': 7 * 64}
+  assert dict(count_traffic(looped.as_text()).collectives) == {'all-reduce': 7 * 64}
 
 
 LOOP = '''HloModule m
@@ -102,7 +103,7 @@ def loop(begin=0, step=1, limit=12, direction='LT'):
     ({'begin': 11, 'step': -1, 'limit': 0, 'direction': 'GE'}, 12),
     ({'begin': 4, 'step': -2, 'limit': -6, 'direction': 'NE'}, 5)])
 def test_trips_and_estimates_where_the_loop_has_no_count(values, trips):
-  traffic = hlo.count_traffic(loop(**values))
+  traffic = count_traffic(loop(**values))
   assert (traffic.cycles, traffic.accessed) == (100 * trips, 64 * trips)
 
 
@@ -110,7 +111,7 @@ def test_a_real_loop_of_the_tpus_compiler():
   """libtpu 0.0.42.1 for v5e: a scan over 12 layers, y [8, 128] = y w [128, 128] in bfloat16."""
   text = (pathlib.Path(__file__).parent / 'programs' / 'v5e_scan.hlo').read_text(encoding='utf-8')
   assert 'known_trip_count' not in text
-  traffic = hlo.count_traffic(text)
+  traffic = count_traffic(text)
   assert traffic.cycles == 12 * (1824 + 3938)
   product = traffic.parts['layers', 'product']
   assert (product.count, product.cycles, product.flops) == (12, 12 * 3938, 12 * 2 * 8 * 128 * 128)
@@ -120,7 +121,7 @@ def test_a_real_loop_of_the_tpus_compiler():
 
 def test_a_printed_count_is_taken():
   text = loop(begin=5).replace('body=%body,', 'body=%body, backend_config={"known_trip_count":{"n":"3"}},')
-  assert hlo.count_traffic(text).cycles == 300
+  assert count_traffic(text).cycles == 300
 
 
 @pytest.mark.parametrize('before,after', [
@@ -132,7 +133,7 @@ def test_a_printed_count_is_taken():
 def test_a_loop_that_does_not_tell_is_an_error_that_names_it(before, after):
   assert before in loop()
   with pytest.raises(UserError, match='^%w, a loop of the compiled program .x.: .*condition %cond does not tell'):
-    hlo.count_traffic(loop().replace(before, after))
+    count_traffic(loop().replace(before, after))
 
 
 def test_a_limit_that_an_outer_loop_carries_along_is_known_in_the_inner():
@@ -175,7 +176,7 @@ ENTRY %main () -> (s32[], s32[]) {
   ROOT %w = (s32[], s32[]) while(%in), condition=%outer_cond, body=%outer
 }
 '''
-  assert hlo.count_traffic(text).cycles == 3 * 5 * 7
+  assert count_traffic(text).cycles == 3 * 5 * 7
 
 
 def test_only_main_memory_counts():
@@ -188,7 +189,7 @@ ENTRY %main (a: f32[64,128]) -> f32[8,128] {
   ROOT %c = f32[8,128]{1,0:T(8,128)} copy(%n)
 }
 '''
-  assert hlo.count_traffic(text).accessed == 2 * 8 * 128 * 4  # the slice is read, the copy written
+  assert count_traffic(text).accessed == 2 * 8 * 128 * 4  # the slice is read, the copy written
 
 
 def test_an_update_in_place_counts_for_what_is_new_also_in_a_nested_fusion():
@@ -214,12 +215,12 @@ ENTRY %main (p: f32[12,128], u: f32[1,128], i: s32[]) -> f32[12,128] {
 }
 '''
   for called in ('%inner', '%outer'):
-    assert hlo.count_traffic(text.replace('CALLED', called)).accessed == 2 * 128 * 4 + 4  # read, written; where
+    assert count_traffic(text.replace('CALLED', called)).accessed == 2 * 128 * 4 + 4  # read, written; where
 
 
 def test_what_is_no_program_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
-    hlo.count_traffic('nothing')
+    count_traffic('nothing')
 
 
 def one(instruction, parameters):
@@ -243,7 +244,7 @@ def one(instruction, parameters):
      'rhs_contracting_dims={1}', ('f32[16,32,7]', 'f32[16,7,5]'), 2 * 16 * 32 * 7 * 5),
     ('f32[8] negate(%a)', ('f32[8]',), 0)])
 def test_flops_as_executed(instruction, parameters, flops):
-  (part,) = hlo.count_traffic(one(instruction, parameters)).parts.values()
+  (part,) = count_traffic(one(instruction, parameters)).parts.values()
   assert part.flops == flops
 
 
@@ -260,12 +261,12 @@ def test_flops_as_executed(instruction, parameters, flops):
     ('f32[4] add(%a, %b), metadata={op_name="jit(f)/mlp/add"}', 'element-wise')])
 def test_operations_by_scope_and_kind(instruction, kind):
   text = one(instruction, ('f32[4,4]', 'f32[4,4]'))
-  traffic = hlo.count_traffic(text)
+  traffic = count_traffic(text)
   assert list(traffic.parts) == [('mlp', kind)]
   # None has an estimate: all are listed but for a kernel, which tells its own FLOPs.
   assert list(traffic.unestimated) == ([] if kind == 'kernel' else [kind])
   assert traffic.parts['mlp', kind].flops == 90 or kind != 'kernel'
-  told = hlo.count_traffic(text.replace('metadata=', 'backend_config={"estimated_cycles":"5"}, metadata='))
+  told = count_traffic(text.replace('metadata=', 'backend_config={"estimated_cycles":"5"}, metadata='))
   assert told.cycles == 5 and not told.unestimated
 
 

@@ -494,7 +494,7 @@ def test_band_means_and_their_spreading():
 
 
 def test_a_linear_sketch_undoes_the_tanh():
-  sketch = decoder.LinearSketch((2, 3), (5, 2, 1), bins=16, frames=4, rngs=nnx.Rngs(params=0))
+  sketch = decoder.EnvelopeSketch((2, 3), (5, 2, 1), bins=16, frames=4, rngs=nnx.Rngs(params=0))
   pre = np.float32(np.random.default_rng(0).normal(size=(4, 2, 3)))
   graph, state = nnx.split(sketch)
   run = _jit(lambda z: nnx.merge(graph, state)(z))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from m2l2 import cli, sharding
-from m2l2.planning import chips, hlo, plan
+from m2l2.planning import chips, plan
+from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
@@ -104,19 +105,19 @@ def test_a_probe_runs_beside_the_whole_state():
 
 def test_kernels_are_added_from_what_they_say_of_themselves():
   chip = dataclasses.replace(chips.BY_NAME['v5e'], bf16_flops=1e14, hbm_bytes_per_second=1e12, clock=1e9)
-  traffic = hlo.Traffic(cycles=4e6)
-  traffic.parts['mlp', 'product'] = hlo.Cost(count=1, cycles=4e6, accessed=1e6, flops=2e11)
-  traffic.parts['attention', 'kernel'] = hlo.Cost(count=12, accessed=1e9, flops=6e11)   # by compute: 6 ms
-  traffic.parts['more', 'kernel'] = hlo.Cost(count=1, accessed=2e9, flops=1e11)         # by memory: 2 ms
-  traffic.parts['strange', 'kernel'] = hlo.Cost(count=1, accessed=2e9)                  # tells nothing
-  traffic.unestimated['kernel'] = hlo.Cost(count=1, accessed=2e9)
+  traffic = Traffic(cycles=4e6)
+  traffic.parts['mlp', 'product'] = OperationCost(count=1, cycles=4e6, accessed=1e6, flops=2e11)
+  traffic.parts['attention', 'kernel'] = OperationCost(count=12, accessed=1e9, flops=6e11)   # by compute: 6 ms
+  traffic.parts['more', 'kernel'] = OperationCost(count=1, accessed=2e9, flops=1e11)         # by memory: 2 ms
+  traffic.parts['strange', 'kernel'] = OperationCost(count=1, accessed=2e9)                  # tells nothing
+  traffic.unestimated['kernel'] = OperationCost(count=1, accessed=2e9)
   estimate, parts = plan.estimate_step(traffic, chip)
   assert estimate == {'step_seconds': pytest.approx(.012), 'cycles': pytest.approx(12e6), 'clock': 1e9,
                       'kernels': pytest.approx(8e6), 'without': {'kernel': {'count': 1, 'bytes': 2e9}}}
   assert [(part['scope'], part['mfu'] and round(part['mfu'], 3)) for part in parts] == [
       ('attention', 1.), ('mlp', .5), ('more', .5), ('strange', None)]
   with pytest.raises(UserError, match='no estimated_cycles'):
-    plan.estimate_step(hlo.Traffic(), chip)
+    plan.estimate_step(Traffic(), chip)
 
 
 # With the TPU's compiler.
@@ -153,7 +154,7 @@ def test_each_layer_costs_as_much_as_the_one_before():
       placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, x))
       text = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
     assert ' while(' in text and 'known_trip_count' not in text
-    traffic = hlo.count_traffic(text)
+    traffic = count_traffic(text)
     estimate, _ = plan.estimate_step(traffic, chip)
     return np.array([traffic.cycles, traffic.accessed, estimate['kernels']])
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 
-from m2l2.codec import codec
+from m2l2.codec import loading
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.codec.latents import Latents, is_safetensors
@@ -19,7 +19,7 @@ def facts(path) -> dict:
   """
   if not os.path.exists(path):
     try:
-      return _checkpoint_facts(codec.locate(path))
+      return _checkpoint_facts(loading.locate(path))
     except UserError as error:
       raise UserError(f'{audio_io.shown(path)}: there is no such file, snapshot, workdir or model '
                       'in the box') from error

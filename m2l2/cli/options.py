@@ -97,8 +97,8 @@ def hosts(parser):
 def load_codec(args):
   """The Codec, on the device that is asked for."""
   import jax
-  from m2l2.codec import codec
-  path = codec.locate(args.checkpoint)
+  from m2l2.codec import codec, loading
+  path = loading.locate(args.checkpoint)
   kind, _, number = (getattr(args, 'device', None) or '').partition(':')
   if number and not number.isdecimal():
     raise UserError(f'--device={args.device}: give KIND or KIND:N, as gpu:1')

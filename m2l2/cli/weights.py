@@ -26,9 +26,10 @@ def add(command):
 
 def _export(args):
   extras.require('exporting', 'export', 'flatbuffers')  # jax.export writes with it
-  from m2l2.codec import codec, export
+  from m2l2.codec import codec, export, loading
+  from m2l2.codec.snapshot import load_snapshot
   export.check_target(args.output)
-  snapshot = codec.load_snapshot(codec.locate(args.checkpoint))
+  snapshot = load_snapshot(loading.locate(args.checkpoint))
   portable = codec.Codec(config=export.portable(snapshot.config), params=snapshot.params,
                          fingerprint=snapshot.fingerprint)
   export.export_stablehlo(portable, args.output)

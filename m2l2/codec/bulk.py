@@ -136,7 +136,7 @@ def _encode_share(codec, signals, manifest, *, output, discrete, threads, proces
   if todo:
     told = progress(sum(shard.end - shard.first for shard in todo))
     features = _features(manifest)
-    encoder = Encoder(codec, rows=manifest['batch'], discrete=discrete, devices=devices)
+    encoder = GroupEncoder(codec, rows=manifest['batch'], discrete=discrete, devices=devices)
     with Readers(codec, signals, threads=threads) as readers:
       groups = _groups(todo, readers, encoder, name=signals.name)
       _write(encoder.run(groups), todo, output=output, features=features, manifest=manifest, told=told)
@@ -310,7 +310,7 @@ def _groups(shards, readers, encoder, *, name) -> Iterator[Group]:
 # ---- encoding ------------------------------------------------------------------------------------
 
 
-class Encoder:
+class GroupEncoder:
   """Groups -> latents, one group for each device at a time."""
 
   def __init__(self, codec, *, rows: int, discrete: bool, devices=None):

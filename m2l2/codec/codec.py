@@ -7,45 +7,23 @@ Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
-from importlib import resources
 import os
-import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m2l2 import build, compiling
-from m2l2.codec import encoding, output
-from m2l2.compiling import Told
-from m2l2.data import audio_io
-from m2l2.codec.sampler import Sampler
-from m2l2.errors import UserError
+from m2l2.codec import decoding, encoding, output, programs
 from m2l2.codec.latents import Latents
-from m2l2.model.bottleneck import FSQ
+from m2l2.codec.loading import check_params, locate
+from m2l2.codec.sampler import Sampler
 from m2l2.codec.snapshot import load_snapshot
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.model.bottleneck import FSQ
 
-MODES = ('autoregressive', 'parallel')
-_MOST_STEPS = 16
 _FILE_SECONDS = 10  # of a file read at once
 _ENDLESS = 2 ** 31 - 1
-
-
-def locate(path):
-  """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
-
-  Raises UserError: neither is there.
-  """
-  path = os.path.expanduser(path)
-  if os.path.exists(path):
-    return path
-  box = resources.files('m2l2') / 'assets' / 'models'
-  names = sorted(entry.name for entry in box.iterdir() if entry.is_dir()) if box.is_dir() else []
-  if os.fspath(path) not in names:
-    raise UserError(f'{audio_io.shown(path)}: no such snapshot or workdir, nor a model in the box '
-                    f'({", ".join(names) or "it is empty"})')
-  return os.fspath(box / os.fspath(path))
 
 
 def load(path) -> 'Codec':
@@ -87,10 +65,10 @@ class Codec:
     self.consistency = build.consistency(config['consistency'])
     self.native_rates = build.native_rates(config['model'])
     self._bottleneck = self.network.arch.make_bottleneck()
-    _check_params(params, self.network.shapes)
+    check_params(params, self.network.shapes)
     self.params = jax.device_put(params)
     self.sampler = Sampler(representation=self.representation, network=self.network, consistency=self.consistency)
-    self._programs = compiled_programs(self.sampler, self._bottleneck)
+    self._programs = programs.compiled_programs(self.sampler, self._bottleneck)
 
   def __repr__(self):
     arch, rate = self.network.arch, self.native_rates[0]
@@ -153,7 +131,7 @@ class Codec:
     if audio.ndim != 2 or not audio.size:
       raise UserError('audio must be [channels, samples] with at least one sample, not of shape '
                       f'{list(audio.shape)}')
-    step = _block_chunks() * self.representation.chunk_samples
+    step = programs.block_chunks() * self.representation.chunk_samples
     blocks = (audio[:, i:i + step] for i in range(0, audio.shape[1], step))
     return self.encode_blocks(
         blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
@@ -172,8 +150,8 @@ class Codec:
     """As `encode`, for a signal that comes as blocks [channels, any number of samples]."""
     sample_rate = encoding.whole_rate(sample_rate)
     self.check_source(channels=channels, discrete=discrete)
-    windows = self._windows(blocks, sample_rate, channels=channels, width=_block_chunks())
-    z = [_finite(block) for block in output.on_host(map(self._encode_window, windows))]
+    windows = self._windows(blocks, sample_rate, channels=channels, width=programs.block_chunks())
+    z = [encoding.check_finite(block) for block in output.on_host(map(self._encode_window, windows))]
     z = np.concatenate(z, axis=1)[:, :windows.layout.chunks]
     if discrete:
       z = self.tokens(z)
@@ -202,7 +180,7 @@ class Codec:
 
   def _stream_encode(self, windows, discrete):
     for window in windows:
-      z = _finite(np.asarray(self._encode_window(window)))[:, 0]
+      z = encoding.check_finite(np.asarray(self._encode_window(window)))[:, 0]
       yield self.tokens(z) if discrete else z
 
   def _windows(self, blocks, sample_rate, *, channels, width):
@@ -244,20 +222,8 @@ class Codec:
   def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
                      sigma_cond: float | None = None):
     """Raises UserError for options that `decode` would refuse: an early look, before long work."""
-    process = self.consistency
-    if mode not in MODES:
-      raise UserError(f'decoding mode {mode!r} is not known: choose from {", ".join(MODES)}')
-    if steps is not None and not 1 <= steps <= _MOST_STEPS:
-      raise UserError(f'steps is {steps}; it must lie in 1..{_MOST_STEPS}')
-    if not 0 <= seed < 2 ** 32:
-      raise UserError(f'the seed is {seed}; it must lie in 0..{2 ** 32 - 1}')
-    if mode == 'parallel' and self.network.arch.chunks == 1:
-      raise UserError('this model denoises each chunk alone: there are no pairs to decode in parallel')
-    if mode == 'parallel' and sigma_cond is not None:
-      raise UserError('parallel decoding has no sigma_cond: leave it out, or decode autoregressively')
-    if sigma_cond is not None and not process.sigma_min <= sigma_cond <= process.sigma_max:
-      raise UserError(f'sigma_cond is {sigma_cond}; it must lie in '
-                      f'{process.sigma_min}..{process.sigma_max}')
+    decoding.check_options(self.consistency, chunks=self.network.arch.chunks, seed=seed, mode=mode, steps=steps,
+                           sigma_cond=sigma_cond)
 
   def check_latents(self, latents: Latents):
     """Raises UserError for latents that `decode` would refuse: of another model or shape, or no numbers."""
@@ -281,23 +247,19 @@ class Codec:
     if not values:
       raise UserError('there are no latents to decode')
     outputs = [self._output(latents, clip=clip) for latents in many]
-    ends = np.cumsum([len(z) for z in values])
-    chunks = np.repeat([z.shape[1] for z in values], [len(z) for z in values]).astype(np.int32)
-    streams = 1 << (len(chunks) - 1).bit_length()  # as many as a power of two: few shapes
-    chunks = np.pad(chunks, (0, streams - len(chunks)))
-    z = np.zeros((streams, chunks.max(), *values[0].shape[2:]), np.float32)
-    for value, end in zip(values, ends):
-      z[end - len(value):end, :value.shape[1]] = value
-    draw, sigmas = self._sampling(seed, mode=mode, steps=steps, noise=noise, chunks=z.shape[1])
+    z, chunks = decoding.side_by_side(values)
+    decoder = self._decoder
+    draw, sigmas = decoder.sampling(seed, mode=mode, steps=steps, noise=noise, chunks=z.shape[1])
     if mode == 'parallel':
-      pieces = self._parallel(z, draw, chunks, sigmas=sigmas)
+      pieces = decoder.parallel(z, draw, chunks, sigmas=sigmas)
     else:
-      width = _block_chunks()
+      width = programs.block_chunks()
       blocks = (z[:, start:start + width] for start in range(0, z.shape[1], width))
-      pieces = self._autoregressive(blocks, draw, chunks, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
-                                    width=width)
+      pieces = decoder.autoregressive(blocks, draw, chunks, sigmas=sigmas, sigma_cond=sigma_cond, refine=refine,
+                                      width=width)
 
     def written():
+      ends = np.cumsum([len(z) for z in values])
       for piece in output.on_host(pieces):
         yield [out.take(piece[end - len(value):end]) for out, value, end in zip(outputs, values, ends)]
       yield [out.finish() for out in outputs]
@@ -324,7 +286,8 @@ class Codec:
     Raises UserError: at the call for bad options, from the iterator for latents of a wrong shape.
     """
     self.check_decoding(seed, steps=steps, sigma_cond=sigma_cond)
-    draw, sigmas = self._sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
+    decoder = self._decoder
+    draw, sigmas = decoder.sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
     rep = self.representation
     streams = 1 if rep.channels > 1 else None  # a mono model's: as many as the first chunk has
 
@@ -335,8 +298,8 @@ class Codec:
       streams = streams or len(z)
       return self._values(z[:, None], (streams, 1))
 
-    pieces = self._autoregressive(map(continuous, latent_chunks), draw, np.int32([_ENDLESS]), sigmas=sigmas,
-                                  sigma_cond=sigma_cond, refine=refine, width=1)
+    pieces = decoder.autoregressive(map(continuous, latent_chunks), draw, np.int32([_ENDLESS]), sigmas=sigmas,
+                                    sigma_cond=sigma_cond, refine=refine, width=1)
     pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in map(np.asarray, pieces))
     cut = output.Cut(start=rep.layout(1).lead)
     return (np.clip(piece, -1.0, 1.0) for piece in map(cut.take, pieces) if piece.shape[1])
@@ -446,7 +409,7 @@ class Codec:
     return self.layout(latents.num_samples, latents.sample_rate)
 
   def layout(self, num_samples: int, sample_rate: int):
-    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.Layout."""
+    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.SignalLayout."""
     return self.representation.layout(audio_io.resampled_length(
         num_samples, from_rate=encoding.whole_rate(sample_rate), to_rate=self.model_rate(sample_rate)))
 
@@ -462,150 +425,15 @@ class Codec:
     return self._values(latents.z, (streams, self._layout(latents).chunks))
 
   def _values(self, z, lead):
-    """Latents or tokens [streams, chunks, K(, d)], `lead` the first two -> float32 [..., K, d]."""
-    arch = self.network.arch
-    z = np.asarray(z)
-    discrete = np.issubdtype(z.dtype, np.integer)
-    if discrete and not self._discrete:
-      raise UserError('these latents are tokens, but this model has only continuous ones')
-    shape = (*lead, arch.num_latents) if discrete else (*lead, arch.num_latents, arch.latent_dim)
-    if self.nested and z.ndim == 4 and 0 < z.shape[2] < shape[2]:
-      z = np.pad(z, [(0, 0), (0, 0), (0, shape[2] - z.shape[2]), (0, 0)])
-    if z.shape != shape:
-      raise UserError(f'latents of shape {list(z.shape)} do not fit: the signal and this model make them '
-                      f'{list(shape)} (streams, chunks, embeddings{"" if discrete else ", numbers"})')
-    if not np.isfinite(z).all():
-      raise UserError('the latents hold NaN or infinite numbers')
-    if not discrete and np.abs(z).max() > 1.001:
-      raise UserError(f'the latents reach {np.abs(z).max():.3g}, but lie in [-1, 1]: clip them, or bring them back to '
-                      "this scale (CoDiCodec's public latents: m2l2.interop.codicodec.from_public)")
-    if discrete:
-      codes = self._bottleneck.levels ** arch.latent_dim
-      if z.min() < 0 or z.max() >= codes:
-        raise UserError(f'the latents hold tokens beyond 0..{codes - 1}')
-      z = np.asarray(self._bottleneck.codes(z, width=arch.latent_dim))
-    return z.astype(np.float32)
+    return decoding.to_continuous(z, lead, arch=self.network.arch, nested=self.nested,
+                                  tokens=self._bottleneck if self._discrete else None)
+
+  @property
+  def _decoder(self):
+    return decoding.BlockDecoder(sampler=self.sampler, consistency=self.consistency, compiled=self._programs,
+                                 params=self.params)
 
   def _output(self, latents, *, clip):
     return output.Output(layout=self._layout(latents), model_channels=self.representation.channels,
                          model_rate=self.model_rate(latents.sample_rate), channels=latents.channels,
                          sample_rate=latents.sample_rate, num_samples=latents.num_samples, clip=clip)
-
-  def _sampling(self, seed, *, mode, steps, noise, chunks):
-    """-> (draw, the noise levels of the steps). draw(first, count, needed) is the noise [count, steps + 1, F, T, C] of
-    so many chunks, of which the first `needed` mean something, but for any before chunk 0."""
-    if steps is None:
-      steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
-    if noise is None:
-      draw = lambda first, count, needed: self._programs.noise(
-          np.uint32(seed), np.int32(first), count=count, roles=steps + 1)
-      return draw, self.consistency.schedule(steps)
-    noise = np.asarray(noise, np.float32)
-    if noise.shape[1:] != (steps + 1, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
-      wanted = ['chunks' if chunks is None else chunks, steps + 1, *self.sampler.chunk_shape]
-      raise UserError(f'noise must have shape {wanted}, not {list(noise.shape)}')
-
-    def draw(first, count, needed):
-      if chunks is None and first + needed > len(noise):
-        raise UserError(f'there is noise for {len(noise)} chunks, and more have come')
-      return noise[np.clip(first + np.arange(count), 0, len(noise) - 1)]
-    return draw, self.consistency.schedule(steps)
-
-  def _autoregressive(self, blocks, draw, chunks, *, sigmas, sigma_cond, refine, width):
-    """blocks of z [streams, n <= width, K, d]; chunks int32 [streams] -> audio [streams, C, samples] on the device."""
-    sigma_cond = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
-    refine = self.consistency.refine if refine is None else bool(refine)
-    state, position = None, 0
-
-    def advance(z, needed):
-      count = z.shape[1]
-      z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
-      noise = draw(position - 1, width + 1, needed)
-      return self._programs.advance(self.params, state, z, np.int32(position), np.int32(count), chunks, noise,
-                                    sigma_cond, np.bool_(refine), sigmas=sigmas)
-
-    for z in blocks:
-      if state is None:
-        state = self.sampler.state(self.params, z.shape)
-      audio, state = advance(z, z.shape[1] + 1)
-      # With `refine` the audio lags by a chunk: before the first there is none.
-      yield output.Blocks(audio, z.shape[1], skip=self.representation.chunk_samples if refine and not position else 0)
-      position += z.shape[1]
-    if position and refine:
-      audio, state = advance(np.zeros_like(z[:, :1]), 1)
-      yield output.Blocks(audio, 1, tail=state['tail'])
-    elif position:
-      yield state['tail']
-
-  def _parallel(self, z, draw, chunks, *, sigmas):
-    """z [streams, n, K, d], chunks int32 [streams] -> blocks of audio [streams, C, samples], then the tail."""
-    rep, lag = self.representation, len(sigmas) - 1
-    longest = z.shape[1]
-    # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
-    widths = range(lag + 1 + (lag + 1) % 2, max(_block_chunks(), lag + 2) + 1, 2)
-    width = min(widths, key=lambda width: (-(-(longest + lag) // width) * width, -width))
-    state = self.sampler.parallel_state(self.params, z.shape, lag)
-    for start in range(0, longest + lag, width):
-      block = z[:, start:start + width]
-      block = np.pad(block, ((0, 0), (0, width - block.shape[1]), (0, 0), (0, 0)))
-      noise = draw(start - lag, width + lag, width + lag)
-      audio, state = self._programs.parallel_block(
-          self.params, state, block, np.int32(start), chunks, noise, sigmas=sigmas)
-      yield output.Blocks(audio, skip=max(lag - start, 0) * rep.chunk_samples)  # what lies before chunk 0
-    yield state['tail']
-
-
-@functools.lru_cache(maxsize=8)
-def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
-  """The jitted functions of a Codec, each compiled when a shape first comes: one for encoding, one a mode of decoding,
-  and the noise of the chunks that a call of these needs.
-
-  Models that differ in their weights alone, as those of one run, share them.
-  """
-
-  def noise(seed, first, *, count, roles):
-    return sampler.noise(jax.random.key(seed), jnp.maximum(first + jnp.arange(count), 0), roles=roles)
-
-  def advance(params, state, z, first, count, chunks, noise, sigma_cond, refine, *, sigmas):
-    return sampler.advance(params, state, z, first, count, chunks, noise, sigma_cond, sigmas=sigmas, refine=refine)
-
-  def parallel_block(params, state, z, first, chunks, noise, *, sigmas):
-    return sampler.parallel_block(params, state, z, first, chunks, noise, sigmas=sigmas)
-
-  def encode_block(params, audio, frames):
-    return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
-                                  network=sampler.network, bottleneck=bottleneck)
-
-  programs = dict(
-      encode_block=jax.jit(encode_block),
-      noise=jax.jit(noise, static_argnames=('count', 'roles')),
-      advance=jax.jit(advance, static_argnames='sigmas'),
-      parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
-  return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
-
-
-def _block_chunks() -> int:
-  """Chunks a device call. On CPUs two: the maps of eight leave the caches, a chunk of `base` took 17 % longer."""
-  return 2 if jax.default_backend() == 'cpu' else 8
-
-
-def _finite(z):
-  if not np.isfinite(z).all():
-    raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
-                    'or the weights are broken')
-  return z
-
-
-def _check_params(params, expected):
-  """Raises UserError naming the first parameter that is missing, too many or of another shape."""
-  found, wanted = ({_path(path): tuple(np.shape(leaf))
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-                   for tree in (params, expected))
-  for name in sorted(found.keys() | wanted.keys()):
-    if found.get(name) != wanted.get(name):
-      raise UserError(f'the weights do not fit their config: {name} is '
-                      f'{found.get(name, "missing")}, should be {wanted.get(name, "absent")}')
-
-
-def _path(path):
-  return '/'.join(str(entry.key) for entry in path)

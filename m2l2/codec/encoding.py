@@ -38,7 +38,7 @@ class Windows:
 
   Attributes, once iterated:
     num_samples: the signal's length at its own rate.
-    layout: representation.Layout at the model's rate; layout.chunks of the windows' chunks are the signal's.
+    layout: representation.SignalLayout at the model's rate; layout.chunks of the windows' chunks are the signal's.
 
   Raises UserError, while iterating: no samples, NaN or infinity among them, integers, or blocks of another shape.
   """
@@ -128,3 +128,11 @@ def encode_chunks(params, audio, frames, *, representation, network, bottleneck)
   frame = jnp.arange(s * t).reshape(1, s, 1, t, 1)
   spec = jnp.where(frame < jnp.reshape(frames, (-1, 1, 1, 1, 1)), spec, 0.0)
   return bottleneck(network.encode(params, spec))
+
+
+def check_finite(z: np.ndarray) -> np.ndarray:
+  """Latents as they are. Raises UserError: NaN or infinity among them."""
+  if not np.isfinite(z).all():
+    raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
+                    'or the weights are broken')
+  return z

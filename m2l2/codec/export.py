@@ -1,6 +1,6 @@
 """A snapshot as portable programs: StableHLO and weights that JAX alone runs, without m2l2.
 
-A folder holds two programs (encode, step: those of `encoding` and `decoding`, lowered for CPU, CUDA and TPU, for any
+A folder holds two programs (encode, step: those of `encoding` and `sampler`, lowered for CPU, CUDA and TPU, for any
 batch), weights.npz, about.json with the few numbers it takes to call them, and load.py, which does.
 """
 

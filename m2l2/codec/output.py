@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from m2l2.data.audio_io import StreamResampler
-from m2l2.representation import Layout
+from m2l2.representation import SignalLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Cut:
 class Output:
   """From the pieces of one signal's streams to audio as the source was: its channels, length and rate."""
 
-  def __init__(self, *, layout: Layout, model_channels: int, model_rate: int, channels: int, sample_rate: int,
+  def __init__(self, *, layout: SignalLayout, model_channels: int, model_rate: int, channels: int, sample_rate: int,
                num_samples: int, clip: bool):
     self._mono_model, self._channels, self._clip = model_channels == 1, channels, clip
     self._signal = Cut(start=layout.lead, length=layout.num_samples)

@@ -20,5 +20,5 @@ from m2l2.data.writer import AudioWriter, check_writable, flac_bytes, write, WRI
 
 __all__ = [
     'AudioInfo', 'AudioReader', 'AudioWriter', 'RATES', 'READABLE', 'StreamResampler', 'TAGS', 'WRITE_FORMATS',
-    'check_writable', 'decode_bytes', 'flac_bytes', 'probe', 'read', 'read_blocks', 'read_bytes', 'resample', 'resampled_length',
-    'shown', 'write']
+    'check_writable', 'decode_bytes', 'flac_bytes', 'probe', 'read', 'read_blocks', 'read_bytes', 'resample',
+    'resampled_length', 'shown', 'write']

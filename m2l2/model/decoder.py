@@ -16,7 +16,7 @@ from m2l2.model.transformer import Transformer
 LARGEST = 0.999  # |z| that the linear sketch still tells apart: 9.5 times the RMS it begins with
 
 
-class Shortcut(nnx.Module):
+class TokenShortcut(nnx.Module):
   """Latents [N, L, Z] -> tokens [N, P, D]: a projection per latent, spread over positions."""
 
   def __init__(self, latents, tokens, *, rngs):
@@ -28,7 +28,7 @@ class Shortcut(nnx.Module):
     return jnp.einsum('nlz,lp,lzd->npd', z, self.spread[...], self.project[...])
 
 
-class DenseShortcut(nnx.Module):
+class DenseTokenShortcut(nnx.Module):
   """Latents [N, L, Z] -> tokens [N, P, D]: one linear map to `width` numbers a token, and these to its channels."""
 
   def __init__(self, latents, tokens, *, width, rngs):
@@ -41,7 +41,7 @@ class DenseShortcut(nnx.Module):
     return contract(z * (l * size) ** -0.5, self.mix[...], 2) @ self.expand[...]
 
 
-class LinearSketch(nnx.Module):
+class EnvelopeSketch(nnx.Module):
   """Latents [N, L, Z] -> log-magnitudes [N, F, T, C] by an affine map, the same over each cell of `grid`.
 
   The bottleneck's tanh is undone first: bent components would cost a tenth of what they say of the music.
@@ -78,14 +78,14 @@ class Decoder(nnx.Module):
                                    rngs=rngs, **transformer)
     self.depatchifier = DePatchifier(grid=grid, widths=widths, blocks=blocks, strides=strides, remat=remat, tile=tile,
                                       dtype=dtype, rngs=rngs)
-    kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
+    kind = functools.partial(DenseTokenShortcut, width=shortcut_width) if shortcut_width else TokenShortcut
     self.shortcut = kind((num_latents, latent_dim), (num_tokens, dim), rngs=rngs) if shortcut else None
     self.envelope = (
         EnvelopeHead(widths[0], channels, bins=bins, stem=stem, pack=self.depatchifier.packs[0], dtype=dtype,
                      rngs=rngs)
         if envelope else None)
     self.sketch = (
-        LinearSketch((num_latents, latent_dim), sketch_grid, bins=bins, frames=grid[1] * math.prod(
+        EnvelopeSketch((num_latents, latent_dim), sketch_grid, bins=bins, frames=grid[1] * math.prod(
             stride[1] for stride in strides) * stem[1], rngs=rngs) if sketch_grid else None)
     self.grid, self.slots = grid, slots
     self.feature_norm = feature_norm

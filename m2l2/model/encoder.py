@@ -13,7 +13,7 @@ from m2l2.model.patchify import Patchifier, split_slots
 from m2l2.model.transformer import Transformer
 
 
-class Shortcut(nnx.Module):
+class LatentShortcut(nnx.Module):
   """Tokens [N, P, D] -> latents [N, L, Z]: a learned pooling over positions and a projection per latent."""
 
   def __init__(self, tokens, latents, *, rngs):
@@ -26,7 +26,7 @@ class Shortcut(nnx.Module):
     return jnp.einsum('npd,lp,ldz->nlz', self.norm(tokens[:, None])[:, 0], self.pool[...], self.project[...])
 
 
-class DenseShortcut(nnx.Module):
+class DenseLatentShortcut(nnx.Module):
   """Tokens [N, P, D] -> latents [N, L, Z]: each token as `width` numbers, then one affine map of all of them.
 
   Any latent can so depend on any place from the first step on, as in a linear autoencoder. No norm before it: how
@@ -46,10 +46,10 @@ class DenseShortcut(nnx.Module):
     return contract(narrow, self.mix[...], 2) + self.bias[...][None]
 
 
-class LinearSketch(nnx.Module):
+class LatentSketch(nnx.Module):
   """Log-magnitudes [N, F, T, C], averaged over `grid`'s bands and stretches of frames -> latents [N, L, Z], affine.
 
-  With decoder.LinearSketch a linear autoencoder of the envelope. It can begin as the music's principal components
+  With decoder.EnvelopeSketch a linear autoencoder of the envelope. It can begin as the music's principal components
   (launch/research/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that
   Adam's steps, equal for all parameters, are small for it.
   """
@@ -88,9 +88,9 @@ class Encoder(nnx.Module):
     self.transformer = Transformer(dim, tokens=num_tokens + num_latents + registers, remat=remat, rngs=rngs,
                                    **transformer)
     self.head = Linear(dim, latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
-    kind = functools.partial(DenseShortcut, width=shortcut_width) if shortcut_width else Shortcut
+    kind = functools.partial(DenseLatentShortcut, width=shortcut_width) if shortcut_width else LatentShortcut
     self.shortcut = kind((num_tokens, dim), (num_latents, latent_dim), rngs=rngs) if shortcut else None
-    self.sketch = LinearSketch(sketch_grid, (num_latents, latent_dim), rngs=rngs) if sketch_grid else None
+    self.sketch = LatentSketch(sketch_grid, (num_latents, latent_dim), rngs=rngs) if sketch_grid else None
     self.grid, self.slots = grid, slots
     self.magnitude_input = magnitude_input
     self.latent_norm = latent_norm

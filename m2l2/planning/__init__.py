@@ -6,4 +6,4 @@ __all__ = ['Chip', 'count_flops', 'count_traffic', 'find_chip']
 
 __getattr__, __dir__ = lazy(__name__, {
     'Chip': 'm2l2.planning.chips', 'find_chip': 'm2l2.planning.chips', 'count_flops': 'm2l2.planning.flops',
-    'count_traffic': 'm2l2.planning.hlo'})
+    'count_traffic': 'm2l2.planning.traffic'})

@@ -15,7 +15,8 @@ import jax
 from m2l2 import build, sharding
 from m2l2.errors import UserError, first_line
 from m2l2.kernels.chunk_causal import compiling_for
-from m2l2.planning import chips, hlo
+from m2l2.planning import chips
+from m2l2.planning.traffic import Traffic, count_traffic
 from m2l2.training import programs, timing
 
 MAX_COMPILES = 6
@@ -93,7 +94,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
 
 def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
   count, batch = report['devices'], report['batch']
-  traffic = hlo.count_traffic(compiled.as_text())
+  traffic = count_traffic(compiled.as_text())
   with compiling_for('tpu'):
     nominal, executed = (timing.step_flops(build.step_functions(variant), batch, unit=chip.matrix_unit)
                          for variant in (timing.plain_model(config), config))
@@ -131,7 +132,7 @@ def memory_of(step, probe=None) -> dict:
           'probe': probing.temp_size_in_bytes if probing else None, 'peak': peak}
 
 
-def estimate_step(traffic: hlo.Traffic, chip: chips.Chip) -> tuple[dict, list]:
+def estimate_step(traffic: Traffic, chip: chips.Chip) -> tuple[dict, list]:
   """-> (`estimate` of the report but for its mfu, `parts`): cycles of a step on one chip, and where they are.
 
   Raises:

@@ -9,7 +9,7 @@ import jax
 
 from m2l2 import build, files, sharding
 from m2l2.training import checkpoint, timing
-from m2l2.codec.codec import locate
+from m2l2.codec.loading import locate
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError

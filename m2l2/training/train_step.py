@@ -164,24 +164,6 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
   network, representation = objective.network, objective.representation
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
-  def gradients(params, audio, keys, step, *, head):
-    grad = jax.value_and_grad(functools.partial(objective.loss_fn, head=head), has_aux=True)
-    if accumulate == 1:
-      (loss, metrics), grads = grad(params, audio, keys, step)
-      return grads, {'loss': loss, **metrics}
-
-    def add(total, micro):
-      (loss, metrics), grads = grad(params, *micro, step)
-      return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
-
-    # Strided, so that with a sharded batch every device works on every microbatch.
-    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
-    grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-    grads = jax.tree.map(lambda g: g / accumulate, grads)
-    # A microbatch may hold no draw of a sigma band; any other nan must stay one.
-    return grads, {name: (jnp.nanmean if name.startswith('loss/sigma') else jnp.mean)(values, axis=0)
-                   for name, values in metrics.items()}
-
   def init(key):
     params = network.init(key)
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
@@ -191,7 +173,8 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(stored.tree(state.params), audio, keys, state.step, head=head)
+    grads, metrics = gradients(functools.partial(objective.loss_fn, head=head), stored.tree(state.params), audio, keys,
+                               state.step, accumulate=accumulate)
     grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -222,6 +205,27 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
       logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=objective.head_start)
+
+
+def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
+  """-> (gradients, metrics and the 'loss') of loss_fn(params, audio [B, C, N], keys [B], step) -> (loss, metrics), in
+  `accumulate` microbatches one after the other."""
+  grad = jax.value_and_grad(loss_fn, has_aux=True)
+  if accumulate == 1:
+    (loss, metrics), grads = grad(params, audio, keys, step)
+    return grads, {'loss': loss, **metrics}
+
+  def add(total, micro):
+    (loss, metrics), grads = grad(params, *micro, step)
+    return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
+
+  # Strided, so that with a sharded batch every device works on every microbatch.
+  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
+  grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+  grads = jax.tree.map(lambda g: g / accumulate, grads)
+  # A microbatch may hold no draw of a sigma band; any other nan must stay one.
+  return grads, {name: (jnp.nanmean if name.startswith('loss/sigma') else jnp.mean)(values, axis=0)
+                 for name, values in metrics.items()}
 
 
 def shorten(z, keys, *, chance: float):

@@ -1,0 +1,41 @@
+"""What loading a model needs to know of its weights: where they lie, and whether they fit their config."""
+
+from importlib import resources
+import os
+
+import jax
+import numpy as np
+
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+
+
+def locate(path):
+  """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
+
+  Raises UserError: neither is there.
+  """
+  path = os.path.expanduser(path)
+  if os.path.exists(path):
+    return path
+  box = resources.files('m2l2') / 'assets' / 'models'
+  names = sorted(entry.name for entry in box.iterdir() if entry.is_dir()) if box.is_dir() else []
+  if os.fspath(path) not in names:
+    raise UserError(f'{audio_io.shown(path)}: no such snapshot or workdir, nor a model in the box '
+                    f'({", ".join(names) or "it is empty"})')
+  return os.fspath(box / os.fspath(path))
+
+
+def check_params(params, expected):
+  """Raises UserError naming the first parameter that is missing, too many or of another shape."""
+  found, wanted = ({_path(path): tuple(np.shape(leaf))
+                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+                   for tree in (params, expected))
+  for name in sorted(found.keys() | wanted.keys()):
+    if found.get(name) != wanted.get(name):
+      raise UserError(f'the weights do not fit their config: {name} is '
+                      f'{found.get(name, "missing")}, should be {wanted.get(name, "absent")}')
+
+
+def _path(path):
+  return '/'.join(str(entry.key) for entry in path)
