@@ -20,8 +20,9 @@ from m2l2.codec import codec
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate
-from m2l2.evaluation.metrics import checks, pairs, seams, stereo, visqol
+from m2l2.evaluation.metrics import checks, pairs, registry, seams, stereo, visqol
 from m2l2.evaluation.reports import report
+from m2l2.evaluation.studies import sweep
 from m2l2.representation import Representation
 
 CLIPS = ROOT / 'm2l2' / 'assets' / 'clips' / 'train'
@@ -127,9 +128,9 @@ def test_stereo_metrics():
   assert stereo.side_mid_error_db(audio, wider) == pytest.approx(20 * np.log10(2))
   assert stereo.side_mid_db(np.stack([mid, mid])) == -60
   noise = rng.standard_normal(5000)
-  values = stereo.channel_si_sdr(audio, np.stack([audio[0], audio[1] + noise]))
-  assert values['si_sdr_left'] == 150
-  assert values['si_sdr_right'] == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
+  signals = pairs.Signals(audio, np.stack([audio[0], audio[1] + noise]), RATE)
+  assert stereo.si_sdr_left_of(signals) == 150
+  assert stereo.si_sdr_right_of(signals) == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_visqol_is_called_as_defined(music, monkeypatch, forget_visqol):
 def test_without_visqol_the_rest_is_measured(monkeypatch, forget_visqol):
   monkeypatch.setitem(sys.modules, 'visqol', None)  # as if not installed
   assert evaluate.split_names(None, with_files=['clap']) == (
-      [name for name in evaluate.METRICS if name != 'visqol'], ['musicnn_mtt', 'musicnn_msd', 'clap'])
+      [name for name in registry.METRICS if name != 'visqol'], ['musicnn_mtt', 'musicnn_msd', 'clap'])
   with pytest.raises(UserError, match=r"pip install 'm2l2\[visqol\]'"):
     evaluate.split_names('visqol')
 
@@ -316,7 +317,7 @@ def dithered_silence(seconds=1):
 
 
 def test_a_reference_of_dithered_silence_costs_its_ratio_alone(music, monkeypatch):
-  monkeypatch.setattr(evaluate.visqol, 'is_installed', lambda: False)
+  monkeypatch.setitem(sys.modules, 'visqol', None)
   metrics, _ = evaluate.split_names(None)
   quiet = dithered_silence()
   items = [evaluate.Pair('dither', quiet, quiet / 2, RATE), evaluate.Pair('song', music[0], noisy(music[0], .1), RATE)]
@@ -364,6 +365,61 @@ def test_a_report_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkey
   assert said == (f'm2l2: {tmp_path}/report.json: could not be written (No space left on device); make room and run '
                   'the same command again')
   assert os.listdir(tmp_path) == ['a.wav']
+
+
+def peak_of(signals):
+  return float(np.max(np.abs(signals.estimate)))
+
+
+def test_a_metric_is_one_entry(folders, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(registry.METRICS, 'peak', None)  # which takes it out again
+  registry.register('peak', peak_of, better=registry.ZERO, unit='of full scale')
+  reference, estimate = folders
+  command = (f'--reference={reference}/a.flac', f'--estimate={estimate}/a.wav')
+  assert run(*command, '--metrics=peak,lsd_db', f'--output={tmp_path}/r.json', f'--csv={tmp_path}/r.csv',
+             f'--html={tmp_path}/r.html') == 0
+  peak = float(np.max(np.abs(audio_io.read(estimate / 'a.wav')[0])))
+  made = json.loads((tmp_path / 'r.json').read_text())
+  assert made['metrics']['peak']['per_file'] == {'a.flac': peak} and list(made['metrics']) == ['lsd_db', 'peak']
+  (row,) = csv.DictReader((tmp_path / 'r.csv').open())
+  assert list(row) == ['file', 'lsd_db', 'peak'] and float(row['peak']) == peak
+  assert ['peak', f'{peak:.4g}', 'n=1'] in [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert '<td>peak (of full scale, good near 0)</td>' in (tmp_path / 'r.html').read_text()
+  assert 'peak' in evaluate.split_names(None)[0]
+  assert sweep.is_better('peak', -.1, .5) and not sweep.is_better('peak', -.6, .5)
+  assert run(*command, '--metrics=peek', f'--output={tmp_path}/r.json') == 1
+  assert re.search("unknown metric 'peek': pick from si_sdr, .*, visqol, peak, musicnn_mtt", capsys.readouterr().err)
+  assert run('--help') == 0
+  assert 'visqol, peak, and Frechet' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_an_entry_that_needs_more_is_off_without_it(folders, tmp_path, monkeypatch, capsys):
+  for name in ('stereo_peak', 'far_peak', 'odd_peak'):
+    monkeypatch.setitem(registry.METRICS, name, None)
+  registry.register('stereo_peak', peak_of, better=registry.LOWER, stereo=True)
+  registry.register('far_peak', peak_of, better=registry.HIGHER, package='not_there', extra='eval')
+  registry.register('odd_peak', f'{__name__}:peak_of', better=registry.REFERENCE, chunks=True, default=False)
+  mono = evaluate.Pair('mono', np.ones((1, 9), np.float32), np.ones((1, 9), np.float32), RATE)
+  made = evaluate.evaluate([mono], metrics=['stereo_peak', 'odd_peak'])
+  assert list(made['metrics']) == ['odd_peak'] and not [line for line in made['warnings'] if 'stereo_peak' in line]
+  assert {'stereo_peak'} == set(evaluate.split_names(None)[0]) & {'stereo_peak', 'far_peak', 'odd_peak'}
+  with pytest.raises(UserError, match=r"far_peak needs the package not_there.*pip install 'm2l2\[eval\]'"):
+    evaluate.split_names('far_peak')
+  with pytest.raises(UserError, match='odd_peak tells no best'):
+    sweep.sweep(None, [], metrics=['odd_peak'])
+  assert run('--help') == 0
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'that need no file but odd_peak; if installed: visqol, far_peak' in said
+  assert "model's chunks, for seam_db, odd_peak" in said
+
+
+def test_every_entry_has_its_function_and_a_direction():
+  signals = pairs.Signals(*np.random.default_rng(0).standard_normal((2, 2, 2 * RATE)).astype(np.float32), RATE)
+  for name, metric in registry.METRICS.items():
+    assert metric.name == name and metric.better in (
+        registry.HIGHER, registry.LOWER, registry.ZERO, registry.REFERENCE)
+    if not metric.package:
+      assert isinstance(metric(signals), float)
 
 
 def test_pairs_by_name_and_by_stem(tmp_path):

@@ -37,7 +37,7 @@ from m2l2.codec.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import pairs, visqol
+from m2l2.evaluation.metrics import pairs, registry
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import baselines, excerpts
 from m2l2.evaluation.embedders.embeddings import make_embedder
@@ -89,7 +89,7 @@ def run(argv) -> dict:
   embedders = {EMBEDDING: embed}
   judged = {name: excerpts.judge(sounds, made, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
             for name, made in systems.items()}
-  if args.visqol_every and visqol.is_installed():
+  if args.visqol_every and registry.METRICS['visqol'].is_available():
     some = dict(list(sounds.items())[::args.visqol_every])
     for name, made in systems.items():
       heard = excerpts.judge(some, {key: made[key] for key in some}, rate, metrics=['visqol'], workers=args.workers)

@@ -7,6 +7,8 @@ import tempfile
 
 from m2l2.cli import coding, extras, options, terminal
 from m2l2.errors import UserError
+from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
+from m2l2.evaluation.metrics.registry import METRICS
 
 
 def add(command):
@@ -23,16 +25,16 @@ def add(command):
   parser.add_argument('--csv', metavar='*.csv', help='one row a file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
   parser.add_argument('--metrics', metavar='A,B,...',
-                      help='some of si_sdr, mel_l1_db, lsd_db, mrstft, ratio, si_sdr_left, si_sdr_right, side_mid_db, '
-                      'seam_db, visqol, and Frechet distances over musicnn_mtt, musicnn_msd, vggish, clap '
-                      '(default: all that need no file; visqol if it is installed)')
+                      help=f'some of {", ".join(METRICS)}, and Frechet distances over {", ".join(EMBEDDINGS)} '
+                      f'(default: {_defaults()})')
   parser.add_argument('--vggish', metavar='FILE',
                       help='weights of VGGish: vggish-10086976.pth of torchvggish, or its tensors as *.safetensors')
   parser.add_argument('--clap', metavar='FILE',
                       help='weights of LAION-CLAP: 630k-audioset-best.pt, or its tensors as *.safetensors')
   options.workers(parser)
   parser.add_argument('--chunk-seconds', type=float, metavar='X',
-                      help="length of the model's chunks, for seam_db (default: the checkpoint's, else 0.743)")
+                      help=f"length of the model's chunks, for {_names(lambda metric: metric.chunks)} "
+                      "(default: the checkpoint's, else 0.743)")
   options.quiet(parser, without='no progress bar, no table')
   options.decoding(parser)
   parser = command('sweep-sigma-cond', _sweep,
@@ -72,6 +74,18 @@ def add(command):
                       help='from the middle of each file (default 30)')
   parser.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
   options.quiet(parser, without='no progress bar, no table')
+
+
+def _names(are) -> str:
+  return ', '.join(name for name, metric in METRICS.items() if are(metric))
+
+
+def _defaults() -> str:
+  """What is measured where no metrics are named, in words."""
+  installed = _names(lambda metric: metric.default and metric.package)
+  others = _names(lambda metric: not metric.default)
+  return ('all that need no file' + (f' but {others}' if others else '')
+          + (f'; if installed: {installed}' if installed else ''))
 
 
 def _evaluate(args):

@@ -16,14 +16,8 @@ import soxr
 
 from m2l2.data import audio_io, sources
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import checks, frechet, pairs, seams, stereo, visqol
+from m2l2.evaluation.metrics import checks, frechet, pairs, registry, seams
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS, IN_THE_BOX
-
-STEREO_METRICS = ('si_sdr_left', 'si_sdr_right', 'side_mid_db')
-METRICS = (*pairs.PAIR_METRICS, *STEREO_METRICS, 'seam_db', 'visqol')
-# What lower and higher values mean, for tables.
-UNORDERED = ('coherence', 'coherence_reference')  # good is what is near the reference's, neither high nor low
-HIGHER_IS_BETTER = ('si_sdr', 'si_sdr_left', 'si_sdr_right', 'visqol')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,51 +87,41 @@ def load_pair(pair: Pair, *, check: bool = True) -> Loaded:
   return Loaded(r[:, :length], x[:, :length], rate, tuple(warnings))
 
 
-def measure(loaded: Loaded, names: Sequence[str], *, chunks: seams.Chunks = seams.Chunks(),
+def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams.Chunks = seams.Chunks(),
             seed: int = 0) -> tuple[dict[str, float], list[str]]:
-  """The signal metrics called `names` of one pair that have a finite value, and a warning for each that has none.
+  """The signal metrics of one pair that have a finite value, by name, and a warning for each that has none.
 
   Metrics of stereo are left out without a warning where a side is not stereo.
   """
-  r, x, rate = loaded.reference, loaded.estimate, loaded.sample_rate
+  signals = pairs.Signals(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
+  is_stereo = len(loaded.reference) == len(loaded.estimate) == 2
   values, warnings = {}, []
-
-  def attempt(of, computed):
-    """One bad pair must not cost the others their report: whatever a metric raises, it is left out and named."""
-    if not (wanted := [name for name in of if name in names]):
-      return
+  for metric in metrics:
+    if metric.stereo and not is_stereo:
+      continue
+    name = metric.name
     try:
-      made = computed(wanted)
+      value = metric(signals)
     except UserError as error:
-      warnings.append(str(error))
-      return
-    except Exception as error:
-      warnings.append(f'{", ".join(wanted)}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
-      return
-    values.update({name: value for name, value in made.items() if math.isfinite(value)})
-    warnings.extend(f'{name}: is {value}, left out' for name, value in made.items() if name not in values)
-
-  of_pair = lambda wanted: pairs.pair_metrics(r, x, sample_rate=rate, seed=seed, names=wanted)
-  attempt(['mel_l1_db', 'lsd_db'], of_pair)
-  for name in ('si_sdr', 'mrstft', 'ratio', 'coherence', 'coherence_reference'):
-    attempt([name], of_pair)
-  if len(r) == len(x) == 2:
-    attempt(['si_sdr_left', 'si_sdr_right'], lambda wanted: {
-        name: value for name, value in stereo.channel_si_sdr(r, x).items() if name in wanted})
-    attempt(['side_mid_db'], lambda wanted: {'side_mid_db': stereo.side_mid_error_db(r, x)})
-  attempt(['seam_db'], lambda wanted: {'seam_db': seams.seam_db(r, x, sample_rate=rate, chunks=chunks)})
-  attempt(['visqol'], lambda wanted: {'visqol': visqol.visqol(r, x, sample_rate=rate)})
-  return {name: values[name] for name in names if name in values}, warnings
+      warnings.append(str(error) if name in str(error) else f'{name}: {error}')
+    except Exception as error:  # one bad pair must not cost the others their report
+      warnings.append(f'{name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+    else:
+      if math.isfinite(value):
+        values[name] = value
+      else:
+        warnings.append(f'{name}: is {value}, left out')
+  return values, warnings
 
 
-def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS,
+def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] | None = None,
              embedders: Mapping[str, Callable] | None = None, workers: int = 1, chunks: seams.Chunks = seams.Chunks(),
              seed: int = 0, progress: Callable[[int], None] = lambda steps: None) -> dict:
   """The report on all pairs, a tree of JSON types.
 
   Args:
     items: what to compare; names are unique.
-    metrics: names from METRICS. embedders: name -> function, see `embeddings.make_embedder`.
+    metrics: names of the registry; None: its defaults. embedders: name -> function, see `embeddings.make_embedder`.
     workers: processes for the signal metrics; up to 1, they run in this one.
     chunks: where the model's chunks meet, for seam_db. seed: of the noise in `ratio`, and of the bootstrap.
     progress: called with the number of steps done since; `steps_of` says how many there are.
@@ -148,11 +132,9 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] = METRICS,
   Raises:
     UserError: unknown name, or no pair can be measured.
   """
-  unknown = [name for name in metrics if name not in METRICS]
-  if unknown:
-    raise UserError(f'unknown metric {unknown[0]!r}: pick from {", ".join((*METRICS, *EMBEDDINGS))}')
+  metrics = registry.by_default() if metrics is None else metrics
   embedders = embedders or {}
-  job = _Job(tuple(metrics), chunks, seed)
+  job = _Job(tuple(registry.named(metrics, beside=EMBEDDINGS)), chunks, seed)
   with _mapped(job, items, workers) as results:
     embedded, embedding_warnings = _embed_all(items, embedders, progress)
     per_file, warnings = {}, []
@@ -176,8 +158,8 @@ def steps_of(items, embedders) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """Measures a pair; picklable."""
-  metrics: tuple[str, ...]
+  """Measures a pair; picklable, entries and all, since another process may have read a registry with fewer."""
+  metrics: tuple[registry.Metric, ...]
   chunks: seams.Chunks
   seed: int
 
@@ -274,19 +256,14 @@ def _summary(per_file, metrics) -> dict:
 
 
 def split_names(names: str | None, *, with_files: Iterable[str] = ()) -> tuple[list[str], list[str]]:
-  """(signal metrics, embeddings) of a comma-separated list; of None: all that are in the box, ViSQOL where it is
-  installed, and the embeddings in `with_files`, whose weights were given.
+  """(signal metrics, embeddings) of a comma-separated list; of None: the registry's defaults that are installed, the
+  embeddings in the box, and those in `with_files`, whose weights were given.
 
-  Raises UserError: an unknown name.
+  Raises UserError: an unknown name, or a metric whose package is not installed.
   """
   if names is None:
-    metrics = [name for name in METRICS if name != 'visqol' or visqol.is_installed()]
-    return metrics, [*IN_THE_BOX, *with_files]
-  picked = [name.strip() for name in names.split(',') if name.strip()]
-  unknown = [name for name in picked if name not in (*METRICS, *EMBEDDINGS)]
-  if unknown or not picked:
-    raise UserError(f'unknown metric {unknown[0] if unknown else names!r}: pick from '
-                    f'{", ".join((*METRICS, *EMBEDDINGS))}')
-  if 'visqol' in picked:
-    visqol.require()
-  return [name for name in METRICS if name in picked], [name for name in EMBEDDINGS if name in picked]
+    return registry.by_default(), [*IN_THE_BOX, *with_files]
+  picked = [name.strip() for name in names.split(',') if name.strip()] or [names]
+  for metric in registry.named([name for name in picked if name not in EMBEDDINGS], beside=EMBEDDINGS):
+    metric.require()
+  return [name for name in registry.METRICS if name in picked], [name for name in EMBEDDINGS if name in picked]

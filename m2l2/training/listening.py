@@ -12,7 +12,7 @@ from m2l2.codec.codec import Codec
 from m2l2.errors import UserError, in_one_line
 from m2l2.evaluation import clips, evaluate
 from m2l2.evaluation.embedders import embeddings
-from m2l2.evaluation.metrics import seams
+from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.studies import sweep
 from m2l2.training.metrics import METRICS
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
@@ -46,7 +46,7 @@ class Listener:
     metrics, names = evaluate.split_names(fields['metrics'])
     if fields['best'] and fields['best'] not in (*metrics, *names):
       raise UserError(f'evaluate.best={fields["best"]!r} is not among evaluate.metrics={fields["metrics"]}')
-    if fields['best'] in evaluate.UNORDERED:
+    if not registry.is_ordered(fields['best']):
       raise UserError(f"evaluate.best={fields['best']!r}: neither its high nor its low values are good; name another")
     self._metrics, self._measured = metrics, _last_measured(workdir, most=first)
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)

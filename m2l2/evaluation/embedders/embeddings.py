@@ -1,18 +1,19 @@
 """The embeddings that Frechet distances are taken over, by name."""
 
 from collections.abc import Callable
-import hashlib
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from m2l2.errors import UserError
+
+if TYPE_CHECKING:  # for the rest the names are to be had without a library
+  import numpy as np
 
 IN_THE_BOX = ('musicnn_mtt', 'musicnn_msd')
 BY_FILE = ('vggish', 'clap')  # their weights are the user's to bring
 EMBEDDINGS = IN_THE_BOX + BY_FILE
 
 
-def make_embedder(name: str, weights_file=None) -> Callable[..., np.ndarray]:
+def make_embedder(name: str, weights_file=None) -> Callable[..., 'np.ndarray']:
   """A function (audio float [channels, samples], sample_rate=Hz) -> float32 [windows, width]; it raises UserError for
   clips too short.
 
@@ -34,11 +35,13 @@ def make_embedder(name: str, weights_file=None) -> Callable[..., np.ndarray]:
   return lambda audio, sample_rate: network.embed(params, audio, sample_rate=sample_rate)
 
 
-def remembering(embed: Callable[..., np.ndarray], *, most: int = 1024) -> Callable[..., np.ndarray]:
+def remembering(embed: Callable[..., 'np.ndarray'], *, most: int = 1024) -> Callable[..., 'np.ndarray']:
   """The same function, which embeds equal audio once: references are met again with every setting that is compared.
 
   most: how many results are kept; those asked for least lately go first.
   """
+  import hashlib
+  import numpy as np
   known = {}
 
   def embed_once(audio, sample_rate):

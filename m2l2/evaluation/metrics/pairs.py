@@ -10,8 +10,10 @@ recognisable from about .85 downwards. Even the exact magnitudes keep .4 to .8, 
 phases are random, and silence scores 3 to 7.
 """
 
-import functools
 from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -20,6 +22,7 @@ import soxr
 
 from m2l2 import representation
 from m2l2.errors import UserError
+from m2l2.evaluation.metrics import registry
 
 SAMPLE_RATE = 44100
 MAX_HZ = 16000.
@@ -223,37 +226,84 @@ def _coherence(mono: np.ndarray, *, what: str) -> float:
   return float(np.mean(values))
 
 
-PAIR_METRICS = ('si_sdr', 'mel_l1_db', 'lsd_db', 'mrstft', 'ratio', 'coherence', 'coherence_reference')
+# ---- as registry.py lists them -------------------------------------------------------------------
 
 
-def pair_metrics(reference, estimate, *, sample_rate: int, names=PAIR_METRICS, seed: int = 0) -> dict[str, float]:
-  """The metrics called `names` (all of `PAIR_METRICS` by default) of one pair.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signals:
+  """What a metric is computed of; what several metrics need is computed once.
+
+  Fields:
+    reference, estimate: float [channels, samples] or [samples] in [-1, 1], both at `sample_rate` (Hz);
+      channels and lengths may differ.
+    chunks: a `seams.Chunks`, where the model's chunks meet; None: as the paper's model has them.
+    seed: of what a metric draws.
+  """
+  reference: np.ndarray
+  estimate: np.ndarray
+  sample_rate: int
+  chunks: Any = None
+  seed: int = 0
+
+  @functools.cached_property
+  def mono(self) -> tuple[np.ndarray, np.ndarray]:
+    """Both checked, mixed down, at 44.1 kHz and equally long: float64 [samples] each, not to be written to.
+
+    Raises UserError: nothing in common, or not finite.
+    """
+    return _prepared_pair(self.reference, self.estimate, sample_rate=self.sample_rate)
+
+  @functools.cached_property
+  def distances(self) -> dict[str, float]:
+    """`spectral_distances`."""
+    return spectral_distances(*self.mono)
+
+
+def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int = 0) -> dict[str, float]:
+  """The metrics called `names` of one pair; by default all that need no stereo, no chunks and no further package.
 
   Args:
-    reference, estimate: float32 [channels, samples] or [samples] in [-1, 1], at `sample_rate` (Hz);
-      channels and lengths may differ.
-    seed: draws the noise of `ratio`.
+    reference, estimate, seed: see `Signals`; float32.
   Returns:
     name -> finite float, in the order of `names`.
   Raises:
     UserError: unknown name, nothing in common, not finite, or a metric undefined by silence.
   """
-  names = PAIR_METRICS if names is None else tuple(names)
-  for name in names:
-    if name not in PAIR_METRICS:
-      raise UserError(f'unknown pair metric {name!r}: pick from {", ".join(PAIR_METRICS)}')
-  r, x = _prepared_pair(reference, estimate, sample_rate=sample_rate)
-  values = spectral_distances(r, x) if {'mel_l1_db', 'lsd_db', 'ratio'} & set(names) else {}
-  if 'si_sdr' in names:
-    values['si_sdr'] = si_sdr(r, x)
-  if 'mrstft' in names:
-    values['mrstft'] = mrstft(r, x, sample_rate=SAMPLE_RATE)
-  if 'ratio' in names:
-    values['ratio'] = _ratio(values['mel_l1_db'], r, seed=seed)
-  for name, mono, what in (('coherence', x, 'estimate'), ('coherence_reference', r, 'reference')):
-    if name in names:
-      values[name] = _coherence(mono, what=what)
-  return {name: values[name] for name in names}
+  if names is None:
+    names = [name for name, one in registry.METRICS.items() if not (one.stereo or one.chunks or one.package)]
+  signals = Signals(reference, estimate, sample_rate, seed=seed)
+  return {metric.name: metric(signals) for metric in registry.named(names)}
+
+
+def si_sdr_of(signals: Signals) -> float:
+  return si_sdr(*signals.mono)
+
+
+def mel_l1_db_of(signals: Signals) -> float:
+  return signals.distances['mel_l1_db']
+
+
+def lsd_db_of(signals: Signals) -> float:
+  return signals.distances['lsd_db']
+
+
+def mrstft_of(signals: Signals) -> float:
+  return mrstft(*signals.mono, sample_rate=SAMPLE_RATE)
+
+
+def ratio_of(signals: Signals) -> float:
+  return _ratio(signals.distances['mel_l1_db'], signals.mono[0], seed=signals.seed)
+
+
+def coherence_of_estimate(signals: Signals) -> float:
+  return _coherence(signals.mono[1], what='estimate')
+
+
+def coherence_of_reference(signals: Signals) -> float:
+  return _coherence(signals.mono[0], what='reference')
+
+
+# ---- spectra -------------------------------------------------------------------------------------
 
 
 def mel_edges(*, bands: int = MEL_BANDS, max_hz: float = MAX_HZ) -> np.ndarray:

@@ -47,6 +47,11 @@ def seam_db(reference, estimate, *, sample_rate: int, chunks: Chunks = Chunks())
   return float(error[border].mean() - error[centre].mean())
 
 
+def seam_db_of(signals: pairs.Signals) -> float:
+  return seam_db(signals.reference, signals.estimate, sample_rate=signals.sample_rate,
+                 chunks=signals.chunks or Chunks())
+
+
 def _near(frames: int, chunks: Chunks, shift: float) -> np.ndarray:
   """bool [frames]: within REACH of k + shift chunks, of the borders and centres inside the signal (k >= 1)."""
   seconds = np.arange(frames) * pairs.HOP / pairs.SAMPLE_RATE

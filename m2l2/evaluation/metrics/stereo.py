@@ -8,10 +8,17 @@ from m2l2.evaluation.metrics import pairs
 LEVEL_LIMIT_DB = 60.
 
 
-def channel_si_sdr(reference, estimate) -> dict[str, float]:
-  """`pairs.si_sdr` of each channel of float [2, samples]: {'si_sdr_left', 'si_sdr_right'} in dB."""
-  return {name: pairs.si_sdr(reference[channel], estimate[channel])
-          for channel, name in enumerate(('si_sdr_left', 'si_sdr_right'))}
+def si_sdr_left_of(signals: pairs.Signals) -> float:
+  """`pairs.si_sdr` in dB of the first of two channels."""
+  return pairs.si_sdr(signals.reference[0], signals.estimate[0])
+
+
+def si_sdr_right_of(signals: pairs.Signals) -> float:
+  return pairs.si_sdr(signals.reference[1], signals.estimate[1])
+
+
+def side_mid_db_of(signals: pairs.Signals) -> float:
+  return side_mid_error_db(signals.reference, signals.estimate)
 
 
 def side_mid_error_db(reference, estimate) -> float:

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import pairs
+from m2l2.evaluation.metrics import pairs, registry
 
 SAMPLE_RATE = 48000
 
@@ -33,26 +33,15 @@ def visqol(reference, estimate, *, sample_rate: int) -> float:
     raise UserError(f'visqol cannot measure this pair: {error}') from error
 
 
-def require():
-  """Raises UserError: visqol-python is not installed."""
-  _measure()
-
-
-def is_installed() -> bool:
-  try:
-    require()
-  except UserError:
-    return False
-  return True
+def visqol_of(signals: pairs.Signals) -> float:
+  return visqol(signals.reference, signals.estimate, sample_rate=signals.sample_rate)
 
 
 @functools.cache
 def _measure():
   """The package's measurer, its model read once a process."""
-  try:
-    from visqol import VisqolApi
-  except ModuleNotFoundError as error:
-    raise UserError("visqol needs the package visqol-python: pip install 'm2l2[visqol]'") from error
+  registry.METRICS['visqol'].require()
+  from visqol import VisqolApi
   measure = VisqolApi()
   measure.create(mode='audio')
   return measure

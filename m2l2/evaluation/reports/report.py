@@ -12,8 +12,8 @@ import numpy as np
 
 from m2l2 import files
 from m2l2.data import audio_io
-from m2l2.evaluation.metrics import pairs
-from m2l2.evaluation.evaluate import HIGHER_IS_BETTER, load_pair
+from m2l2.evaluation.evaluate import load_pair
+from m2l2.evaluation.metrics import pairs, registry
 
 PAGE_FILES = 6  # pairs with spectrograms and players
 EXCERPT_SECONDS = 10.
@@ -61,7 +61,8 @@ def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
   """
   shown = _from_best_to_worst(report, items)
   body = [f'<h1>{html.escape(title)}</h1><p>{report["pairs"]} pairs</p>',
-          _html_table(('metric', 'mean +- standard error (Frechet: bootstrap sd)', 'pairs'), table(report))]
+          _html_table(('metric', 'mean +- standard error (Frechet: bootstrap sd)', 'pairs'),
+                      [(_described(name), *cells) for name, *cells in table(report)])]
   if report['warnings']:
     lines = ''.join(f'<li>{html.escape(line)}</li>' for line in report['warnings'])
     body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
@@ -89,14 +90,20 @@ def _from_best_to_worst(report, items):
   if not report['metrics']:
     return items[:PAGE_FILES]
   name = _ranking(report)
-  values, sign = report['metrics'][name]['per_file'], -1 if name in HIGHER_IS_BETTER else 1
-  measured = sorted((item for item in items if item.name in values), key=lambda item: sign * values[item.name])
+  values = report['metrics'][name]['per_file']
+  measured = sorted((item for item in items if item.name in values),
+                    key=lambda item: registry.badness(name, values[item.name]))
   picks = np.unique(np.linspace(0, len(measured) - 1, PAGE_FILES).round().astype(int))
   return [measured[i] for i in picks]
 
 
 def _ranking(report) -> str:
   return 'mel_l1_db' if 'mel_l1_db' in report['metrics'] else next(iter(report['metrics']), 'name')
+
+
+def _described(name) -> str:
+  """A metric's name with its unit and what is good of it; another name as it is."""
+  return f'{name} ({registry.METRICS[name].described})' if name in registry.METRICS else name
 
 
 def _html_table(head, rows) -> str:
@@ -156,10 +163,11 @@ def _plot_metrics(report):
   figure = _figure((3.6 * columns, 2.2 * rows))
   panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
   for panel, (name, metric) in zip(panels, metrics.items()):
-    values = sorted(metric['per_file'].values(), reverse=name in HIGHER_IS_BETTER)
+    values = sorted(metric['per_file'].values(), key=lambda value: registry.badness(name, value))
     panel.plot(np.arange(1, len(values) + 1), values, 'o-', markersize=3, linewidth=1)
     panel.axhline(metric['mean'], color='0.6', linewidth=1)
     panel.set_title(f'{name}, mean {metric["mean"]:.3g}', fontsize=9)
+    panel.set_ylabel(registry.METRICS[name].unit if name in registry.METRICS else '', fontsize=7)
     panel.tick_params(labelsize=7)
   for panel in panels[len(metrics):]:
     panel.set_visible(False)

@@ -10,7 +10,7 @@ import os
 from m2l2.codec.codec import Codec
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate
-from m2l2.evaluation.metrics import seams
+from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.embedders.embeddings import remembering
 from m2l2.evaluation.clips import Excerpt
 from m2l2.codec.snapshot import load_snapshot, save_snapshot, snapshot_place
@@ -45,7 +45,7 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
   if by not in (*embedders, *metrics):
     raise UserError(f'the best sigma_cond is to be told by {by!r}, which is not measured: name one of '
                     f'{", ".join([*embedders, *metrics])}')
-  if by in evaluate.UNORDERED:
+  if not registry.is_ordered(by):
     raise UserError(f'{by} tells no best sigma_cond: neither high nor low values are good, but those near the original')
   for value in values:
     codec.check_decoding(seed, sigma_cond=value)
@@ -77,9 +77,7 @@ def means(report) -> dict:
 
 def is_better(name: str, new: float, old: float) -> bool:
   """Whether a value of a metric or an embedding's distance beats another."""
-  if name == 'seam_db':  # as far above 0 as below it, borders differ from the rest
-    return abs(new) < abs(old)
-  return new > old if name in evaluate.HIGHER_IS_BETTER else new < old
+  return registry.badness(name, new) < registry.badness(name, old)
 
 
 def _best(settings, by):
