@@ -464,6 +464,16 @@ def test_help_has_an_example(m2l2, command):
   assert f'm2l2 {command or "encode"} ' in said.split('\n\n', 1)[1]
 
 
+def test_presets_and_models_are_listed(m2l2):
+  status, said, errors = m2l2('configs')
+  names = [path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__']
+  assert status == 0 and not errors and sorted(line.split()[0] for line in said.splitlines()) == sorted(names)
+  assert all(len(line.split()) > 5 for line in said.splitlines())
+  status, said, errors = m2l2('models')
+  [tiny] = [line for line in said.splitlines() if line.startswith('tiny ')]
+  assert status == 0 and '22.05 kHz' in tiny and '28 MiB' in tiny and 'MODEL.md' in tiny
+
+
 def test_training_is_handed_over(m2l2, tmp_path):
   status, _, errors = m2l2('train', f'--workdir={tmp_path}')
   assert status == 1 and '--config' in one_line(errors)

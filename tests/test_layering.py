@@ -58,8 +58,9 @@ INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec.codec', 'm2l2.codec.l
 TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These also serve training or an extra, from inside functions that inference without them never calls.
-LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.cli.coding', 'm2l2.cli.corpora', 'm2l2.cli.measuring', 'm2l2.cli.runs',
-        'm2l2.cli.terminal', 'm2l2.cli.weights', 'm2l2.evaluation.embedders.embeddings')
+LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings',
+        *(f'm2l2.cli.{group}' for group in (
+            'coding', 'corpora', 'listing', 'measuring', 'runs', 'terminal', 'weights')))
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300

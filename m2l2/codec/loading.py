@@ -10,6 +10,14 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 
 
+def in_the_box() -> dict[str, str]:
+  """The path of each model in the box, by name."""
+  box = resources.files('m2l2') / 'assets' / 'models'
+  if not box.is_dir():
+    return {}
+  return {entry.name: os.fspath(entry) for entry in sorted(box.iterdir(), key=str) if entry.is_dir()}
+
+
 def locate(path):
   """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
 
@@ -18,12 +26,11 @@ def locate(path):
   path = os.path.expanduser(path)
   if os.path.exists(path):
     return path
-  box = resources.files('m2l2') / 'assets' / 'models'
-  names = sorted(entry.name for entry in box.iterdir() if entry.is_dir()) if box.is_dir() else []
-  if os.fspath(path) not in names:
+  models = in_the_box()
+  if os.fspath(path) not in models:
     raise UserError(f'{audio_io.shown(path)}: no such snapshot or workdir, nor a model in the box '
-                    f'({", ".join(names) or "it is empty"})')
-  return os.fspath(box / os.fspath(path))
+                    f'({", ".join(models) or "it is empty"})')
+  return models[os.fspath(path)]
 
 
 def check_params(params, expected):

@@ -1,0 +1,41 @@
+"""configs, models: what is there to train with, and what is there to use."""
+
+import ast
+import importlib.util
+import os
+
+from m2l2.cli import terminal
+
+
+def add(command):
+  command('configs', _configs, summary='The presets, with a line each.',
+          example='  m2l2 configs\n  m2l2 train --config=clip --config.data.root=song.flac --workdir=runs/clip')
+  command('models', _models, summary='The models in the box: rate, size, and where their cards are.',
+          example='  m2l2 models\n  m2l2 reconstruct song.flac again.wav --checkpoint=tiny')
+
+
+def _configs(args):
+  folder = next(iter(importlib.util.find_spec('m2l2.configs').submodule_search_locations))
+  lines = {}
+  for name in sorted(os.listdir(folder)):
+    if name.endswith('.py') and name != '__init__.py':
+      with open(os.path.join(folder, name), encoding='utf-8') as file:  # read, not run: that needs the train extra
+        lines[name.removesuffix('.py')] = ' '.join(ast.get_docstring(ast.parse(file.read())).split('\n\n')[0].split())
+  _table(lines)
+
+
+def _models(args):
+  from m2l2.codec import loading
+  lines = {}
+  for name, place in loading.in_the_box().items():
+    size = sum(entry.stat().st_size for entry in os.scandir(place) if entry.name.endswith('.safetensors'))
+    with open(os.path.join(place, 'MODEL.md'), encoding='utf-8') as file:
+      card = ' '.join(file.read().split('\n\n')[1].split())
+    lines[name] = f'{card.partition(". ")[0]}; {size / 2 ** 20:.0f} MiB; the card is {os.path.join(place, "MODEL.md")}'
+  _table(lines)
+
+
+def _table(lines):
+  width = max(map(len, lines))
+  for name, line in lines.items():
+    terminal.show(f'{name:{width}}  {line}')
