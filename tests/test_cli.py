@@ -453,7 +453,7 @@ def test_examples_in_the_help_name_models_that_are_there(m2l2):
     for name in named:
       if name != 'runs/codicodec':  # which the line before makes
         assert os.path.isdir(loading.locate(name)), (command, name)
-    assert named or command in ('plan', 'prepare', 'train')
+    assert named or command in ('configs', 'plan', 'prepare', 'train')
 
 
 @pytest.mark.parametrize('command', [

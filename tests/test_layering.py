@@ -65,6 +65,7 @@ LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings'
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
 MOST_AT_THE_TOP = 9
+LONGEST_FILE = 450
 LONGEST_FUNCTION = 80  # lines from def to end, but for the docstring
 # What is longer, and why it stays so.
 LONG_FUNCTIONS = {
@@ -211,6 +212,12 @@ def test_no_modules_import_each_other_in_a_circle():
   assert circles(read_house()) == []
   assert circles(small_house({'m2l2.a': 'import m2l2.b', 'm2l2.b': 'from m2l2.c import x', 'm2l2.c': 'import m2l2.a',
                               'm2l2.d': 'import m2l2.a'})) == [('m2l2.a', 'm2l2.b', 'm2l2.c')]
+
+
+def test_no_file_is_long():
+  lines = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding='utf-8').splitlines())
+           for path in (ROOT / 'm2l2').rglob('*.py')}
+  assert {name: count for name, count in lines.items() if count > LONGEST_FILE} == {}
 
 
 def test_the_top_of_the_package_is_short():
