@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data.pipeline import AUTO, Ahead, Cost, make_loader, readers
+from m2l2.data.pipeline import AUTO, Ahead, CropCost, make_loader, readers
 from m2l2.errors import UserError
 
 CROP = 500
@@ -91,7 +91,7 @@ def test_threads_do_not_change_the_order(music, straight, options):
     (1e6, .1, .05, 200, (256, 16)),
     (None, 0., 0., 1, (4, 0))])
 def test_threads_and_workers_follow_the_demand(demand, seconds, cpu, cores, expected):
-  assert readers(demand, Cost(seconds, cpu), cores=cores) == expected
+  assert readers(demand, CropCost(seconds, cpu), cores=cores) == expected
 
 
 @pytest.mark.soak

@@ -318,7 +318,7 @@ TENSOR = {'shape': {'dimensions': ['-1', '2']}, 'dtype': 'int16', 'encoding': 'n
 def test_features_that_are_not_understood(tmp_path, features, words):
   (tmp_path / 'features.json').write_text(json.dumps(features))
   with pytest.raises(UserError, match=words) as error:
-    records.find_layout(str(tmp_path / 'features.json'))
+    records.find_fields(str(tmp_path / 'features.json'))
   assert '\n' not in str(error.value)
 
 

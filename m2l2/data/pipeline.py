@@ -178,13 +178,13 @@ def _batches(crop, rows, threads) -> Batches:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
+class CropCost:
   """Of one crop: seconds, and seconds of a core among them."""
   seconds: float
   cpu: float
 
 
-def measure_cost(crop: RandomCrop, *, first: int) -> Cost:
+def measure_cost(crop: RandomCrop, *, first: int) -> CropCost:
   """What a crop costs here, one after the other: the mean of some from sample `first` on. Unusable ones count, too."""
   seconds, cpu = [], []
   for index in range(first, first + _TRIALS + 1):
@@ -193,10 +193,10 @@ def measure_cost(crop: RandomCrop, *, first: int) -> Cost:
       crop(index)
     seconds.append(time.perf_counter() - began[0])
     cpu.append(time.thread_time() - began[1])
-  return Cost(sum(seconds[1:]) / _TRIALS, sum(cpu[1:]) / _TRIALS)
+  return CropCost(sum(seconds[1:]) / _TRIALS, sum(cpu[1:]) / _TRIALS)
 
 
-def readers(demand: float | None, cost: Cost, *, cores: int) -> tuple[int, int]:
+def readers(demand: float | None, cost: CropCost, *, cores: int) -> tuple[int, int]:
   """How many threads (in each process that reads) and worker processes meet a demand.
 
   demand: crops a second that this process is to give; None: as many as its own threads can. cores: that it may use.

@@ -39,7 +39,7 @@ _PREPARE = 'or prepare its audio with m2l2 prepare'
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class RecordFields:
   """Where a record keeps its audio.
 
   Attributes:
@@ -59,16 +59,16 @@ class Layout:
   source: bool = False
 
 
-SEGMENTS = Layout(audio='audio', kind='file', starts=True, source=True)
+SEGMENTS = RecordFields(audio='audio', kind='file', starts=True, source=True)
 
 
 class Records:
   """Items in ArrayRecord shards, in the order of the shards' names; a source (`sources.Source`)."""
 
-  def __init__(self, paths: list[str], layout: Layout):
+  def __init__(self, paths: list[str], fields: RecordFields):
     self._paths = sorted(paths, key=os.path.basename)
-    self._layout = layout
-    self._index = _find_index(self._paths) if layout == SEGMENTS else None
+    self._fields = fields
+    self._index = _find_index(self._paths) if fields == SEGMENTS else None
     if not len(self):
       raise UserError(f'{_shards(self._paths)}: hold no records')
 
@@ -98,28 +98,28 @@ class Records:
 
   def open(self, number: int) -> 'audio_io.AudioReader | Samples | Segment':
     """The audio of a record: `info`, `starts` and `read`, as a context manager. Raises UserError."""
-    name, layout = self.name(number), self._layout
+    name, fields = self.name(number), self._fields
     if self._index is not None:
       return self._index.open(number, name)
     try:
       features = self._features(number)
-      if layout.source:
+      if fields.source:
         name += f' ({audio_io.shown(_values(features, "source")[0])})'
-      audio = _values(features, layout.audio)
-      starts = int(_values(features, 'starts')[0]) if layout.starts else None
-      rate = layout.rate if isinstance(layout.rate, int) else int(_values(features, layout.rate)[0])
+      audio = _values(features, fields.audio)
+      starts = int(_values(features, 'starts')[0]) if fields.starts else None
+      rate = fields.rate if isinstance(fields.rate, int) else int(_values(features, fields.rate)[0])
     except Exception as e:  # whatever a damaged shard makes the libraries raise
       raise UserError(f'{name}: cannot be read ({_line(e)})') from e
-    if layout.kind == 'file':
+    if fields.kind == 'file':
       item = audio_io.AudioReader(name, data=audio[0])
     else:
-      item = Samples(audio, channels=layout.channels, rate=rate, name=name)
+      item = Samples(audio, channels=fields.channels, rate=rate, name=name)
     item.starts = starts
     return item
 
   def file_bytes(self, number: int) -> bytes:
     """The audio file in a record, for records that hold files."""
-    return _values(self._features(number), self._layout.audio)[0]
+    return _values(self._features(number), self._fields.audio)[0]
 
   def _features(self, number: int):
     return tf_example_pb2.Example.FromString(self._records[number]).features.feature
@@ -188,7 +188,7 @@ def open_dataset(folder: str, *, split: str) -> Records:
   splits = {entry.get('name'): entry for entry in info.get('splits', ())}
   if split not in splits:
     raise UserError(f'{shown}: has no split {split!r}, but {", ".join(map(repr, splits)) or "none"}: see data.split')
-  layout = find_layout(os.path.join(folder, 'features.json'))
+  fields = find_fields(os.path.join(folder, 'features.json'))
   count = len(splits[split].get('shardLengths', ()))
   template = ShardedFileTemplate(
       data_dir=folder, template=splits[split].get('filepathTemplate') or '', dataset_name=info.get('name'),
@@ -199,13 +199,13 @@ def open_dataset(folder: str, *, split: str) -> Records:
   if missing or not paths:
     raise UserError(f'{shown}: {len(missing)} of the {count} shards of {split!r} are missing'
                     f'{f", the first is {missing[0]}" if missing else ""}: is it complete?')
-  return Records(paths, layout)
+  return Records(paths, fields)
 
 
 def open_shards(paths: list[str]) -> Records:
   """Shards by name: as the features.json beside them says, else as m2l2 prepare writes them."""
   beside = os.path.join(os.path.dirname(paths[0]), 'features.json')
-  return Records(paths, find_layout(beside) if os.path.isfile(beside) else SEGMENTS)
+  return Records(paths, find_fields(beside) if os.path.isfile(beside) else SEGMENTS)
 
 
 def _find_index(paths: list[str]) -> Index | None:
@@ -215,14 +215,14 @@ def _find_index(paths: list[str]) -> Index | None:
   return Index(path, paths) if not found and os.path.isfile(path) else None
 
 
-def find_layout(path: str) -> Layout:
+def find_fields(path: str) -> RecordFields:
   """Where a dataset with this features.json keeps its audio. Raises UserError: nowhere that is understood."""
   whole = _read_json(path)
   content = whole.get('featuresDict') or whole.get('content')  # the latter before TFDS 4.9
   features = content.get('features', {}) if isinstance(content, dict) else {}
   described = {name: _describe(feature) for name, feature in features.items()}
-  samples = [name for name, layout in described.items() if layout in ('integers', 'floats')]
-  files = [name for name, layout in described.items() if layout == 'file']
+  samples = [name for name, kind in described.items() if kind in ('integers', 'floats')]
+  files = [name for name, kind in described.items() if kind == 'file']
   if described.get('audio'):
     audio = 'audio'
   elif len(samples or files) == 1:
@@ -233,15 +233,15 @@ def find_layout(path: str) -> Layout:
         f"(bytes of audio files or samples, named 'audio' if there are several); convert it, {_PREPARE}")
   extras = {name: name in features for name in ('starts', 'source')}
   if described[audio] == 'file':
-    return Layout(audio=audio, kind='file', starts=extras['starts'], source=extras['source'])
+    return RecordFields(audio=audio, kind='file', starts=extras['starts'], source=extras['source'])
   body = features[audio].get('audio') or features[audio]['tensor']
   rate = int(body.get('sampleRate', 0)) or next((name for name in RATES if name in features), 0)
   if not rate:
     raise UserError(f'{audio_io.shown(path)}: no feature states the rate of {audio!r} in Hz '
                     f'(looked for {", ".join(RATES)}); convert it, {_PREPARE}')
   dimensions = body['shape']['dimensions']
-  return Layout(audio=audio, kind=described[audio], channels=int(dimensions[1]) if len(dimensions) > 1 else 1,
-                rate=rate, starts=extras['starts'], source=extras['source'])
+  return RecordFields(audio=audio, kind=described[audio], channels=int(dimensions[1]) if len(dimensions) > 1 else 1,
+                      rate=rate, starts=extras['starts'], source=extras['source'])
 
 
 def _describe(feature: dict) -> str:

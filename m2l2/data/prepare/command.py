@@ -13,7 +13,7 @@ from m2l2.data.audio_io import shown
 from m2l2.data.index import index_name, join
 from m2l2.data.prepare.inputs import find
 from m2l2.data.prepare.items import part_name
-from m2l2.data.prepare.options import Job, Limits, Options
+from m2l2.data.prepare.options import Limits, Options, Preparation
 from m2l2.data.prepare.place import Place, WORK
 from m2l2.data.prepare.plan import blocks, duplicates, fingerprint, merge, NAME, plan_shards, suspects_of
 from m2l2.data.prepare.stages import run_stage
@@ -52,7 +52,7 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
   output = output if '://' in output else os.path.expanduser(output)
   base, names, sizes = find(source)
   place = Place(output)
-  job = Job(base=base, output=output, options=options, limits=limits)
+  job = Preparation(base=base, output=output, options=options, limits=limits)
   run = lambda stage, items, total, unit: run_stage(
       place, job, stage, items, total=total, unit=unit, runner=runner, processes=processes,
       beam_arguments=beam_arguments, quiet=quiet)

@@ -11,7 +11,7 @@ from m2l2.data.audio_io import shown
 from m2l2.data.index import index_shard
 from m2l2.data.prepare.child import DecodingProcess, FileFault
 from m2l2.data.prepare.inputs import fetched, remote_size
-from m2l2.data.prepare.options import Job
+from m2l2.data.prepare.options import Preparation
 from m2l2.data.prepare.place import Place, WORK
 from m2l2.errors import UserError
 
@@ -19,7 +19,7 @@ _HEAD_BYTES = 2**22  # of a remote file, for the probe
 _SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the bytes that are there
 
 
-def do(job: Job, stage: str, item: dict, decoder: DecodingProcess, advance: Callable):
+def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advance: Callable):
   """Does an item and leaves its result, for good: nothing of it is visible before it is done."""
   place = Place(job.output)
   if stage == 'write':

@@ -47,7 +47,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Preparation:
   """What a work item needs beside itself; it travels to the workers."""
 
   base: str

@@ -23,7 +23,7 @@ import tqdm
 from m2l2.data.audio_io import shown
 from m2l2.data.prepare.child import DecodingProcess
 from m2l2.data.prepare.items import do, result_name
-from m2l2.data.prepare.options import Job
+from m2l2.data.prepare.options import Preparation
 from m2l2.data.prepare.place import WORK
 from m2l2.errors import UserError
 
@@ -51,7 +51,7 @@ def _note(error: BaseException):
 class _Work(beam.DoFn):
   """Does the items of a bundle in a pool of threads with a decoder each; gives nothing but files."""
 
-  def __init__(self, job: Job, stage: str, processes: int):
+  def __init__(self, job: Preparation, stage: str, processes: int):
     self._job, self._stage, self._processes = job, stage, processes
 
   def setup(self):
