@@ -198,7 +198,7 @@ def _sweep(args):
 
 
 def _probe(args):
-  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib')
+  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib', 'sklearn', 'mir_eval')
   from m2l2.evaluation.reports import pictures, report
   from m2l2.evaluation.studies import probes, tasks
   from m2l2.data import audio_io
