@@ -933,6 +933,7 @@ NEEDED = [
     (('evaluate', '--reference=a', '--estimate=b', '--output=c.json'), 'scipy', 'eval'),
     (('sweep-sigma-cond', '--reference=a', '--checkpoint=b', '--output=c.json'), 'matplotlib', 'eval'),
     (('probe', '--checkpoint=b', '--music=a', '--output=c.json'), 'optax', 'eval'),
+    (('probe', '--checkpoint=b', '--music=a', '--output=c.json'), 'sklearn', 'eval'),
     (('export', 'a', '--output=b'), 'flatbuffers', 'export'),
     (('plan', '--topology=v5e:16x16', '--config=tiny'), 'optax', 'train,tpu')]
 
@@ -957,7 +958,8 @@ def test_extras_bring_what_commands_ask_for():
     brought = setup['options']['install_requires'] + ''.join(
         setup['options.extras_require'].get(name, '') for name in extra.split(','))
     for module in modules:
-      package = {'absl': 'absl-py', 'orbax.checkpoint': 'orbax-checkpoint'}.get(module, module)
+      package = {'absl': 'absl-py', 'orbax.checkpoint': 'orbax-checkpoint', 'sklearn': 'scikit-learn'}.get(
+          module, module)
       assert re.search(rf'^{re.sub("[-_]", "[-_]", package)}\b', brought, re.M), (extra, module)
 
 

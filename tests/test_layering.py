@@ -55,7 +55,7 @@ INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.tra
 INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec.codec', 'm2l2.codec.latents', 'm2l2.codec.snapshot',
              'm2l2.consistency', 'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
              'm2l2.model.autoencoder', 'm2l2.representation')
-TRAINING = ('clu', 'grain', 'ml_collections', 'optax', 'orbax', 'tensorboard', 'tensorflow',
+TRAINING = ('clu', 'grain', 'mir_eval', 'ml_collections', 'optax', 'orbax', 'sklearn', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These also serve training or an extra, from inside functions that inference without them never calls.
 LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings',

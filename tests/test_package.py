@@ -24,7 +24,7 @@ EXTRAS = {'av', 'beam', 'codicodec', 'cuda', 'dev', 'eval', 'tensorboard', 'tpu'
 # Distributions by what is imported from them, where the two differ.
 DISTRIBUTIONS = {'absl': 'absl-py', 'apache_beam': 'apache-beam', 'orbax': 'orbax-checkpoint',
                  'ml_collections': 'ml-collections', 'tensorflow_datasets': 'tensorflow-datasets',
-                 'visqol': 'visqol-python'}
+                 'sklearn': 'scikit-learn', 'visqol': 'visqol-python'}
 AT_ROOT = {'CITATION.cff', 'LICENSE', 'README.md', 'colabs', 'configs', 'launch', 'm2l2',
            'pyproject.toml', 'setup.cfg', 'setup.py', 'tests'}
 MADE = {'build', 'data', 'dist', 'm2l2.egg-info', 'runs'}  # by tools and by use; git ignores them

@@ -39,6 +39,9 @@ def test_tag_scores_equal_their_definitions():
   assert probes.roc_auc(targets, targets) == probes.average_precision(targets, targets) == 1
   everywhere = np.concatenate([targets, np.ones((40, 1), np.float32)], axis=1)  # a tag that tells nothing apart
   assert probes.roc_auc(np.pad(scores, ((0, 0), (0, 1))), everywhere) == pytest.approx(np.mean(aucs))
+  assert probes.roc_auc(scores[:, :1], targets[:, :1]) == pytest.approx(aucs[0])
+  assert probes.average_precision(scores[:, :1], targets[:, :1]) == pytest.approx(precisions[0])
+  assert np.isnan(probes.roc_auc(scores, np.ones((40, 3), np.float32)))
 
 
 @pytest.mark.parametrize('truth, said, score', [

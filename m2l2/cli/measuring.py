@@ -7,11 +7,11 @@ import tempfile
 
 from m2l2.cli import coding, extras, options, terminal
 from m2l2.errors import UserError
-from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
 from m2l2.evaluation.metrics.registry import METRICS
 
 
 def add(command):
+  from m2l2.evaluation.embedders.embeddings import EMBEDDINGS  # whose functions import what inference does without
   parser = command('evaluate', _evaluate,
                    summary='Metrics of reconstructions against their originals, in pairs by file name.',
                    example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
@@ -198,7 +198,7 @@ def _sweep(args):
 
 
 def _probe(args):
-  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib')
+  extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib', 'sklearn', 'mir_eval')
   from m2l2.evaluation.reports import pictures, report
   from m2l2.evaluation.studies import probes, tasks
   from m2l2.data import audio_io

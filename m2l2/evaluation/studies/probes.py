@@ -11,9 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import mir_eval.key
 import numpy as np
 import optax
-import scipy.stats
+import sklearn.metrics
 
 from m2l2.codec.codec import Codec
 from m2l2.errors import UserError
@@ -205,36 +206,29 @@ def key_score(scores, targets) -> float:
 
 @functools.cache
 def _key_weights() -> np.ndarray:
-  """[truth, estimate] over tasks.KEYS: 1 right, 0.5 a fifth too high, 0.3 the relative key, 0.2 the parallel one."""
-  weights = np.eye(24)
-  for tonic in range(12):
-    for mode in (0, 12):
-      weights[mode + tonic, mode + (tonic + 7) % 12] = .5
-      weights[mode + tonic, 12 - mode + tonic] = .2
-    weights[tonic, 12 + (tonic + 9) % 12] = weights[12 + (tonic + 9) % 12, tonic] = .3
-  return weights
+  """[truth, estimate] over tasks.KEYS."""
+  return np.array([[mir_eval.key.weighted_score(truth, said) for said in tasks.KEYS] for truth in tasks.KEYS])
 
 
 def roc_auc(scores, targets) -> float:
   """Mean over the tags of the chance that a file with the tag outranks one without; ties count half."""
-  return _over_tags(scores, targets, lambda score, has: (
-      (scipy.stats.rankdata(score)[has].sum() - has.sum() * (has.sum() + 1) / 2) / (has.sum() * (~has).sum())))
+  return _over_tags(scores, targets, sklearn.metrics.roc_auc_score)
 
 
 def average_precision(scores, targets) -> float:
   """Mean over the tags of the precision at each file that has the tag; files of one score are taken together."""
-  def one(score, has):
-    order = np.argsort(-score, kind='stable')
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # where each score ends
-    hits = np.cumsum(has[order])[last]
-    return np.sum(np.diff(hits, prepend=0) * hits / (last + 1)) / has.sum()
-  return _over_tags(scores, targets, one)
+  return _over_tags(scores, targets, sklearn.metrics.average_precision_score)
 
 
 def _over_tags(scores, targets, measure) -> float:
   """Mean over the tags that some files have and some have not; nan where there is none."""
-  values = [measure(scores[:, i], targets[:, i] > 0) for i in range(targets.shape[1]) if 0 < targets[:, i].mean() < 1]
-  return float(np.mean(values)) if values else float('nan')
+  has = np.asarray(targets) > 0
+  told = has.any(axis=0) & ~has.all(axis=0)
+  if not told.any():
+    return float('nan')
+  # All tags in one call, as scikit-learn checks its arguments each time; it takes a single tag without its axis.
+  shape = (len(has), -1) if told.sum() > 1 else (-1,)
+  return float(measure(has[:, told].reshape(shape), scores[:, told].reshape(shape), average='macro'))
 
 
 _MEASURES = {'accuracy': accuracy, 'key_score': key_score, 'roc_auc': roc_auc, 'average_precision': average_precision}
