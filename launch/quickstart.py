@@ -19,12 +19,12 @@ import numpy as np
 
 from m2l2.assets import HELD_OUT, TRAINING
 from m2l2.codec.codec import Codec, load
-from m2l2.data import audio_io
-from m2l2.errors import UserError
-from m2l2.evaluation.reports import pictures
-from m2l2.evaluation.metrics.pairs import pair_metrics
 from m2l2.codec.latents import Latents
 from m2l2.codec.snapshot import load_snapshot
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation.metrics.pairs import pair_metrics
+from m2l2.evaluation.reports import pictures
 
 SEED = 0
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything the tests need, then all tests; needs Python >= 3.11 and nothing else.
-#   ./launch/test.sh                 all: flake8, mypy, pytest
+#   ./launch/test.sh                 all: ruff, mypy, pytest
 #   ./launch/test.sh --soak          also what takes minutes each: the marker soak, then tests/soak/soak_*.py, few kills
 #   ./launch/test.sh -k data -x      further arguments go to pytest; after --soak the scripts are left out then
 set -euo pipefail
@@ -30,7 +30,7 @@ run() {
   "$@" </dev/null || failed+=("$name")
   say "-- $name: $((SECONDS - start)) s"
 }
-lint() { run flake8 "$bin/python" -m flake8; run mypy "$bin/python" -m mypy; [ ${#failed[@]} = 0 ]; }
+lint() { run ruff "$bin/python" -m ruff check .; run mypy "$bin/python" -m mypy; [ ${#failed[@]} = 0 ]; }
 lint >.venv-test/lint.log 2>&1 &  # beside the tests, which wait for one thing or another; told at the end
 lint=$!
 options=()
@@ -39,7 +39,7 @@ options=()
 [ $# -gt 0 ] || options+=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 [ -z "$soak" ] || options+=(-m 'not gpu and not tpu and not torch and not visqol')
 run pytest "$bin/python" -m pytest tests ${options[@]+"${options[@]}"} "$@"
-wait $lint || failed+=('flake8 or mypy')
+wait $lint || failed+=('ruff or mypy')
 cat .venv-test/lint.log
 if [ -n "$soak" ] && [ $# -eq 0 ]; then
   run soak_resume "$bin/python" tests/soak/soak_resume.py --kills=5

@@ -10,11 +10,11 @@ import dataclasses
 from absl import logging
 import jax
 
-from m2l2.planning.chips import find_chip
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
 from m2l2.model.autoencoder import Architecture, Network, make_network
+from m2l2.planning.chips import find_chip
 from m2l2.representation import Representation
 
 # Runs of so many steps are compiled without optimisation on CPUs: in half the time, for steps twice as long.

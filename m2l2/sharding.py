@@ -14,9 +14,10 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from m2l2.errors import UserError
 

@@ -18,10 +18,11 @@ os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # or each of them parses all th
 
 from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
 import jax  # noqa: E402
-from m2l2 import compiling  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import soundfile  # noqa: E402
+
+from m2l2 import compiling  # noqa: E402
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')

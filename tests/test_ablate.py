@@ -5,17 +5,18 @@ import json
 from pathlib import Path
 
 import jax
-from launch.research import ablate
-from m2l2 import cli
-from m2l2.training import main as training
-from m2l2.codec.codec import Codec
-from m2l2.data import audio_io
-from m2l2.errors import UserError
 import numpy as np
 import pytest
 import soak_resume
 from test_codec import ONE_LEVEL, latents_for, make_config, make_params, music
 from test_learning import untrained
+
+from launch.research import ablate
+from m2l2 import cli
+from m2l2.codec.codec import Codec
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.training import main as training
 
 CONFIG = 'configs/tiny.py:debug'
 ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]

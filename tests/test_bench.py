@@ -7,11 +7,11 @@ import sys
 
 from ml_collections import ConfigDict
 import pytest
+from test_train import small_functions
 
 from launch.bench import bench
 from m2l2 import build
 from m2l2.configs import base, codicodec
-from test_train import small_functions
 
 SMALLEST = dict(stem=(4, 2), widths=(16,), strides=(), blocks=(1,), layers=1, head_dim=8, window=128, hop=32, bins=64,
                 frames=8, remat='none')

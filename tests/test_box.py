@@ -8,10 +8,10 @@ import pytest
 
 import m2l2
 from m2l2 import assets
+from m2l2.codec.latents import Latents
 from m2l2.configs import tiny22
 from m2l2.data import audio_io
 from m2l2.evaluation.metrics import pairs
-from m2l2.codec.latents import Latents
 
 PLACE = Path(str(resources.files('m2l2'))) / 'assets' / 'models' / 'tiny'
 MIB = 2 ** 20

@@ -11,17 +11,19 @@ import time
 
 import grain
 import jax
-from m2l2 import cli, files
-from m2l2.cli import info
-from m2l2.codec import bulk, codec as codec_lib
-from m2l2.data import audio_io, latents, segments, storage
-from m2l2.errors import UserError
 import numpy as np
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
 from test_codec import load_once, make_snapshot, music
 from test_layering import ROOT
+
+from m2l2 import cli, files
+from m2l2.cli import info
+from m2l2.codec import bulk
+from m2l2.codec import codec as codec_lib
+from m2l2.data import audio_io, latents, segments, storage
+from m2l2.errors import UserError
 
 # (name, samples, channels, rate)
 SONGS = [('a.wav', 5000, 1, 44100), ('b/c.flac', 100, 2, 44100), ('b/d.wav', 30000, 2, 48000),

@@ -6,13 +6,14 @@ import signal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
 
 from m2l2 import sharding
-from m2l2.training import checkpoint
 from m2l2.errors import UserError
+from m2l2.training import checkpoint
 
 CONFIG = {'seed': 0, 'model': {'width': 4, 'strides': (2, 2)}}
 

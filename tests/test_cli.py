@@ -20,13 +20,6 @@ import time
 from unittest import mock
 
 import jax
-from m2l2 import __version__, cli, files
-from m2l2.cli import jobs
-from m2l2.codec import codec as codec_lib, export, loading
-from m2l2.codec.latents import Latents
-from m2l2.data import audio_io
-from m2l2.errors import UserError
-from m2l2.evaluation.reports import pictures, report
 from matplotlib.figure import Figure
 import numpy as np
 import pytest
@@ -35,6 +28,15 @@ import soundfile
 import tensorstore
 from test_codec import CODICODEC_LIKE, load_once, make_snapshot, music
 from test_layering import ROOT
+
+from m2l2 import __version__, cli, files
+from m2l2.cli import jobs
+from m2l2.codec import codec as codec_lib
+from m2l2.codec import export, loading
+from m2l2.codec.latents import Latents
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation.reports import pictures, report
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -13,19 +13,21 @@ import os
 
 import jax
 import jax.numpy as jnp
-from m2l2 import build, assets
-from m2l2.codec import codec as codec_lib, loading, programs
-from m2l2.codec.codec import Codec
-from m2l2.data import audio_io
-from m2l2.codec.sampler import FIRST, REFINE, Sampler
-from m2l2.errors import UserError
-from m2l2.codec.latents import Latents, spoken_seconds
-from m2l2.model import envelope
-from m2l2.codec.snapshot import load_snapshot, save_snapshot
 import numpy as np
 import pytest
 import safetensors.numpy
 from test_layering import ROOT
+
+from m2l2 import assets, build
+from m2l2.codec import codec as codec_lib
+from m2l2.codec import loading, programs
+from m2l2.codec.codec import Codec
+from m2l2.codec.latents import Latents, spoken_seconds
+from m2l2.codec.sampler import FIRST, REFINE, Sampler
+from m2l2.codec.snapshot import load_snapshot, save_snapshot
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.model import envelope
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,

@@ -6,8 +6,8 @@ M2L2_COLAB_STEPS=500 ./launch/test.sh --soak tests/test_colabs.py -k runs
 
 import ast
 import configparser
-import importlib.util
 from importlib.machinery import PathFinder
+import importlib.util
 import io
 import json
 import os
@@ -18,16 +18,17 @@ import sys
 import types
 
 import IPython.display
-from m2l2 import assets
-from m2l2.configs import tiny, tiny22
-from m2l2.data import audio_io
-from m2l2.codec.snapshot import save_snapshot
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 from test_codec import ONE_LEVEL, make_params, music
 from test_layering import ROOT
+
+from m2l2 import assets
+from m2l2.codec.snapshot import save_snapshot
+from m2l2.configs import tiny, tiny22
+from m2l2.data import audio_io
 
 NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
 SETUP = configparser.ConfigParser(interpolation=None)

@@ -9,9 +9,9 @@ import sys
 
 import jax
 import pytest
+from test_codec import make_snapshot
 
 from m2l2 import compiling
-from test_codec import make_snapshot
 
 # Trains (a model of one matrix), or encodes and decodes; prints what JAX's cache lacked, and what it had.
 PROGRAM = """

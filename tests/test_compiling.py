@@ -6,13 +6,14 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_codec import make_config, make_params
+
 from m2l2 import compiling
 from m2l2.codec import programs
 from m2l2.codec.codec import Codec
 from m2l2.compiling import Told, told
-import numpy as np
-import pytest
-from test_codec import make_config, make_params
 
 LOWERED, COMPILED = compiling._LOWERED, compiling._COMPILED
 

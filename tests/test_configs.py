@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import m2l2.configs
 from m2l2 import build
-from m2l2.training import timing
+import m2l2.configs
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.training import timing
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.

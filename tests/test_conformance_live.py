@@ -117,6 +117,7 @@ def test_bfloat16_errs_no_more_than_torchs_autocast(seed):
 def test_import_and_verify(tmp_path, capsys, form):
   """The whole command at full size; a network that differs in one tensor is not let through."""
   import torch
+
   from m2l2 import cli, load
   state = kit.weights(0)
   if form == 'torch':

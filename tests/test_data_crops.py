@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from m2l2.data import audio_io
-from m2l2.data import order
-from m2l2.data import transforms
+from m2l2.data import audio_io, order, transforms
 from m2l2.data.sources import Mixture, find_audio_files
 from m2l2.errors import UserError
 

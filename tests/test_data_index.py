@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from test_data_sources import write_shards
 
 from m2l2.data import audio_io, containers, index, order, segments
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import find_mixture
 from m2l2.errors import UserError
-from test_data_sources import write_shards
 
 CROP, LENGTH, OWN = 9000, 200_000, 180_000
 

@@ -8,9 +8,9 @@ import pytest
 
 from m2l2 import Latents
 from m2l2.errors import UserError
+from m2l2.evaluation.metrics.pairs import log_mel_db
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import edits
-from m2l2.evaluation.metrics.pairs import log_mel_db
 
 RATE = 44100
 

@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
-from m2l2 import cli
-from m2l2.codec import codec as codec_lib
 import numpy as np
 from test_codec import make_snapshot
+
+from m2l2 import cli
+from m2l2.codec import codec as codec_lib
 
 # What a user of the folder does. m2l2 is made impossible to import.
 RUN = """

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m2l2.training import guard, train_step
 from m2l2.configs import base
+from m2l2.training import guard, train_step
 
 
 @pytest.fixture

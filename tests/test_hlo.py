@@ -4,12 +4,13 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import pytest
 
+from m2l2.errors import UserError
 from m2l2.planning import hlo
 from m2l2.planning.traffic import count_traffic
-from m2l2.errors import UserError
 
 
 def compiled(function, *arrays):

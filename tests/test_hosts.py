@@ -20,10 +20,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-
-from m2l2.training import hosts, main
-from m2l2.errors import UserError
 import soak_resume
+
+from m2l2.errors import UserError
+from m2l2.training import hosts, main
 
 LIMIT = 300  # seconds for any one wait: a test machine may be slow, but nothing may hang
 AGAIN = 'run the same command on all hosts'

@@ -11,20 +11,19 @@ import os
 import pickle
 import sys
 
-import kit
 import jax
+import kit
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from m2l2 import build, cli
 from m2l2.codec.codec import Codec
+from m2l2.codec.latents import Latents
+from m2l2.codec.snapshot import load_snapshot
 from m2l2.configs import codicodec as recipe
 from m2l2.errors import UserError
 from m2l2.interop import codicodec as interop
-from m2l2.codec.latents import Latents
-from m2l2.codec.snapshot import load_snapshot
-
 
 get_config = recipe.get_config  # whatever a test puts in its place
 
@@ -350,9 +349,9 @@ def test_public_latents_of_a_known_length(codec):
   samples = codec.representation.crop_samples(3) - 200
   back = interop.from_public(public, codec, sample_rate=44100, num_samples=samples)
   assert codec.decode(back).shape == (2, samples)
-  for samples, rate in ((9 * samples, 44100), (0, 44100), (samples, 0), (samples, 8000)):
+  for wrong, rate in ((9 * samples, 44100), (0, 44100), (samples, 0), (samples, 8000)):
     with pytest.raises(UserError, match='not what 3 chunks hold'):
-      interop.from_public(public, codec, sample_rate=rate, num_samples=samples)
+      interop.from_public(public, codec, sample_rate=rate, num_samples=wrong)
 
 
 def test_public_latents_of_a_foreign_rate(codec):

@@ -12,10 +12,9 @@ import pytest
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.errors import UserError
-from m2l2.planning.flops import count_flops
 from m2l2.kernels import chunk_causal, pallas_tpu
-from m2l2.kernels.chunk_causal import (
-    IMPLEMENTATIONS, chunk_causal_attention, compiling_for, masked_dense_attention)
+from m2l2.kernels.chunk_causal import IMPLEMENTATIONS, chunk_causal_attention, compiling_for, masked_dense_attention
+from m2l2.planning.flops import count_flops
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 

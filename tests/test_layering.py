@@ -73,8 +73,6 @@ LONG_FUNCTIONS = {
 }
 # Classes that share a name, and why they still do. Here names only go.
 SHARED_NAMES = {
-    'Decoder': 'of audio files in a child process (m2l2.data.decoder), of the paper (m2l2.model.decoder)',
-    '_Job': 'of preparing data (m2l2.data.prepare), of measuring (m2l2.evaluation.evaluate)',
 }
 
 

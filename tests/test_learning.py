@@ -11,16 +11,16 @@ from test_codec import ONE_LEVEL, make_params
 from launch.research import bounds, held_out, learn, pca_start, ship
 from m2l2 import build
 from m2l2.codec import codec
-from m2l2.training import timing
+from m2l2.codec.latents import Latents
+from m2l2.codec.snapshot import save_snapshot
 from m2l2.configs import tiny
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import baselines, excerpts
-from m2l2.codec.latents import Latents
 from m2l2.model import envelope
-from m2l2.codec.snapshot import save_snapshot
+from m2l2.training import timing
 
 RATE = 22050
 SMALL = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import m2l2
-from m2l2.training import config_file, main
 from m2l2.errors import UserError
+from m2l2.training import config_file, main
 
 TINY = '--config=configs/tiny.py:debug'
 

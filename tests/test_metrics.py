@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from m2l2 import files
-from m2l2.training import metrics
 from m2l2.errors import UserError
+from m2l2.training import metrics
 
 
 def _lines(path):

@@ -4,22 +4,22 @@ import functools
 import json
 import math
 
+from flax import nnx
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
-from m2l2.planning.flops import count_flops
 from m2l2.model import autoencoder, decoder, envelope, layers, patchify
 from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.denoiser import noise_features, token_grid
 from m2l2.model.envelope import deviation, envelope_loss, log_magnitude
 from m2l2.model.layers import GroupNorm
+from m2l2.planning.flops import count_flops
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 

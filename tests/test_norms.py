@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from m2l2.kernels import norms
-from m2l2.kernels.contraction import contract
 import numpy as np
 import pytest
+
+from m2l2.kernels import norms
+from m2l2.kernels.contraction import contract
 
 EPS = 1e-4
 

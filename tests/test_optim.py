@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from m2l2.training import optim
 from m2l2.errors import UserError
+from m2l2.training import optim
 
 RECIPE = dict(learning_rate=1e-4, warmup_steps=10_000, total_steps=800_000,
               final_learning_rate=1e-6, b1=0.9, b2=0.999)

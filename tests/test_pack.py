@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+import soak_resume
 
 from launch.research import pack
 from m2l2.codec import codec
 from m2l2.data import audio_io
 from m2l2.data.order import split_of
 from m2l2.errors import UserError
-import soak_resume
 
 SCRIPT = soak_resume.REPOSITORY / 'launch' / 'research' / 'train_small.sh'
 

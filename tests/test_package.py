@@ -11,10 +11,11 @@ import sys
 import tomllib
 import zipfile
 
-import m2l2
 import pytest
-import yaml
 from test_layering import INFERENCE, LAZY, ROOT, reached, read_house
+import yaml
+
+import m2l2
 
 # What `pip install m2l2` must never pull in by our own wish.
 HEAVY = {'apache-beam', 'av', 'clu', 'codicodec', 'grain', 'onnxruntime', 'optax',
@@ -183,7 +184,7 @@ def test_the_public_names():
   for name in m2l2.__all__:
     assert getattr(m2l2, name) is not None
   with pytest.raises(AttributeError, match="'m2l2' has no attribute 'lode'"):
-    m2l2.lode
+    _ = m2l2.lode
 
 
 @pytest.mark.parametrize('line, instead', [

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_codec import make_params
 
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.errors import UserError
 from m2l2.model import packing
 from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
-from test_codec import make_params
 
 PACKS = [(1, 2), (2, 1), (2, 2)]
 

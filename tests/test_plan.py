@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from m2l2 import cli, sharding
-from m2l2.planning import chips, plan
-from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
 from m2l2.configs import base, tiny
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.model.transformer import Transformer
+from m2l2.planning import chips, plan
+from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
 
 
 @pytest.mark.parametrize('flags,message', [

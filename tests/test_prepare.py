@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
-import soundfile
 from soak_prepare import contents, killed_run, unaccounted, write_fuzzed, write_tones
+import soundfile
 import tensorflow_datasets as tfds
 
 from m2l2 import cli

@@ -6,6 +6,11 @@ import sys
 import types
 
 import jax
+import mido
+import numpy as np
+import pytest
+from test_codec import load_once, make_snapshot
+
 from launch.research import probe_data
 from m2l2 import cli
 from m2l2.codec import codec as codec_lib
@@ -13,10 +18,6 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import probes, tasks
-import mido
-import numpy as np
-import pytest
-from test_codec import load_once, make_snapshot
 
 RATE = 44100
 

@@ -1,9 +1,10 @@
 """States as vectors: the same numbers as states of trees, and back."""
 
 import jax
-from m2l2.training.ravel import Apart, Ravel
 import numpy as np
 import optax
+
+from m2l2.training.ravel import Apart, Ravel
 
 TREE = {'a': np.arange(6, dtype=np.float32).reshape(2, 3),
         'b': {'c': np.float32([7]), 'd': np.ones((2, 1, 2), np.float32)}}

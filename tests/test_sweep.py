@@ -4,20 +4,21 @@ import json
 import re
 import types
 
-from m2l2 import cli
-from m2l2.codec import codec as codec_lib
-from m2l2.data import audio_io
-from m2l2.errors import UserError
-from m2l2.evaluation import clips as excerpts
-from m2l2.evaluation.reports import pictures
-from m2l2.evaluation.studies import sweep
-from m2l2.evaluation.embedders.embeddings import remembering
-from m2l2.evaluation.metrics.pairs import si_sdr
-from m2l2.representation import Representation
-from m2l2.codec.snapshot import load_snapshot
 import numpy as np
 import pytest
 from test_codec import load_once, make_snapshot, music
+
+from m2l2 import cli
+from m2l2.codec import codec as codec_lib
+from m2l2.codec.snapshot import load_snapshot
+from m2l2.data import audio_io
+from m2l2.errors import UserError
+from m2l2.evaluation import clips as excerpts
+from m2l2.evaluation.embedders.embeddings import remembering
+from m2l2.evaluation.metrics.pairs import si_sdr
+from m2l2.evaluation.reports import pictures
+from m2l2.evaluation.studies import sweep
+from m2l2.representation import Representation
 
 RATE = 44100
 

@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from m2l2 import build
-from m2l2.training import timing
 from m2l2.configs import tiny
 from m2l2.errors import UserError
-from m2l2.planning.flops import count_flops
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.planning.flops import count_flops
+from m2l2.training import timing
 
 
 def test_throughput_counts_from_one_logged_step_to_the_next():

@@ -23,18 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soak_resume
 import soundfile
+from test_codec import ONE_LEVEL
+from test_data_sources import write_prepared
 
 from m2l2 import build, files, sharding
 from m2l2.codec import codec
-from m2l2.training import checkpoint, listening, metrics, preflight, loop, train_step
+from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.configs import tiny
 from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
-from m2l2.codec.snapshot import load_snapshot, save_snapshot
-import soak_resume
-from test_codec import ONE_LEVEL
-from test_data_sources import write_prepared
+from m2l2.training import checkpoint, listening, loop, metrics, preflight, train_step
 
 CROP, RATE = 64, 8000
 

@@ -9,19 +9,20 @@ import types
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from m2l2 import build
-from m2l2.training import train_step
 from m2l2.configs import tiny
 from m2l2.consistency import Consistency
 from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
 from m2l2.model.bottleneck import Tanh
 from m2l2.representation import Representation
+from m2l2.training import train_step
 
 # Compiling is what these tests cost, and this halves it.
 _jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -375,7 +376,7 @@ def test_a_few_steps_of_the_real_network(real):
   state, batch = real.state, real.batch
   first, metrics = real.step(state, batch)
   _same(real.step(state, batch), (first, metrics))  # bit for bit
-  for n in range(4):
+  for _ in range(4):
     state, metrics = real.step(state, batch)
     assert METRICS | BANDS <= set(metrics)
     unlucky = {name for name, value in metrics.items() if not np.isfinite(value)}

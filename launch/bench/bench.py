@@ -41,11 +41,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from m2l2 import build  # noqa: E402
-from m2l2.training import timing  # noqa: E402
-from m2l2.planning.chips import find_chip  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
 from m2l2.model.layers import REMATS  # noqa: E402
+from m2l2.planning.chips import find_chip  # noqa: E402
+from m2l2.training import timing  # noqa: E402
 
 PARTS = ('train', 'encode', 'decode', 'attention')
 SAME = 1e-4  # relative difference up to which torch's loss and gradient are ours
@@ -131,7 +131,7 @@ def measure(args) -> dict:
   device = jax.devices()[0]
   report = {
       'device': device.device_kind, 'platform': device.platform, 'jax': jax.__version__,
-      'python': sys.version.split()[0], 'date': datetime.datetime.now(datetime.timezone.utc).isoformat('T', 'seconds'),
+      'python': sys.version.split()[0], 'date': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'seed': args.seed, 'threads': args.threads or os.cpu_count(),
       'config': args.config_json or args.config,
       'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),

@@ -109,6 +109,7 @@ def lower(config, program):
   """The program, traced for this machine: as `m2l2 train` and Codec compile it."""
   import jax
   import jax.numpy as jnp
+
   from m2l2 import build
   key = jax.eval_shape(lambda: jax.random.key(0))
   if program in ('encode', 'decode'):
@@ -138,6 +139,7 @@ def codec_program(config, program):
   """Two chunks encoded; a pair of chunks decoded in a step: the bulk of what Codec compiles."""
   import jax
   import jax.numpy as jnp
+
   from m2l2 import build
   network, process = build.network(config['model']), build.consistency(config['consistency'])
   representation = build.representation(config['model'])
@@ -162,6 +164,7 @@ def codec_seconds(config, program) -> float:
   """Processor seconds that a codec's first call on three chunks takes more than its second."""
   import jax
   import numpy as np
+
   from m2l2 import build
   from m2l2.codec.codec import Codec
   shapes = jax.eval_shape(build.network(config['model']).init, jax.eval_shape(lambda: jax.random.key(0)))

@@ -16,13 +16,14 @@ import subprocess
 import sys
 
 from m2l2 import build
-from m2l2.training import main as training, timing
+from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation import clips as folder_clips
 from m2l2.evaluation.reports import pictures, report
 from m2l2.evaluation.studies import sweep
-from m2l2.codec.snapshot import load_snapshot
+from m2l2.training import main as training
+from m2l2.training import timing
 
 # Name -> (what it says, fields that differ). {chunks} is the config's batch in chunks, {seed} the next seed.
 ABLATIONS = {

@@ -29,12 +29,12 @@ sys.path.insert(0, str(ROOT))
 
 from launch.research import pca_start  # noqa: E402  (the checkout's own)
 from m2l2 import build  # noqa: E402
-from m2l2.training import main as command  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
+from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
 from m2l2.evaluation.studies import excerpts  # noqa: E402
 from m2l2.evaluation.studies.baselines import fit_pca  # noqa: E402
-from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
 from m2l2.model import envelope  # noqa: E402
+from m2l2.training import main as command  # noqa: E402
 
 EMBEDDING = 'musicnn_mtt'
 SIGMAS = (.2, 1.)

@@ -37,11 +37,11 @@ from m2l2.codec.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
+from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics import pairs, registry
+from m2l2.evaluation.metrics.frechet import frechet_distance, paired_difference
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import baselines, excerpts
-from m2l2.evaluation.embedders.embeddings import make_embedder
-from m2l2.evaluation.metrics.frechet import frechet_distance, paired_difference
 
 EMBEDDING = 'musicnn_mtt'
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)

@@ -36,12 +36,13 @@ from ml_collections import config_dict
 import numpy as np
 
 from m2l2 import build
-from m2l2.training import main as command, timing
 from m2l2.codec.codec import Codec, load
 from m2l2.errors import UserError
+from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import excerpts
-from m2l2.evaluation.embedders.embeddings import make_embedder
+from m2l2.training import main as command
+from m2l2.training import timing
 from m2l2.training.train_step import probe
 
 EMBEDDING = 'musicnn_mtt'

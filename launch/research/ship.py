@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2.errors import UserError
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
+from m2l2.errors import UserError
 
 BOX = Path(__file__).parents[2] / 'm2l2' / 'assets' / 'models'
 SHARD_BYTES = 15_000_000

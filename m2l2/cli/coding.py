@@ -204,6 +204,7 @@ def _new_file(source, *, overwrite, extensions=None):
 def encode_file(codec, info, *, discrete=False, embeddings=None, quiet):
   """The latents of an audio file, read block by block."""
   import dataclasses
+
   from m2l2.data import audio_io
   codec.check_source(channels=info.channels, discrete=discrete)
   blocks = audio_io.read_blocks(

@@ -5,10 +5,10 @@ import json
 import os
 
 from m2l2.codec import loading
-from m2l2.data import audio_io
-from m2l2.errors import UserError
 from m2l2.codec.latents import Latents, is_safetensors
 from m2l2.codec.snapshot import load_snapshot
+from m2l2.data import audio_io
+from m2l2.errors import UserError
 
 
 def facts(path) -> dict:

@@ -1,7 +1,7 @@
 """Which files a command reads and what it makes of each: one file, many, a folder, a glob, or `-` for a pipe."""
 
-from collections.abc import Callable, Iterator, Sequence
 import collections
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import os

@@ -90,12 +90,12 @@ def _defaults() -> str:
 
 def _evaluate(args):
   extras.require('evaluation', 'eval', 'scipy', *['matplotlib'] * bool(args.html))
+  from m2l2 import compiling
+  from m2l2.data import audio_io
   from m2l2.evaluation import evaluate
   from m2l2.evaluation.embedders import embeddings
   from m2l2.evaluation.metrics import seams
   from m2l2.evaluation.reports import report
-  from m2l2 import compiling
-  from m2l2.data import audio_io
   if not (args.estimate or args.checkpoint):
     raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
   if args.workers < 0 or (args.chunk_seconds is not None and not args.chunk_seconds > 0):
@@ -163,11 +163,11 @@ def _reconstruct_all(codec, folder, args):
 
 def _sweep(args):
   extras.require('evaluation', 'eval', 'scipy', 'matplotlib')
+  from m2l2.data import audio_io
   from m2l2.evaluation import clips as folder_clips
   from m2l2.evaluation.embedders import embeddings
   from m2l2.evaluation.reports import pictures, report
   from m2l2.evaluation.studies import sweep
-  from m2l2.data import audio_io
   for path, extension in ((args.output, '.json'), (args.png, '.png')):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
@@ -199,9 +199,9 @@ def _sweep(args):
 
 def _probe(args):
   extras.require('probing', 'eval', 'scipy', 'optax', 'matplotlib', 'sklearn', 'mir_eval')
+  from m2l2.data import audio_io
   from m2l2.evaluation.reports import pictures, report
   from m2l2.evaluation.studies import probes, tasks
-  from m2l2.data import audio_io
   for path, extension in ((args.output, '.json'), (args.png, '.png')):
     if path:
       audio_io.check_writable(path, extensions=(extension,))

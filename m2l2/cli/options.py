@@ -97,6 +97,7 @@ def hosts(parser):
 def load_codec(args):
   """The Codec, on the device that is asked for."""
   import jax
+
   from m2l2.codec import codec, loading
   path = loading.locate(args.checkpoint)
   kind, _, number = (getattr(args, 'device', None) or '').partition(':')

@@ -135,7 +135,8 @@ def quiet_libraries():
   """What jax and XLA say to developers is not for users; warnings of our own are."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA's log, read when jax is imported
   logging.getLogger('jax').setLevel(logging.ERROR)
-  from absl import flags, logging as absl_logging
+  from absl import flags
+  from absl import logging as absl_logging
   flags.FLAGS.mark_as_parsed()  # there are none, but absl's log would say that nobody parsed them
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)

@@ -23,12 +23,12 @@ import numpy as np
 
 from m2l2 import files, sharding
 from m2l2.codec import encoding
-from m2l2.training import hosts
 from m2l2.codec.codec import Codec
 from m2l2.compiling import Told
 from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
 from m2l2.errors import UserError, in_one_line
+from m2l2.training import hosts
 
 REPORT = 'report.json'
 _SIDECARS = 'shards'  # a JSON file for each shard that is done

@@ -16,8 +16,8 @@ import soxr
 
 from m2l2.data import audio_io, sources
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import checks, frechet, pairs, registry, seams
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS, IN_THE_BOX
+from m2l2.evaluation.metrics import checks, frechet, pairs, registry, seams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ backward kernel computes the probabilities again and holds all three gradients o
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
 
 LANES = 128      # a chunk's tokens are padded to a multiple of it
 ROWS = 256       # queries at a time: the probabilities of 256 x 1280 take 1.3 MB

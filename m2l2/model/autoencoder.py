@@ -132,8 +132,8 @@ class Architecture:
     if not self.cross_connections and not self.latents_in_denoiser:
       raise ValueError('without model.cross_connections the latents reach the denoiser only by '
                        'model.latents_in_denoiser=True')
-    self.make_bottleneck()  # raises for bad fsq_levels or fsq_dropout
-    self.grid               # raises where strides do not divide
+    # These raise: for bad fsq_levels or fsq_dropout; where strides do not divide.
+    _ = self.make_bottleneck(), self.grid
     if self.embeddings == 'local' and self.slots == 1:
       raise ValueError(f"model.embeddings='local' needs model.num_latents, {self.num_latents}, and the {self.grid[1]} "
                        'frames of the token grid to have a common factor')

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from m2l2.kernels.contraction import contract
 from m2l2.model.envelope import EnvelopeHead, spread_bands
-from m2l2.model.layers import Linear, ZEROS, normal, param
+from m2l2.model.layers import ZEROS, Linear, normal, param
 from m2l2.model.patchify import DePatchifier, join_slots
 from m2l2.model.transformer import Transformer
 

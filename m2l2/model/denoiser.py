@@ -9,7 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from m2l2.model.layers import Linear, ZEROS, as_last, normal, param
+from m2l2.model.layers import ZEROS, Linear, as_last, normal, param
 from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
 from m2l2.model.transformer import Transformer
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from m2l2.kernels.contraction import contract
 from m2l2.model.envelope import band_means, log_magnitude
-from m2l2.model.layers import LayerNorm, Linear, ONES, ZEROS, normal, param
+from m2l2.model.layers import ONES, ZEROS, LayerNorm, Linear, normal, param
 from m2l2.model.patchify import Patchifier, split_slots
 from m2l2.model.transformer import Transformer
 

@@ -18,7 +18,7 @@ import numpy as np
 from m2l2.kernels.convolution import convolve, split
 from m2l2.kernels.norms import silu
 from m2l2.model import packing
-from m2l2.model.layers import Conv3x3, GroupNorm, ZEROS, call, param, product
+from m2l2.model.layers import ZEROS, Conv3x3, GroupNorm, call, param, product
 from m2l2.model.packing import PLAIN, depth_to_space, join_patches, space_to_depth, split_patches
 from m2l2.sharding import constrain
 

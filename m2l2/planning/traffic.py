@@ -10,7 +10,17 @@ import math
 import re
 
 from m2l2.planning.hlo import (
-    Numbers, arrays_of, attribute, callee, count_trips, find_scope, parameters_of, parse_hlo, shape_of, type_bytes)
+  Numbers,
+  arrays_of,
+  attribute,
+  callee,
+  count_trips,
+  find_scope,
+  parameters_of,
+  parse_hlo,
+  shape_of,
+  type_bytes,
+)
 
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')

@@ -6,8 +6,8 @@
   a denoiser that does not use the latents
 """
 
-import dataclasses
 from collections.abc import Mapping
+import dataclasses
 
 from absl import logging
 

@@ -9,13 +9,13 @@ import os
 from absl import logging
 
 from m2l2.codec.codec import Codec
+from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.errors import UserError, in_one_line
 from m2l2.evaluation import clips, evaluate
 from m2l2.evaluation.embedders import embeddings
 from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.studies import sweep
 from m2l2.training.metrics import METRICS
-from m2l2.codec.snapshot import load_snapshot, save_snapshot
 
 SEED = 0  # of the noise that every decoding starts from, so that only the weights differ
 

@@ -32,8 +32,8 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from m2l2.training import config_file, hosts
 from m2l2.errors import UserError, first_line, in_one_line, printable, told
+from m2l2.training import config_file, hosts
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:

@@ -5,11 +5,12 @@ Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import contextlib
 import json
 import math
 import os
-from typing import Callable, Mapping, Protocol
+from typing import Protocol
 
 from absl import logging
 import numpy as np

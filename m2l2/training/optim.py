@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 import numbers
-from typing import Callable
 
 import jax
 import jax.numpy as jnp

@@ -8,13 +8,13 @@ import os
 import jax
 
 from m2l2 import build, files, sharding
-from m2l2.training import checkpoint, timing
 from m2l2.codec.loading import locate
+from m2l2.codec.snapshot import Snapshot, load_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError
+from m2l2.training import checkpoint, timing
 from m2l2.training.listening import Listener
-from m2l2.codec.snapshot import Snapshot, load_snapshot
 
 LOCK = '.lock'  # in the workdir
 

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import build, files
-from m2l2.planning.chips import find_chip
 from m2l2.errors import UserError
+from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
-
 
 _STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
 _SILENCE = 60  # seconds between two such lines

@@ -15,9 +15,9 @@ import optax
 from m2l2.consistency import Consistency
 from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
+from m2l2.representation import Representation, coherence
 from m2l2.training.optim import ema_decay, ema_update
 from m2l2.training.ravel import Apart, Ravel
-from m2l2.representation import Representation, coherence
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
 PROBED = (0.2, 1.0)             # noise levels that the probe denoises at

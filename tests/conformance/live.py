@@ -8,12 +8,11 @@ import argparse
 import sys
 import time
 
-import numpy as np
-import torch
-
 import kit
+import numpy as np
 import original
 import port
+import torch
 
 
 def error(a, b):

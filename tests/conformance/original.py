@@ -14,10 +14,9 @@ import time
 import codicodec.inference
 import codicodec.models
 import codicodec.utils
+import kit
 import numpy as np
 import torch
-
-import kit
 
 codicodec.utils.mixed_precision = False  # float32 throughout
 

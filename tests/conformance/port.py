@@ -11,14 +11,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import kit
 import numpy as np
 
-import kit
 from m2l2 import build
 from m2l2.codec.codec import Codec
+from m2l2.codec.latents import Latents
 from m2l2.configs import codicodec as recipe
 from m2l2.interop import codicodec as interop
-from m2l2.codec.latents import Latents
 
 
 def make_config(dtype='float32'):

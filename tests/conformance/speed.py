@@ -30,10 +30,9 @@ def audio(seconds):
 
 
 def theirs():
-  import torch
-
   import kit
   import original
+  import torch
   torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
   codec = original.package(original.load(kit.weights(0)))
   held = {}

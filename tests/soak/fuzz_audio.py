@@ -260,9 +260,10 @@ def _aligned(audio, expected) -> tuple[np.ndarray, np.ndarray]:
 
 def _fuzz_one(rng, folder, counts) -> list[str]:
   """The faults of one random file, and counts what it was."""
+  import soundfile
+
   from m2l2.data import audio_io
   from m2l2.errors import UserError
-  import soundfile
   audio, rate = _sound(rng)
   kind = rng.choice(list(_WRITERS))
   command, most = rng.choice([writer for writer in _WRITERS[kind] if shutil.which(writer[0].split()[0])])

@@ -20,7 +20,6 @@ import time
 
 import numpy as np
 import soundfile
-
 from test_codec import make_snapshot, music
 from test_hosts import flags, started
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from m2l2.compiling import Told
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.embedders.vggish import check_shapes
+from m2l2.evaluation.metrics import pairs
 
 SAMPLE_RATE = 48000
 SAMPLES = 10 * SAMPLE_RATE

@@ -41,6 +41,7 @@ def remembering(embed: Callable[..., 'np.ndarray'], *, most: int = 1024) -> Call
   most: how many results are kept; those asked for least lately go first.
   """
   import hashlib
+
   import numpy as np
   known = {}
 

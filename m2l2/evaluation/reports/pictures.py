@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from m2l2 import files
+from m2l2.codec.latents import Latents
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
 from m2l2.evaluation.metrics.pairs import log_mel_db, mel_edges
-from m2l2.codec.latents import Latents
 
 # What tells whether a run learns: README, "Train".
 CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')

@@ -8,9 +8,9 @@ import dataclasses
 import numpy as np
 
 from m2l2.codec.codec import Codec
+from m2l2.codec.latents import Latents
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics.pairs import log_mel_db
-from m2l2.codec.latents import Latents
 
 FILLS = ('zero', 'mean')
 

@@ -11,10 +11,10 @@ import os
 import numpy as np
 
 from m2l2.codec.codec import Codec
+from m2l2.codec.latents import Latents
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate
-from m2l2.codec.latents import Latents
 
 SATURATED = 0.99
 

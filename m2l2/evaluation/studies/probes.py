@@ -18,10 +18,10 @@ import sklearn.metrics
 
 from m2l2.codec.codec import Codec
 from m2l2.errors import UserError
+from m2l2.evaluation.clips import take_excerpt
 from m2l2.evaluation.embedders import musicnn
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.studies import tasks
-from m2l2.evaluation.clips import take_excerpt
 
 HIDDEN = {'linear': (), 'mlp': (256, 128)}
 LEARNING_RATE, PENALTY = 1e-3, 1e-5

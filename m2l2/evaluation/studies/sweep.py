@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import os
 
 from m2l2.codec.codec import Codec
+from m2l2.codec.snapshot import load_snapshot, save_snapshot, snapshot_place
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate
-from m2l2.evaluation.metrics import registry, seams
-from m2l2.evaluation.embedders.embeddings import remembering
 from m2l2.evaluation.clips import Excerpt
-from m2l2.codec.snapshot import load_snapshot, save_snapshot, snapshot_place
+from m2l2.evaluation.embedders.embeddings import remembering
+from m2l2.evaluation.metrics import registry, seams
 
 VALUES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0)
 METRICS = ('si_sdr', 'mel_l1_db', 'mrstft', 'ratio', 'seam_db')
