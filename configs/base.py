@@ -45,20 +45,20 @@ def get_config(arg=''):
   model.bottleneck = 'tanh'            # tanh or fsq
   model.fsq_levels = 11                # levels a dimension, for fsq
   model.fsq_dropout = 0.75             # chance that an item's latents stay unrounded in training, for fsq
-  # Departures from the paper, off here. See README, "What helps short runs".
-  model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser (as CoDiCodec does)
+  # Departures from the paper, off here. launch/research/learning.md says what each is worth.
+  model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser, as in CoDiCodec
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
   model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
-  model.shortcut_width = 0             # numbers a token on these paths, mixed with all others; 0: pooled instead
+  model.shortcut_width = 0             # numbers per token on these paths, mixed over all tokens; 0: tokens are pooled
   model.linear_sketch = ()             # (bands, stretches of frames) of a linear autoencoder of the envelope
-  model.latent_norm = False            # RMS 0.4 of each embedding before the bottleneck: no saturation
+  model.latent_norm = False            # each embedding has RMS 0.4 before the bottleneck, so tanh cannot saturate
   model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
-  model.feature_norm = False           # cross-connection features are scaled to unit mean square
+  model.feature_norm = False           # features of the cross connections are scaled to unit mean square
   # Ablations: what the paper's choices are worth. See launch/research/ablate.sh.
-  model.embeddings = 'summary'         # summary: each of the whole chunk; local: in order, each of its slot of frames
+  model.embeddings = 'summary'         # summary: each sees the whole chunk; local: each sees its own slot of frames
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
-  model.remat = 'products'             # none, products, blocks, full: how little the backward pass finds kept
+  model.remat = 'products'             # recomputed in the backward pass: none; products: all but those; blocks; full
   model.tile = any_type('auto')        # maps narrower than this are packed (model/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
@@ -74,7 +74,7 @@ def get_config(arg=''):
   consistency.sigma_cond = 0.965       # noise put back on the previous chunk in decoding
   consistency.step_start = 0.1         # index step at the start ...
   consistency.step_exponent = 3.0      # ... and step_start ** this at the end
-  consistency.easy = 0.0               # part of training that comes down to those steps from plain denoising
+  consistency.easy = 0.0               # share of training in which the step shrinks from 1 (denoising) to step_start
   consistency.huber = 0.00054          # c = huber sqrt(D)
   consistency.skip = 'edm'             # edm: the paper's c_skip; flow: exact for Gaussian data
   consistency.local = False            # sigma_data per bin from the predicted envelope (needs model.envelope)
@@ -82,7 +82,7 @@ def get_config(arg=''):
   consistency.noise = 'bins'           # bins: every number its own; signal: the spectrogram of white noise
   consistency.renoise = 'add'          # add: x + sigma eps (paper); variance: as CoDiCodec
   consistency.refine = True            # decoding: a chunk is denoised again as the next one's left neighbour
-  consistency.steps = 1                # of autoregressive decoding, before that refinement
+  consistency.steps = 1                # denoisings of a chunk in autoregressive decoding, before the refinement
   consistency.parallel_steps = 4       # of parallel decoding
 
   train = config.train = ml_collections.ConfigDict()
@@ -99,15 +99,15 @@ def get_config(arg=''):
   train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
   train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
-  train.nested = 0.0                   # chance that a chunk trains with a random prefix of its embeddings alone
-  train.head_start = 0.0               # first part of the steps, 0 to 1, that trains on something easier:
-  train.head_start_on = 'data'         # one step from sigma_max gives the data or its magnitudes; or envelope alone
+  train.nested = 0.0                   # chance that a chunk keeps only a random prefix of its embeddings
+  train.head_start = 0.0               # share of the steps, from the first, that train on an easier task:
+  train.head_start_on = 'data'         # regress the data, or its magnitudes, from sigma_max; or the envelope alone
   train.log_every = 100
   train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
   train.checkpoint_every = 1000
-  train.keep_last = 3                  # checkpoints kept
-  train.keep_every = 50_000            # and one each so many steps for good; 0: none
-  train.max_skipped_in_a_row = 20      # non-finite gradients in a row that end the run
+  train.keep_last = 3                  # the newest checkpoints are kept
+  train.keep_every = 50_000            # and one every so many steps for good; 0: none
+  train.max_skipped_in_a_row = 20      # that many non-finite gradients in a row end the run
   train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
   train.init_from = ''                 # snapshot, workdir or model in the box whose weights a new run starts from
 

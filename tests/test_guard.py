@@ -17,14 +17,14 @@ def warned(monkeypatch):
 
 
 def healthy(**ill):
-  return {ailment.name: ailment.limit * (.5 if ailment.above else 2) for ailment in guard.AILMENTS} | ill
+  return {symptom.name: symptom.limit * (.5 if symptom.above else 2) for symptom in guard.SYMPTOMS} | ill
 
 
-@pytest.mark.parametrize('ailment', guard.AILMENTS, ids=lambda ailment: ailment.name)
-def test_each_ailment_is_told_once_until_it_is_gone(warned, ailment):
-  ill = {ailment.name: ailment.limit * (2 if ailment.above else .5)}
+@pytest.mark.parametrize('symptom', guard.SYMPTOMS, ids=lambda symptom: symptom.name)
+def test_each_symptom_is_told_once_until_it_is_gone(warned, symptom):
+  ill = {symptom.name: symptom.limit * (2 if symptom.above else .5)}
   watch = guard.Guard()
-  late = ailment.since
+  late = symptom.since
   for step in range(late - 10, late):  # too early
     watch.write(step, healthy(**ill))
   for step in range(late, late + guard.LASTING - 1):
@@ -32,7 +32,7 @@ def test_each_ailment_is_told_once_until_it_is_gone(warned, ailment):
   assert not warned
   for step in range(late + guard.LASTING, late + 20):
     watch.write(step, healthy(**ill))
-  assert len(warned) == 1 and ailment.name in warned[0] and ailment.cure in warned[0]
+  assert len(warned) == 1 and symptom.name in warned[0] and symptom.cure in warned[0]
   watch.write(late + 21, healthy())
   for step in range(late + 22, late + 30):
     watch.write(step, {'loss': 1.} | healthy(**ill))
@@ -49,8 +49,8 @@ def test_a_healthy_run_hears_nothing(warned):
 
 def test_cures_name_fields_that_there_are():
   config = base.get_config().to_dict()
-  for ailment in guard.AILMENTS:
-    fields = [word.strip(',;()') for word in ailment.cure.split() if word.startswith(('model.', 'train.'))]
+  for symptom in guard.SYMPTOMS:
+    fields = [word.strip(',;()') for word in symptom.cure.split() if word.startswith(('model.', 'train.'))]
     assert fields
     for field in fields:
       part, name = field.split('.')

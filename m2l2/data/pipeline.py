@@ -248,7 +248,7 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     root: a folder, glob or file of audio, a prepared or TFDS dataset, shards, or a weighted mixture
       of these, as text (`sources.find_mixture`); or a `Mixture`.
     sample_rate: Hz, the model's; the first of native_rates.
-    native_rates: Hz; files at these rates are fed as they are, others are resampled to the first.
+    native_rates: Hz; files at these rates are not resampled, others are resampled to the first.
     channels: 1 (one random channel of the file) or 2 (mono doubled; of more, the first two).
     crop_samples: samples of a crop.
     batch_size: B, over all processes.

@@ -39,7 +39,7 @@ class CropSpec:
   Attributes:
     crop_samples: its length.
     channels: 1 (a random channel of the file) or 2 (see `pick_channels`).
-    native_rates: Hz; files at these rates are fed as they are, others resampled to the first.
+    native_rates: Hz; files at these rates are not resampled, others resampled to the first.
     rms_floor: crops below this RMS (full scale is 1) are rejected as silent.
     gain_db: each crop is scaled by a uniform random gain within +-gain_db dB; 0 leaves it.
     mix: the chance that a sample is the sum of two crops, clipped to [-1, 1].

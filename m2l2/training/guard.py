@@ -13,7 +13,7 @@ from absl import logging
 
 
 @dataclasses.dataclass(frozen=True)
-class Ailment:
+class Symptom:
   """A figure of the log on the wrong side of a limit.
 
   Attributes:
@@ -31,37 +31,37 @@ class Ailment:
     return value is not None and (value > self.limit if self.above else value < self.limit)
 
 
-AILMENTS = (
-    Ailment('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
+SYMPTOMS = (
+    Symptom('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
             'train.head_start, or set model.shortcut and model.shortcut_width'),
-    Ailment('latent/rank', 0.05, 'the latents differ in very few directions; set model.shortcut_width, or lower '
+    Symptom('latent/rank', 0.05, 'the latents differ in very few directions; set model.shortcut_width, or lower '
             'train.learning_rate'),
     # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.
-    Ailment('latent/pre_rms', 1.2, 'the latents grow to where tanh saturates; set model.latent_norm (not with '
+    Symptom('latent/pre_rms', 1.2, 'the latents grow to where tanh saturates; set model.latent_norm (not with '
             'model.linear_sketch), or lower train.learning_rate', above=True),
-    Ailment('latent/saturated', 0.05, 'the latents saturate; set model.latent_norm (not with model.linear_sketch), or '
+    Symptom('latent/saturated', 0.05, 'the latents saturate; set model.latent_norm (not with model.linear_sketch), or '
             'lower train.learning_rate or lengthen train.warmup_steps', above=True),
-    Ailment('feature/rms', 10.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
-    Ailment('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
+    Symptom('feature/rms', 10.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
+    Symptom('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
             'start, train.head_start'),
-    Ailment('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start, '
+    Symptom('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start, '
             'train.head_start', since=500))
 LASTING = 3  # logged steps in a row
 
 
 class Guard:
-  """A metrics writer that warns when an ailment lasts; again only after it was gone."""
+  """A metrics writer that warns when a symptom lasts; again only after it was gone."""
 
-  def __init__(self, ailments=AILMENTS):
-    self._lasted = dict.fromkeys(ailments, 0)
+  def __init__(self, symptoms=SYMPTOMS):
+    self._lasted = dict.fromkeys(symptoms, 0)
 
   def write(self, step: int, scalars: Mapping[str, float]):
-    for ailment, lasted in self._lasted.items():
-      if ailment.name not in scalars or step < ailment.since:
+    for symptom, lasted in self._lasted.items():
+      if symptom.name not in scalars or step < symptom.since:
         continue
-      self._lasted[ailment] = lasted + 1 if ailment.found(scalars) else 0
-      if self._lasted[ailment] == LASTING:
-        logging.warning('step %d: %s is %.3g: %s', step, ailment.name, float(scalars[ailment.name]), ailment.cure)
+      self._lasted[symptom] = lasted + 1 if symptom.found(scalars) else 0
+      if self._lasted[symptom] == LASTING:
+        logging.warning('step %d: %s is %.3g: %s', step, symptom.name, float(scalars[symptom.name]), symptom.cure)
 
   def close(self):
     pass

@@ -86,20 +86,21 @@ def train(config, workdir, writers=()) -> int:
 
     counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
     own, blocks = sharding.batch_blocks(mesh)
-    fed = config.data
+    data = config.data
     loader = make_loader(
       root=mixture, sample_rate=functions.sample_rate,
       native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
       batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
-      blocks=own, of_blocks=blocks, num_workers=fed.num_workers, num_threads=fed.num_threads,
-      prefetch=fed.prefetch, worker_buffer=fed.worker_buffer, rms_floor=fed.rms_floor, gain_db=fed.gain_db, mix=fed.mix,
+      blocks=own, of_blocks=blocks, num_workers=data.num_workers, num_threads=data.num_threads,
+      prefetch=data.prefetch, worker_buffer=data.worker_buffer,
+      rms_floor=data.rms_floor, gain_db=data.gain_db, mix=data.mix,
       demand=timing.peak_flops(config) and timing.demand(config, counting.result()))
     stack.callback(loader.close)
     loader.check()
     corpus = loader.mixture.fingerprint if main else None  # once: it asks for the size of every shard
     batches = Ahead(
       loader, lambda rows: (rows, sharding.put_batch({'audio': rows['audio']}, mesh)),
-      ahead=fed.device_prefetch)
+      ahead=data.device_prefetch)
     stack.callback(batches.close)
     offset = position['next_index'] - first * fields.batch_size  # not 0 once batch_size has changed
 
