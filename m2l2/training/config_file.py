@@ -40,7 +40,7 @@ def find(value: str) -> str:
   for candidate in candidates:
     if os.path.isfile(candidate):
       return candidate + colon + words
-  names = sorted(set(os.listdir(presets)) - {'__init__.py', '__pycache__'})
+  names = sorted(name for name in os.listdir(presets) if name.endswith('.py') and name != '__init__.py')
   raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
 
 
