@@ -22,7 +22,8 @@ def test_the_rung_holds(rung, tmp_path):
 
 
 def test_what_does_not_learn_fails(tmp_path, capsys, monkeypatch):
-  figures = {'own': -1., 'wrong': -1., 'left_1': -1., 'left_2': -1.5, 'sigma_cond': {'1': {'left': -1.5}, '5': {'left': -1.}}}
+  figures = {'own': -1., 'wrong': -1., 'left_1': -1., 'left_2': -1.5,
+             'sigma_cond': {'1': {'left': -1.5}, '5': {'left': -1.}}}
   monkeypatch.setattr(ladder, 'fit', lambda *_, **__: (None, 1.))
   monkeypatch.setattr(ladder, 'judge', lambda *_: figures)
   monkeypatch.setattr(ladder.timing, 'model_flops', lambda config: lambda steps: 1e12 * steps)  # seconds of tracing
