@@ -109,10 +109,5 @@ def test_options_that_pages_name_exist():
   assert found > 20
 
 
-def test_pages_name_no_place_of_ours():
-  for page in PAGES:
-    assert not re.search(r'/work/|/root/', page.read_text(encoding='utf-8')), name(page)
-
-
 def test_paths_are_of_pages():
   assert Path('README.md') in {path.relative_to(ROOT) for path in PAGES} and len(PAGES_OF_FOLDERS) >= 15
