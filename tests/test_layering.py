@@ -25,7 +25,7 @@ FLOORS = {
                    'm2l2.consistency', 'm2l2.sharding'),
     'm2l2.compiling': ('jax',),
     'm2l2.errors': (),
-    'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2', 'm2l2.errors'),
+    'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2.errors', 'm2l2.files'),
 }
 
 # These may not import what is named.

@@ -24,6 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from m2l2.errors import UserError
+from m2l2.files import sync
 
 FORMAT = 1
 CONFIG = 'config.json'
@@ -272,12 +273,12 @@ def _write(path: Path, shards: dict[str, dict], config: str) -> None:
   try:
     for file, arrays in shards.items():
       safetensors.numpy.save_file(arrays, new / file)
-      _sync(new / file)
+      sync(new / file)
     (new / CONFIG).write_text(config, encoding='utf-8')
-    _sync(new / CONFIG)
+    sync(new / CONFIG)
     if path.exists():
       _copy_foreign_files(path, new)
-    _sync(new)
+    sync(new)
   except BaseException:
     _remove(new)
     raise
@@ -287,7 +288,7 @@ def _write(path: Path, shards: dict[str, dict], config: str) -> None:
     _remove(old)
     os.rename(path, old)
   os.rename(new, path)
-  _sync(path.parent)
+  sync(path.parent)
   _remove(old)
 
 
@@ -299,14 +300,6 @@ def _copy_foreign_files(source: Path, target: Path) -> None:
       shutil.copytree(entry, target / entry.name, symlinks=True)
     else:
       shutil.copy2(entry, target / entry.name, follow_symlinks=False)
-
-
-def _sync(path: Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 def _remove(directory: Path) -> None:

@@ -30,7 +30,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from m2l2.data import audio_io
 from m2l2.data.index import Index, Segment, index_name
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 RATES = ('rate', 'sample_rate', 'sampling_rate', 'samplerate', 'sr')
 
@@ -77,7 +77,7 @@ class Records:
     try:
       return grain.sources.ArrayRecordDataSource(self._paths)
     except (OSError, RuntimeError, ValueError) as e:
-      raise UserError(f'{_shards(self._paths)}: cannot be read as ArrayRecord ({_line(e)})') from e
+      raise UserError(f'{_shards(self._paths)}: cannot be read as ArrayRecord ({in_one_line(e, most=200)})') from e
 
   def __len__(self) -> int:
     return len(self._records if self._index is None else self._index)
@@ -109,7 +109,7 @@ class Records:
       starts = int(_values(features, 'starts')[0]) if fields.starts else None
       rate = fields.rate if isinstance(fields.rate, int) else int(_values(features, fields.rate)[0])
     except Exception as e:  # whatever a damaged shard makes the libraries raise
-      raise UserError(f'{name}: cannot be read ({_line(e)})') from e
+      raise UserError(f'{name}: cannot be read ({in_one_line(e, most=200)})') from e
     if fields.kind == 'file':
       item = audio_io.AudioReader(name, data=audio[0])
     else:
@@ -274,7 +274,7 @@ def _read_json(path: str) -> dict:
     if not isinstance(content, dict):
       raise ValueError('not an object')
   except (OSError, ValueError) as e:
-    raise UserError(f'{audio_io.shown(path)}: cannot be read as JSON ({_line(e)})') from e
+    raise UserError(f'{audio_io.shown(path)}: cannot be read as JSON ({in_one_line(e, most=200)})') from e
   return content
 
 
@@ -282,7 +282,3 @@ def _shards(paths: list[str]) -> str:
   """The shards in a few words."""
   more = f' and {len(paths) - 1} more' if len(paths) > 1 else ''
   return audio_io.shown(paths[0]) + more
-
-
-def _line(error: Exception) -> str:
-  return ' '.join(str(error).split())[:200] or type(error).__name__

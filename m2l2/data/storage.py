@@ -17,6 +17,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from m2l2 import files
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 
@@ -113,11 +114,7 @@ def _temporary(path) -> str:
 
 def _replace(source, target):
   """Renames, once the bytes are on the disk: after a crash the name never stands for half a file."""
-  handle = os.open(source, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
+  files.sync(source)
   os.replace(source, target)
 
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from m2l2.codec.latents import is_safetensors
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, first_line
 
 STATE_DICT = 'gen_state_dict'  # its place in the published checkpoint
 
@@ -41,7 +41,7 @@ def _read_safetensors(path):
     return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{audio_io.shown(path)}: is damaged, cut short or not a safetensors file of floats '
-                    f'({_first_line(error)})') from error
+                    f'({first_line(error, most=200)})') from error
 
 
 def _read_torch(path, nested, of):
@@ -63,7 +63,8 @@ def _read_torch(path, nested, of):
                       'executed. If you trust its source, save its tensors as .safetensors and import those') from error
     raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
   except Exception as error:  # whatever a damaged archive makes torch raise
-    raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint ({_first_line(error)})') from error
+    raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint '
+                    f'({first_line(error, most=200)})') from error
   if isinstance(checkpoint, Mapping) and nested in checkpoint:
     checkpoint = checkpoint[nested]
   if not isinstance(checkpoint, Mapping) or not checkpoint or not all(
@@ -91,10 +92,6 @@ def _refused_global(message) -> str:
   """The name that torch's loader refused, from its message; '' where it refused none."""
   found = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
   return found[1] if found else ''
-
-
-def _first_line(error) -> str:
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def shown_name(name: str) -> str:
