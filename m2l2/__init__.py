@@ -4,6 +4,8 @@ This is the list of what users may touch. The names load on first use, so `impor
 immediate and imports no other library.
 """
 
+import contextlib
+import gc
 import importlib
 import importlib.abc
 import sys
@@ -19,6 +21,19 @@ __version__ = '0.1.0'  # the one place; setup.cfg reads it from here
 __all__ = ['Codec', 'Latents', '__version__', 'load', 'train']
 
 
+@contextlib.contextmanager
+def no_collection():
+  """Python's garbage collector is off: importing and tracing make millions of objects that live on, and walking them
+  again and again is a sixth of a start. Threads may overlap: whoever found it on turns it on."""
+  was = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if was:
+      gc.enable()
+
+
 def lazy(package: str, homes: dict[str, str]) -> tuple[Any, Any]:
   """(__getattr__, __dir__) of a package whose public names are imported on first use.
 
@@ -29,7 +44,8 @@ def lazy(package: str, homes: dict[str, str]) -> tuple[Any, Any]:
   def get(name: str) -> Any:
     if name not in homes:
       raise AttributeError(f'module {package!r} has no attribute {name!r}')
-    value = getattr(importlib.import_module(homes[name]), name)
+    with no_collection():
+      value = getattr(importlib.import_module(homes[name]), name)
     setattr(sys.modules[package], name, value)  # next time this function is not asked
     return value
 

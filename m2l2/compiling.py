@@ -26,6 +26,8 @@ import warnings
 
 import jax
 
+from m2l2 import no_collection
+
 _log = logging.getLogger(__name__)
 _SHORT = 3.0  # seconds that nobody minds
 _PATIENCE = 1.0
@@ -121,14 +123,14 @@ def told():
 
 
 class Told:
-  """A function made by jax.jit whose calls are `told`; its attributes are the function's."""
+  """A function made by jax.jit whose calls are `told`, and traced without pauses; its attributes are the function's."""
 
   def __init__(self, program):
     functools.update_wrapper(self, program)
     self._program = program
 
   def __call__(self, *args, **options):
-    with told():
+    with told(), no_collection():
       return self._program(*args, **options)
 
   def __getattr__(self, name):

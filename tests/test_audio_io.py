@@ -408,6 +408,13 @@ def test_gsm_and_mp3_inside_wav(tmp_path):
   assert full.shape == (1, 40320) and np.abs(full[:, :40000] - audio).mean() < .1  # blocks of 320
   for start in (1, 9999, 35000):
     np.testing.assert_array_equal(audio_io.read(path, start=start, frames=4000)[0], full[:, start:start + 4000])
+  data = bytearray(open(path, 'rb').read())
+  place = data.index(b'data') + 4
+  length = struct.unpack_from('<I', data, place)[0] // 65 * 65 - 3 * 65  # an odd number of blocks
+  data[place:] = struct.pack('<I', length + 1) + data[place + 4:place + 4 + length] + b'\0'  # as sox writes it
+  data[4:8] = struct.pack('<I', len(data) - 8)
+  (tmp_path / 'pad.wav').write_bytes(data)
+  np.testing.assert_array_equal(audio_io.read(tmp_path / 'pad.wav')[0], full[:, :length // 65 * 320])
   mp3 = open(encode(tmp_path / 'a.mp3', tone(rate=44100, samples=200_000), rate=44100, format='MP3',
                     subtype='MPEG_LAYER_III'), 'rb').read()
   expected, _ = audio_io.read(tmp_path / 'a.mp3')

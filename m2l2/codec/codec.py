@@ -5,14 +5,16 @@ network call refines the chunk before and makes a first estimate of the next) or
 Noise belongs to (seed, chunk, role), so any way of cutting the work into blocks gives the same sound.
 """
 
+import atexit
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import gc
 import os
 
 import jax
 import numpy as np
 
-from m2l2 import build, compiling
+from m2l2 import build, compiling, no_collection
 from m2l2.codec import decoding, encoding, output, programs
 from m2l2.codec.latents import Latents
 from m2l2.codec.loading import check_params, locate
@@ -24,6 +26,7 @@ from m2l2.model.bottleneck import FSQ
 
 _FILE_SECONDS = 10  # of a file read at once
 _ENDLESS = 2 ** 31 - 1
+atexit.register(gc.freeze)  # else the interpreter walks all that JAX traced once more before it ends: half a second
 
 
 def load(path) -> 'Codec':
@@ -34,9 +37,10 @@ def load(path) -> 'Codec':
   Raises UserError: nothing there, or what is there is damaged.
   """
   compiling.use_cache()
-  snapshot = load_snapshot(locate(path))
-  return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint,
-               latent_scale=snapshot.extra.get('latents'))
+  with no_collection():
+    snapshot = load_snapshot(locate(path))
+    return Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint,
+                 latent_scale=snapshot.extra.get('latents'))
 
 
 class Codec:

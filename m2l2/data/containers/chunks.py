@@ -5,15 +5,20 @@ import struct
 from m2l2.data.containers import mp3
 from m2l2.data.containers.parts import Contents, Part
 
+_GSM_BYTES, _GSM_SAMPLES = 65, 320  # of a block
+
 
 def contents(buffer, order) -> Contents:
   """A length that is 0 though samples follow, or one that promises more than there is."""
   at, size, width, name = 12, len(buffer), 0, b'data' if order == '<' else b'SSND'
+  is_gsm = False
   while at + 8 <= size:
     kind, length = struct.unpack_from(f'{order}4sI', buffer, at)
     if kind == b'fmt ':
       width, = struct.unpack_from('<H', buffer, at + 20)
-      if struct.unpack_from('<H', buffer, at + 8)[0] == 0x55:  # MP3, of which libsndfile guesses the length here
+      codec, = struct.unpack_from('<H', buffer, at + 8)
+      is_gsm = codec == 0x31
+      if codec == 0x55:  # MP3, of which libsndfile guesses the length here
         place = buffer.find(b'data', at)
         return mp3.contents(buffer, place + 8) if place > 0 else Contents()
     elif kind == b'COMM':
@@ -28,6 +33,8 @@ def contents(buffer, order) -> Contents:
       # What a writer to a pipe states, who cannot know: 2^31 or 2^32 less some bytes.
       if there < length < 2**31 - 2**16 and width:
         return Contents(stated=(length - there) // width)
+      if is_gsm and 0 < length % _GSM_BYTES < length <= there:  # sox counts the pad byte, libsndfile plays it as a block
+        return Contents((Part(((0, size),), frames=length // _GSM_BYTES * _GSM_SAMPLES),))
       return Contents()
     at += 8 + length + length % 2
   return Contents()

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""What each departure from the paper's recipe is worth on two rungs of the ladder, in sizes of minutes. Prints a table.
+
+  python launch/research/departures.py                     # all rows; those that are there already are left alone
+  python launch/research/departures.py --only=easy,nested
+
+  T1s  two pairs of tones remembered: rung T1 at a quarter of the numbers, 800 steps, processor minutes each
+  T2s  tones never heard: rung T2 at half its steps and half its batch
+
+Rows of `paper` start from the paper's recipe (only sizes, learning rate, warm-up and average differ), rows of `paths`
+from that and the linear paths and latent_norm, without which the latents are alike at this length (a matter of luck).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import ladder
+
+PAPER = 'train.head_start=0 model.latent_norm=False model.shortcut=False model.shortcut_width=0'
+PATHS = 'train.head_start=0 model.latent_norm=True model.shortcut=True model.shortcut_width=8'
+ENVELOPE = f'{PATHS} model.envelope=True train.envelope_weight'
+ROWS = {
+    'paper': PAPER,
+    'latent_norm': f'{PAPER} model.latent_norm=True',
+    'shortcut': f'{PAPER} model.latent_norm=True model.shortcut=True',
+    'paths': PATHS,
+    'paths, seed 1': PATHS,
+    'head_start': f'{PAPER} train.head_start=0.1',
+    'paths, head_start': f'{PATHS} train.head_start=0.1',
+    'paths, head_start on magnitudes': f'{PATHS} train.head_start=0.1 train.head_start_on=magnitudes',
+    'envelope .3': f'{ENVELOPE}=0.3',
+    'envelope 3': f'{ENVELOPE}=3.0',
+    'envelope 30': f'{ENVELOPE}=30.0',
+    'envelope 30, head_start on it': f'{ENVELOPE}=30.0 train.head_start=0.3 train.head_start_on=envelope',
+    'envelope 3, local': f'{ENVELOPE}=3.0 consistency.local=True consistency.local_floor=0.004',
+    'envelope 3, local, flow':
+        f'{ENVELOPE}=3.0 consistency.local=True consistency.local_floor=0.004 consistency.skip=flow',
+    'skip flow': f'{PATHS} consistency.skip=flow',
+    'noise signal': f'{PATHS} consistency.noise=signal',
+    'feature_norm': f'{PATHS} model.feature_norm=True',
+    'magnitude_input': f'{PATHS} model.magnitude_input=True',
+    'latents_in_denoiser': f'{PATHS} model.latents_in_denoiser=True',
+    'nested': f'{PATHS} train.nested=0.25',
+    'easy': f'{PATHS} consistency.easy=0.5',
+    'clip_norm': f'{PATHS} train.clip_norm=1.0',
+}
+SMALL = ('model.native_rates=(4000,) model.window=64 model.hop=16 model.bins=32 model.frames=32 '
+         'train.steps=800 train.ema_decay=0.98')
+RUNGS = {'T1s': ('T1', SMALL), 'T2s': ('T2', 'train.steps=1500 train.batch_size=4')}
+
+
+def main():
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--output', default='runs/departures')
+  flags.add_argument('--only', default='', help='names of rows, separated by semicolons')
+  flags.add_argument('--rung', choices=RUNGS)
+  args = flags.parse_args()
+  only = [name.strip() for name in args.only.split(';') if name.strip()]
+  for rung in [args.rung] if args.rung else RUNGS:
+    done = {line['name'] for line in lines(args.output)}
+    for row, changes in ROWS.items():
+      name = f'{rung} {row}'.replace(' ', '_').replace(',', '')
+      if name not in done and (not only or row in only):
+        seed = '1' if 'seed 1' in row else '0'
+        base, sizes = RUNGS[rung]
+        ladder.run([base, *sizes.split(), *changes.split(), f'--seed={seed}', f'--output={args.output}',
+                    f'--name={name}'])
+    print(table(rung, args.output), flush=True)
+
+
+def lines(output):
+  path = Path(output) / 'ladder.jsonl'
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
+
+def table(rung, output) -> str:
+  rows = ['| on | CPU s | own (wrong) | sigma 1: own (wrong) | sigma .2 | left, second denoising | coherence | spread |',
+          '|---|---|---|---|---|---|---|---|']
+  found = {line['name']: line for line in lines(output)}
+  for row in ROWS:
+    f = found.get(f'{rung} {row}'.replace(' ', '_').replace(',', ''))
+    if f:
+      rows.append(f'| {row} | {f["cpu_s"]:.0f} | {f["own"]:.1f} ({f["wrong"]:.1f}) | {f["own_1"]:.1f} ({f["wrong_1"]:.1f}) '
+                  f'| {f["own_0.2"]:.1f} | {f["left_1"]:.1f}, {ladder.best_second(f):.1f} | {f["coherence"]:.2f} '
+                  f'of {f["coherence_source"]:.2f} | {f["spread"]:.3f} |')
+  return f'{rung}\n' + '\n'.join(rows)
+
+
+if __name__ == '__main__':
+  main()
