@@ -1,5 +1,6 @@
 """What is said before waits for the compiler."""
 
+import gc
 import logging
 import threading
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from test_codec import make_config, make_params
 
-from m2l2 import compiling
+from m2l2 import compiling, no_collection
 from m2l2.codec import programs
 from m2l2.codec.codec import Codec
 from m2l2.compiling import Told, told
@@ -82,3 +83,24 @@ def test_the_programs_of_a_codec_are_told(said, any_lowering, monkeypatch):
   told = vars(codec._programs)
   assert len(told) == 4 and all(isinstance(program, Told) for program in told.values())
   assert logging.getLogger('m2l2.compiling').isEnabledFor(logging.WARNING)
+
+
+def test_garbage_is_not_collected_while_a_program_is_traced():
+  seen = []
+
+  def traced(x):
+    seen.append(gc.isenabled())
+    return x
+
+  Told(jax.jit(traced))(jnp.ones(3))
+  assert seen == [False] and gc.isenabled()
+  with pytest.raises(ValueError), no_collection():
+    raise ValueError
+  assert gc.isenabled()
+  gc.disable()
+  try:
+    with no_collection():
+      pass
+    assert not gc.isenabled()  # the user's choice
+  finally:
+    gc.enable()

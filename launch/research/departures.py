@@ -75,14 +75,15 @@ def lines(output):
 
 
 def table(rung, output) -> str:
-  rows = ['| on | CPU s | own (wrong) | sigma 1: own (wrong) | sigma .2 | left, second denoising | coherence | spread |',
+  rows = ['| row | CPU s | own (wrong) | sigma 1: own (wrong) | sigma .2 | left, second | coherence | spread |',
           '|---|---|---|---|---|---|---|---|']
   found = {line['name']: line for line in lines(output)}
   for row in ROWS:
     f = found.get(f'{rung} {row}'.replace(' ', '_').replace(',', ''))
     if f:
-      rows.append(f'| {row} | {f["cpu_s"]:.0f} | {f["own"]:.1f} ({f["wrong"]:.1f}) | {f["own_1"]:.1f} ({f["wrong_1"]:.1f}) '
-                  f'| {f["own_0.2"]:.1f} | {f["left_1"]:.1f}, {ladder.best_second(f):.1f} | {f["coherence"]:.2f} '
+      rows.append(f'| {row} | {f["cpu_s"]:.0f} | {f["own"]:.1f} ({f["wrong"]:.1f}) '
+                  f'| {f["own_1"]:.1f} ({f["wrong_1"]:.1f}) | {f["own_0.2"]:.1f} '
+                  f'| {f["left_1"]:.1f}, {ladder.best_second(f):.1f} | {f["coherence"]:.2f} '
                   f'of {f["coherence_source"]:.2f} | {f["spread"]:.3f} |')
   return f'{rung}\n' + '\n'.join(rows)
 
