@@ -59,7 +59,7 @@ def get_config(arg=''):
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # recomputed in the backward pass: none; products: all but those; blocks; full
-  model.tile = any_type('auto')        # maps narrower than this are packed (model/packing.py): 0, 128, 256
+  model.tile = any_type('auto')        # maps narrower than this are packed (variants/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 

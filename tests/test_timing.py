@@ -73,13 +73,13 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
   def step_functions(config):
     assert (config.model.attention, config.model.tile) == ('xla', '0')
 
-    def train_step(state, batch, *, head=False):
+    def train_step(state, batch, *, phase):
       product = batch['audio'][:, 0] @ state['w']
-      return product if head else product @ state['w'] if config.model.remat == 'none' else None
+      return product if phase == 'head_start' else product @ state['w'] if config.model.remat == 'none' else None
 
     return types.SimpleNamespace(
         init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,
-        head_start=4)
+        phases=(('head_start', 4), ('consistency', config.train.steps)))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)
   until = timing.model_flops(tiny.get_config('debug'))  # which has model.remat = 'blocks'

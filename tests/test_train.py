@@ -70,7 +70,7 @@ def small_functions(config, ravel=False):
     return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
 
   return types.SimpleNamespace(
-    init=init, pack=lambda state: state, unpack=lambda state: state, train_step=step, probe_step=probe, head_start=0,
+    init=init, train_step=step, probe_step=probe, phases=(('consistency', 10**9),),
     crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 

@@ -137,7 +137,7 @@ def group_norm(x, scale, *, groups: int, eps: float):
   Args:
     scale: [1, C] or [N, C] float32.
     groups: of neighbouring channels among the C. A map whose P > 1 places lie side by side in its channels
-      (model/packing.py) shares the groups over them.
+      (variants/packing.py) shares the groups over them.
   """
   packed = x.shape[-1] // scale.shape[-1]
   return _group_norm(x, jnp.tile(scale, (1, packed)), groups, packed, eps)

@@ -126,7 +126,7 @@ def train(config, workdir, writers=()) -> int:
         state = _with_weights_of(start, state, shardings)
       del start
     del restored  # it would hold the first state for the whole run
-    state = functions.pack(state)
+    state = functions.ravel(state)
 
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
@@ -136,13 +136,12 @@ def train(config, workdir, writers=()) -> int:
     batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
     compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
     update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
-    train_step = update() if functions.head_start < fields.steps else None
-    head_step = update(head=True) if first < functions.head_start else None
+    updates = {name: update(phase=name) for name, end in functions.phases if first < end}
     probes = fields.probe_every and fields.steps // fields.probe_every > first // fields.probe_every
     probe_step = compiled(
       programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed)) if probes else None
-    sharding.fetch(functions.unpack(state.ema), here=False)  # what saving needs of the devices is compiled now, too
-    _log_memory([train_step or head_step, probe_step], seconds=time.perf_counter() - compile_began)
+    sharding.fetch(functions.unravel(state.ema), here=False)  # what saving needs of the devices is compiled now, too
+    _log_memory([*updates.values()][-1:] + [probe_step], seconds=time.perf_counter() - compile_began)
     hosts.meet('compiled')
 
     # ==============================================================================================
@@ -189,10 +188,10 @@ def train(config, workdir, writers=()) -> int:
         write(line)  # a checkpoint never stands before the lines that lead to it
         line, averaged = None, None
         with goodput.saving(step, state):
-          checkpoints.save(step, functions.unpack(state), config=plain, position={
+          checkpoints.save(step, functions.unravel(state), config=plain, position={
             'next_index': offset + step * fields.batch_size, 'files': corpus})
           if not hurried:
-            averaged = sharding.fetch(functions.unpack(state.ema), here=main)
+            averaged = sharding.fetch(functions.unravel(state.ema), here=main)
           if main and averaged:
             snapshots.save(functools.partial(_save_snapshot, workdir, averaged, plain, step))
           if main:
@@ -207,7 +206,7 @@ def train(config, workdir, writers=()) -> int:
         checkpoints.wait()  # whatever measuring does, even to the machine, this step is kept
         snapshots.wait()
         with goodput.saving(step, state):
-          kept = lambda params: sharding.fetch(functions.unpack(params), here=main)
+          kept = lambda params: sharding.fetch(functions.unravel(params), here=main)
           weights = {'evaluate_ema': kept(state.ema), 'evaluate': kept(state.params) if listener.wants_raw else None}
           if main:
             listener.measure(step, weights, log)
@@ -222,7 +221,7 @@ def train(config, workdir, writers=()) -> int:
       rejected += int(rows['rejected'].sum())
       trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
-        state, values = (head_step if step < functions.head_start else train_step)(state, batch)
+        state, values = updates[functions.phase(step)](state, batch)
       step += 1
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
@@ -272,7 +271,7 @@ def _save_snapshot(workdir, params, config, step):
 
 
 def _log_memory(programs, *, seconds):
-  """programs: the step (None in a run of head start alone that is at its end) and the probe, if any."""
+  """programs: the last phase's step and the probe, if any."""
   memories = [program.memory_analysis() for program in programs if program]
   if not memories or None in memories:  # not every backend tells
     logging.info('the step compiled in %.1f s', seconds)

@@ -32,18 +32,20 @@ def abstract_batch(functions, mesh, *, batch_size: int) -> dict:
   return {'audio': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.batch_sharding(mesh))}
 
 
-def lower_step(functions, state, batch, mesh, *, head: bool = False):
-  """`functions.train_step`, lowered for a packed state and a batch (arrays, or shapes with shardings).
+def lower_step(functions, state, batch, mesh, **options):
+  """`functions.train_step` with such options, lowered for a ravelled state and a batch.
+
+  Both may be arrays, or shapes with shardings.
 
   The state is donated and comes back where it was: without out_shardings step 2 would compile again.
   """
-  step = functools.partial(functions.train_step, head=True) if head else functions.train_step
+  step = functools.partial(functions.train_step, **options)
   places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=places).lower(state, batch)
 
 
 def lower_probe(functions, params, batch, mesh, *, seed: int):
-  """(packed params, batch, int32[] step) -> `functions.probe_step` with the noise of (seed, step), lowered."""
+  """(ravelled params, batch, int32[] step) -> `functions.probe_step` with the noise of (seed, step), lowered."""
   probe = lambda params, batch, step: functions.probe_step(
     params, batch, jax.random.fold_in(jax.random.key(seed), step))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))

@@ -36,9 +36,9 @@ class Ravel:
     return self._structure.unflatten([
         vector[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes)])
 
-  def pack(self, state):
+  def ravel(self, state):
     """A state of jax arrays, or of ShapeDtypeStructs -> the same with a vector for each subtree built like the tree."""
-    def pack(part):
+    def ravel(part):
       if not self._is_tree(part):
         return part
       leaves = jax.tree.leaves(part)
@@ -48,10 +48,10 @@ class Ravel:
       if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=place)
       return jax.device_put(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves]), place)
-    return jax.tree.map(pack, state, is_leaf=self._is_tree)
+    return jax.tree.map(ravel, state, is_leaf=self._is_tree)
 
-  def unpack(self, state):
-    """The inverse of `pack`; the trees are of numpy's arrays, copies that the next step cannot overwrite."""
+  def unravel(self, state):
+    """The inverse of `ravel`; the trees are of numpy's arrays, copies that the next step cannot overwrite."""
     return jax.tree.map(lambda x: self.tree(np.array(x)) if x.shape == (self.size,) else x, state)
 
   def _is_tree(self, part):
@@ -64,4 +64,4 @@ class Apart:
   def vector(self, tree):
     return tree
 
-  tree = pack = unpack = vector
+  tree = ravel = unravel = vector

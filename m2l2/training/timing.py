@@ -117,10 +117,16 @@ def parameters(functions) -> int:
 def model_flops(config) -> Callable[[int], float]:
   """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
-  head_start = functions.head_start
-  step = step_flops(functions, batch).total
-  head = step_flops(functions, batch, head=True).total if head_start else 0.0
-  return lambda n: head * min(n, head_start) + step * max(n - head_start, 0)
+  ends = [end for _, end in functions.phases]
+  costs = [step_flops(functions, batch, phase=name).total for name, _ in functions.phases]
+
+  def until(n):
+    total, begin = 0.0, 0
+    for cost, end in zip(costs, [*ends[:-1], n]):
+      total += cost * max(min(n, end) - begin, 0)
+      begin = end
+    return total
+  return until
 
 
 def peak_flops(config) -> float | None:
