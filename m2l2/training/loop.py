@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from m2l2 import build, compiling, files, sharding
 from m2l2.codec.snapshot import Background, save_snapshot
 from m2l2.data.pipeline import Ahead, make_loader
-from m2l2.training import checkpoint, hosts, metrics, preflight, programs, timing
+from m2l2.training import checkpoint, hosts, metrics, preflight, programs, scaling, timing
 from m2l2.training.listening import Listener
 from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING
 
@@ -41,7 +41,8 @@ def train(config, workdir, writers=()) -> int:
     UserError: a config that cannot work, unusable data, a workdir of another model, or gradients
       that stay non-finite; one line each.
   """
-  fields, plain, began = config.train, preflight.plain(config), time.time()
+  config, began = scaling.scaled(config), time.time()
+  fields, plain = config.train, preflight.plain(config)
   workdir, main = preflight.local(workdir), jax.process_index() == 0
   compiling.use_cache(workdir)
 

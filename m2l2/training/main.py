@@ -33,7 +33,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from m2l2.errors import UserError, first_line, in_one_line, printable, told
-from m2l2.training import config_file, hosts
+from m2l2.training import config_file, hosts, scaling
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
@@ -63,6 +63,8 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   except Exception as error:  # of absl or of ml_collections: any at all
     raise UserError(in_one_line(error)) from error
   config_file.check_given(values.config)
+  if values.config is not None and 'scaling' in values.config:
+    values.config.update_from_flattened_dict(scaling.follow_batch(values.config, given=overrides))
   for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
