@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from m2l2 import build, compiling, files, sharding
 from m2l2.codec.snapshot import Background, save_snapshot
 from m2l2.data.pipeline import Ahead, make_loader
-from m2l2.training import checkpoint, hosts, metrics, preflight, programs, scaling, timing
+from m2l2.training import checkpoint, goodput, hosts, metrics, preflight, programs, scaling, timing
 from m2l2.training.listening import Listener
 from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING
 
@@ -134,6 +134,9 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compile_began = time.perf_counter()
+    spent = goodput.Goodput(
+      os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
+    spent.enter(goodput.COMPILE)
     batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
     compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
     update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
@@ -145,6 +148,7 @@ def train(config, workdir, writers=()) -> int:
     sharding.fetch(functions.unpack(state.ema), here=False)  # what saving needs of the devices is compiled now, too
     _log_memory([train_step or head_step, probe_step], seconds=time.perf_counter() - compile_began)
     hosts.meet('compiled')
+    spent.enter(goodput.INIT)
 
     # ==============================================================================================
     # Logs: written by the first process, cut back to the step the run goes on from; the clocks
@@ -156,28 +160,27 @@ def train(config, workdir, writers=()) -> int:
     stack.callback(log.close)
     trace = timing.Trace(fields.profile if main else '', os.path.join(workdir, 'profile'))
     stack.callback(trace.close)
-    goodput = timing.Goodput(
-      os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
     speed = timing.Throughput(
       samples_per_step=fields.batch_size,
       seconds_per_sample=functions.crop_samples / functions.sample_rate,
       flops_until=counting.result(), devices=jax.device_count(), peak=timing.peak_flops(config),
       exchange=functools.partial(hosts.exchange, 'input_wait'))
     speed.start(first)
-    goodput.start()
+    spent.enter(goodput.UPDATES)
 
     def write(line):
       """Fetches a step's metrics and writes them; called when the next ones are under way."""
       if line:
         done, scalars = line[0], jax.device_get(line[1])
-        log.write(done, {**scalars, **speed.rates(done), **goodput.rates()})
+        log.write(done, {**scalars, **speed.rates(done), **spent.rates()})
         metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
     # The loop. The order is law: save, measure, then the next batch, then the step, then the log.
     # So the position saved with a state is the position that this state has reached.
     # ==============================================================================================
-    step, line, rows, rejected = first, None, None, 0
+    step, line, rows, values, rejected = first, None, None, {}, 0
+    busy = lambda: not all(value.is_ready() for value in values.values())
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     snapshots = stack.enter_context(Background())
     progress = stack.enter_context(hosts.watched(workdir))
@@ -189,7 +192,7 @@ def train(config, workdir, writers=()) -> int:
         progress(step, SAVING)
         write(line)  # a checkpoint never stands before the lines that lead to it
         line, averaged = None, None
-        with goodput.saving(step, state):
+        with spent.saving(step, state):
           checkpoints.save(step, functions.unpack(state), config=plain, position={
             'next_index': offset + step * fields.batch_size, 'files': corpus})
           if not hurried:
@@ -207,7 +210,7 @@ def train(config, workdir, writers=()) -> int:
         progress(step, MEASURING)
         checkpoints.wait()  # whatever measuring does, even to the machine, this step is kept
         snapshots.wait()
-        with goodput.saving(step, state):
+        with spent.measuring(state):
           kept = lambda params: sharding.fetch(functions.unpack(params), here=main)
           weights = {'evaluate_ema': kept(state.ema), 'evaluate': kept(state.params) if listener.wants_raw else None}
           if main:
@@ -217,7 +220,7 @@ def train(config, workdir, writers=()) -> int:
         break
 
       progress(step, WAITING)
-      with speed.waiting():
+      with speed.waiting(), spent.waiting(busy):
         rows, batch = next(batches)
       progress(step + 1, COMPUTING)
       rejected += int(rows['rejected'].sum())
@@ -242,11 +245,13 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     # The end: all is on disk before the last line is printed
     # ==============================================================================================
-    checkpoints.wait()
-    if hurried:
-      snapshots.drop()
-    else:
-      snapshots.wait()
+    with spent.saving(step, state):
+      checkpoints.wait()
+      if hurried:
+        snapshots.drop()
+      else:
+        snapshots.wait()
+    logging.info('the time since the run began: %s', spent)
     if stopping:
       logging.info('stopped after step %d of %d, all saved: run the same command to go on', step, fields.steps)
     else:
