@@ -89,6 +89,7 @@ def get_config(arg=''):
   train.steps = 800_000
   train.batch_size = 16                # crops of two chunks, over all devices
   train.accumulate = 1                 # microbatches an update
+  train.reduction = 'activations'      # dtype that gradients are summed over devices in: that of activations, or float32
   train.optimizer = 'radam'            # radam or adam
   train.learning_rate = 1e-4
   train.final_learning_rate = 1e-6     # end of the cosine

@@ -13,7 +13,7 @@ from m2l2.codec.snapshot import Snapshot, load_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError
-from m2l2.training import checkpoint, scaling, timing
+from m2l2.training import checkpoint, reduction, scaling, timing
 from m2l2.training.listening import Listener
 
 LOCK = '.lock'  # in the workdir
@@ -45,6 +45,7 @@ def check(config, *, shards: int):
     if not math.isfinite(value):
       raise UserError(f'{name}={value}: it must be a finite number')
   timing.trace_range(fields.profile)
+  reduction.check(fields.reduction, tensor=config.mesh.tensor)
   for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
     if fields[name] < 1:
       raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')

@@ -18,6 +18,7 @@ from m2l2.model.autoencoder import Network
 from m2l2.representation import Representation, coherence
 from m2l2.training.optim import ema_decay, ema_update
 from m2l2.training.ravel import Apart, Ravel
+from m2l2.training.reduction import reduced
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
 PROBED = (0.2, 1.0)             # noise levels that the probe denoises at
@@ -154,12 +155,12 @@ class Objective:
 
 
 def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransformation, schedule: Callable,
-                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False
-                        ) -> StepFunctions:
+                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False,
+                        reduction: str = 'activations') -> StepFunctions:
   """Binds an objective and an optimizer to what the loop calls.
 
-  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For the objective's
-  first `head_start` steps the loop calls train_step(..., head=True).
+  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py; `reduction` of its
+  gradients, see reduction.py. For the objective's first `head_start` steps the loop calls train_step(..., head=True).
   """
   network, representation = objective.network, objective.representation
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
@@ -173,8 +174,8 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     audio = batch['audio']
     step_key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(functools.partial(objective.loss_fn, head=head), stored.tree(state.params), audio, keys,
-                               state.step, accumulate=accumulate)
+    of_rows = functools.partial(gradients, functools.partial(objective.loss_fn, head=head), accumulate=accumulate)
+    grads, metrics = reduced(of_rows, reduction)(stored.tree(state.params), audio, keys, state.step)
     grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
