@@ -2,7 +2,6 @@
 
 from concurrent import futures
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -10,7 +9,6 @@ import time
 from absl import logging
 from clu import parameter_overview
 import jax
-import jax.numpy as jnp
 
 from m2l2 import build, compiling, files, sharding
 from m2l2.codec.snapshot import Background, save_snapshot
@@ -121,10 +119,9 @@ def train(config, workdir, writers=()) -> int:
                         'the order of samples changes from here on')
     else:
       start = preflight.load_weights(fields.init_from, abstract.params) if fields.init_from else None
-      state = jax.jit(init, out_shardings=shardings)()
       if start:
         logging.info('weights from step %d of %s', start.step, fields.init_from)
-        state = _with_weights_of(start, state, shardings)
+      state = programs.first_state(init, shardings, weights=start and start.params)
       del start
     del restored  # it would hold the first state for the whole run
     state = functions.pack(state)
@@ -262,14 +259,6 @@ def train(config, workdir, writers=()) -> int:
 # ==================================================================================================
 # The stages' small change
 # ==================================================================================================
-
-
-def _with_weights_of(snapshot, state, shardings):
-  """The state with parameters and average from a snapshot; optimizer and step stay new."""
-  def replace(state, new):  # a copy for the average, because the step donates both
-    return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
-
-  return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
 
 
 def _save_snapshot(workdir, params, config, step):

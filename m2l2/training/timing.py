@@ -1,4 +1,4 @@
-"""How fast a run is: speed between two logged steps, FLOPs and MFU, profiler traces. (goodput.py: over all its starts.)"""
+"""How fast a run is: speed between two logged steps, FLOPs and MFU, profiler traces. (All its starts: goodput.py.)"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from m2l2.consistency import Consistency
 from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
 from m2l2.representation import Representation, coherence
+from m2l2.training.examine import examine
 from m2l2.training.optim import ema_decay, ema_update
 from m2l2.training.ravel import Apart, Ravel
 from m2l2.training.reduction import reduced
@@ -56,10 +57,12 @@ class StepFunctions:
   train_step(packed state, batch, head=False) -> (packed state, metrics); batch['audio'] is float32
     [B, C, N], N = crop_samples; the first `head_start` steps are to be called with head=True
   probe_step(packed params, batch, key) -> metrics of one-step decoding from sigma_max
+  examine_step(packed state, batch, head=False) -> what of this update is not finite, item by item: examine.py
   """
   init: Callable
   train_step: Callable
   probe_step: Callable
+  examine_step: Callable
   logical_axes: dict
   network: Network
   crop_samples: int
@@ -95,7 +98,7 @@ class Objective:
   envelope_bands: int = 0
   nested: float = 0.0
 
-  def loss_fn(self, params, audio, keys, step, *, head: bool = False):
+  def loss_fn(self, params, audio, keys, step, *, head: bool = False, watch: Callable = lambda **seen: None):
     """Student and teacher at two neighbouring noise levels, from one set of features: (scalar, metrics).
 
     Args:
@@ -105,6 +108,7 @@ class Objective:
       step: int32[], which tells the index step.
       head: the head start's loss instead. (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the
         branch on one thread, three times slower.)
+      watch: is told the arrays [B, S, ...] on the way to the loss (or trees of them), as they are computed.
     """
     network, consistency, chunks = self.network, self.consistency, self.network.arch.chunks
     progress = jnp.maximum(step - self.head_start, 0) / max(self.steps - self.head_start, 1)
@@ -113,6 +117,7 @@ class Objective:
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
     noise = jax.vmap(lambda k: self.representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
+    watch(spectrogram=spec, sigma_high=high, sigma_low=low)
 
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre = network.encode(params, spec)
@@ -121,10 +126,11 @@ class Objective:
       kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=self.nested)
     features = network.decode(params, kept)
     data_std = local_deviation(consistency, features)
+    watch(latents_before_bottleneck=pre, latents=z, features=features)
 
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
     if not head:
-      per_chunk = self._consistency_loss(params, spec, noise, high, low, features, data_std)
+      per_chunk = self._consistency_loss(params, spec, noise, high, low, features, data_std, watch)
       loss = jnp.mean(per_chunk)
       metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
     elif self.head_start_on != 'envelope':
@@ -138,12 +144,13 @@ class Objective:
       loss = loss + self.envelope_weight * error
     return loss, metrics
 
-  def _consistency_loss(self, params, spec, noise, high, low, features, data_std):
+  def _consistency_loss(self, params, spec, noise, high, low, features, data_std, watch):
     with jax.named_scope('student'):
       student = denoise(self.network, self.consistency, params, spec, noise, high, features, data_std)
     with jax.named_scope('teacher'):
       teacher = denoise(self.network, self.consistency,
                         *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
+    watch(student=student, teacher=teacher)
     return self.consistency.loss(student, teacher, high=high, low=low)
 
   def _head_loss(self, params, spec, noise, top, features, data_std):
@@ -170,10 +177,13 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
                       opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
+  def item_keys(step, size):
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(size))
+
   def train_step(state, batch, *, head=False):
     audio = batch['audio']
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
+    keys = item_keys(state.step, audio.shape[0])
     of_rows = functools.partial(gradients, functools.partial(objective.loss_fn, head=head), accumulate=accumulate)
     grads, metrics = reduced(of_rows, reduction)(stored.tree(state.params), audio, keys, state.step)
     grads = stored.vector(grads)
@@ -201,8 +211,14 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
                  consistency=objective.consistency)
 
+  def examine_step(state, batch, *, head=False):
+    audio = batch['audio']
+    return examine(functools.partial(objective.loss_fn, head=head), stored.tree(state.params), audio,
+                   item_keys(state.step, audio.shape[0]), state.step)
+
   return StepFunctions(
       init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
+      examine_step=examine_step,
       logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=objective.head_start)
