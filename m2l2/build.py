@@ -161,7 +161,8 @@ def step_functions(config, *, ravel=False, data=None):
       envelope_weight=train['envelope_weight'], envelope_bands=train['envelope_bands'], nested=train['nested'])
   return train_step.make_step_functions(
       objective, optimizer=optimizer, schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'],
-      accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel)
+      accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel,
+      reduction=train['reduction'])
 
 
 def _names(cls) -> set:

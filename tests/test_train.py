@@ -191,9 +191,13 @@ def test_speed_and_waiting_are_logged(small, again):
   assert line['time/tflops_per_second'] == pytest.approx(steps * flops / 8 / 1e12, rel=1e-5)
   assert 'time/mfu' not in line
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 0
+  assert line['time/lost_compile'] > 0 and line['time/lost_restart'] == 0
   small(again, **{'train.steps': 7})
   line = json.loads((again / 'metrics.jsonl').read_text().splitlines()[-1])
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 1
+  assert line['time/lost_restart'] > 0  # from the end of the first start to the second
+  shares = [value for name, value in line.items() if name == 'time/goodput' or name.startswith('time/lost_')]
+  assert len(shares) == 7 and sum(shares) == pytest.approx(1)
 
 
 def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_told(

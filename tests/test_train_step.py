@@ -62,7 +62,7 @@ TOY = Network(arch=types.SimpleNamespace(chunks=2, make_bottleneck=Tanh), init=_
 def _functions(*, network=TOY, **fields):
   run = {'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
          'accumulate': 1, 'native_rates': (44100,)}
-  run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel')}
+  run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel', 'reduction')}
   return train_step.make_step_functions(objective.VariantObjective(**{
     'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(), 'steps': 10,
     'envelope_weight': 1., 'head_start_on': 'envelope', **fields}), **run)

@@ -61,6 +61,10 @@ class Loader:
     """Raises UserError where a source gives no sample: before hours of compiling, not after."""
     self._crop.check()
 
+  def origin(self, index: int) -> str:
+    """The name of the item that the sample at a global index is of."""
+    return self._crop.origin(index)
+
   def close(self):
     """Stops threads and workers; quiet, and harmless when repeated."""
     self._close()

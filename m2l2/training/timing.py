@@ -1,10 +1,9 @@
-"""Where a run's time goes: speed between two logged steps, FLOPs and MFU, goodput over restarts, profiler traces."""
+"""How fast a run is: speed between two logged steps, FLOPs and MFU, profiler traces. (All its starts: goodput.py.)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
-import json
 import re
 import socket
 import time
@@ -13,7 +12,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, files
+from m2l2 import build
 from m2l2.errors import UserError
 from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
@@ -139,65 +138,6 @@ def demand(config, flops_until: Callable[[int], float]) -> float | None:
   """Crops a second that this process's devices would take at their peak; None where nobody knows that."""
   fields, peak = config.train, peak_flops(config)
   return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
-
-
-class Goodput:
-  """Counts starts, and how much of the time since the first of them went into updates that last.
-
-  `time/goodput` is the time in the loop (updates, and waiting for their data, but not saving) whose updates are part
-  of the present state, over all time since the run first began. So it loses by start-up and compiling, by saving, by
-  the time between a stop and the next start, and by updates that were lost with a killed process and done again.
-  `time/restarts` counts starts after the first.
-
-  Args:
-    path: a JSON file, made if missing; it holds the seconds that count up to each saved step. None writes nothing.
-    step: the step that this start goes on from.
-    began: when this start began, in seconds since the epoch.
-    clock: seconds since the epoch.
-  """
-
-  def __init__(self, path, *, step, began, clock=time.time):
-    self._path, self._clock = path, clock
-    saved = (path and _read(path)) or {'began': began, 'starts': 0, 'seconds': {}}
-    self._began, self._starts = saved['began'], saved['starts'] + 1
-    self._seconds = {int(n): s for n, s in saved['seconds'].items() if int(n) <= step}
-    self._counted, self._since = max(self._seconds.values(), default=0.0), None
-    self._write()
-
-  def start(self):
-    """The loop begins."""
-    self._since = self._clock()
-
-  @contextlib.contextmanager
-  def saving(self, step, state):
-    """Wraps saving the state after `step` updates; waits for these first, since they are dispatched ahead."""
-    jax.block_until_ready(state)
-    self._counted = self._now()
-    yield
-    self._since = self._clock()
-    self._seconds[step] = self._counted
-    self._write()
-
-  def rates(self) -> dict:
-    total = max(self._clock() - self._began, 1e-9)
-    return {'time/goodput': min(self._now() / total, 1.0), 'time/restarts': self._starts - 1}
-
-  def _now(self):
-    return self._counted + (self._clock() - self._since)
-
-  def _write(self):
-    if self._path:
-      files.write_json(self._path, {'began': self._began, 'starts': self._starts, 'seconds': self._seconds})
-
-
-def _read(path):
-  """A file of `Goodput`; None if there is none that can be read: the count is no reason to stop a run."""
-  try:
-    with open(path, encoding='utf-8') as f:
-      saved = json.load(f)
-    return saved if {'began', 'starts', 'seconds'} <= set(saved) else None
-  except (OSError, ValueError, TypeError):
-    return None
 
 
 class Trace:

@@ -15,9 +15,11 @@ import optax
 from m2l2.consistency import Consistency
 from m2l2.model.autoencoder import Network
 from m2l2.representation import Representation
+from m2l2.training.examine import examine
 from m2l2.training.optim import ema_decay, ema_update
 from m2l2.training.probe import feature_metrics, latent_metrics, probe
 from m2l2.training.ravel import Apart, Ravel
+from m2l2.training.reduction import reduced
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
 MAIN = 'consistency'            # the phase of training that the paper has
@@ -55,10 +57,12 @@ class StepFunctions:
   phases: ((name, the step it ends at), ...), in order; `phase(step)` says which one the next update belongs to. (Each
     is a program of its own: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three
     times slower.)
+  examine_step(ravelled state, batch, phase=MAIN) -> what of this update is not finite, item by item: examine.py
   """
   init: Callable
   train_step: Callable
   probe_step: Callable
+  examine_step: Callable
   logical_axes: dict
   network: Network
   crop_samples: int
@@ -103,7 +107,7 @@ class Objective:
   def phases(self) -> tuple:
     return ((MAIN, self.steps),)
 
-  def loss_fn(self, params, audio, keys, step, *, phase: str = MAIN):
+  def loss_fn(self, params, audio, keys, step, *, phase: str = MAIN, watch: Callable = lambda **seen: None):
     """Student and teacher at two neighbouring noise levels, from one set of features: (scalar, metrics).
 
     Args:
@@ -112,15 +116,17 @@ class Objective:
       keys: [B], an item's randomness: levels, noise, what a bottleneck drops.
       step: int32[], which tells the index step.
       phase: one of `phases`.
+      watch: is told the arrays [B, S, ...] on the way to the loss (or trees of them), as they are computed.
     """
-    draw = self.draw(audio, keys, step / max(self.steps, 1))
+    draw = self.draw(audio, keys, step / max(self.steps, 1), watch)
     # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
     pre, z = self.encode(params, draw)
     features = self.network.decode(params, z)
-    loss, metrics = self.consistency_loss(params, draw, features)
+    watch(latents_before_bottleneck=pre, latents=z, features=features)
+    loss, metrics = self.consistency_loss(params, draw, features, watch)
     return loss, {**latent_metrics(pre, z), **feature_metrics(features), **metrics}
 
-  def draw(self, audio, keys, progress) -> Draw:
+  def draw(self, audio, keys, progress, watch) -> Draw:
     """Of crops [B, C, N], at a fraction of training."""
     chunks, consistency = self.network.arch.chunks, self.consistency
     with jax.named_scope('analyse'):
@@ -128,6 +134,7 @@ class Objective:
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
     noise = jax.vmap(lambda k: consistency.unit_noise(k, self.representation, chunks))(noise_keys)
+    watch(spectrogram=spec, sigma_high=high, sigma_low=low)
     return Draw(spec, noise, high, low, drop_keys)
 
   def encode(self, params, draw):
@@ -135,12 +142,13 @@ class Objective:
     pre = self.network.encode(params, draw.spec)
     return pre, self.network.arch.make_bottleneck()(pre, keys=draw.keys)
 
-  def consistency_loss(self, params, draw, features):
+  def consistency_loss(self, params, draw, features, watch):
     """-> (scalar, metrics)."""
     with jax.named_scope('student'):
       student = self.denoise(params, draw, draw.high, features)
     with jax.named_scope('teacher'):
       teacher = self.denoise(*jax.lax.stop_gradient((params, draw, draw.low, features)))
+    watch(student=student, teacher=teacher)
     per_chunk = self.consistency.loss(student, teacher, high=draw.high, low=draw.low)
     loss = jnp.mean(per_chunk)
     return loss, {'loss/consistency': loss, **_loss_bands(per_chunk, draw.high)}
@@ -152,11 +160,12 @@ class Objective:
 
 
 def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransformation, schedule: Callable,
-                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False
-                        ) -> StepFunctions:
+                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False,
+                        reduction: str = 'activations') -> StepFunctions:
   """Binds an objective and an optimizer to what the loop calls.
 
-  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py.
+  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py; `reduction` of its
+  gradients, see reduction.py.
   """
   network, representation = objective.network, objective.representation
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
@@ -166,12 +175,15 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
                       opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
+  def item_keys(step, size):
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(size))
+
   def train_step(state, batch, *, phase=MAIN):
     audio = batch['audio']
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    loss_fn = functools.partial(objective.loss_fn, phase=phase)
-    grads, metrics = gradients(loss_fn, stored.tree(state.params), audio, keys, state.step, accumulate=accumulate)
+    keys = item_keys(state.step, audio.shape[0])
+    of_rows = functools.partial(gradients, functools.partial(objective.loss_fn, phase=phase), accumulate=accumulate)
+    grads, metrics = reduced(of_rows, reduction)(stored.tree(state.params), audio, keys, state.step)
     grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -197,8 +209,14 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
                  consistency=objective.consistency)
 
+  def examine_step(state, batch, *, phase=MAIN):
+    audio = batch['audio']
+    return examine(functools.partial(objective.loss_fn, phase=phase), stored.tree(state.params), audio,
+                   item_keys(state.step, audio.shape[0]), state.step)
+
   return StepFunctions(
       init=init, ravel=stored.ravel, unravel=stored.unravel, train_step=train_step, probe_step=probe_step,
+      examine_step=examine_step,
       logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), phases=objective.phases)

@@ -36,17 +36,18 @@ class VariantObjective(Objective):
     phases = (('head_start', self.head_start), (MAIN, self.steps))
     return tuple((name, end) for name, end in phases if end > (0 if name != MAIN else self.head_start)) or phases[1:]
 
-  def loss_fn(self, params, audio, keys, step, *, phase=MAIN):
+  def loss_fn(self, params, audio, keys, step, *, phase=MAIN, watch=lambda **seen: None):
     progress = jnp.maximum(step - self.head_start, 0) / max(self.steps - self.head_start, 1)
-    draw = self.draw(audio, keys, progress)
+    draw = self.draw(audio, keys, progress, watch)
     pre, z = self.encode(params, draw)
     kept = z
     if self.nested:
       kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(draw.keys), chance=self.nested)
     features = self.network.decode(params, kept)
+    watch(latents_before_bottleneck=pre, latents=z, features=features)
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
     if phase == MAIN:
-      loss, more = self.consistency_loss(params, draw, features)
+      loss, more = self.consistency_loss(params, draw, features, watch)
       metrics |= more
     elif self.head_start_on != 'envelope':
       loss = metrics['loss/head_start'] = jnp.mean(self._head_loss(params, draw, features))
