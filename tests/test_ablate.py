@@ -18,7 +18,7 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.training import main as training
 
-CONFIG = 'configs/tiny.py:debug'
+CONFIG = 'configs/nano.py:debug'
 ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
 SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
 
@@ -32,9 +32,9 @@ def test_each_ablation_can_be_built_and_costs_what_its_network_does():
   assert about['local']['parameters'] < about['one_chunk']['parameters'] < whole['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
   assert about['local']['gflop_a_step'] < whole['gflop_a_step']
-  assert ablate.fields_of('one_chunk', 'configs/tiny.py', ['--config.train.batch_size=3']) == [
+  assert ablate.fields_of('one_chunk', 'configs/nano.py', ['--config.train.batch_size=3']) == [
       '--config.model.chunks=1', '--config.train.batch_size=6']
-  assert ablate.fields_of('other_seed', 'configs/tiny.py', ['--config.seed=4']) == ['--config.seed=5']
+  assert ablate.fields_of('other_seed', 'configs/nano.py', ['--config.seed=4']) == ['--config.seed=5']
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():

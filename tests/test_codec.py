@@ -1,6 +1,6 @@
 """Codec: exact shape of what comes back, independence of the cutting, the paper's decoding.
 
-Models are `tiny:debug` of one level and one layer, as tracing and compiling are what these tests cost; weights are
+Models are `nano:debug` of one level and one layer, as tracing and compiling are what these tests cost; weights are
 seeded noise with nothing zero, so that each input counts.
 """
 
@@ -39,7 +39,7 @@ ONE_LEVEL = dict(widths=(16,), blocks=(1,), strides=(), layers=1, head_dim=8)
 
 def make_config(words='debug', *, consistency=(), **changes):
   """The resolved config of tiny, in one level, as plain JSON types, with fields of both parts changed."""
-  config = importlib.import_module('m2l2.configs.tiny').get_config(words).to_dict()
+  config = importlib.import_module('m2l2.configs.nano').get_config(words).to_dict()
   config['model'].update(ONE_LEVEL | changes)
   config['consistency'].update(consistency)
   return json.loads(json.dumps(config))

@@ -337,7 +337,7 @@ while :; do sleep .05; done
   (3, [], 0), (2, [], 0), (3, ['--stopped_exit_code=75'], 0), (2, ['--stopped_exit_code=75'], 75)])
 def test_a_stopped_run_can_be_told_from_one_that_is_done(done, flags, code, monkeypatch):
   monkeypatch.setattr(m2l2.training.loop, 'train', lambda config, workdir: done)
-  assert main.main(['m2l2', '--config=configs/tiny.py:debug', '--config.train.steps=3', '--workdir=w', *flags]) == code
+  assert main.main(['m2l2', '--config=configs/nano.py:debug', '--config.train.steps=3', '--workdir=w', *flags]) == code
 
 
 # ---- what a worker does --------------------------------------------------------------------------

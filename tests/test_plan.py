@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2l2 import cli, sharding
-from m2l2.configs import base, tiny
+from m2l2.configs import base, nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.model.transformer import Transformer
@@ -22,12 +22,12 @@ from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
 
 
 @pytest.mark.parametrize('flags,message', [
-    (['--config=tiny.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
-    (['--config=tiny.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
+    (['--config=nano.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
+    (['--config=nano.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
     (['--topology=v5e:2x2'], 'm2l2: --config=... is missing'),
-    (['--config=tiny.py', '--topology=v5e:2x2', '--config.nothing=1'],
+    (['--config=nano.py', '--topology=v5e:2x2', '--config.nothing=1'],
      "m2l2: --config.nothing: the config has no field 'nothing'"),
-    (['--config=tiny.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
+    (['--config=nano.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
 ])
 def test_mistakes_are_one_line(flags, message, capsys):
   assert cli.main(['plan', *flags]) == 1
@@ -125,7 +125,7 @@ def test_kernels_are_added_from_what_they_say_of_themselves():
 @pytest.mark.tpu
 @pytest.mark.parametrize('preset,kinds', [('dp', {'all-reduce'}), ('hsdp', {'all-reduce', 'all-gather'})])
 def test_a_whole_plan(preset, kinds, capsys):
-  flags = ['plan', '--config=tiny.py:debug', '--topology=v5e:2x2', f'--preset={preset}', '--config.mesh.fsdp=2']
+  flags = ['plan', '--config=nano.py:debug', '--topology=v5e:2x2', f'--preset={preset}', '--config.mesh.fsdp=2']
   assert cli.main(flags) == 0
   report = json.loads(capsys.readouterr().out)
   assert report['fits'] and report['devices'] == 4 and report['batch'] == 8
@@ -184,7 +184,7 @@ def test_the_processes_of_a_pod_share_each_batch(topology, slices, sizes):
 
 @pytest.mark.tpu
 def test_too_large_a_batch_does_not_fit():
-  report = plan.plan(tiny.get_config(), 'v5e:2x2', batch=2**16)
+  report = plan.plan(nano.get_config(), 'v5e:2x2', batch=2**16)
   assert not report['fits'] and 'hbm' in report['error'].lower()
 
 
@@ -211,4 +211,4 @@ def test_the_denoiser_runs_the_attention_kernel():
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(UserError, match=r"pip install 'm2l2\[train,tpu\]'"):
-    plan.plan(tiny.get_config('debug'), 'v5e:2x2')
+    plan.plan(nano.get_config('debug'), 'v5e:2x2')

@@ -31,7 +31,7 @@ from test_data_sources import write_prepared
 from m2l2 import build, files, sharding
 from m2l2.codec import codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
 from m2l2.training import checkpoint, listening, loop, metrics, preflight, train_step
@@ -76,7 +76,7 @@ def small_functions(config, ravel=False):
 
 
 def small_config(music, **changes):
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.data.root = str(music)
   config.model.alpha = 1e6
   config.train.update(steps=6, batch_size=8, log_every=1, probe_every=0, checkpoint_every=2)
@@ -805,7 +805,7 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   # Counting its FLOPs takes 10 s of tracing: test_timing.py does.
   monkeypatch.setattr(loop.timing, 'model_flops', lambda config: lambda steps: 1e9 * steps)
   config = small_config(music)
-  config.model.alpha = tiny.get_config('debug').model.alpha
+  config.model.alpha = nano.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)
   config.train.update(steps=2, head_start=0., checkpoint_every=10)
   assert loop.train(config, str(tmp_path), ()) == 2

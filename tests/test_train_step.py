@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from m2l2 import build
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.consistency import Consistency
 from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
@@ -355,7 +355,7 @@ PROBES = {'swap', 'energy', 'coherence', 'coherence_source', 'log_magnitude_l1',
 
 @pytest.fixture(scope='module')
 def real():
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   # One level: what the tests cost is compiling. test_configs.py traces every config whole.
   config.model.update(bins=16, frames=4, widths=(16,), head_dim=8, blocks=(1,), strides=())
   functions = build.step_functions(config)

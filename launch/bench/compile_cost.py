@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What compiling costs, and where it comes from: kernels of the optimised program by named scope.
 
-  python launch/bench/compile_cost.py --config=tiny
-  python launch/bench/compile_cost.py --config=tiny22 --program=decode --depth=2
+  python launch/bench/compile_cost.py --config=nano
+  python launch/bench/compile_cost.py --config=tiny --program=decode --depth=2
   python launch/bench/compile_cost.py --config=base:debug --against=../before   # another checkout and this one in turn
 
 XLA's CPU compiler makes machine code for each loop that differs from the others, and its time goes with their number,
@@ -52,7 +52,7 @@ def main(argv=None) -> int:
 
 def parse(argv):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', default='tiny', metavar='NAME[:WORDS]', help='a preset')
+  parser.add_argument('--config', default='nano', metavar='NAME[:WORDS]', help='a preset')
   parser.add_argument('--program', default='train', choices=PROGRAMS,
                       help='train step, head-start step, probe, or a call of the codec (default train)')
   parser.add_argument('--depth', type=int, default=2, help='names of a scope that are told apart (default 2)')

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What bounds a model that codes the envelope and leaves phases to noise, before anything is trained.
 
-  python launch/research/bounds.py --config=configs/tiny22.py --config.data.root=PREPARED --components=512,1024
+  python launch/research/bounds.py --config=configs/tiny.py --config.data.root=PREPARED --components=512,1024
 
   --components=A,B   of the log-magnitudes of the cells of model.linear_sketch (default 512)
   --crops=N          of two chunks that they are fitted on, from the training music (default 5000)

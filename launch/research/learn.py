@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One trial of a recipe: trains with a fixed budget, judges on fixed excerpts, adds a line to a table.
 
-  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
+  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/nano.py \\
     --config.data.root=PREPARED --config.model.native_rates='(22050,)'
 
   --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it

@@ -7,8 +7,8 @@ from m2l2.cli import extras
 
 def add(command):
   command('train', None, summary='Trains a model, or goes on with a run that was stopped.',
-          example='  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC '
-                  '--workdir=runs/tiny')
+          example='  m2l2 train --config=configs/nano.py --config.data.root=MUSIC '
+                  '--workdir=runs/nano')
   parser = command('plan', plan, summary="What a run needs on a TPU pod, by the TPU's own compiler; no TPU needed.",
                    example='  m2l2 plan --config=configs/base.py --topology=v5e:16x16 > plan.json\n'
                            '  m2l2 plan --config=configs/xl.py --topology=v5p:4x8x8 --max-batch --config.mesh.fsdp=8')

@@ -1,7 +1,7 @@
 """Config files: where one is, what it gives, and what is wrong in it, in one line.
 
-A preset is known by its name, `tiny`, `tiny.py` or `configs/tiny.py`; any other path means that very file. A wrong one
-must not become a preset that happens to be called alike: that would train something else.
+A preset is known by its name: `tiny`, `tiny.py` or `configs/tiny.py`. Any other path means that very file. A wrong path
+must not become a preset of the same name: that would train something else.
 """
 
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from m2l2.errors import UserError
 _NAME = re.compile(r'(?:configs/)?(\w[\w-]*)(?:\.py)?')  # what may mean a preset
 _CAST = re.compile(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and "
                    r"cannot be casted to type <class '([\w.]+)'>", re.S)
+_RENAMED = {'tiny22': 'tiny (and what was tiny is nano)', 'mono': 'base'}
 _KINDS = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'text', 'tuple': 'a tuple'}
 
 
@@ -40,6 +41,8 @@ def find(value: str) -> str:
   for candidate in candidates:
     if os.path.isfile(candidate):
       return candidate + colon + words
+  if name and name[1] in _RENAMED:
+    raise UserError(f'--config={value}: the preset {name[1]} is now {_RENAMED[name[1]]}')
   names = sorted(name for name in os.listdir(presets) if name.endswith('.py') and name != '__init__.py')
   raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
 
@@ -55,7 +58,7 @@ def load(place: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     if not hasattr(module, 'get_config'):
-      raise UserError(f'{path}: has no function get_config() (configs/tiny.py shows one)')
+      raise UserError(f'{path}: has no function get_config() (configs/nano.py shows one)')
     config = module.get_config(words) if colon else module.get_config()
   except UserError:
     raise

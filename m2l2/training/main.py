@@ -1,10 +1,10 @@
 """Trains a model; the same command goes on with a run that was stopped.
 
-  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC --workdir=runs/tiny
+  m2l2 train --config=configs/nano.py --config.data.root=MUSIC --workdir=runs/nano
   python -m m2l2 train --config=configs/stereo.py --config.train.batch_size=512 \\
     --config.data.root=MUSIC --workdir=runs/stereo
 
-  --config=FILE[:WORDS]  a file with get_config(); presets by name, tiny or configs/tiny.py, from any directory
+  --config=FILE[:WORDS]  a file with get_config(); presets by name, tiny or configs/nano.py, from any directory
   --config.FIELD=VALUE   changes one field; configs/base.py lists them all
   --workdir=DIR          gets config.json, metrics.jsonl, checkpoints/ and snapshot/
   --check                says what would run, or what is wrong, and ends: nothing is compiled or written

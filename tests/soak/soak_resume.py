@@ -25,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # The shipped config, small. All programs are the same, so they are compiled once and then found in
 # the cache; optimising a program that runs for a second does not pay.
-CONFIG = 'configs/tiny.py:debug'
+CONFIG = 'configs/nano.py:debug'
 SMALL = {
   'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
   'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
