@@ -241,8 +241,11 @@ def test_the_command_writes_the_report(folders, tmp_path, capsys):
   assert [row['file'] for row in rows] == ['a.flac', 'deep/b.flac', 'silent.wav'] and rows[2]['si_sdr'] == ''
   assert float(rows[1]['si_sdr']) == values[1]
   page = (tmp_path / 'report.html').read_text()
-  assert page.count('data:audio/flac;base64,') == 4 and page.count('data:image/png;base64,') == 5
-  assert 'http' not in page and 'lonely.wav: partner' in page
+  assert page.count('data:audio/flac;base64,') == 4 and page.count('data:image/png;base64,') == 4
+  assert 'http' not in page and 'lonely.wav: partner' in page and 'Over the files' not in page
+  assert '<td>lsd_db</td><td>dB</td><td>lower is better</td>' in page
+  assert '<td>frechet musicnn_msd</td><td></td><td>lower is better</td>' in page
+  assert f'<dt>command</dt><dd>m2l2 evaluate --reference={reference} ' in page and '<dt>date</dt><dd>20' in page
   assert not list(tmp_path.glob('*.part'))
 
 
@@ -295,6 +298,21 @@ def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args
   assert len(error.splitlines()) == 1
   assert re.search(message, error)
   assert not (tmp_path / 'report.json').exists()
+
+
+def test_a_page_of_ten_pairs_has_plots_over_them_and_ends_with_the_credits(music, tmp_path, monkeypatch):
+  monkeypatch.setattr(report, 'PAGE_FILES', 1)
+  items = [evaluate.Pair(str(i), music[0][:, :RATE], noisy(music[0][:, :RATE], .01 * (1 + i)), sample_rate=RATE)
+           for i in range(10)]
+  page = {}
+  for count in (9, 10):
+    made = evaluate.evaluate(items[:count], metrics=('mel_l1_db',))
+    report.write_html(tmp_path / 'page.html', made, items[:count], about={'model': 'a < b'}, credits='By A & B.\n')
+    page[count] = (tmp_path / 'page.html').read_text()
+  assert 'Over the files' not in page[9] and page[9].count('data:image/png') == 2
+  assert 'Over the files' in page[10] and page[10].count('data:image/png') == 3
+  assert '<dt>model</dt><dd>a &lt; b</dd>' in page[10]
+  assert page[10].index('By A &amp; B.') > page[10].index('<h2>Files</h2>')
 
 
 def test_arrays_can_be_evaluated_in_training(music):
@@ -384,7 +402,7 @@ def test_a_metric_is_one_entry(folders, tmp_path, monkeypatch, capsys):
   (row,) = csv.DictReader((tmp_path / 'r.csv').open())
   assert list(row) == ['file', 'lsd_db', 'peak'] and float(row['peak']) == peak
   assert ['peak', f'{peak:.4g}', 'n=1'] in [line.split() for line in capsys.readouterr().out.splitlines()]
-  assert '<td>peak (of full scale, good near 0)</td>' in (tmp_path / 'r.html').read_text()
+  assert '<td>peak</td><td>of full scale</td><td>good near 0</td>' in (tmp_path / 'r.html').read_text()
   assert 'peak' in evaluate.split_names(None)[0]
   assert sweep.is_better('peak', -.1, .5) and not sweep.is_better('peak', -.6, .5)
   assert run(*command, '--metrics=peek', f'--output={tmp_path}/r.json') == 1

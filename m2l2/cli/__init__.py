@@ -7,6 +7,7 @@ is imported when it runs, so that `m2l2 --help` answers at once.
 import argparse
 import logging
 import os
+import shlex
 import sys
 
 from m2l2 import __version__
@@ -76,6 +77,7 @@ def _run(argv) -> int:
     if isinstance(value, list) and name != 'rest':
       setattr(args, name, [_at_home(one) for one in value])
     setattr(args, name, _at_home(getattr(args, name)))
+  args.command_line = shlex.join(['m2l2', *argv])
   terminal.quiet_libraries()
   waits = logging.getLogger('m2l2.compiling')
   waits.setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)

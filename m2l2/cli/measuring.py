@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import datetime
 import os
+from pathlib import Path
 import tempfile
 
+from m2l2 import __version__
 from m2l2.cli import coding, extras, options, terminal
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics.registry import METRICS
@@ -24,6 +27,7 @@ def add(command):
   options.report(parser)
   parser.add_argument('--csv', metavar='*.csv', help='one row a file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
+  parser.add_argument('--credits', metavar='FILE', help='text for the end of that page: whose music it is, its licence')
   parser.add_argument('--metrics', metavar='A,B,...',
                       help=f'some of {", ".join(METRICS)}, and Frechet distances over {", ".join(EMBEDDINGS)} '
                       f'(default: {_defaults()})')
@@ -103,6 +107,9 @@ def _evaluate(args):
   for path, extension in ((args.output, '.json'), (args.csv, '.csv'), (args.html, '.html')):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
+  about = {'command': args.command_line, 'version': f'm2l2 {__version__}',
+           'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
+  credits = Path(args.credits).read_text(encoding='utf-8', errors='replace') if args.credits else ''
   files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
   compiling.use_cache()  # of the networks that judge; --checkpoint is not always given
   metrics, names = evaluate.split_names(args.metrics, with_files=files)
@@ -111,6 +118,7 @@ def _evaluate(args):
     chunks = seams.Chunks()
     if args.checkpoint:
       codec = options.load_codec(args)
+      about['model'] = f'{args.checkpoint}, weights {codec.fingerprint}'
       chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
       folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
       items, warnings = _reconstruct_all(codec, folder, args)
@@ -126,7 +134,7 @@ def _evaluate(args):
     if args.csv:
       report.write_csv(args.csv, made)
     if args.html:
-      report.write_html(args.html, made, items)
+      report.write_html(args.html, made, items, about=about, credits=credits)
   for name, value, count in report.table(made):
     terminal.say(args, f'{name:20} {value:22} n={count}')
   for line in made['warnings']:

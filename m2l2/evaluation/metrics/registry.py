@@ -65,10 +65,14 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
     return {HIGHER: -value, ZERO: abs(value)}.get(self.better, value)
 
   @property
-  def described(self) -> str:
-    """'dB, higher is better'."""
-    good = f'{self.better} is better' if self.better in (HIGHER, LOWER) else f'good {self.better}'
-    return ', '.join(filter(None, [self.unit, good]))
+  def good(self) -> str:
+    """Which values are good, in words: 'higher is better', 'good near 0'."""
+    return good_values(self.better)
+
+
+def good_values(better: str) -> str:
+  """'higher is better' for HIGHER, 'good near 0' for ZERO, and so on."""
+  return f'{better} is better' if better in (HIGHER, LOWER) else f'good {better}'
 
 
 METRICS: dict[str, Metric] = {}  # by name, in the order of reports

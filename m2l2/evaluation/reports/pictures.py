@@ -18,7 +18,8 @@ from m2l2.evaluation.metrics.pairs import log_mel_db, mel_edges
 # What tells whether a run learns: README, "Train".
 CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')
 WIDTH = 11  # inches
-HZ = (100, 200, 500, 1000, 2000, 5000, 10_000)  # that spectrograms name
+HZ = (200, 500, 1000, 2000, 5000, 10_000)  # frequencies that spectrograms label
+DB = (-70, 20)  # range of the colours of spectrograms
 
 
 def spectrograms(sounds) -> Figure:
@@ -28,18 +29,28 @@ def spectrograms(sounds) -> Figure:
     sounds: {title: (float [channels, samples], sample rate in Hz)}.
   """
   figure, axes = _panels(rows=len(sounds), height=2.3)
-  edges = mel_edges()
-  band = lambda hz: np.interp(hz, edges, np.arange(len(edges)) - .5)  # a band's peak is in the middle of its row
   top = max(rate for _, rate in sounds.values()) / 2
   for axis, (title, (audio, rate)) in zip(axes, sounds.items(), strict=True):
-    axis.imshow(log_mel_db(audio, sample_rate=rate), origin='lower', aspect='auto', vmin=-70, vmax=20, cmap='magma',
-                extent=(0, audio.shape[1] / rate, 0, 128))
+    draw_spectrogram(axis, audio, rate, top=top)
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(0, min(band(top), 128))
-    axis.set_yticks(band([hz for hz in HZ if hz <= top]), [f'{hz:,}' for hz in HZ if hz <= top])
-    axis.set_ylabel('Hz')
   axes[-1].set_xlabel('seconds')
   return figure
+
+
+def draw_spectrogram(axis, audio, sample_rate: int, *, top: float):
+  """Draws a log-mel spectrogram, coloured from DB[0] to DB[1] dB, its rows labelled in Hz up to `top`.
+
+  Args:
+    axis: of matplotlib. audio: float [channels, samples].
+  """
+  edges = mel_edges()
+  band = lambda hz: np.interp(hz, edges, np.arange(len(edges)) - .5)  # a band's peak is in the middle of its row
+  low, high = DB
+  axis.imshow(log_mel_db(audio, sample_rate=sample_rate), origin='lower', aspect='auto', vmin=low, vmax=high,
+              cmap='magma', extent=(0, audio.shape[1] / sample_rate, 0, 128))
+  axis.set_ylim(0, min(band(top), 128))
+  axis.set_yticks(band([hz for hz in HZ if hz <= top]), [f'{hz:,}' for hz in HZ if hz <= top])
+  axis.set_ylabel('Hz')
 
 
 def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
