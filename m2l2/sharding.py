@@ -247,7 +247,7 @@ def fetch(tree, *, here: bool = True):
   not, it takes part, and its tree holds None.
   """
 
-  def one(x):
+  def copied(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
       whole = x if x.is_fully_replicated else _gather(x.sharding.mesh)(x)
       x = whole.addressable_data(0)
@@ -256,7 +256,7 @@ def fetch(tree, *, here: bool = True):
     # A CPU's arrays are shown and not copied, and the next step may write there.
     return np.array(jax.device_get(x), copy=jax.default_backend() == 'cpu' or None)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(copied, tree)
 
 
 @functools.cache  # one function a mesh, so that each shape is compiled once and not at every save

@@ -44,7 +44,7 @@ def test_a_model_of_one_chunk_decodes_each_by_itself():
   moved = latents.z.copy()
   moved[:, 0] *= -1
   size, reach = codec.representation.chunk_samples, codec.representation.overlap
-  here, there = (codec.decode(one) for one in (latents, dataclasses.replace(latents, z=moved)))
+  here, there = (codec.decode(z) for z in (latents, dataclasses.replace(latents, z=moved)))
   np.testing.assert_allclose(there[:, size + reach:], here[:, size + reach:], atol=1e-6)
   assert np.abs(there[:, :size] - here[:, :size]).max() > 1e-4
   with pytest.raises(UserError, match='each chunk alone'):
@@ -81,8 +81,8 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys, 
   assert list(runs) == ['one_chunk']
   config = json.loads((out / 'one_chunk/config.json').read_text())
   assert config['model']['chunks'] == 1 and config['train']['batch_size'] == 16  # of chunks, as before
-  made = json.loads((out / 'reports/one_chunk.json').read_text())
-  assert runs['one_chunk']['values']['si_sdr']['mean'] == made['metrics']['si_sdr']['mean'] and made['pairs'] == 1
+  report = json.loads((out / 'reports/one_chunk.json').read_text())
+  assert runs['one_chunk']['values']['si_sdr']['mean'] == report['metrics']['si_sdr']['mean'] and report['pairs'] == 1
   text = (out / 'ablations.md').read_text()
   assert text.splitlines()[0] == '| run | parameters | GFLOP a step | si_sdr | mel_l1_db |'
   assert text.splitlines()[2].startswith('| one_chunk: each chunk denoised alone') and text in capsys.readouterr().out

@@ -31,8 +31,8 @@ def clip(codec):
 
 
 def distance(codec, clip, latents):
-  made = codec.decode(latents, seed=0)
-  return pairs.ratio(clip[0], made, sample_rate=codec.native_rates[0])
+  decoded = codec.decode(latents, seed=0)
+  return pairs.ratio(clip[0], decoded, sample_rate=codec.native_rates[0])
 
 
 def test_it_fits_the_box():

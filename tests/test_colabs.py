@@ -269,15 +269,15 @@ def test_it_is_tidy(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_no_cell_takes_away_what_another_imports(name):
   """Or that one could not run again."""
-  imported, made = set(), set()
+  imported, deleted = set(), set()
   for cell in code_cells(read(name)):
     source = re.sub(r'^( *)[%!].*', r'\1pass', cell.source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, ast.Import | ast.ImportFrom):
         imported |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
       elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        made.add(node.id)
-  assert imported and made and not imported & made
+        deleted.add(node.id)
+  assert imported and deleted and not imported & deleted
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -446,7 +446,7 @@ def test_a_slow_loader_is_named_in_the_log(with_loader):
     named = re.compile(r'process 1 \(.+\), at step \d+, .*, holds the others up: (\d+)% of its last \d+ s went into '
                        r'waiting for data, of theirs (\d+)%')
     processes.wait_for(lambda: named.search(processes.said(0)))
-    found = named.search(processes.said(0))
-    print(found[0])
-    assert int(found[1]) > 50 > 30 > int(found[2])
+    match = named.search(processes.said(0))
+    print(match[0])
+    assert int(match[1]) > 50 > 30 > int(match[2])
     assert 'holds the others up' not in processes.said(1)

@@ -91,11 +91,11 @@ def test_the_vocoder_keeps_bands_and_their_course():
   rng = np.random.default_rng(1)
   loud = np.repeat([.3, .03, .2, .02], RATE // 2)
   audio = (loud * rng.standard_normal(len(loud)))[None].astype(np.float32)
-  made = baselines.noise_vocoder(audio, sample_rate=RATE, parameters_per_second=345)
-  assert made.shape == audio.shape
+  output = baselines.noise_vocoder(audio, sample_rate=RATE, parameters_per_second=345)
+  assert output.shape == audio.shape
   middle = lambda x: [np.sqrt(np.mean(np.square(part[2000:-2000]))) for part in np.split(x[0], 4)]
-  np.testing.assert_allclose(middle(made), middle(audio), rtol=.1)
-  assert np.corrcoef(made[0], audio[0])[0, 1] < .1  # the carrier is another noise
+  np.testing.assert_allclose(middle(output), middle(audio), rtol=.1)
+  assert np.corrcoef(output[0], audio[0])[0, 1] < .1  # the carrier is another noise
   # A tone comes back in its own band: most of its power lies within an octave.
   spectrum = np.square(np.abs(np.fft.rfft(baselines.noise_vocoder(
       np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)[None], sample_rate=RATE, parameters_per_second=345)[0])))

@@ -15,8 +15,8 @@ NANO = '--config=configs/nano.py:debug'
 
 def test_presets_are_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  found = config_file.find('configs/nano.py:debug')
-  assert os.path.isabs(found) and found.endswith('nano.py:debug')
+  place = config_file.find('configs/nano.py:debug')
+  assert os.path.isabs(place) and place.endswith('nano.py:debug')
   values = main.parse(['m2l2', NANO, '--config.train.steps=3', '--workdir=w'])
   assert values.config.train.steps == 3 and values.workdir == 'w'
 

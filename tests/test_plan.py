@@ -142,7 +142,7 @@ def test_a_whole_plan(preset, kinds, capsys):
 def test_each_layer_costs_as_much_as_the_one_before():
   """Of a transformer, forward and backward; so large that no layer's activations stay on the chip."""
   chip, devices = plan._topology('v5e:2x2')
-  one = jax.sharding.SingleDeviceSharding(devices[0])
+  on_one_chip = jax.sharding.SingleDeviceSharding(devices[0])
 
   def count(layers):
     make = lambda: Transformer(256, layers=layers, heads=2, mlp_mult=4, tokens=128, chunks=2, remat='products',
@@ -151,7 +151,7 @@ def test_each_layer_costs_as_much_as_the_one_before():
       graphdef, params = nnx.split(jax.eval_shape(make))
       x = jax.ShapeDtypeStruct((64, 2, 128, 256), jnp.bfloat16)
       loss = lambda params, x: jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
-      placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, x))
+      placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_chip), (params, x))
       text = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
     assert ' while(' in text and 'known_trip_count' not in text
     traffic = count_traffic(text)
@@ -174,12 +174,12 @@ def test_the_processes_of_a_pod_share_each_batch(topology, slices, sizes):
   mesh = sharding.make_mesh(devices=devices, **sizes)
   count = sharding.batch_shards(mesh)
   places = sharding.batch_sharding(mesh).devices_indices_map((count,))
-  fed = collections.Counter()
-  for process in {device.process_index for device in devices}:
-    rows = {index[0].start or 0 for device, index in places.items() if device.process_index == process}
+  items_of = collections.Counter()
+  for host in {device.process_index for device in devices}:
+    rows = {index[0].start or 0 for device, index in places.items() if device.process_index == host}
     blocks, of = sharding.joined_blocks(rows, count)
-    fed.update(row for block in blocks for row in range(block * count // of, (block + 1) * count // of))
-  assert set(fed) == set(range(count)) and len(set(fed.values())) == 1  # along 'tensor' several feed the same
+    items_of.update(row for block in blocks for row in range(block * count // of, (block + 1) * count // of))
+  assert set(items_of) == set(range(count)) and len(set(items_of.values())) == 1  # along 'tensor' several feed the same
 
 
 @pytest.mark.tpu
@@ -195,14 +195,14 @@ def test_the_denoiser_runs_the_attention_kernel():
   config.model.widths, config.model.head_dim, config.model.dtype = (8, 16, 64, 256), 128, 'bfloat16'
   _, devices = plan._topology('v5e:2x2')
   mesh = sharding.make_mesh(devices=devices)
-  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     network = build.network(config.model)
     params = network.shapes
     shape = (4, 2, config.model.bins, config.model.frames, 2)
     z = jax.ShapeDtypeStruct((4, 2, config.model.num_latents, config.model.latent_dim), np.float32)
     features = jax.eval_shape(network.decode, params, z)
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), (
         params, jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4, 2), np.float32), features))
     text = jax.jit(network.denoise).lower(*arguments).compile().as_text()
   assert 'custom_call_target="tpu_custom_call"' in text

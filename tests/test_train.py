@@ -667,10 +667,10 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
   logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(processes)]
   started, end = [], time.monotonic() + seconds
   try:
-    for process, path in enumerate(logs):
+    for index, path in enumerate(logs):
       with open(path, 'w') as log:
         started.append(subprocess.Popen(
-          [sys.executable, '-c', IN_PROCESS.replace('HOOK', hook), str(process), str(processes), str(port), workdir,
+          [sys.executable, '-c', IN_PROCESS.replace('HOOK', hook), str(index), str(processes), str(port), workdir,
            music, str(steps)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
     while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
@@ -791,7 +791,7 @@ def test_the_process_whose_data_come_last_is_named(tmp_path, music, slow):
           ready=lambda said: path.exists() and path.read_text().count('\n') >= 8)
   waits = [(line['time/input_wait'], line['time/input_wait_process'])
            for line in map(json.loads, path.read_text().splitlines()[2:])]
-  assert {process for _, process in waits} == {slow} and max(waits)[0] > .3, waits
+  assert {index for _, index in waits} == {slow} and max(waits)[0] > .3, waits
   assert (f'all wait for the data of process {slow} on {socket.gethostname()}: '
           in pathlib.Path(f'{run}.0.log').read_text())
 

@@ -337,8 +337,8 @@ def test_probe_tells_used_latents_from_ignored_ones(toy):
   for sigma in (.2, 1.):
     assert ignored[f'snr_{sigma}'] == ignored[f'snr_{sigma}_swapped']
     assert heard[f'snr_{sigma}'] != heard[f'snr_{sigma}_swapped']
-  one = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
-  assert one['swap'] > 0  # a single item: the chunks are swapped
+  single = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
+  assert single['swap'] > 0  # a single item: the chunks are swapped
 
 
 # --- the real network ---

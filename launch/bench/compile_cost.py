@@ -141,7 +141,7 @@ def codec_program(config, program):
   import jax.numpy as jnp
 
   from m2l2 import build
-  network, process = build.network(config['model']), build.consistency(config['consistency'])
+  network, consistency = build.network(config['model']), build.consistency(config['consistency'])
   representation = build.representation(config['model'])
   arch = network.arch
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
@@ -153,7 +153,7 @@ def codec_program(config, program):
 
   def decode(params, z, noisy, sigma):
     features = network.decode(params, z)
-    return process.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma)
+    return consistency.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma)
 
   shape = lambda *sizes: jax.ShapeDtypeStruct((1, 2, *sizes), jnp.float32)
   return jax.jit(decode).lower(
@@ -185,7 +185,7 @@ def codec_seconds(config, program) -> float:
 
 def kernels(text, *, depth) -> collections.Counter:
   """Optimised HLO -> number of kernels by scope."""
-  found, inside = collections.Counter(), False
+  counts, inside = collections.Counter(), False
   inner = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', re.sub(r'.* call\(.*', '', text)))
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith(' '):
@@ -193,8 +193,8 @@ def kernels(text, *, depth) -> collections.Counter:
     operation = re.match(r'\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(', line)
     if operation and not inside and operation[1] not in NO_KERNEL:
       name = re.search(r'op_name="([^"]*)"', line)
-      found[scope(name[1] if name else '', depth=depth)] += 1
-  return found
+      counts[scope(name[1] if name else '', depth=depth)] += 1
+  return counts
 
 
 def scope(name, *, depth) -> str:

@@ -75,7 +75,7 @@ def _run(argv) -> int:
   args.rest = rest
   for name, value in vars(args).items():  # a shell leaves --name=~/x as it is
     if isinstance(value, list) and name != 'rest':
-      setattr(args, name, [_at_home(one) for one in value])
+      setattr(args, name, [_at_home(item) for item in value])
     setattr(args, name, _at_home(getattr(args, name)))
   args.command_line = shlex.join(['m2l2', *argv])
   terminal.quiet_libraries()
@@ -99,10 +99,10 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True, parser_class=terminal.Parser)
 
   def command(name, run, *, summary, example):
-    made = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.set_defaults(run=run)
-    return made
+    parser = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(run=run)
+    return parser
 
   for group in _GROUPS:
     group.add(command)

@@ -50,12 +50,12 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
     return [Job(PIPE, target)]
   if PIPE in given:
     raise UserError('- (standard input) is one file: give no other beside it')
-  found = [(base, name) for place in given for base, name in _find(place, inputs)]
+  listed = [(base, name) for place in given for base, name in _find(place, inputs)]
   many = len(given) > 1 or not (os.path.isfile(given[0]) or is_pipe(given[0]))
   if not many and not os.path.isdir(target) and not target.endswith('/'):
     return [Job(given[0], target)]
   if target == PIPE:
-    raise UserError(f'- (standard output) takes one file, and here are {len(found)}: name a directory')
+    raise UserError(f'- (standard output) takes one file, and here are {len(listed)}: name a directory')
   if not os.path.isdir(target) and (os.path.exists(target) or os.path.splitext(target)[1] == output):
     raise UserError(f'{shown(target)}: is one file, and several are to be made of {shown(given[0])}: give a directory')
   for place in given:
@@ -63,16 +63,16 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
       raise UserError(f'{shown(target)}: lies in {shown(place)}, where it would be an input the next time: name a '
                       'directory elsewhere')
   jobs, taken = [], {}
-  stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(found))
-  for base, name in dict.fromkeys(found):  # what is given twice is one
+  stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(listed))
+  for base, name in dict.fromkeys(listed):  # what is given twice is one
     stem = os.path.splitext(name)[0]
-    made = os.path.join(target, (stem if stems[stem] == 1 else name) + output)
+    result = os.path.join(target, (stem if stems[stem] == 1 else name) + output)
     source = os.path.join(base, name)
-    if made in taken:
-      raise UserError(f'{shown(source)} and {shown(taken[made])} would both become {shown(made)}: rename one, or give '
-                      'them directories of their own')
-    taken[made] = source
-    jobs.append(Job(source, made, makes_folder=True))
+    if result in taken:
+      raise UserError(f'{shown(source)} and {shown(taken[result])} would both become {shown(result)}: rename one, or '
+                      'give them directories of their own')
+    taken[result] = source
+    jobs.append(Job(source, result, makes_folder=True))
   return jobs
 
 
@@ -81,10 +81,10 @@ def _find(place, inputs) -> Iterator[tuple[str, str]]:
   if os.path.isfile(place) or is_pipe(place):  # whatever its extension
     yield os.path.split(place)
     return
-  found = sources.find_files(place, tuple(inputs))
-  if not found:
+  listing = sources.find_files(place, tuple(inputs))
+  if not listing:
     raise UserError(f'{shown(place)}: there is no such file or directory')
-  base, names = found
+  base, names = listing
   if not names:
     raise UserError(f'{shown(place)}: no files there (looked for *{", *".join(inputs)})')
   for name in sorted(names):

@@ -127,17 +127,17 @@ def _evaluate(args):
     if args.chunk_seconds:
       chunks = seams.Chunks(period=args.chunk_seconds)
     with terminal.bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
-      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
-                               seed=args.seed, progress=progress)
-    made['warnings'] = warnings + made['warnings']
-    report.write_json(args.output, made)
+      results = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
+                                  seed=args.seed, progress=progress)
+    results['warnings'] = warnings + results['warnings']
+    report.write_json(args.output, results)
     if args.csv:
-      report.write_csv(args.csv, made)
+      report.write_csv(args.csv, results)
     if args.html:
-      report.write_html(args.html, made, items, about=about, credits=credits)
-  for name, value, count in report.table(made):
+      report.write_html(args.html, results, items, about=about, credits=credits)
+  for name, value, count in report.table(results):
     terminal.say(args, f'{name:20} {value:22} n={count}')
-  for line in made['warnings']:
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')
 
 
@@ -146,21 +146,21 @@ def _reconstruct_all(codec, folder, args):
   from m2l2.data import audio_io, sources
   from m2l2.evaluation.evaluate import Pair
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
-  found, items, warnings = sources.find_audio_files(args.reference), [], []
+  references, items, warnings = sources.find_audio_files(args.reference), [], []
   quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
-  with terminal.bar('reconstruct', len(found), quiet=args.quiet) as progress:
-    for number, name in enumerate(found.names):
+  with terminal.bar('reconstruct', len(references), quiet=args.quiet) as progress:
+    for number, name in enumerate(references.names):
       target = os.path.join(folder, f'{os.path.splitext(name)[0]}.wav')
       if any(item.estimate == target for item in items):
         raise UserError(f'{name}: another reference has that name with another extension; give it a name of its own')
-      if os.path.exists(target) and os.path.samefile(target, found.path(number)):
+      if os.path.exists(target) and os.path.samefile(target, references.path(number)):
         raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
       try:
-        info = audio_io.probe(found.path(number))
+        info = audio_io.probe(references.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
           coding.decode_files(codec, [coding.encode_file(codec, info, quiet=True)], [writer], quiet)
-        items.append(Pair(name, found.path(number), target))
+        items.append(Pair(name, references.path(number), target))
       except UserError as error:
         warnings.append(f'{name}: unreadable: {error}; left out')
       progress(1)
@@ -187,18 +187,18 @@ def _sweep(args):
   codec = options.load_codec(args)
   clips, warnings = folder_clips.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
   with terminal.bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
-    made = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
-                       workers=args.workers, seed=args.seed, progress=progress)
-  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
-          'seconds': args.seconds, **made, 'warnings': warnings + made['warnings']}
-  report.write_json(args.output, made)
+    results = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
+                          workers=args.workers, seed=args.seed, progress=progress)
+  results = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
+             'seconds': args.seconds, **results, 'warnings': warnings + results['warnings']}
+  report.write_json(args.output, results)
   if args.png:
-    pictures.save(pictures.sweep_curves(made), args.png)
-  best = made['best']
-  for setting in made['settings']:
+    pictures.save(pictures.sweep_curves(results), args.png)
+  best = results['best']
+  for setting in results['settings']:
     cells = '  '.join(f'{name} {value["mean"]:.4g}' for name, value in setting['values'].items())
     terminal.say(args, f'{setting["sigma_cond"]:6g} {setting["steps"].replace("_", "-")}  {cells}')
-  for line in made['warnings']:
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')
   terminal.say(args, f'best by {best["by"]}: sigma_cond {best["sigma_cond"]:g}, {best["steps"].replace("_", "-")}')
   if args.write_best:
@@ -218,12 +218,12 @@ def _probe(args):
   music = [tasks.read(place) for place in args.music]
   codec = options.load_codec(args)
   functions = probes.extractors(codec, baselines=args.baselines)
-  with terminal.bar('probe', sum(len(one.paths) for one in music), quiet=args.quiet) as progress:
-    made = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
-  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **made}
-  report.write_json(args.output, made)
+  with terminal.bar('probe', sum(len(dataset.paths) for dataset in music), quiet=args.quiet) as progress:
+    results = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
+  results = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **results}
+  report.write_json(args.output, results)
   if args.png:
-    pictures.save(pictures.bars(probes.bars(made)), args.png)
-  terminal.say(args, probes.table(made))
-  for line in made['warnings']:
+    pictures.save(pictures.bars(probes.bars(results)), args.png)
+  terminal.say(args, probes.table(results))
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')

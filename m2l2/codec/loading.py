@@ -35,13 +35,13 @@ def locate(path):
 
 def check_params(params, expected):
   """Raises UserError naming the first parameter that is missing, too many or of another shape."""
-  found, wanted = ({_path(path): tuple(np.shape(leaf))
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  shapes, wanted = ({_path(path): tuple(np.shape(leaf))
+                     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
                    for tree in (params, expected))
-  for name in sorted(found.keys() | wanted.keys()):
-    if found.get(name) != wanted.get(name):
+  for name in sorted(shapes.keys() | wanted.keys()):
+    if shapes.get(name) != wanted.get(name):
       raise UserError(f'the weights do not fit their config: {name} is '
-                      f'{found.get(name, "missing")}, should be {wanted.get(name, "absent")}')
+                      f'{shapes.get(name, "missing")}, should be {wanted.get(name, "absent")}')
 
 
 def _path(path):

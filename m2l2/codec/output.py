@@ -74,11 +74,11 @@ class Output:
       audio = streams[:, 0]
     else:
       audio = streams[0] if self._channels > 1 else streams[0].mean(axis=0, keepdims=True)
-    return self._done(self._resampler.process(self._signal.take(audio)))
+    return self._done(self._resampler.push(self._signal.take(audio)))
 
   def finish(self):
     silence = np.zeros((self._channels, self._signal.missing), np.float32)
-    return self._done(np.concatenate([self._resampler.process(silence), self._resampler.finish()], axis=1))
+    return self._done(np.concatenate([self._resampler.push(silence), self._resampler.finish()], axis=1))
 
   def _done(self, audio):
     audio = self._source.take(audio)

@@ -119,12 +119,12 @@ def _find(buffer, flac: bytes, at: int) -> int:
   """Where the bytes stand in a shard from `at` on, both without the headers of blocks."""
   window = _inner(buffer, _outer(at), _outer(at + len(flac) + _SLACK))
   head = flac[:64]  # quicker to look for, and unlike others by the checksum in it
-  found = window.find(head)
-  while found >= 0 and not window.startswith(flac, found):
-    found = window.find(head, found + 1)
-  if found < 0:
+  start = window.find(head)
+  while start >= 0 and not window.startswith(flac, start):
+    start = window.find(head, start + 1)
+  if start < 0:
     raise ValueError('a record does not lie in it as it is; is the shard compressed?')
-  return at + found
+  return at + start
 
 
 def _outer(at: int) -> int:
@@ -173,18 +173,18 @@ class Index:
       with open(path, 'rb') as file:
         meta, arrays = _load(file.read())
       known = {name: (number, size, count) for number, (name, size, count) in enumerate(meta['shards'])}
-      found = [known[os.path.basename(shard)] for shard in shards]
+      entries = [known[os.path.basename(shard)] for shard in shards]
       counts = [count for *_, count in known.values()]
       ends = np.cumsum(counts)
-      rows = np.concatenate([np.arange(ends[number] - counts[number], ends[number]) for number, *_ in found])
+      rows = np.concatenate([np.arange(ends[number] - counts[number], ends[number]) for number, *_ in entries])
       span = arrays['block'] * np.int32(meta['apart'])
       lengths = -(-arrays['samples'] // span) + 1
       self._first = (np.cumsum(lengths) - lengths)[rows]
       self._span, self._points = span[rows], arrays['points']
       self._rows = {field: arrays[field][rows] for field in _FIELDS}
       self._names = [name.decode() for name in _lines(arrays['names'])]
-      self._shard = np.repeat(np.arange(len(found)), [count for *_, count in found])
-      self._paths, self.sizes = list(shards), [size for _, size, _ in found]
+      self._shard = np.repeat(np.arange(len(entries)), [count for *_, count in entries])
+      self._paths, self.sizes = list(shards), [size for _, size, _ in entries]
     except KeyError as e:
       raise UserError(f'{audio_io.shown(path)}: is not of the shards beside it (it lacks {e}); {_MEND}') from e
     except (OSError, ValueError, TypeError, IndexError, SafetensorError) as e:

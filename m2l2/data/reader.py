@@ -68,8 +68,8 @@ def _inspected(path, size: int, changed: int, whole: bool) -> containers.Content
 
 
 def _contents(path, whole: bool) -> containers.Contents:
-  found = os.stat(path)
-  return _inspected(os.path.abspath(os.fsdecode(path)), found.st_size, found.st_mtime_ns, whole)
+  status = os.stat(path)
+  return _inspected(os.path.abspath(os.fsdecode(path)), status.st_size, status.st_mtime_ns, whole)
 
 
 _told: set[tuple[str, str]] = set()
@@ -284,8 +284,8 @@ class AudioReader:
     return foreign
 
   def _tags(self, foreign) -> dict[str, str]:
-    found = foreign.tags if foreign else texts(self._streams[0].file)
-    return {name: found[name] for name in TAGS if found.get(name)}
+    tags = foreign.tags if foreign else texts(self._streams[0].file)
+    return {name: tags[name] for name in TAGS if tags.get(name)}
 
   def _most(self) -> int:
     return max(1, _READ_VALUES // self.info.channels)

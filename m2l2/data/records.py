@@ -159,9 +159,9 @@ def find_dataset(folder: str) -> str | None:
   """The directory with a TFDS dataset's metadata: the folder, or the newest version in it; else None."""
   if os.path.isfile(os.path.join(folder, 'dataset_info.json')):
     return folder
-  found = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), '*', 'dataset_info.json'))]
-  found = [path for path in found if Version.is_valid(os.path.basename(path))]
-  return max(found, key=lambda path: Version(os.path.basename(path)), default=None)
+  versions = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), '*', 'dataset_info.json'))]
+  versions = [path for path in versions if Version.is_valid(os.path.basename(path))]
+  return max(versions, key=lambda path: Version(os.path.basename(path)), default=None)
 
 
 def named_dataset(name: str) -> str:
@@ -169,12 +169,12 @@ def named_dataset(name: str) -> str:
   base = os.path.expanduser(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
   name, _, version = name.partition(':')
   folder = os.path.join(base, *name.split('/'), *([version] if version else []))
-  found = find_dataset(folder) if name else None
-  if not found:
+  directory = find_dataset(folder) if name else None
+  if not directory:
     raise UserError(
         f'tfds:{name}: there is no such dataset with its metadata under {audio_io.shown(folder)}; write '
         'tfds:NAME/CONFIG:VERSION, set TFDS_DATA_DIR, or give its directory')
-  return found
+  return directory
 
 
 def open_dataset(folder: str, *, split: str) -> Records:
@@ -210,9 +210,9 @@ def open_shards(paths: list[str]) -> Records:
 
 def _find_index(paths: list[str]) -> Index | None:
   """The index beside the shards; None: there is none, or they are of several."""
-  found = {index_name(path) for path in paths}
-  path = found.pop()
-  return Index(path, paths) if not found and os.path.isfile(path) else None
+  index_files = {index_name(path) for path in paths}
+  path = index_files.pop()
+  return Index(path, paths) if not index_files and os.path.isfile(path) else None
 
 
 def find_fields(path: str) -> RecordFields:

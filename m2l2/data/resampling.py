@@ -44,7 +44,7 @@ class StreamResampler:
       except (RuntimeError, ValueError) as e:
         raise UserError(f'cannot resample from {from_rate} Hz to {to_rate} Hz: {e}') from e
 
-  def process(self, audio: np.ndarray) -> np.ndarray:
+  def push(self, audio: np.ndarray) -> np.ndarray:
     """Takes [channels, samples]; returns what is ready, float32 [channels, any number]."""
     audio = np.asarray(audio, np.float32)
     if audio.ndim != 2 or audio.shape[0] != self._channels:
@@ -64,7 +64,7 @@ class StreamResampler:
   def stream(self, blocks: Iterable) -> Iterator[np.ndarray]:
     """The whole signal, block by block: `process` of each, then `finish`."""
     for block in blocks:
-      yield self.process(block)
+      yield self.push(block)
     yield self.finish()
 
   def _run(self, audio: np.ndarray, *, last: bool) -> np.ndarray:
@@ -84,4 +84,4 @@ def resample(audio: np.ndarray, *, from_rate: int, to_rate: int) -> np.ndarray:
   if audio.ndim != 2 or not audio.shape[0]:
     raise UserError(f'audio must be [channels, samples], not of shape {list(audio.shape)}')
   stream = StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=audio.shape[0])
-  return np.concatenate([stream.process(audio), stream.finish()], axis=1)
+  return np.concatenate([stream.push(audio), stream.finish()], axis=1)

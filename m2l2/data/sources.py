@@ -169,13 +169,13 @@ def find_source(place: str, *, split: str) -> Source:
   else:
     place_of_shards = place
   if _SHARD in os.path.basename(place_of_shards):
-    found = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
-    if len({os.path.basename(path).partition(_SHARD)[0] for path in found}) > 1:  # a glob over several splits
-      found = [path for path in found if os.path.basename(path).partition(_SHARD)[0].endswith(f'-{split}')]
-      if not found:
+    shards = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
+    if len({os.path.basename(path).partition(_SHARD)[0] for path in shards}) > 1:  # a glob over several splits
+      shards = [path for path in shards if os.path.basename(path).partition(_SHARD)[0].endswith(f'-{split}')]
+      if not shards:
         raise UserError(f'{shown(place)}: holds shards of several splits, but none of {shown(split)} (data.split)')
-    if found:
-      return records.open_shards(found)
+    if shards:
+      return records.open_shards(shards)
   return find_audio_files(place)
 
 
@@ -191,10 +191,10 @@ def find_audio_files(root) -> AudioFiles:
   root = os.path.expanduser(os.fsdecode(root))
   if not root:
     raise UserError('the root of the data is empty: give a directory, a glob or an audio file')
-  found = find_files(root, EXTENSIONS)
-  if not found:
+  audio_files = find_files(root, EXTENSIONS)
+  if not audio_files:
     raise UserError(f'{shown(root)}: there is no such directory or file')
-  base, audio = found
+  base, audio = audio_files
   if not audio:
     hint = "; a mixture is written 'W*PLACE,W*PLACE'" if _PART.match(root) else ''
     raise UserError(f'{shown(root)}: no audio files there (looked for *{", *".join(EXTENSIONS)}){hint}')

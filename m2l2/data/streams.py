@@ -31,13 +31,13 @@ def reason(error: Exception) -> str:
 
 def texts(file) -> dict[str, str]:
   """Text by name. What is not UTF-8 is read as Windows' Latin 1, which its programs write; soundfile would lose it."""
-  found = file.copy_metadata()
-  for name, text in found.items():
+  metadata = file.copy_metadata()
+  for name, text in metadata.items():
     if '\ufffd' in text:
       with contextlib.suppress(AttributeError, KeyError):  # soundfile's own, which another version may call otherwise
         raw = soundfile._ffi.string(soundfile._snd.sf_get_string(file._file, soundfile._str_types[name]))
-        found[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
-  return found
+        metadata[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
+  return metadata
 
 
 class _Sound(soundfile.SoundFile):

@@ -26,12 +26,12 @@ def take_excerpts(root, *, seconds: float, most: int | None = None) -> tuple[lis
   """
   if not seconds > 0 or (most is not None and most < 1):
     raise UserError(f'excerpts of {seconds} s of {most} files: both must be positive')
-  found, excerpts, warnings = sources.find_audio_files(root), [], []
-  for number in evenly(range(len(found)), most):
+  audio_files, excerpts, warnings = sources.find_audio_files(root), [], []
+  for number in evenly(range(len(audio_files)), most):
     try:
-      excerpts.append(take_excerpt(found.path(number), seconds=seconds, name=found.names[number]))
+      excerpts.append(take_excerpt(audio_files.path(number), seconds=seconds, name=audio_files.names[number]))
     except UserError as error:
-      warnings.append(f'{found.names[number]}: unreadable: {error}; left out')
+      warnings.append(f'{audio_files.names[number]}: unreadable: {error}; left out')
   if not excerpts:
     raise UserError(f'no excerpt can be had; the first: {warnings[0]}')
   return excerpts, warnings

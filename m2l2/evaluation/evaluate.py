@@ -51,21 +51,21 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
   by_stem = {}
   for name in by_name:
     by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
-  found, warnings, used = [], [], set()
+  matched, warnings, used = [], [], set()
   for i, name in enumerate(references.names):
     partners = [name] if name in by_name else (
         by_stem.get(name) or by_stem.get(os.path.splitext(name)[0], []))  # song.wav.flac, where there is a song.mp3 too
     if len(partners) == 1 and partners[0] not in used:
       used.add(partners[0])
-      found.append(Pair(name, references.path(i), by_name[partners[0]]))
+      matched.append(Pair(name, references.path(i), by_name[partners[0]]))
     else:
       why = f'several estimates ({", ".join(sorted(partners))})' if len(partners) > 1 else 'no estimate'
       warnings.append(f'{name}: partner: {why}; left out')
   warnings += [f'{name}: partner: an estimate without a reference; left out' for name in sorted(set(by_name) - used)]
-  if not found:
+  if not matched:
     raise UserError(f'no file of {audio_io.shown(estimate)} has the name of one in {audio_io.shown(reference)}: '
                     'nothing to compare')
-  return found, warnings
+  return matched, warnings
 
 
 def load_pair(pair: Pair, *, check: bool = True) -> Loaded:
@@ -138,9 +138,9 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] | None = None,
   with _mapped(job, items, workers) as results:
     embedded, embedding_warnings = _embed_all(items, embedders, progress)
     per_file, warnings = {}, []
-    for item, (values, found) in zip(items, results):
+    for item, (values, pair_warnings) in zip(items, results):
       progress(1)
-      warnings += [f'{item.name}: {line}' for line in found]
+      warnings += [f'{item.name}: {line}' for line in pair_warnings]
       if values is not None:
         per_file[item.name] = values
   if not per_file:

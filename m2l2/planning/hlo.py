@@ -90,19 +90,19 @@ def type_bytes(kind: str, *, anywhere: bool = False) -> float:
 
 def arrays_of(kind: str) -> list:
   """The arrays of a (nested) tuple type, in order."""
-  return [found[0] for found in _TYPE.finditer(kind)]
+  return [match[0] for match in _TYPE.finditer(kind)]
 
 
 def shape_of(kind: str) -> list:
   """Sizes of the first array of a type."""
-  found = _TYPE.search(kind)
-  return [int(n) for n in found[2].split(',') if n] if found else []
+  match = _TYPE.search(kind)
+  return [int(n) for n in match[2].split(',') if n] if match else []
 
 
 def attribute(instruction: Instruction, name: str) -> str:
   """What stands behind `name=`, braces included; empty where nothing does."""
-  found = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', instruction.attributes)
-  return found[1] if found else ''
+  match = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', instruction.attributes)
+  return match[1] if match else ''
 
 
 def callee(instruction: Instruction, name: str) -> str:
@@ -120,9 +120,9 @@ def find_scope(attributes: str, *, whole: bool = False) -> str:
 
   whole: with the rest of its name, which tells more than a table has room for.
   """
-  found = re.search(r'op_name="([^"]*)"', attributes)
+  match = re.search(r'op_name="([^"]*)"', attributes)
   parts = []
-  for part in (found[1] if found else '').split('/')[1:None if whole else -1]:
+  for part in (match[1] if match else '').split('/')[1:None if whole else -1]:
     part = '' if part.startswith('jit(') or part in _CONTROL else re.sub(r'^(?:\w+\()+|\)+$', '', part)
     if re.fullmatch(r'[a-z]\w*', part) and part not in parts:
       parts.append(part)
@@ -219,8 +219,8 @@ class Numbers:
     if instruction is None:
       return {}
     if instruction.opcode == 'tuple':
-      found = enumerate(map(self.number, instruction.operands))
-      return {place: number for place, number in found if number is not None}
+      numbers = enumerate(map(self.number, instruction.operands))
+      return {place: number for place, number in numbers if number is not None}
     if instruction.opcode == 'parameter':
       place = int(instruction.operands[0])
       return (self._given[place] if place < len(self._given) else None) or {}

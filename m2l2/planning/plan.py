@@ -151,7 +151,7 @@ def estimate_step(traffic: Traffic, chip: chips.Chip) -> tuple[dict, list]:
                   'mfu': cost.flops / chip.bf16_flops * chip.clock / cycles if cycles else None})
   cycles = traffic.cycles + of_kernels
   without = {kind: {'count': cost.count, 'bytes': cost.accessed}
-             for kind, cost in sorted(traffic.unestimated.items(), key=lambda found: -found[1].accessed)}
+             for kind, cost in sorted(traffic.unestimated.items(), key=lambda entry: -entry[1].accessed)}
   return ({'step_seconds': cycles / chip.clock, 'cycles': cycles, 'clock': chip.clock, 'kernels': of_kernels,
            'without': without}, sorted(parts, key=lambda part: -part['cycles']))
 
@@ -193,7 +193,7 @@ def _largest_batch(config, mesh, unit, say):
       memory = compiled.memory_analysis()
       known[guess] = memory.temp_size_in_bytes
       available = memory.argument_size_in_bytes
-      best = max(best, (guess, compiled), key=lambda found: found[0])
+      best = max(best, (guess, compiled), key=lambda candidate: candidate[0])
     guess = next_guess(known, hbm=_hbm(mesh) - available if known else 0, limit=limit)
     if guess is None:
       break

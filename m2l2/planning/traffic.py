@@ -113,8 +113,8 @@ def _charge(traffic, instruction, times, types, computations):
 
 
 def _cycles(instruction) -> int:
-  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-  return int(found[1]) if found else 0
+  match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  return int(match[1]) if match else 0
 
 
 def _kind(instruction, computations) -> str:
@@ -140,7 +140,7 @@ def _within(instruction, computations) -> list:
   if instruction.opcode != 'fusion':
     return []
   body = computations.get(callee(instruction, 'calls'), [])
-  return [found for inner in body for found in (inner, *_within(inner, computations))]
+  return [nested for inner in body for nested in (inner, *_within(inner, computations))]
 
 
 def _flops(instruction, types, computations) -> float:
@@ -260,8 +260,8 @@ def _update_in_place(part, inner, computations) -> tuple[str, str]:
     buffer = next((source.operands[n] for n, name in parameters_of(body).items() if name == place), '')
   else:
     return '', ''
-  found = _through_bitcasts(inner.get(buffer), inner)
-  return (kind, found.name) if found is not None and found.opcode == 'parameter' else ('', '')
+  producer = _through_bitcasts(inner.get(buffer), inner)
+  return (kind, producer.name) if producer is not None and producer.opcode == 'parameter' else ('', '')
 
 
 def _through_bitcasts(instruction, inner):
@@ -281,5 +281,5 @@ def _collectives(instruction, computations):
     return [(kind, type_bytes(output, anywhere=True))]
   if instruction.opcode == 'fusion':
     body = computations.get(callee(instruction, 'calls'), [])
-    return [found for inner in body for found in _collectives(inner, computations)]
+    return [collective for inner in body for collective in _collectives(inner, computations)]
   return []

@@ -26,7 +26,7 @@ class Symptom:
   above: bool = False
   since: int = 100
 
-  def found(self, scalars: Mapping[str, float]) -> bool:
+  def is_present(self, scalars: Mapping[str, float]) -> bool:
     value = scalars.get(self.name)
     return value is not None and (value > self.limit if self.above else value < self.limit)
 
@@ -59,7 +59,7 @@ class Guard:
     for symptom, lasted in self._lasted.items():
       if symptom.name not in scalars or step < symptom.since:
         continue
-      self._lasted[symptom] = lasted + 1 if symptom.found(scalars) else 0
+      self._lasted[symptom] = lasted + 1 if symptom.is_present(scalars) else 0
       if self._lasted[symptom] == LASTING:
         logging.warning('step %d: %s is %.3g: %s', step, symptom.name, float(scalars[symptom.name]), symptom.cure)
 

@@ -175,16 +175,16 @@ def exchange(topic: str, word: str) -> dict[int, str]:
   """
   from jax._src import distributed  # as below
   state = distributed.global_state
-  found = {state.process_id: word}
+  words_by_process = {state.process_id: word}
   if state.client is not None:
     try:
       state.client.key_value_set(f'm2l2/{topic}/{state.process_id}', word, allow_overwrite=True)
       if state.process_id == 0:
         words = state.client.key_value_dir_get(f'm2l2/{topic}/')
-        found |= {int(key.rsplit('/', 1)[1]): value for key, value in words}
+        words_by_process |= {int(key.rsplit('/', 1)[1]): value for key, value in words}
     except Exception as error:  # a word is no reason to end a run; that the store is gone, others find out
       logging.warning('could not exchange words on %s (%s)', topic, first_line(error))
-  return found
+  return words_by_process
 
 
 class Hosts:

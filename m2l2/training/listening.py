@@ -101,8 +101,8 @@ class Listener:
     items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
              for clip, sound in zip(self._clips, decoded)]
     chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
-    made = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
-    return sweep.means(made), decoded[0]
+    report = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
+    return sweep.means(report), decoded[0]
 
   def _decode(self, params, audio, sample_rate):
     self._codec = self._codec or Codec(config=self._plain, params=params, fingerprint='')
@@ -132,10 +132,10 @@ def _last_measured(workdir, *, most: int) -> int:
   path = os.path.join(workdir, METRICS)
   if not os.path.exists(path):
     return 0
-  found = [0]
+  steps = [0]
   with open(path, encoding='utf-8', errors='replace') as lines:
     for line in lines:
       with contextlib.suppress(ValueError, KeyError, TypeError):  # the line during which a run was killed
         if '"evaluate_ema/' in line and (step := json.loads(line)['step']) <= most:
-          found.append(step)
-  return max(found)
+          steps.append(step)
+  return max(steps)

@@ -67,13 +67,13 @@ def latent_scale(workdir, *, step: int) -> dict:
   """What a snapshot of `step` tells of its latents, from the run's last probe up to there: {'latents': {'mean', 'std'}}
   over all numbers of all its chunks; {} before the first. What was logged is read back, so that a run that was killed
   tells the same."""
-  path, found = os.path.join(workdir, METRICS), {}
+  path, latest = os.path.join(workdir, METRICS), {}
   with open(path, encoding='utf-8') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
     for line in lines:
       if f'"{_MEAN}"' in line and line.endswith('\n'):  # the last one may be under way
         told = json.loads(line)
-        found = told if told['step'] <= step else found
-  moments = {'mean': found.get(_MEAN), 'std': found.get(_STD)}
+        latest = told if told['step'] <= step else latest
+  moments = {'mean': latest.get(_MEAN), 'std': latest.get(_STD)}
   return {'latents': moments} if None not in moments.values() else {}
 
 

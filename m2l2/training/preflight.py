@@ -143,7 +143,7 @@ def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[s
 
   functions: `train_step.StepFunctions`. params: shapes. mixture: None where nobody looked.
   """
-  found = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
+  places = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
   fields, shards = config.train, sharding.batch_shards(mesh)
   kinds = sorted({device.device_kind for device in mesh.devices.flat})
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
@@ -156,7 +156,7 @@ def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[s
     f'preset {config.mesh.preset}',
     f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
     f'{functions.sample_rate} Hz',
-    f'data        {", ".join(found)}',
+    f'data        {", ".join(places)}',
     f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
 
 

@@ -77,8 +77,8 @@ class Throughput:
     return out
 
   def _input_wait(self, own) -> dict:
-    told = {process: word.split(maxsplit=1) for process, word in self._exchange(f'{own!r} {self._host}').items()}
-    worst = max(told, key=lambda process: float(told[process][0]))
+    told = {index: word.split(maxsplit=1) for index, word in self._exchange(f'{own!r} {self._host}').items()}
+    worst = max(told, key=lambda index: float(told[index][0]))
     wait, host = float(told[worst][0]), told[worst][1]
     if len(told) > 1 and wait > _STARVED and self._warm:  # the first batch of all is waited for everywhere
       logging.log_every_n_seconds(

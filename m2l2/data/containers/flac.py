@@ -38,9 +38,9 @@ def _ends(buffer, begin, end, *, sure=False):
   block, channels = int.from_bytes(buffer[begin + 8:begin + 10], 'big'), (buffer[begin + 20] >> 1 & 7) + 1
   for match in reversed(list(_FRAME.finditer(tail))):
     at = match.start()
-    found = _frame_end(tail[at:at + 17], block, channels)
-    if found and not (sure and crc(tail[at:], 16, 0x8005)):
-      yield found
+    frame_end = _frame_end(tail[at:at + 17], block, channels)
+    if frame_end and not (sure and crc(tail[at:], 16, 0x8005)):
+      yield frame_end
 
 
 def _frame_end(head, block, channels) -> int | None:

@@ -42,9 +42,9 @@ def contents(buffer, at=0) -> Contents:
       end = min(len(buffer), at + stated[1]) if stated[1] else len(buffer)
       frames = 0
       if at + stated[1] > len(buffer):
-        found, size = _run(buffer, at)[0] - 1, _frame_samples(buffer, at)
-        if found < stated[0]:
-          frames, lacking = max(1, found * size - _lead(buffer, at)), (stated[0] - found) * size
+        frame_count, size = _run(buffer, at)[0] - 1, _frame_samples(buffer, at)
+        if frame_count < stated[0]:
+          frames, lacking = max(1, frame_count * size - _lead(buffer, at)), (stated[0] - frame_count) * size
       helped |= lacking > 0
       parts.append(Part(((at, end),), frames=frames))
     else:

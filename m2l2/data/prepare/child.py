@@ -79,7 +79,7 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
         taken += block.shape[1]
         if (peak := np.abs(block).max()) > _MAX_PEAK:
           raise UserError(f'reaches {peak:.4g}; float samples must be scaled to [-1, 1]')
-        yield stream.process(block)
+        yield stream.push(block)
       yield stream.finish()
 
     stated = audio_io.resampled_length(info.frames, from_rate=info.sample_rate, to_rate=rate)

@@ -22,15 +22,15 @@ def find(source: str) -> tuple[str, list[str], list[int]]:
   try:
     if glob.has_magic(path):
       base = path[:min(path.find(c) for c in '*?[' if c in path)].rpartition('/')[0]
-      found = fs.glob(path, detail=True)
+      infos = fs.glob(path, detail=True)
     elif fs.isfile(path):
-      base, found = path.rpartition('/')[0], {path: fs.info(path)}
+      base, infos = path.rpartition('/')[0], {path: fs.info(path)}
     else:
-      base, found = path, fs.find(path, detail=True)
+      base, infos = path, fs.find(path, detail=True)
   except Exception as e:
     raise UserError(f'{shown(source)}: cannot be listed: {" ".join(str(e).split()) or type(e).__name__}') from e
   base = base.rstrip('/')
-  sizes = {name[len(base):].lstrip('/'): info.get('size') or 0 for name, info in found.items()
+  sizes = {name[len(base):].lstrip('/'): info.get('size') or 0 for name, info in infos.items()
            if info.get('type') == 'file' and name.lower().endswith(sources.EXTENSIONS)}
   sizes = {name: size for name, size in sizes.items() if not any(part.startswith('.') for part in name.split('/'))}
   if not sizes:

@@ -68,31 +68,31 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
       for name in item['files']:
         try:
           with fetched(job.base, name) as local:
-            found = decoder.call('segment', local, rates=options.rates, seconds=options.segment_seconds,
-                                 overlap=options.overlap_seconds)
+            decoded = decoder.call('segment', local, rates=options.rates, seconds=options.segment_seconds,
+                                   overlap=options.overlap_seconds)
         except FileFault as e:
           result['faults'][name] = str(e)
           continue
-        if found['note']:
-          logging.warning('%s: %s; taken as it is', shown(name), found['note'])
-        wanted = [segment for segment in found['segments'] if segment[3] >= options.silence_dbfs]
-        if len(wanted) < len(found['segments']):
-          result['silent'][name] = len(found['segments']) - len(wanted)
-        for segment, audio in zip(found['segments'], decoder.audio([size for *_, size in found['segments']])):
+        if decoded['note']:
+          logging.warning('%s: %s; taken as it is', shown(name), decoded['note'])
+        wanted = [segment for segment in decoded['segments'] if segment[3] >= options.silence_dbfs]
+        if len(wanted) < len(decoded['segments']):
+          result['silent'][name] = len(decoded['segments']) - len(wanted)
+        for segment, audio in zip(decoded['segments'], decoder.audio([size for *_, size in decoded['segments']])):
           offset, starts, samples, loudness, _ = segment
           if loudness < options.silence_dbfs:
             continue
           record = segments.encode({
               'audio': audio, 'source': shown(name), 'offset': offset, 'starts': starts, 'samples': samples,
-              'rate': found['rate'], 'channels': found['channels'], 'loudness': loudness,
-              'source_rate': found['source_rate'], 'source_samples': found['source_samples'],
-              'source_channels': found['channels']})
+              'rate': decoded['rate'], 'channels': decoded['channels'], 'loudness': loudness,
+              'source_rate': decoded['source_rate'], 'source_samples': decoded['source_samples'],
+              'source_channels': decoded['channels']})
           writer.write(record)
           counts['bytes'] += len(record)
-          counts['seconds'] += starts / found['rate']
+          counts['seconds'] += starts / decoded['rate']
         counts['records'] += len(wanted)
         counts['sources'] += bool(wanted)
-        advance(found['source_samples'] / found['source_rate'])
+        advance(decoded['source_samples'] / decoded['source_rate'])
       writer.close()
       place.write(part_name(item), index_shard(path, item['file']))
     except RuntimeError as e:  # the writer's only kind of error

@@ -46,10 +46,10 @@ class Place:
 
   def names(self, folder: str = '') -> list[str]:
     """What is in the directory, sorted; nothing where there is none."""
-    found = []
+    entries = []
     with self._told(), contextlib.suppress(FileNotFoundError):
-      found = self._fs.ls(self._at(folder), detail=False) if self._fs else os.listdir(self._at(folder))
-    return sorted(name.rstrip('/').rpartition('/')[2] for name in found)
+      entries = self._fs.ls(self._at(folder), detail=False) if self._fs else os.listdir(self._at(folder))
+    return sorted(name.rstrip('/').rpartition('/')[2] for name in entries)
 
   def results(self, stage: str) -> set[str]:
     return {f'{WORK}/{name}' for name in self.names(WORK) if name.startswith(f'{stage}-') and name.endswith('.json')}

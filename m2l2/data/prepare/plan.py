@@ -36,12 +36,12 @@ def suspects_of(probed) -> Iterator[str]:
 
 def duplicates(hashed) -> dict:
   """{name: reason} of the files whose audio an earlier name (in sorted order) has, too."""
-  first, found = {}, {}
+  first, copies = {}, {}
   for name in sorted(hashed):
     kept = first.setdefault(hashed[name]['content'], name)
     if kept != name:
-      found[name] = f'holds the same audio as {shown(kept)}'
-  return found
+      copies[name] = f'holds the same audio as {shown(kept)}'
+  return copies
 
 
 def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
@@ -66,7 +66,7 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
 
 def fingerprint(names, sizes) -> str:
   """Of the input: of all names and sizes."""
-  found = hashlib.sha256()
+  digest = hashlib.sha256()
   for name, size in zip(names, sizes):
-    found.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
-  return found.hexdigest()[:16]
+    digest.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
+  return digest.hexdigest()[:16]

@@ -57,13 +57,13 @@ class _Work(beam.DoFn):
   def setup(self):
     folder = None if '://' in self._job.output else os.path.join(self._job.output, WORK)
     limits = self._job.limits
-    made = [DecodingProcess(timeout=limits.timeout, memory=limits.memory, folder=folder)
-            for _ in range(self._processes)]
-    self._decoders, self._free = made, queue.SimpleQueue()
-    for decoder in made:
+    decoders = [DecodingProcess(timeout=limits.timeout, memory=limits.memory, folder=folder)
+                for _ in range(self._processes)]
+    self._decoders, self._free = decoders, queue.SimpleQueue()
+    for decoder in decoders:
       self._free.put(decoder)
     if _session:
-      _session.decoders += made
+      _session.decoders += decoders
     self._threads = futures.ThreadPoolExecutor(self._processes)
 
   def start_bundle(self):

@@ -31,13 +31,13 @@ def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) 
     reference, estimate: float [channels, samples] in [-1, 1].
     reference_rate, estimate_rate: as the files' headers say (Hz).
   """
-  found = []
+  problems = []
   for audio, what in ((reference, 'reference'), (estimate, 'estimate')):
     if audio.size and np.sqrt(np.mean(np.square(audio, dtype=np.float64))) < SILENCE:
-      found.append(f'silence: the {what} is silent')
-  found += _differing_headers(reference, estimate, reference_rate, estimate_rate)
-  if any(line.startswith('silence') for line in found) or not (reference.size and estimate.size):
-    return found
+      problems.append(f'silence: the {what} is silent')
+  problems += _differing_headers(reference, estimate, reference_rate, estimate_rate)
+  if any(line.startswith('silence') for line in problems) or not (reference.size and estimate.size):
+    return problems
   r, x = _at_44100(reference, reference_rate), _at_44100(estimate, estimate_rate)
   if len(r) != len(x):
     r, x = r.mean(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
@@ -45,18 +45,18 @@ def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) 
   candidates = zip([*r, r.mean(axis=0), r[0]], [*x, x.mean(axis=0), x[-1]])
   lag, peak = max((_best_lag(a, b) for a, b in candidates), key=lambda best: abs(best[1]))
   if abs(peak) < FOLLOWS:
-    found += _wrong_rate(r, x)
+    problems += _wrong_rate(r, x)
   else:
     if abs(lag) >= MIN_LAG or (lag and abs(peak) >= NEAR_COPY):
       milliseconds = abs(lag) / pairs.SAMPLE_RATE * 1e3
-      found.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({milliseconds:.2f} ms) '
-                   f'{"late" if lag > 0 else "early"}')
-    found += _polarity_and_channels(r[:, max(-lag, 0):], x[:, max(lag, 0):])
+      problems.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({milliseconds:.2f} ms) '
+                      f'{"late" if lag > 0 else "early"}')
+    problems += _polarity_and_channels(r[:, max(-lag, 0):], x[:, max(lag, 0):])
   length = min(r.shape[1], x.shape[1])
   gain = 10 * np.log10(np.mean(x[:, :length] ** 2) / max(np.mean(r[:, :length] ** 2), 1e-30) + 1e-30)
   if abs(gain) >= GAIN_DB:
-    found.append(f'gain: the estimate is {abs(gain):.1f} dB {"louder" if gain > 0 else "softer"} than the reference')
-  return found
+    problems.append(f'gain: the estimate is {abs(gain):.1f} dB {"louder" if gain > 0 else "softer"} than the reference')
+  return problems
 
 
 def _at_44100(audio, sample_rate) -> np.ndarray:
@@ -64,21 +64,21 @@ def _at_44100(audio, sample_rate) -> np.ndarray:
 
 
 def _differing_headers(reference, estimate, reference_rate, estimate_rate) -> list[str]:
-  found = []
+  problems = []
   seconds = max(reference.shape[1], 1) / reference_rate, max(estimate.shape[1], 1) / estimate_rate
   if reference_rate != estimate_rate:
-    found.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at '
-                 '44100 Hz')
+    problems.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at '
+                    '44100 Hz')
   difference = round((seconds[1] - seconds[0]) * reference_rate)
   if any(abs(seconds[1] / seconds[0] * ratio - 1) < 1e-3 for ratio in (RATE_RATIO, 1 / RATE_RATIO)):
-    found.append('rate: the lengths are as 44.1 to 48 kHz: one was taken for the other')
+    problems.append('rate: the lengths are as 44.1 to 48 kHz: one was taken for the other')
   elif abs(difference) > (reference_rate != estimate_rate):
-    found.append(f'length: the estimate is {abs(difference)} samples ({abs(difference) / reference_rate:.3f} s) '
-                 f'{"longer" if difference > 0 else "shorter"} than the reference; compared over what both have')
+    problems.append(f'length: the estimate is {abs(difference)} samples ({abs(difference) / reference_rate:.3f} s) '
+                    f'{"longer" if difference > 0 else "shorter"} than the reference; compared over what both have')
   if len(reference) != len(estimate):
-    found.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo '
-                 'metrics are left out')
-  return found
+    problems.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo '
+                    'metrics are left out')
+  return problems
 
 
 def _wrong_rate(r, x) -> list[str]:

@@ -270,7 +270,7 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int
     UserError: unknown name, nothing in common, not finite, or a metric undefined by silence.
   """
   if names is None:
-    names = [name for name, one in registry.METRICS.items() if not (one.stereo or one.chunks or one.package)]
+    names = [name for name, entry in registry.METRICS.items() if not (entry.stereo or entry.chunks or entry.package)]
   signals = Signals(reference, estimate, sample_rate, seed=seed)
   return {metric.name: metric(signals) for metric in registry.named(names)}
 

@@ -24,7 +24,7 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
   hz = np.fft.rfftfreq(samples, 1 / sample_rate)
   starts = np.arange(0, samples, block)
   lengths = np.diff([*starts, samples])
-  made = np.zeros(samples)
+  output = np.zeros(samples)
   for low, high in zip(edges, edges[1:]):
     inside = (hz >= low) & (hz < high)
     if not inside.any():
@@ -32,8 +32,8 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
     band, carrier = (np.fft.irfft(np.where(inside, x, 0), samples) for x in (spectrum, noise))
     rms = np.sqrt(np.add.reduceat(np.square(band), starts) / lengths)
     gain = np.interp(np.arange(samples), starts + lengths / 2, rms)
-    made += gain * carrier / np.sqrt(np.mean(np.square(carrier)))
-  return made[None].astype(np.float32)
+    output += gain * carrier / np.sqrt(np.mean(np.square(carrier)))
+  return output[None].astype(np.float32)
 
 
 def _mel_edges(bands, nyquist):

@@ -81,7 +81,7 @@ def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: f
   Returns ({name: float32 [files read, width]}, which files they are, a warning for each that cannot be read).
   Raises UserError: no file can be read.
   """
-  found, read, warnings = {name: [] for name in functions}, [], []
+  features, read, warnings = {name: [] for name in functions}, [], []
   for number, path in enumerate(music.paths):
     try:
       clip = take_excerpt(path, seconds=seconds)
@@ -91,11 +91,11 @@ def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: f
     else:
       read.append(number)
       for name, row in rows.items():
-        found[name].append(row)
+        features[name].append(row)
     progress(1)
   if not read:
     raise UserError(f'{music.name}: no file can be read; the first: {warnings[0]}')
-  return {name: np.stack(rows) for name, rows in found.items()}, np.array(read), warnings
+  return {name: np.stack(rows) for name, rows in features.items()}, np.array(read), warnings
 
 
 # ---- the probes ----------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 
   x = ((x - mean) / np.maximum(deviation, 1e-6)).astype(np.float32)
   sides = [part[chosen[split]] for split in ('train', 'valid') for part in (x, task.targets)]
   probes = [fit(*sides, hidden=hidden, outputs=len(task.classes), seed=seed) for seed in range(seeds)]
-  return scored(task.kind, [one(x[chosen['test']]) for one in probes], task.targets[chosen['test']])
+  return scored(task.kind, [classifier(x[chosen['test']]) for classifier in probes], task.targets[chosen['test']])
 
 
 def majority(task: tasks.Task) -> dict:
@@ -186,13 +186,13 @@ def scored(kind, scores: Sequence[np.ndarray], targets: np.ndarray, *, seed: int
   """{metric: {'mean', 'error'}} of the scores [n, classes] of each seed."""
   rng = np.random.default_rng(seed)
   picks = rng.integers(len(targets), size=(DRAWS, len(targets)))
-  made = {}
+  results = {}
   for name in METRICS[kind]:
     measure = _MEASURES[name]
-    over_seeds = lambda rows: np.mean([measure(one[rows], targets[rows]) for one in scores])
+    over_seeds = lambda rows: np.mean([measure(predicted[rows], targets[rows]) for predicted in scores])
     error = np.nanstd([over_seeds(pick) for pick in picks], ddof=1) if len(targets) > 1 else None
-    made[name] = {'mean': float(over_seeds(slice(None))), 'error': None if error is None else float(error)}
-  return made
+    results[name] = {'mean': float(over_seeds(slice(None))), 'error': None if error is None else float(error)}
+  return results
 
 
 def accuracy(scores, targets) -> float:
@@ -250,21 +250,21 @@ def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, se
   Raises:
     UserError: a set without files that can be read, or a task that cannot be trained.
   """
-  made, warnings = {}, []
-  for one in music:
-    prepared = {name: tasks.task(one, name) for name in one.labels}  # mistakes are told before the long work
-    features, read, unreadable = extract(one, functions, seconds=seconds, progress=progress)
+  report, warnings = {}, []
+  for dataset in music:
+    prepared = {name: tasks.task(dataset, name) for name in dataset.labels}  # mistakes are told before the long work
+    features, read, unreadable = extract(dataset, functions, seconds=seconds, progress=progress)
     warnings += unreadable
     for name, (task, unseen) in prepared.items():
       task, rows = tasks.only(task, read)
       warnings += unseen
-      found = {kind: {label: run(task, x[rows], hidden=hidden, seeds=seeds) for label, hidden in HIDDEN.items()}
-               for kind, x in features.items()}
-      made[f'{one.name}/{name}'] = {
+      scores = {kind: {label: run(task, x[rows], hidden=hidden, seeds=seeds) for label, hidden in HIDDEN.items()}
+                for kind, x in features.items()}
+      report[f'{dataset.name}/{name}'] = {
           'kind': task.kind, 'classes': len(task.classes),
           'files': {split: int((task.splits == split).sum()) for split in tasks.SPLITS},
-          'rows': {**found, MAJORITY: {'none': majority(task)}}}
-  return {'seconds': seconds, 'seeds': seeds, 'tasks': made, 'warnings': warnings}
+          'rows': {**scores, MAJORITY: {'none': majority(task)}}}
+  return {'seconds': seconds, 'seeds': seeds, 'tasks': report, 'warnings': warnings}
 
 
 def table(report) -> str:

@@ -57,10 +57,10 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
       pairs = [evaluate.Pair(clip.name, clip.audio, codec.decode(latents, seed, sigma_cond=value, refine=refine),
                              clip.sample_rate) for clip, latents in zip(clips, encoded)]
       progress(len(clips))
-      made = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers, chunks=chunks, seed=seed)
-      settings.append({'sigma_cond': float(value), 'steps': steps, 'values': means(made)})
+      report = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers, chunks=chunks, seed=seed)
+      settings.append({'sigma_cond': float(value), 'steps': steps, 'values': means(report)})
       # Levels differ from setting to setting; what cannot be measured is the same in all.
-      warnings += [line for line in made['warnings'] if line not in warnings and ': gain: ' not in line]
+      warnings += [line for line in report['warnings'] if line not in warnings and ': gain: ' not in line]
   return {'clips': len(clips), 'seed': seed, 'settings': settings, 'best': _best(settings, by), 'warnings': warnings}
 
 
@@ -71,8 +71,8 @@ def steps_of(clips, values) -> int:
 def means(report) -> dict:
   """A report of `evaluate.evaluate` without its files: {metric or embedding: {'mean', 'error'}}."""
   return {**{name: {'mean': metric['mean'], 'error': metric['sem']} for name, metric in report['metrics'].items()},
-          **{name: {'mean': found['value'], 'error': found['bootstrap_sd']}
-             for name, found in report['frechet'].items()}}
+          **{name: {'mean': distance['value'], 'error': distance['bootstrap_sd']}
+             for name, distance in report['frechet'].items()}}
 
 
 def is_better(name: str, new: float, old: float) -> bool:

@@ -141,10 +141,10 @@ def _mirdata(name, folder):
 
 def key_of(text: str) -> str:
   """'Bb minor', 'A# Minor', 'Bbm' -> 'A# minor'; '' for what is no major or minor key."""
-  found = re.fullmatch(r'([A-G])([#b]?)(m| minor| major|)', text.strip(), re.IGNORECASE)
-  if not found:
+  match = re.fullmatch(r'([A-G])([#b]?)(m| minor| major|)', text.strip(), re.IGNORECASE)
+  if not match:
     return ''
-  tonic, accidental, mode = found.groups()  # a bare letter is major, an m minor, as MIDI files say it
+  tonic, accidental, mode = match.groups()  # a bare letter is major, an m minor, as MIDI files say it
   number = PITCH_CLASSES.index(tonic.upper()) + {'': 0, '#': 1, 'b': -1}[accidental.lower()]
   return f'{PITCH_CLASSES[number % 12]} {"minor" if mode.strip().lower() in ("m", "minor") else "major"}'
 

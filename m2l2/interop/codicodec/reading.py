@@ -90,8 +90,8 @@ def _as_numpy(tensor):
 
 def _refused_global(message) -> str:
   """The name that torch's loader refused, from its message; '' where it refused none."""
-  found = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
-  return found[1] if found else ''
+  match = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
+  return match[1] if match else ''
 
 
 def shown_name(name: str) -> str:

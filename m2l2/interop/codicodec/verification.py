@@ -32,13 +32,13 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   import jax
   import torch
 
-  net, process = build.network(config['model']), build.consistency(config['consistency'])
+  net, consistency = build.network(config['model']), build.consistency(config['consistency'])
   rep = build.representation(config['model'])
   rng = np.random.default_rng(0)
   shape = (1, 2, rep.bins, rep.frames, rep.spec_channels)
   spec, noise = (rng.standard_normal(shape, np.float32) for _ in range(2))
   spec *= np.float32(0.3)
-  levels = np.float32([[process.sigma_cond, process.sigma_max]])
+  levels = np.float32([[consistency.sigma_cond, consistency.sigma_max]])
   noisy = spec + levels[:, :, None, None, None] * noise
 
   original = UNet().eval()
@@ -54,7 +54,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   def run(params, spec, z, noisy, levels):
     pre = net.encode(params, spec)
     features = net.decode(params, z)
-    return net.arch.make_bottleneck()(pre), features['maps'], process.denoise(
+    return net.arch.make_bottleneck()(pre), features['maps'], consistency.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, features), noisy, levels)
 
   try:
