@@ -14,18 +14,19 @@ from m2l2.evaluation.metrics.registry import METRICS
 
 
 def add(command):
-  from m2l2.evaluation.embedders.embeddings import EMBEDDINGS  # whose functions import what inference does without
+  from m2l2.evaluation.embedders.embeddings import EMBEDDINGS  # imports no package of the extras
   parser = command('evaluate', _evaluate,
                    summary='Metrics of reconstructions against their originals, in pairs by file name.',
                    example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
                            '  m2l2 evaluate --reference=DIR --checkpoint=tiny --output=report.json '
                            '--metrics=si_sdr,musicnn_mtt')
   parser.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
-  parser.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
+  parser.add_argument('--estimate', metavar='DIR',
+                      help='their reconstructions; with --checkpoint, the folder to write them to')
   options.checkpoint(parser, required=False,
                      help='reconstruct first, with this snapshot, workdir or model in the box')
   options.report(parser)
-  parser.add_argument('--csv', metavar='*.csv', help='one row a file')
+  parser.add_argument('--csv', metavar='*.csv', help='a table with one row per file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
   parser.add_argument('--credits', metavar='FILE', help='text for the end of that page: whose music it is, its licence')
   parser.add_argument('--metrics', metavar='A,B,...',
@@ -42,26 +43,29 @@ def add(command):
   options.quiet(parser, without='no progress bar, no table')
   options.decoding(parser)
   parser = command('sweep-sigma-cond', _sweep,
-                   summary="Quality against sigma_cond, the noise put back on a chunk before the next is decoded.",
+                   summary="Quality against sigma_cond, the noise added to a chunk before the next is decoded.",
                    example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=tiny --output=sweep.json '
                            '--png=sweep.png')
   parser.add_argument('--reference', required=True, metavar='DIR', help='music to reconstruct (a folder, or one file)')
   options.checkpoint(parser)
   options.report(parser)
-  parser.add_argument('--png', metavar='*.png', help='its curves')
-  parser.add_argument('--values', metavar='X,Y,...', help='of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
+  parser.add_argument('--png', metavar='*.png', help='a plot of the results')
+  parser.add_argument('--values', metavar='X,Y,...', help='values of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
   parser.add_argument('--metrics', metavar='A,B,...', help='as for evaluate (default: si_sdr, mel_l1_db, mrstft, '
                       'ratio, seam_db, musicnn_mtt, musicnn_msd)')
-  parser.add_argument('--by', metavar='NAME', help='which of them tells the best (default: the first Frechet distance)')
-  parser.add_argument('--clips', type=int, default=36, metavar='N', help='files to take, evenly over all (default 36)')
-  parser.add_argument('--seconds', type=float, default=10., metavar='X', help='from the middle of each (default 10)')
+  parser.add_argument('--by', metavar='NAME',
+                      help='the metric that chooses the best value (default: the first Frechet distance)')
+  parser.add_argument('--clips', type=int, default=36, metavar='N',
+                      help='number of files, evenly spread over all (default 36)')
+  parser.add_argument('--seconds', type=float, default=10., metavar='X',
+                      help='length, from the middle of each (default 10)')
   parser.add_argument('--write-best', action='store_true',
                       help="make the best setting the default of the snapshot's decoding")
   options.workers(parser)
   options.seed(parser)
   options.quiet(parser, without='no progress bar, no table')
   parser = command('probe', _probe,
-                   summary='What the latents know: classifiers on frozen features, beside baselines.',
+                   summary='Probes of the latents: classifiers on frozen features, compared with baselines.',
                    example='  m2l2 probe --checkpoint=tiny --music=data/probes/notes --output=probe.json '
                            '--png=probe.png\n'
                            '  m2l2 probe --checkpoint=tiny --music=tinysol:DIR --music=beatport:DIR '
@@ -69,14 +73,15 @@ def add(command):
   options.checkpoint(parser)
   parser.add_argument('--music', metavar='PLACE', required=True, action='append',
                       help='a folder with a labels.csv (launch/research/probe_data.py makes some), tinysol:DIR, '
-                      'beatport:DIR or magnatagatune:DIR; again for more')
+                      'beatport:DIR or magnatagatune:DIR; repeat for several')
   options.report(parser)
-  parser.add_argument('--png', metavar='*.png', help='its bars')
+  parser.add_argument('--png', metavar='*.png', help='a bar chart of the results')
   parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True,
                       help='log-mel statistics, musicnn and random weights in the same table (default)')
   parser.add_argument('--seconds', type=float, default=30., metavar='X',
-                      help='from the middle of each file (default 30)')
-  parser.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
+                      help='length, from the middle of each file (default 30)')
+  parser.add_argument('--seeds', type=int, default=3, metavar='N',
+                      help='seeds that each probe is trained with (default 3)')
   options.quiet(parser, without='no progress bar, no table')
 
 
@@ -85,7 +90,7 @@ def _names(are) -> str:
 
 
 def _defaults() -> str:
-  """What is measured where no metrics are named, in words."""
+  """The default of --metrics, in words."""
   installed = _names(lambda metric: metric.default and metric.package)
   others = _names(lambda metric: not metric.default)
   return ('all that need no file' + (f' but {others}' if others else '')
@@ -111,7 +116,7 @@ def _evaluate(args):
            'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
   credits = Path(args.credits).read_text(encoding='utf-8', errors='replace') if args.credits else ''
   files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
-  compiling.use_cache()  # of the networks that judge; --checkpoint is not always given
+  compiling.use_cache()  # for the embedding networks; there may be no --checkpoint
   metrics, names = evaluate.split_names(args.metrics, with_files=files)
   embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
   with contextlib.ExitStack() as stack:

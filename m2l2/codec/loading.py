@@ -1,4 +1,4 @@
-"""What loading a model needs to know of its weights: where they lie, and whether they fit their config."""
+"""Where models are, and whether weights fit their config."""
 
 from importlib import resources
 import os
@@ -19,9 +19,9 @@ def in_the_box() -> dict[str, str]:
 
 
 def locate(path):
-  """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
+  """The path of a snapshot or workdir unchanged; for the name of a model in the box its path.
 
-  Raises UserError: neither is there.
+  Raises UserError: there is neither.
   """
   path = os.path.expanduser(path)
   if os.path.exists(path):
