@@ -1,4 +1,4 @@
-"""The files to prepare, local or of a file system that fsspec knows: found, measured, and fetched."""
+"""The input files, local or on a file system of fsspec: listing and fetching."""
 
 from collections.abc import Iterator
 import contextlib
@@ -50,7 +50,7 @@ def file_system(url: str):
   """fsspec's file system of a URL, and the path in it."""
   try:
     import fsspec
-    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # others write there, too
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # no cache: other processes write there, too
   except (ImportError, ValueError) as e:
     raise UserError(f'{shown(url)}: cannot be reached ({" ".join(str(e).split())})') from e
 
@@ -62,7 +62,7 @@ def remote_size(base, name) -> int:
 
 @contextlib.contextmanager
 def fetched(base: str, name: str, *, most: int | None = None) -> Iterator[str]:
-  """A file by a local path: itself, or a temporary copy (of the first `most` bytes) of a remote one."""
+  """Yields a local path of a file: its own, or of a temporary copy (of the first `most` bytes) of a remote one."""
   if '://' not in base:
     yield os.path.join(base, name)
     return
@@ -77,7 +77,7 @@ def fetched(base: str, name: str, *, most: int | None = None) -> Iterator[str]:
         fs.get_file(path, copy.name)
     except (FileNotFoundError, PermissionError) as e:
       raise FileFault(f'cannot be fetched ({type(e).__name__})') from e
-    except Exception as e:  # of the way there, not of the file: all others would fail as it did
+    except Exception as e:  # an error of the connection, not of the file: all other files would fail, too
       raise UserError(f'{shown(base)}/{shown(name)}: cannot be fetched: {" ".join(str(e).split())}; run the '
                       'command again to go on') from e
     yield copy.name
