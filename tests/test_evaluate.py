@@ -224,7 +224,7 @@ def test_the_command_writes_the_report(folders, tmp_path, capsys):
   assert list(results['metrics']) == ['si_sdr', 'lsd_db', 'side_mid_db'] and list(results['frechet']) == ['musicnn_msd']
   si_sdr = results['metrics']['si_sdr']
   values = list(si_sdr['per_file'].values())
-  assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # the silent one is in no mean
+  assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # without the silent pair
   assert si_sdr['mean'] == pytest.approx(np.mean(values))
   assert si_sdr['sem'] == pytest.approx(np.std(values, ddof=1) / 2 ** .5)
   assert values == pytest.approx([20, 20], abs=3)

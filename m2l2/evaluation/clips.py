@@ -1,4 +1,4 @@
-"""Excerpts of a folder of music: the same ones each time, for measurements that are repeated."""
+"""Fixed excerpts of a folder of music, for repeated measurements."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,11 +18,11 @@ class Excerpt:
 
 
 def take_excerpts(root, *, seconds: float, most: int | None = None) -> tuple[list[Excerpt], list[str]]:
-  """The middle `seconds` (all, of shorter files) of files of a folder, glob or file: `most` of them, evenly over the
+  """The middle `seconds` (all, of shorter files) of up to `most` files of a folder, glob or file, evenly over the
   sorted names.
 
   Returns (excerpts, one warning for each file that cannot be read).
-  Raises UserError: no audio there, none that can be read, or sizes that are none.
+  Raises UserError: no audio, none that can be read, or invalid sizes.
   """
   if not seconds > 0 or (most is not None and most < 1):
     raise UserError(f'excerpts of {seconds} s of {most} files: both must be positive')
@@ -38,7 +38,7 @@ def take_excerpts(root, *, seconds: float, most: int | None = None) -> tuple[lis
 
 
 def evenly(items: Sequence, most: int | None) -> list:
-  """`most` of the items, evenly spaced; all where there are no more."""
+  """Up to `most` of the items, evenly spaced."""
   if most is None or len(items) <= most:
     return list(items)
   return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]

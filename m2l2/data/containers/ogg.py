@@ -101,7 +101,7 @@ def _ogg_part(buffer, pages, end) -> Part:
       offsets.append(page.offset)
     whole = page.lacing and page.lacing[-1] < 255
     if number == first and 0 <= page.granule < position and not page.flags & 4 and whole:
-      # The encoder's lead, which decoders drop, but no more of it than the last packet gives: of what was cut out
+      # The encoder's delay, which decoders drop, but at most as much as the last packet adds: in audio cut out
       # without decoding the rest is read, and the end would be missing.
       late = max(0, position - page.granule - step)
       position = page.granule + late

@@ -1,9 +1,9 @@
 """LAION-CLAP's audio embedding (Wu et al., 2023), without fusion, as in the published CLAP distances: 512 numbers of
 unit length a clip.
 
-The weights are the user's: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of
+The user provides the weights: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of
 that file is HTS-AT "tiny" (width 96, depths 2 2 6 2); the music checkpoints hold "base" (width 128, depths 2 2 12 2).
-Which one it is, is read from the shapes.
+The shapes tell which one it is.
 
 A clip is 10 s at 48 kHz. Longer ones are cropped in their middle (the original crops at random), shorter ones repeated
 as often as they fit and filled with zeros.

@@ -1,9 +1,9 @@
-"""Mix-ups that make metrics lie, each told by name: a delay, a flipped polarity, swapped channels, another level,
+"""Checks for mistakes that make metrics meaningless: a delay, inverted polarity, swapped channels, another level,
 44.1 kHz taken for 48 kHz, unequal lengths, silence.
 
-Nothing is corrected: a warning says what was found, and the metrics are computed as the files are. What is found by
-correlation needs an estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about
--5 dB); of others only headers, lengths and levels are checked.
+Nothing is corrected: there is a warning, and the metrics are computed from the files as they are. Checks by correlation
+need an estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about -5 dB); for
+others only headers, lengths and levels are checked.
 """
 
 import numpy as np
@@ -12,19 +12,19 @@ import scipy.signal
 
 from m2l2.evaluation.metrics import pairs
 
-FOLLOWS = .5  # correlation from which on one signal is a version of the other
-# Smaller lags are told only of near copies: models that follow the phase alone are found off by one or two samples.
+FOLLOWS = .5  # correlation above which one signal is a version of the other
+# Smaller lags are reported only for near copies: models that follow only the phase may be off by one or two samples.
 MIN_LAG = 3
 NEAR_COPY = .9
 MAX_LAG_SECONDS = 2.
-SIDE_FOLLOWS = .2  # of the side signal, which in music is weak and drowns in an error first
+SIDE_FOLLOWS = .2  # of the side signal, which is weak in music and masked by errors first
 GAIN_DB = 3.
 SILENCE = 10 ** (-90 / 20)
 RATE_RATIO = 48000 / 44100
 
 
 def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) -> list[str]:
-  """What is wrong with a pair, one line each, 'name: what'; the names are silence, rate, length, channels, delay,
+  """The problems of a pair, one line each, 'name: text'; the names are silence, rate, length, channels, delay,
   polarity and gain.
 
   Args:
@@ -41,7 +41,7 @@ def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) 
   r, x = _at_44100(reference, reference_rate), _at_44100(estimate, estimate_rate)
   if len(r) != len(x):
     r, x = r.mean(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
-  # By the channel that is followed best: the mean of two vanishes where one of them is upside down.
+  # By the channel with the highest correlation: the mean of two channels cancels if one is inverted.
   candidates = zip([*r, r.mean(axis=0), r[0]], [*x, x.mean(axis=0), x[-1]])
   lag, peak = max((_best_lag(a, b) for a, b in candidates), key=lambda best: abs(best[1]))
   if abs(peak) < FOLLOWS:
@@ -82,7 +82,7 @@ def _differing_headers(reference, estimate, reference_rate, estimate_rate) -> li
 
 
 def _wrong_rate(r, x) -> list[str]:
-  """A line when the estimate follows the reference once it is played at 48/44.1 or 44.1/48 of its speed."""
+  """A line if the estimate follows the reference after resampling by 48/44.1 or 44.1/48."""
   r, x = r.mean(axis=0), x.mean(axis=0)
   for up, down, line in (
       (160, 147, 'rate: the estimate sounds as if samples of 44.1 kHz were played at 48 kHz (too high and too fast)'),
@@ -115,7 +115,7 @@ def _correlation(a, b) -> float:
 
 
 def _best_lag(r, x, *, max_lag=int(MAX_LAG_SECONDS * pairs.SAMPLE_RATE)) -> tuple[int, float]:
-  """How many samples x is late, and the correlation there, signed."""
+  """The delay of x in samples, and the signed correlation at it."""
   energy = np.sqrt(np.sum(r ** 2) * np.sum(x ** 2))
   if not energy > 0:
     return 0, 0.

@@ -15,7 +15,7 @@ from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
 from m2l2.evaluation.metrics.pairs import log_mel_db, mel_edges
 
-# What tells whether a run learns: README, "Train".
+# The figures that show whether a run learns: m2l2/training/README.md.
 CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')
 WIDTH = 11  # inches
 HZ = (200, 500, 1000, 2000, 5000, 10_000)  # frequencies that spectrograms label
@@ -71,7 +71,7 @@ def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
 
 
 def curves(workdir, names=CURVES) -> Figure:
-  """The named figures of a run over its steps, read from its metrics.jsonl; empty before the first line.
+  """Curves of a run over its steps, read from its metrics.jsonl; empty before the first line.
 
   Raises UserError: the workdir has no metrics.jsonl.
   """
@@ -86,7 +86,7 @@ def curves(workdir, names=CURVES) -> Figure:
 
 
 def read_metrics(workdir) -> list[dict]:
-  """The lines of a workdir's metrics.jsonl; one that is still being written is left out.
+  """The lines of a workdir's metrics.jsonl; a line that is still being written is left out.
 
   Raises UserError: there is no such file.
   """
@@ -98,7 +98,7 @@ def read_metrics(workdir) -> list[dict]:
 
 
 def change_map(change, *, seconds: float) -> Figure:
-  """What each embedding carries, over frequency (left) and over time (right): mean |change| in dB.
+  """What each embedding contributes, over frequency (left) and over time (right): mean |change| in dB.
 
   Args:
     change: float [K, mel bands, frames], of `edits.carried`.
@@ -119,9 +119,9 @@ def change_map(change, *, seconds: float) -> Figure:
 
 
 def sweep_curves(report) -> Figure:
-  """What `sweep.sweep` measured, a panel a metric, against sigma_cond: one curve for each way of decoding, with errors.
+  """The results of `sweep.sweep` against sigma_cond: a panel per metric, a curve per way of decoding, with errors.
 
-  The best setting has a ring.
+  A ring marks the best setting.
   """
   settings, best = report['settings'], report['best']
   names = list(dict.fromkeys(name for setting in settings for name in setting['values']))
@@ -145,7 +145,7 @@ def sweep_curves(report) -> Figure:
 
 
 def learning_curves(runs) -> Figure:
-  """What runs came to, against what they had cost: above over hours of audio seen, below over PFLOP.
+  """The results of runs against their cost: above over hours of audio seen, below over PFLOP.
 
   Args:
     runs: {name: [{'hours': x, 'pflop': y, metric: value, ...}, ...]}, in order; all have the same metrics.
@@ -163,10 +163,10 @@ def learning_curves(runs) -> Figure:
 
 
 def rate_distortion(points, embedding: str) -> Figure:
-  """Distortion against numbers a second: ratio, log-mel L1 and, where it is known, the Frechet distance.
+  """Distortion against numbers per second: ratio, log-mel L1 and, if known, the Frechet distance.
 
   Args:
-    points: a mapping a rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
+    points: a mapping per rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
   """
   points = list(points)
   curves = {name: [(p['numbers_per_second'], p[name]) for p in points] for name in ('ratio', 'mel_l1_db')}
@@ -181,7 +181,7 @@ def rate_distortion(points, embedding: str) -> Figure:
 
 
 def bars(table) -> Figure:
-  """A panel a metric, a bar a row with its error.
+  """A panel per metric, with a bar and its error per row.
 
   Args:
     table: {row: {metric: {'mean': x, 'error': x or None}}}; a row may lack metrics.
@@ -202,7 +202,7 @@ def bars(table) -> Figure:
 
 
 def save(figure: Figure, path):
-  """Writes a PNG; nothing half-written is left. Raises UserError where it cannot."""
+  """Writes a PNG atomically. Raises UserError: it cannot be written."""
   with files.whole(path) as aside:
     figure.savefig(aside, dpi=90, format='png')
 

@@ -1,4 +1,4 @@
-"""A report of `evaluate` for people: a table in the terminal, CSV, and a page of HTML that needs no other file."""
+"""Reports of `evaluate`: a table for the terminal, CSV, and a page of HTML that needs no other file."""
 
 import base64
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from m2l2.evaluation.reports import pictures
 
 PAGE_FILES = 6  # pairs with spectrograms and players
 EXCERPT_SECONDS = 10.
-PLOTTED_FILES = 10  # with fewer, the table of files says more than plots over them
+PLOTTED_FILES = 10  # for fewer, the table of files is enough
 _STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -30,7 +30,7 @@ img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto } .credits
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem } .pair audio { width: 100% }
 .pair button { grid-column: 1 / -1; justify-self: start; font: inherit }
 '''
-# Of a pair one player sounds at a time; whichever is started goes on where the other was.
+# One player of a pair plays at a time; starting the other continues at the same place.
 _SCRIPT = '''
 for (const pair of document.querySelectorAll('.pair')) {
   const players = [...pair.querySelectorAll('audio')];
@@ -64,7 +64,7 @@ def write_json(path, report):
 
 
 def write_csv(path, report):
-  """One row a file, one column a metric; empty where a pair has none."""
+  """One row per file, one column per metric; empty if undefined for the pair."""
   metrics = report['metrics']
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
@@ -118,7 +118,7 @@ def _files(report) -> list[str]:
 
 
 def _from_best_to_worst(report, items):
-  """PAGE_FILES pairs, evenly over the ranking by the mel distance (by another metric where there is none)."""
+  """Up to PAGE_FILES pairs, evenly over the ranking by the mel distance (or the first metric, without it)."""
   if not report['metrics']:
     return items[:PAGE_FILES]
   name = _ranking(report)
@@ -161,7 +161,7 @@ def _listen(item) -> str:
 def _flac(audio, sample_rate) -> str:
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'audio.flac')
-    # 16 bits' worth, which FLAC packs into half the size; and within them, which is no news worth a log line.
+    # Rounded to 16 bits, which halves the FLAC, and clipped, which would be logged otherwise.
     audio_io.write(path, np.clip(np.round(audio * 2 ** 15), -2 ** 15, 2 ** 15 - 1) / 2 ** 15, sample_rate)
     with open(path, 'rb') as file:
       return base64.b64encode(file.read()).decode()
@@ -188,7 +188,7 @@ def _plot_spectrogram(audio, sample_rate):
 
 
 def _plot_metrics(report):
-  """A panel a metric: the files' values, sorted, and their mean."""
+  """A panel per metric: the files' values, sorted, and their mean."""
   metrics = report['metrics']
   columns = min(3, len(metrics))
   rows = -(-len(metrics) // columns)

@@ -1,6 +1,6 @@
-"""What a model has to beat: codecs of the same rate that have learned little or nothing.
+"""Baselines: codecs of the same rate that have learned little or nothing.
 
-All take and give float32 [1, samples] at a sample rate.
+All take and return float32 [1, samples] at a sample rate.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from m2l2.errors import UserError
 def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, bands: int = 16, seed: int = 0):
   """White noise in `bands` bands of equal width on the mel scale, each with the RMS of its band of `audio`.
 
-  The RMS is taken over blocks as long as parameters_per_second / bands of them make a second, and runs in straight
-  lines between their middles.
+  The RMS is taken over parameters_per_second / bands blocks per second, and interpolated linearly between their
+  centres.
   """
   samples = audio.shape[1]
   block = max(1, round(sample_rate * bands / parameters_per_second))
@@ -51,7 +51,7 @@ class PCA:
   basis: np.ndarray
 
   def __call__(self, blocks):
-    """[m, n] -> what is left of them after a projection on the k components."""
+    """[m, n] -> their projection on the k components."""
     return (blocks - self.mean) @ self.basis.T @ self.basis + self.mean
 
 
@@ -73,7 +73,7 @@ def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 4) -> P
 
 
 def paired_bootstrap(differences, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
-  """Mean of paired differences [n], and the 95 % interval of the mean when the pairs are drawn anew."""
+  """Mean of paired differences [n], and the 95 % bootstrap interval of the mean."""
   values = np.asarray(differences, np.float64)
   picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
   low, high = np.quantile(values[picks].mean(axis=1), [.025, .975])

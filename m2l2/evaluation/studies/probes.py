@@ -1,9 +1,9 @@
-"""Probes: what do the latents know? Small classifiers on frozen, time-averaged features (the paper's section 5.5).
+"""Probes of the latents: small classifiers on frozen, time-averaged features (the paper's section 5.5).
 
 Each probe is an MLP without hidden layers or with two (256, 128), trained with Adam (1e-3, L2 penalty 1e-5) for at most
 100 epochs, stopped after 10 without a lower validation loss. Features are standardised by the training files' mean and
-deviation. Batches are of 1083 files, as others do it, or an eighth of the training files where that is fewer: small
-sets would end their epochs before they have learned anything.
+deviation. Batches have 1083 files, as in earlier work, or an eighth of the training files if that is fewer, since small
+sets would have too few updates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +40,8 @@ def features_of(codec: Codec) -> Callable[..., np.ndarray]:
 
 
 def untrained(codec: Codec, *, seed: int = 0) -> Codec:
-  """The same network with random weights: its initial ones, but for the zeros among the kernels, which are drawn too
-  (by their fan-in), since at its very beginning the network says nothing at all."""
+  """The same network with its initial random weights, where kernels that begin at zero are drawn too (by their fan-in),
+  as otherwise the output would be zero."""
   rng = np.random.default_rng(seed)
 
   def draw(value, name):
@@ -60,14 +60,14 @@ def log_mel_statistics(audio, sample_rate) -> np.ndarray:
 
 
 def musicnn_mean(audio, sample_rate) -> np.ndarray:
-  """float32 [200]: musicnn's embedding, mean over its windows; shorter sounds are filled up to 3 s with silence."""
+  """float32 [200]: musicnn's embedding, mean over its windows; shorter sounds are padded to 3 s with silence."""
   needed = -(-musicnn.WINDOW_FRAMES * musicnn.HOP * sample_rate // musicnn.SAMPLE_RATE)
   audio = np.pad(audio, ((0, 0), (0, max(0, needed - audio.shape[1]))))
   return musicnn.embed(audio, sample_rate=sample_rate, name='mtt').mean(axis=0)
 
 
 def extractors(codec: Codec, *, baselines: bool = True, seed: int = 0) -> dict[str, Callable]:
-  """Name -> features of a sound: the model's and, with `baselines`, what they have to beat."""
+  """Name -> features of a sound: the model's and, with `baselines`, those of the baselines."""
   if not baselines:
     return {'model': features_of(codec)}
   return {'model': features_of(codec), 'random weights': features_of(untrained(codec, seed=seed)),
@@ -157,7 +157,7 @@ def _epoch(params, optimizer_state, x, y, order):
 
 
 def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 3) -> dict:
-  """Trains probes of `seeds` beginnings and scores the test files.
+  """Trains probes from `seeds` initialisations and scores the test files.
 
   Args:
     x: float32 [n, d], features of the task's files.
@@ -173,7 +173,7 @@ def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 
 
 
 def majority(task: tasks.Task) -> dict:
-  """What saying always the same gives: the most frequent class of the training files, or each tag's share of them."""
+  """The scores of a constant prediction: the most frequent class of the training files, or each tag's share of them."""
   train, test = task.targets[task.splits == 'train'], task.targets[task.splits == 'test']
   counts = train.mean(axis=0) if task.kind == 'tags' else np.bincount(train, minlength=len(task.classes))
   return scored(task.kind, [np.broadcast_to(np.float32(counts), (len(test), len(task.classes)))], test)
@@ -221,7 +221,7 @@ def average_precision(scores, targets) -> float:
 
 
 def _over_tags(scores, targets, measure) -> float:
-  """Mean over the tags that some files have and some have not; nan where there is none."""
+  """Mean over the tags that some files have and some lack; nan if there is none."""
   has = np.asarray(targets) > 0
   told = has.any(axis=0) & ~has.all(axis=0)
   if not told.any():
@@ -239,11 +239,11 @@ _MEASURES = {'accuracy': accuracy, 'key_score': key_score, 'roc_auc': roc_auc, '
 
 def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, seconds: float = 30., seeds: int = 3,
           progress: Callable[[int], None] = lambda files: None) -> dict:
-  """Every task of every set of music, by every kind of features, with every probe.
+  """Runs every task of every data set, with every kind of features and every probe.
 
   Args:
-    functions: see `extractors`. seconds: from the middle of each file. seeds: beginnings of each probe.
-    progress: called with the number of files done since.
+    functions: see `extractors`. seconds: from the middle of each file. seeds: initialisations of each probe.
+    progress: called with the number of files done since the last call.
   Returns:
     JSON types: {'seconds', 'seeds', 'tasks': {'MUSIC/TASK': {'kind', 'classes': n, 'files': {split: n}, 'rows':
     {features: {probe: {metric: {'mean', 'error'}}}}}}, 'warnings'}. The row 'majority' has one probe, 'none'.
@@ -252,7 +252,8 @@ def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, se
   """
   report, warnings = {}, []
   for dataset in music:
-    prepared = {name: tasks.task(dataset, name) for name in dataset.labels}  # mistakes are told before the long work
+    # mistakes are reported before the long work
+    prepared = {name: tasks.task(dataset, name) for name in dataset.labels}
     features, read, unreadable = extract(dataset, functions, seconds=seconds, progress=progress)
     warnings += unreadable
     for name, (task, unseen) in prepared.items():
@@ -268,7 +269,7 @@ def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, se
 
 
 def table(report) -> str:
-  """Markdown: a row for each kind of features and probe, a column for each task's first metric."""
+  """A table in Markdown: a row per kind of features and probe, a column for each task's first metric."""
   columns = {name: METRICS[task['kind']][0] for name, task in report['tasks'].items()}
   rows = dict.fromkeys((kind, label) for task in report['tasks'].values() for kind, labels in task['rows'].items()
                        for label in labels)
@@ -286,7 +287,7 @@ def table(report) -> str:
 
 
 def bars(report) -> dict:
-  """The same numbers as `pictures.bars` takes them."""
+  """The same numbers in the format of `pictures.bars`."""
   rows = {}
   for name, task in report['tasks'].items():
     metric = METRICS[task['kind']][0]
