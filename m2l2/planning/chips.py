@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' tables: peaks, memory, links. Found by JAX's device_kind."""
+"""Published figures of accelerators: peaks, memory, links, by JAX's device_kind."""
 
 import dataclasses
 

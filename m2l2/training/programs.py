@@ -1,4 +1,4 @@
-"""The programs of a run, lowered: what the loop compiles, the plan estimates and the benchmarks time is the same."""
+"""Lowering of a run's programs, the same for the loop, the plan and the benchmarks."""
 
 from collections.abc import Callable
 import functools
@@ -10,11 +10,11 @@ from m2l2 import sharding
 
 
 def abstract_state(functions, init: Callable, mesh, *, preset: str):
-  """Shapes and places of a run's state; nothing is allocated.
+  """Shapes and shardings of a run's state; nothing is allocated.
 
   Args:
     functions: `train_step.StepFunctions`.
-    init: () -> TrainState, traced alone.
+    init: () -> TrainState, only traced.
     preset: of sharding's table of logical axes.
 
   Returns:
@@ -35,7 +35,7 @@ def abstract_batch(functions, mesh, *, batch_size: int) -> dict:
 def lower_step(functions, state, batch, mesh, *, head: bool = False):
   """`functions.train_step`, lowered for a packed state and a batch (arrays, or shapes with shardings).
 
-  The state is donated and comes back where it was: without out_shardings step 2 would compile again.
+  The state is donated, and returned with the same sharding: otherwise step 2 would compile again.
   """
   step = functools.partial(functions.train_step, head=True) if head else functions.train_step
   places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)

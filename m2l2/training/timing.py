@@ -1,4 +1,4 @@
-"""Where a run's time goes: speed between two logged steps, FLOPs and MFU, goodput over restarts, profiler traces."""
+"""Time of a run: speed between logged steps, FLOPs and MFU, goodput over restarts, profiler traces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2l2.errors import UserError
 from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
 
-_STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
+_STARVED = 0.1  # share of time that a process waits for its data, above which the log names it
 _SILENCE = 60  # seconds between two such lines
 
 
@@ -28,11 +28,11 @@ class Throughput:
   Args:
     samples_per_step: crops in a global batch.
     seconds_per_sample: seconds of sound in a crop.
-    flops_until: the FLOPs of the first n steps, as `model_flops` gives it; None leaves these rates out.
-    devices: how many share them.
-    peak: FLOP/s that one device can do at most; None where nobody knows.
-    exchange: takes a word of this process and gives those of all processes by number, as each left it last.
-    clock: seconds, rising.
+    flops_until: n -> the FLOPs of the first n steps (`model_flops`); None leaves these rates out.
+    devices: number of devices that share them.
+    peak: peak FLOP/s of one device; None if unknown.
+    exchange: takes a word of this process and returns the last words of all processes by number.
+    clock: monotonic seconds.
   """
 
   def __init__(self, *, samples_per_step, seconds_per_sample, flops_until=None, devices=1, peak=None,
@@ -56,9 +56,9 @@ class Throughput:
   def rates(self, step) -> dict:
     """Rates since the last call.
 
-    `time/input_wait` is the share of time spent waiting for data: of several processes the largest, that of the one
-    whose number is `time/input_wait_process`, and the log names its host. `time/tflops_per_second` is of one device,
-    and `time/mfu` is that over the device's peak.
+    `time/input_wait` is the share of time spent waiting for data, of several processes the largest; then
+    `time/input_wait_process` is the number of that process, and the log names its host. `time/tflops_per_second` is per
+    device, and `time/mfu` is that over the device's peak.
     """
     elapsed = max(self._clock() - self._since, 1e-9)
     rate = (step - self._step) / elapsed
@@ -80,7 +80,7 @@ class Throughput:
     told = {index: word.split(maxsplit=1) for index, word in self._exchange(f'{own!r} {self._host}').items()}
     worst = max(told, key=lambda index: float(told[index][0]))
     wait, host = float(told[worst][0]), told[worst][1]
-    if len(told) > 1 and wait > _STARVED and self._warm:  # the first batch of all is waited for everywhere
+    if len(told) > 1 and wait > _STARVED and self._warm:  # every process waits for the very first batch
       logging.log_every_n_seconds(
           logging.WARNING, 'all wait for the data of process %d on %s: %.0f %% of its time', _SILENCE, worst, host,
           100 * wait)
@@ -88,8 +88,8 @@ class Throughput:
     return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
 
 
-# Fields of config.model for counting: nothing computed twice, no packed maps, attention as matrix products. What a step
-# needs, so that MFU compares machines and settings; not what a setting makes of it.
+# Fields of config.model for counting FLOPs: no recomputation, no packed maps, attention as matrix products. These are
+# the FLOPs that a step needs, so that MFU compares machines and settings.
 PLAIN_MODEL = {'remat': 'none', 'tile': '0', 'attention': 'xla', 'dtype': 'float32'}
 
 
@@ -110,7 +110,7 @@ def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flo
 
 
 def parameters(functions) -> int:
-  """Numbers in the weights of `build.step_functions`."""
+  """Number of parameters of `build.step_functions`."""
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(functions.init, jax.random.key(0)).params))
 
 
@@ -124,29 +124,29 @@ def model_flops(config) -> Callable[[int], float]:
 
 
 def peak_flops(config) -> float | None:
-  """Published peak FLOP/s of a device at the dtype of this run's activations; None where it is not known."""
+  """Published peak FLOP/s of a device at the dtype of this run's activations; None if unknown."""
   chip = find_chip(jax.devices()[0].device_kind)
   return chip and chip.flops(build.activation_dtype(config.model.dtype))
 
 
 def demand(config, flops_until: Callable[[int], float]) -> float | None:
-  """Crops a second that this process's devices would take at their peak; None where nobody knows that."""
+  """Crops per second that this process's devices would use at their peak; None if unknown."""
   fields, peak = config.train, peak_flops(config)
   return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
 
 
 class Goodput:
-  """Counts starts, and how much of the time since the first of them went into updates that last.
+  """Counts starts, and the share of time since the first start that went into updates that were kept.
 
-  `time/goodput` is the time in the loop (updates, and waiting for their data, but not saving) whose updates are part
-  of the present state, over all time since the run first began. So it loses by start-up and compiling, by saving, by
-  the time between a stop and the next start, and by updates that were lost with a killed process and done again.
-  `time/restarts` counts starts after the first.
+  `time/goodput` is the time in the loop (updates, and waiting for their data, but not saving) whose updates are part of
+  the present state, over all time since the run first began. Start-up, compiling, saving, the time between a stop and
+  the next start, and updates that were lost by a kill and repeated all reduce it. `time/restarts` counts starts after
+  the first.
 
   Args:
-    path: a JSON file, made if missing; it holds the seconds that count up to each saved step. None writes nothing.
-    step: the step that this start goes on from.
-    began: when this start began, in seconds since the epoch.
+    path: a JSON file, created if missing, with the seconds that count up to each saved step. None writes nothing.
+    step: the step that this start resumes from.
+    began: the time of this start, in seconds since the epoch.
     clock: seconds since the epoch.
   """
 
@@ -164,7 +164,7 @@ class Goodput:
 
   @contextlib.contextmanager
   def saving(self, step, state):
-    """Wraps saving the state after `step` updates; waits for these first, since they are dispatched ahead."""
+    """Wraps saving the state after `step` updates; waits for these first, since they run asynchronously."""
     jax.block_until_ready(state)
     self._counted = self._now()
     yield
@@ -185,7 +185,7 @@ class Goodput:
 
 
 def _read(path):
-  """A file of `Goodput`; None if there is none that can be read: the count is no reason to stop a run."""
+  """A file of `Goodput`; None if it cannot be read, which must not stop a run."""
   try:
     with open(path, encoding='utf-8') as f:
       saved = json.load(f)
@@ -199,10 +199,10 @@ class Trace:
 
   Args:
     steps: 'FIRST:LAST', both included; '' for none.
-    directory: where it goes.
+    directory: for the trace.
 
   Raises:
-    UserError: a range that is none.
+    UserError: an invalid range.
   """
 
   def __init__(self, steps: str, directory):
@@ -210,7 +210,7 @@ class Trace:
     self._first, self._last = trace_range(steps)
 
   def begin(self, step):
-    """Before update `step` (1, 2, ...) is dispatched. A run that goes on amid the range traces the rest of it."""
+    """Before update `step` (1, 2, ...) is dispatched. A run that resumes within the range traces the rest of it."""
     if self._first <= step <= self._last and not self._running:
       jax.profiler.start_trace(self._directory)
       self._running = True
@@ -229,7 +229,7 @@ class Trace:
 
 
 def trace_range(steps: str) -> tuple[int, int]:
-  """'100:110' -> (100, 110); '' -> (0, 0), which no step is in. Raises UserError."""
+  """'100:110' -> (100, 110); '' -> (0, 0), which contains no step. Raises UserError."""
   if not steps:
     return 0, 0
   match = re.fullmatch(r'(\d+):(\d+)', steps)

@@ -1,4 +1,4 @@
-"""The original beside m2l2: one input through both, with the same weights; needs torch and the package codicodec."""
+"""Compares the original with m2l2 on one input and the same weights; needs torch and the package codicodec."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   """Runs one input through the original and through m2l2, float32, on the CPU.
 
   Args:
-    state: the state dict; config, params: what was made of it.
+    state: the state dict; config, params: the converted model.
     tolerance: largest relative error ||a - b|| / ||b||.
 
   Returns:
