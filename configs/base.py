@@ -3,8 +3,11 @@
     m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
 
 Expected cost: 58.9 TFLOP a step of 16 pairs, student and teacher; 47 EFLOP for the 800,000 steps of the ancestor's
-recipe: 2.7 days at a sustained 200 TFLOP/s. Counted, not run. Other configs are deltas on this one.
-Append `:debug` to any of them to shrink it so that it runs in seconds and logs every step.
+recipe. Expected time: 4.4 days on an A100 at 40 % of its peak, 1.4 days on an H100 (computed; not run).
+Expected quality: the paper's (m2l2/evaluation/README.md has its figures). No run here was long enough to tell.
+
+Other configs state what they change of this one. Append `:debug` to any of them to shrink it so that it runs in
+seconds and logs every step.
 """
 
 import ml_collections
@@ -164,39 +167,52 @@ def get_config(arg=''):
 
 
 def any_type(value):
-  """A field that takes other types than that of its first value; the others refuse them."""
+  """A field that takes values of every type. Other fields refuse values of another type than their first value's."""
   return ml_collections.FieldReference(value, field_type=object)
 
 
 def short_run(config):
-  """What lets a run of minutes or hours learn; each is off in the paper's recipe (see README)."""
+  """Sets what lets a run of minutes or hours learn. All of it is off in the paper's recipe; see
+  launch/research/learning.md."""
   config.model.magnitude_input = True
   config.model.shortcut = True
-  config.model.latent_norm = True
   config.model.envelope = True
   config.model.feature_norm = True
   config.consistency.local = True
   config.consistency.local_floor = 0.004
   config.consistency.skip = 'flow'
   config.consistency.step_exponent = 2.0
-  config.train.envelope_weight = 100.0
   config.train.head_start_on = 'envelope'
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 
-def finish(config, arg=''):
-  """Applies the words after the colon: `debug`, `mono`, `stereo` (comma-separated).
+def stereo(config):
+  """Makes a mono config stereo, with what keeps stereo runs from collapsing in their warm-up.
 
-  `stereo` brings the cure of stereo's collapse, but where a linear sketch sets the scale of the latents.
+  `latent_norm` gives each embedding RMS 0.4 before tanh, whatever its length, so tanh cannot saturate; a linear sketch
+  begins at that RMS by itself. Half the learning rate and twice the warm-up are our choice, too.
   """
-  for word in filter(None, arg.split(',')):
-    if word == 'debug':
-      debug(config)
-    elif word in ('mono', 'stereo'):
-      config.model.channels = 1 if word == 'mono' else 2
-      config.model.latent_norm |= word == 'stereo' and not config.model.linear_sketch
-    else:
+  config.model.channels = 2
+  config.model.latent_norm |= not config.model.linear_sketch
+  config.train.learning_rate /= 2
+  config.train.warmup_steps *= 2
+
+
+def finish(config, arg=''):
+  """Applies the words after the colon (`debug`, `mono`, `stereo`; comma-separated, in any order) and locks the config.
+
+  Raises ValueError: another word.
+  """
+  words = [word for word in arg.split(',') if word]
+  for word in words:
+    if word not in ('debug', 'mono', 'stereo'):
       raise ValueError(f'config argument {word!r} is not known: use debug, mono or stereo')
+  if 'stereo' in words and config.model.channels == 1:
+    stereo(config)
+  if 'mono' in words:
+    config.model.channels = 1
+  if 'debug' in words:
+    debug(config)
   return config.lock()  # a misspelt field in a config file is an error, not a new field
 
 

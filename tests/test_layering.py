@@ -95,23 +95,23 @@ class Import:
 def read_imports(source, *, module, is_package=False):
   """Every import of a source text, but for those under `if TYPE_CHECKING:`."""
   package = module if is_package else module.rpartition('.')[0]
-  found = []
+  imports = []
 
   def visit(node, at_import):
     if isinstance(node, ast.Import):
-      found.extend(Import(alias.name, at_import) for alias in node.names)
+      imports.extend(Import(alias.name, at_import) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       base = node.module or ''
       if node.level:
         above = package.split('.')[:len(package.split('.')) - node.level + 1]
         base = '.'.join([*above, *([base] if base else [])])
-      found.extend(Import(base if alias.name == '*' else f'{base}.{alias.name}', at_import)
-                   for alias in node.names)
+      imports.extend(Import(base if alias.name == '*' else f'{base}.{alias.name}', at_import)
+                     for alias in node.names)
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
       called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(
           node.func, 'id', '')
       if called in ('import_module', '__import__'):
-        found.append(Import(node.args[0].value, at_import))
+        imports.append(Import(node.args[0].value, at_import))
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
       children = node.orelse
     else:
@@ -121,7 +121,7 @@ def read_imports(source, *, module, is_package=False):
       visit(child, at_import and not inside)
 
   visit(ast.parse(source), True)
-  return found
+  return imports
 
 
 def read_house():
@@ -303,15 +303,15 @@ def test_no_two_classes_share_a_name():
     ('if TYPE_CHECKING:\n  import grain\nelse:\n  import numpy', ['numpy']),
 ])
 def test_imports_are_found(source, expected):
-  found = read_imports(source, module='m2l2.model.encoder')
-  assert [item.name for item in found] == expected
+  imports = read_imports(source, module='m2l2.model.encoder')
+  assert [item.name for item in imports] == expected
   deep = 'def ' in source or 'lambda' in source
-  assert all(item.at_import != deep for item in found)
+  assert all(item.at_import != deep for item in imports)
 
 
 def test_relative_imports_of_a_package_start_at_itself():
-  found = read_imports('from .encoder import Encoder', module='m2l2.model', is_package=True)
-  assert [item.name for item in found] == ['m2l2.model.encoder.Encoder']
+  imports = read_imports('from .encoder import Encoder', module='m2l2.model', is_package=True)
+  assert [item.name for item in imports] == ['m2l2.model.encoder.Encoder']
 
 
 def small_house(files):

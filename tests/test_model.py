@@ -214,10 +214,10 @@ def test_sums_of_the_denoiser_are_never_rounded_to_bfloat16(tile):
   sigma = jax.ShapeDtypeStruct((1, 2), jnp.float32)
 
   def dtypes(function, *args):
-    found = {}
+    by_dtype = {}
     for equation in _equations(jax.make_jaxpr(function)(*args).jaxpr):
-      found.setdefault(equation.primitive.name, set()).update(str(out.aval.dtype) for out in equation.outvars)
-    return {name: found[name] for name in ('add', 'conv_general_dilated', 'dot_general')}
+      by_dtype.setdefault(equation.primitive.name, set()).update(str(out.aval.dtype) for out in equation.outvars)
+    return {name: by_dtype[name] for name in ('add', 'conv_general_dilated', 'dot_general')}
 
   features = jax.eval_shape(network.decode, params, z)
   assert 'bfloat16' not in set().union(*dtypes(network.denoise, params, spec, sigma, features).values())
@@ -615,14 +615,14 @@ def test_local_embeddings_belong_to_their_slot_of_frames():
   encode, decode = _jit(network.encode), _jit(network.decode)
   louder = np.array(spec)
   louder[:, 0, :, -1] *= -3
-  pre, late = (np.asarray(encode(params, one)) for one in (spec, louder))
+  pre, late = (np.asarray(encode(params, given)) for given in (spec, louder))
   np.testing.assert_array_equal(late[0, 0, :4], pre[0, 0, :4])
   assert _differ(late[0, 0, 4:], pre[0, 0, 4:]) > 1e-3
   assert _differ(pre[0, 0, 4:], pre[0, 0, :4]) > 1e-3
   z = np.tanh(pre)
   turned = z.copy()
   turned[0, 0, 5] *= -1
-  maps, changed = (np.asarray(decode(params, one)['maps'][-1]) for one in (z, turned))
+  maps, changed = (np.asarray(decode(params, given)['maps'][-1]) for given in (z, turned))
   np.testing.assert_array_equal(changed[0, 0, :, 0], maps[0, 0, :, 0])
   assert _differ(changed[0, 0, :, 1], maps[0, 0, :, 1]) > 1e-4
 

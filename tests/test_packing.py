@@ -38,8 +38,8 @@ def test_two_convolutions_of_packed_places_are_two_of_plain_ones(pack):
     out = conv(between, packing.packed_kernel(second, pack), inward)
     return depth_to_space(out, pack), plain
 
-  found, plain = both(draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3))
-  np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-4)
+  packed_output, plain = both(draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3))
+  np.testing.assert_allclose(packed_output, plain, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('pack', PACKS)
@@ -53,8 +53,8 @@ def test_from_plain_to_packed_and_between_aligned_places(pack):
     return plain, depth_to_space(entered, pack), depth_to_space(aligned, pack)
 
   plain, *others = all_three(draw(2, 6, 8, 5), draw(3, 3, 5, 4))
-  for found in others:
-    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
+  for output in others:
+    np.testing.assert_allclose(output, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_frames_are_packed_first_and_only_what_the_next_stride_divides():
@@ -70,8 +70,8 @@ def away_from_zero(params):
   return jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1) * rng.standard_normal(x.shape, np.float32), params)
 
 
-def assert_close(wanted, found, rtol):
-  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+def assert_close(wanted, actual, rtol):
+  for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True):
     assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(a)
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from m2l2 import build
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.planning.flops import count_flops
@@ -47,7 +47,7 @@ def test_the_process_whose_data_come_last_is_named(caplog):
 
 
 def test_what_the_devices_could_take_is_the_demand(monkeypatch):
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.train.update(batch_size=64, steps=10)
   monkeypatch.setattr(timing, 'peak_flops', lambda config: None)
   assert timing.demand(config, lambda n: 1e9 * n) is None
@@ -81,13 +81,13 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
         phases=(('head_start', 4), ('consistency', config.train.steps)))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)
-  until = timing.model_flops(tiny.get_config('debug'))  # which has model.remat = 'blocks'
+  until = timing.model_flops(nano.get_config('debug'))  # which has model.remat = 'blocks'
   once = 2 * 8 * 64 * 64
   assert [until(n) for n in (0, 1, 4, 5, 10)] == [0, once, 4 * once, 6 * once, 16 * once]
 
 
 def test_the_flops_of_a_step_are_those_that_xla_counts():
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.update_from_flattened_dict({
       'model.widths': (8, 16), 'model.strides': ((4, 4),), 'model.blocks': (1, 1), 'model.layers': 1,
       'model.head_dim': 8, 'model.remat': 'none'})
@@ -101,7 +101,7 @@ def test_the_flops_of_a_step_are_those_that_xla_counts():
 
 
 def test_a_cpu_has_no_known_peak():
-  assert timing.peak_flops(tiny.get_config()) is None
+  assert timing.peak_flops(nano.get_config()) is None
 
 
 @pytest.mark.parametrize('begin,expected', [(0, [(3, 5)]), (4, [(5, 5)]), (5, [])])

@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from m2l2 import build
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.consistency import Consistency
 from m2l2.model.architecture import Tanh
 from m2l2.model.autoencoder import Network
@@ -339,8 +339,8 @@ def test_probe_tells_used_latents_from_ignored_ones(toy):
   for sigma in (.2, 1.):
     assert ignored[f'snr_{sigma}'] == ignored[f'snr_{sigma}_swapped']
     assert heard[f'snr_{sigma}'] != heard[f'snr_{sigma}_swapped']
-  one = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
-  assert one['swap'] > 0  # a single item: the chunks are swapped
+  single = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
+  assert single['swap'] > 0  # a single item: the chunks are swapped
 
 
 # --- the real network ---
@@ -357,7 +357,7 @@ PROBES = {'swap', 'energy', 'coherence', 'coherence_source', 'log_magnitude_l1',
 
 @pytest.fixture(scope='module')
 def real():
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   # One level: what the tests cost is compiling. test_configs.py traces every config whole.
   config.model.update(bins=16, frames=4, widths=(16,), head_dim=8, blocks=(1,), strides=())
   functions = build.step_functions(config)

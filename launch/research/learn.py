@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One trial of a recipe: trains with a fixed budget, judges on fixed excerpts, adds a line to a table.
 
-  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
+  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/nano.py \\
     --config.data.root=PREPARED --config.model.native_rates='(22050,)'
 
   --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it
@@ -144,12 +144,12 @@ def cost(config) -> dict[str, float]:
 def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   """What a model makes of the excerpts, as numbers; pictures go to the workdir."""
   latents = excerpts.encode(codec, sounds, rate)
-  one = excerpts.decode(codec, latents, refine=False)
+  one_step = excerpts.decode(codec, latents, refine=False)
   two = excerpts.decode(codec, latents, refine=True)
   other = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
   judged, judged2 = (excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
-                     for estimates in (one, two))
+                     for estimates in (one_step, two))
   exchanged = excerpts.judge(sounds, other, rate, metrics=('ratio',))
   mean = lambda judgement, name: judgement['metrics'][name]['mean']
   distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
@@ -157,10 +157,10 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
            'coherence2': mean(judged2, 'coherence'),
-           'level_db2': judged2['level_db'], 'swap': excerpts.change(one, other),
+           'level_db2': judged2['level_db'], 'swap': excerpts.change(one_step, other),
            'exchanged_ratio': mean(exchanged, 'ratio'),
            **excerpts.latent_health(latents), **denoising(codec, sounds)}
-  draw(sounds, {'one step': one, 'two steps': two, 'latents of another piece': other}, rate, workdir)
+  draw(sounds, {'one step': one_step, 'two steps': two, 'latents of another piece': other}, rate, workdir)
   return line
 
 
@@ -193,7 +193,7 @@ def draw(sounds, estimates, rate, workdir, *, count: int = 3):
   names = list(sounds)
   for name in names[::max(1, len(names) // count)][:count]:
     rows[name] = (sounds[name], rate)
-    rows |= {f'{kind}: {name}': (made[name], rate) for kind, made in estimates.items()}
+    rows |= {f'{kind}: {name}': (by_name[name], rate) for kind, by_name in estimates.items()}
   pictures.save(pictures.spectrograms(rows), workdir / 'spectrograms.png')
   pictures.save(pictures.curves(workdir, ('loss', 'loss/envelope', 'probe_ema/swap', 'latent/spread')),
                 workdir / 'curves.png')

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Weights to begin with: the linear sketch (model.linear_sketch) as the principal components of music's envelopes.
 
-  python launch/research/pca_start.py --output=runs/start --config=configs/tiny22.py --config.data.root=PREPARED
-  m2l2 train --config=configs/tiny22.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
+  python launch/research/pca_start.py --output=runs/start --config=configs/tiny.py --config.data.root=PREPARED
+  m2l2 train --config=configs/tiny.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
 
   --crops=N    of two chunks, from the training music (default 5000)
 

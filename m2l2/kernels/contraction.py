@@ -1,7 +1,7 @@
-"""The product of activations with weights, whose gradient comes in the weights' own order.
+"""The product of activations with weights, with a gradient in the weights' own layout.
 
-JAX's own rule gives the gradient of a weight transposed and turns it round. XLA's CPU backend does that turning as a
-loop on one thread; for wide weights it took longer than the products.
+JAX's own rule computes the gradient of a weight transposed and transposes it back. XLA's CPU backend does that as a
+loop on one thread, which took longer than the products for wide weights.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Norms and SiLU with gradients of their own: two reductions and one pass over the array each way.
 
-What JAX derives by itself keeps every intermediate for the backward pass and walks over the array several times. Here
-only the input and the moments are kept. All maths is float32; results have the input's dtype.
+JAX's own derivatives store every intermediate for the backward pass and read the array several times. Here only the
+input and the moments are stored. All maths is float32; results have the input's dtype.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def silu(x, dtype=None):
-  """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is kept in `dtype`, its own by default."""
+  """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is stored in `dtype`, its own by default."""
   return _silu(x, jnp.dtype(dtype or x.dtype))
 
 
@@ -23,7 +23,7 @@ def _silu(x, dtype):
 
 
 def _silu_gradient(x, gradient):
-  """float32, of a gradient and an x of whatever dtypes."""
+  """float32, of a gradient and an x of any dtypes."""
   x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
   gate = jax.nn.sigmoid(x)
   return gradient * gate * (1 + x * (1 - gate))
@@ -58,7 +58,7 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def keep(x, dtype=None):
-  """x in `dtype`, marked as what a rematerialised layer keeps ('product': model/layers.py)."""
+  """x in `dtype`, marked to be stored by a rematerialised layer ('product': model/layers.py)."""
   return checkpoint_name(x.astype(dtype or x.dtype), 'product')
 
 
@@ -104,8 +104,8 @@ _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 def normalised_qkv(qkv, gains, eps, dtype=None):
   """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
 
-  Its gradient is put together at once, where that of three slices would be three padded arrays and their sum. `dtype`
-  as of `swiglu`.
+  Its gradient is computed as one array; that of three slices would be three padded arrays and their sum. `dtype` as of
+  `swiglu`.
   """
   return _normalised_qkv(qkv, gains, eps, jnp.dtype(dtype or qkv.dtype))
 
@@ -136,8 +136,8 @@ def group_norm(x, scale, *, groups: int, eps: float):
 
   Args:
     scale: [1, C] or [N, C] float32.
-    groups: of neighbouring channels among the C. A map whose P > 1 places lie side by side in its channels
-      (variants/packing.py) shares the groups over them.
+    groups: of neighbouring channels among the C. In a map with P > 1 positions packed into its channels
+      (variants/packing.py), the groups span them.
   """
   packed = x.shape[-1] // scale.shape[-1]
   return _group_norm(x, jnp.tile(scale, (1, packed)), groups, packed, eps)
@@ -151,7 +151,7 @@ def _group_norm(x, scale, groups, packed, eps):
 def _group_norm_forward(x, scale, groups, packed, eps):
   y = x.astype(jnp.float32)
   means = functools.partial(_group_means, groups=groups, packed=packed)
-  # Both moments in one pass, about the mean of the first row: without that shift the difference of squares would lose
+  # Both moments in one pass, relative to the mean of the first row: without that the difference of squares would lose
   # the digits of a group whose mean is large.
   shift = means(jnp.mean(y[:, 0], axis=1))
   shifted = y - shift[:, None, None]

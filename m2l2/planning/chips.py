@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' tables: peaks, memory, links. Found by JAX's device_kind."""
+"""Published figures of accelerators: peaks, memory, links, by JAX's device_kind."""
 
 import dataclasses
 
@@ -12,14 +12,14 @@ class Chip:
   Attributes:
     name: the common name, 'v5e'.
     device_kinds: what `jax.Device.device_kind` calls it.
-    bf16_flops: peak FLOP/s of dense bfloat16 matrix products; None where it has no fast ones.
+    bf16_flops: peak FLOP/s of dense bfloat16 matrix products; None if the chip has no fast ones.
     f32_flops: the same for float32 at JAX's default precision: one bfloat16 pass on TPUs, TF32 on newer GPUs.
     hbm_bytes: memory.
     hbm_bytes_per_second: to and from that memory, together.
     matrix_unit: width of the matrix unit that contracted and output features are padded to.
-    link_bytes_per_second: over all links to other chips (ICI, NVLink), one direction; None where there are none.
+    link_bytes_per_second: over all links to other chips (ICI, NVLink), one direction; None without links.
     platform: 'tpu' or 'gpu'.
-    clock: Hz of a TPU's core, that the compiler's cycles are of; None for GPUs.
+    clock: Hz of a TPU's core, the unit of the compiler's cycles; None for GPUs.
   """
   name: str
   device_kinds: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a training run would need on a TPU pod, from the TPU's own compiler, without the pod.
+"""Estimates the memory and time of a training run on a TPU pod by the TPU compiler, without the pod.
 
 The whole train step is compiled ahead of time for a named topology. Memory, traffic and collectives are the compiled
 program's; FLOPs are counted from the traced one. Neither of the two times is a measurement: the bound is from published
@@ -20,8 +20,8 @@ from m2l2.planning.traffic import Traffic, count_traffic
 from m2l2.training import programs, scaling, timing
 
 MAX_COMPILES = 6
-FULL = 0.9  # of the memory: beyond, the compiler tries for half an hour and longer to compute things twice
-# Without these the TPU's library looks for a TPU on this machine, and says so at length.
+FULL = 0.9  # share of the memory above which the compiler spends half an hour and more on rematerialisation
+# Without these the TPU's library searches for a TPU on this machine, with long messages.
 _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-256', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_WORKER_ID': '0', 'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -68,7 +68,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
     config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
   unit = sharding.batch_shards(mesh) * config.train.accumulate
-  # A batch of the paper's size does not divide over a pod: one crop a chip then.
+  # A batch of the paper's size does not divide over a pod: then one crop per chip.
   config.train.batch_size = batch or -(-config.train.batch_size // unit) * unit
   if config.train.batch_size % unit:
     raise UserError(f'--batch={batch} must be a multiple of {unit}: microbatches times the chips that share a batch')
@@ -151,13 +151,13 @@ def estimate_step(traffic: Traffic, chip: chips.Chip) -> tuple[dict, list]:
                   'mfu': cost.flops / chip.bf16_flops * chip.clock / cycles if cycles else None})
   cycles = traffic.cycles + of_kernels
   without = {kind: {'count': cost.count, 'bytes': cost.accessed}
-             for kind, cost in sorted(traffic.unestimated.items(), key=lambda found: -found[1].accessed)}
+             for kind, cost in sorted(traffic.unestimated.items(), key=lambda entry: -entry[1].accessed)}
   return ({'step_seconds': cycles / chip.clock, 'cycles': cycles, 'clock': chip.clock, 'kernels': of_kernels,
            'without': without}, sorted(parts, key=lambda part: -part['cycles']))
 
 
 def _compile(config, mesh, say, *, probe=False):
-  """-> (compiled step, or probe, '') or (None, why it does not fit)."""
+  """-> (compiled step or probe, '') or (None, the reason why it does not fit)."""
   say(f'compiling{" the probe" if probe else ""} for a batch of {config.train.batch_size}')
   # An abstract mesh: with jax.set_mesh the few arrays made while tracing would go to the TPUs that are not there.
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -178,7 +178,7 @@ def _compile(config, mesh, say, *, probe=False):
 def _largest_batch(config, mesh, unit, say):
   """-> `_compile` of the largest batch found to fit, which config.train.batch_size then is.
 
-  Memory grows linearly with the batch, nearly: two sizes tell where it ends, and the compiler has the last word.
+  Memory grows nearly linearly with the batch: two sizes give an estimate, which the compiler then checks.
   """
   known, best = {}, (0, None)  # {multiple of unit: bytes}
   limit = None                 # smallest multiple that does not fit
@@ -193,7 +193,7 @@ def _largest_batch(config, mesh, unit, say):
       memory = compiled.memory_analysis()
       known[guess] = memory.temp_size_in_bytes
       available = memory.argument_size_in_bytes
-      best = max(best, (guess, compiled), key=lambda found: found[0])
+      best = max(best, (guess, compiled), key=lambda candidate: candidate[0])
     guess = next_guess(known, hbm=_hbm(mesh) - available if known else 0, limit=limit)
     if guess is None:
       break
@@ -238,7 +238,7 @@ def _topology(name):
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
-  if importlib.util.find_spec('libtpu') is None:  # jax would say so less clearly
+  if importlib.util.find_spec('libtpu') is None:  # a clearer message than JAX's
     raise UserError("planning needs the TPU's compiler: pip install 'm2l2[train,tpu]' (no TPU is needed)")
   cores = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
@@ -250,7 +250,7 @@ def _topology(name):
 
 
 def as_text(report: dict) -> str:
-  """The report of `plan` as lines for people."""
+  """The report of `plan` as text."""
   gib = chips.GIB
   mesh = ' x '.join(f'{name} {size}' for name, size in report['mesh'].items())
   lines = [f'{report["topology"]}: {report["devices"]} chips, {report["hosts"]} hosts; {report["preset"]}, {mesh}; '

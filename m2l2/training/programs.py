@@ -1,4 +1,4 @@
-"""The programs of a run, lowered: what the loop compiles, the plan estimates and the benchmarks time is the same."""
+"""Lowering of a run's programs, the same for the loop, the plan and the benchmarks."""
 
 from collections.abc import Callable
 import dataclasses
@@ -11,11 +11,11 @@ from m2l2 import sharding
 
 
 def abstract_state(functions, init: Callable, mesh, *, preset: str):
-  """Shapes and places of a run's state; nothing is allocated.
+  """Shapes and shardings of a run's state; nothing is allocated.
 
   Args:
     functions: `train_step.StepFunctions`.
-    init: () -> TrainState, traced alone.
+    init: () -> TrainState, only traced.
     preset: of sharding's table of logical axes.
 
   Returns:
@@ -50,7 +50,7 @@ def lower_step(functions, state, batch, mesh, **options):
 
   Both may be arrays, or shapes with shardings.
 
-  The state is donated and comes back where it was: without out_shardings step 2 would compile again.
+  The state is donated, and returned with the same sharding: otherwise step 2 would compile again.
   """
   step = functools.partial(functions.train_step, **options)
   places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)

@@ -1,4 +1,4 @@
-"""How fast a run is: speed between two logged steps, FLOPs and MFU, profiler traces. (All its starts: goodput.py.)"""
+"""Speed of a run between logged steps, FLOPs and MFU, profiler traces. (Goodput over restarts: goodput.py.)"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m2l2.errors import UserError
 from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
 
-_STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
+_STARVED = 0.1  # share of time that a process waits for its data, above which the log names it
 _SILENCE = 60  # seconds between two such lines
 
 
@@ -27,11 +27,11 @@ class Throughput:
   Args:
     samples_per_step: crops in a global batch.
     seconds_per_sample: seconds of sound in a crop.
-    flops_until: the FLOPs of the first n steps, as `model_flops` gives it; None leaves these rates out.
-    devices: how many share them.
-    peak: FLOP/s that one device can do at most; None where nobody knows.
-    exchange: takes a word of this process and gives those of all processes by number, as each left it last.
-    clock: seconds, rising.
+    flops_until: n -> the FLOPs of the first n steps (`model_flops`); None leaves these rates out.
+    devices: number of devices that share them.
+    peak: peak FLOP/s of one device; None if unknown.
+    exchange: takes a word of this process and returns the last words of all processes by number.
+    clock: monotonic seconds.
   """
 
   def __init__(self, *, samples_per_step, seconds_per_sample, flops_until=None, devices=1, peak=None,
@@ -55,9 +55,9 @@ class Throughput:
   def rates(self, step) -> dict:
     """Rates since the last call.
 
-    `time/input_wait` is the share of time spent waiting for data: of several processes the largest, that of the one
-    whose number is `time/input_wait_process`, and the log names its host. `time/tflops_per_second` is of one device,
-    and `time/mfu` is that over the device's peak.
+    `time/input_wait` is the share of time spent waiting for data, of several processes the largest; then
+    `time/input_wait_process` is the number of that process, and the log names its host. `time/tflops_per_second` is per
+    device, and `time/mfu` is that over the device's peak.
     """
     elapsed = max(self._clock() - self._since, 1e-9)
     rate = (step - self._step) / elapsed
@@ -76,10 +76,10 @@ class Throughput:
     return out
 
   def _input_wait(self, own) -> dict:
-    told = {process: word.split(maxsplit=1) for process, word in self._exchange(f'{own!r} {self._host}').items()}
-    worst = max(told, key=lambda process: float(told[process][0]))
+    told = {index: word.split(maxsplit=1) for index, word in self._exchange(f'{own!r} {self._host}').items()}
+    worst = max(told, key=lambda index: float(told[index][0]))
     wait, host = float(told[worst][0]), told[worst][1]
-    if len(told) > 1 and wait > _STARVED and self._warm:  # the first batch of all is waited for everywhere
+    if len(told) > 1 and wait > _STARVED and self._warm:  # every process waits for the very first batch
       logging.log_every_n_seconds(
           logging.WARNING, 'all wait for the data of process %d on %s: %.0f %% of its time', _SILENCE, worst, host,
           100 * wait)
@@ -87,8 +87,8 @@ class Throughput:
     return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
 
 
-# Fields of config.model for counting: nothing computed twice, no packed maps, attention as matrix products. What a step
-# needs, so that MFU compares machines and settings; not what a setting makes of it.
+# Fields of config.model for counting FLOPs: no recomputation, no packed maps, attention as matrix products. These are
+# the FLOPs that a step needs, so that MFU compares machines and settings.
 PLAIN_MODEL = {'remat': 'none', 'tile': '0', 'attention': 'xla', 'dtype': 'float32'}
 
 
@@ -109,7 +109,7 @@ def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flo
 
 
 def parameters(functions) -> int:
-  """Numbers in the weights of `build.step_functions`."""
+  """Number of parameters of `build.step_functions`."""
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(functions.init, jax.random.key(0)).params))
 
 
@@ -129,13 +129,13 @@ def model_flops(config) -> Callable[[int], float]:
 
 
 def peak_flops(config) -> float | None:
-  """Published peak FLOP/s of a device at the dtype of this run's activations; None where it is not known."""
+  """Published peak FLOP/s of a device at the dtype of this run's activations; None if unknown."""
   chip = find_chip(jax.devices()[0].device_kind)
   return chip and chip.flops(build.activation_dtype(config.model.dtype))
 
 
 def demand(config, flops_until: Callable[[int], float]) -> float | None:
-  """Crops a second that this process's devices would take at their peak; None where nobody knows that."""
+  """Crops per second that this process's devices would use at their peak; None if unknown."""
   fields, peak = config.train, peak_flops(config)
   return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
 
@@ -145,10 +145,10 @@ class Trace:
 
   Args:
     steps: 'FIRST:LAST', both included; '' for none.
-    directory: where it goes.
+    directory: for the trace.
 
   Raises:
-    UserError: a range that is none.
+    UserError: an invalid range.
   """
 
   def __init__(self, steps: str, directory):
@@ -156,7 +156,7 @@ class Trace:
     self._first, self._last = trace_range(steps)
 
   def begin(self, step):
-    """Before update `step` (1, 2, ...) is dispatched. A run that goes on amid the range traces the rest of it."""
+    """Before update `step` (1, 2, ...) is dispatched. A run that resumes within the range traces the rest of it."""
     if self._first <= step <= self._last and not self._running:
       jax.profiler.start_trace(self._directory)
       self._running = True
@@ -175,7 +175,7 @@ class Trace:
 
 
 def trace_range(steps: str) -> tuple[int, int]:
-  """'100:110' -> (100, 110); '' -> (0, 0), which no step is in. Raises UserError."""
+  """'100:110' -> (100, 110); '' -> (0, 0), which contains no step. Raises UserError."""
   if not steps:
     return 0, 0
   match = re.fullmatch(r'(\d+):(\d+)', steps)
