@@ -135,7 +135,7 @@ def train(config, workdir, writers=()) -> int:
       os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
     spent.enter(goodput.COMPILE)
     batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
-    compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
+    compiled = functools.partial(programs.compiled, options=build.compiler_options(config))
     update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
     train_step = update() if functions.head_start < fields.steps else None
     head_step = update(head=True) if first < functions.head_start else None
