@@ -2,5 +2,9 @@
 
 import beartype
 
-# int passes for float, as in Python's type system.
-checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+_checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))  # int passes for float
+
+
+def checked(function):
+  """The function with its arguments and results checked; the fields of dataclasses are checked by the classes."""
+  return function if function.__name__ == '__init__' else _checked(function)
