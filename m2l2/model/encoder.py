@@ -30,7 +30,7 @@ class Encoder(nnx.Module):
     latents = self.summarise(self.tokens(spec.reshape(b * s, *spec.shape[2:])))
     return latents.reshape(b, s, *latents.shape[1:])
 
-  def tokens(self, x: Float[Array, 'N F T C']) -> Float[Array, 'N P D']:
+  def tokens(self, x) -> Float[Array, 'N P D']:
     """[N, F, T, C] -> tokens [N, P, D]."""
     return self.patchifier(x.astype(self.dtype), gain=self.gain[...])[0]
 
