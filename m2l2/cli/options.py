@@ -38,6 +38,11 @@ def embeddings(parser):
                       help='keep but the first K of each chunk, a lower rate (models trained with train.nested)')
 
 
+def features(parser):
+  parser.add_argument('--features', action='store_true',
+                      help='write *.npz: features float32 [time, dim], a row a chunk, and times [time] in seconds')
+
+
 def sound(parser):
   """Of the audio files that are written."""
   parser.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',

@@ -18,7 +18,7 @@ from m2l2.model.bottleneck import FSQ, Tanh
 from m2l2.model.decoder import Decoder
 from m2l2.model.denoiser import Denoiser, token_grid
 from m2l2.model.encoder import Encoder
-from m2l2.model.layers import REMATS, draw_all, groups, shapes_only
+from m2l2.model.layers import REMATS, draw_all, groups, traced
 
 DTYPES = ('float32', 'bfloat16')
 TILES = (0, 128, 256)
@@ -214,11 +214,7 @@ class Network:
 @functools.lru_cache(maxsize=8)  # equal networks are one: what was compiled for it serves again
 def make_network(arch: Architecture) -> Network:
   """Shapes are traced once; nothing is allocated."""
-  def build():
-    with shapes_only():
-      return Autoencoder(arch, rngs=nnx.Rngs(params=jax.random.key(0)))
-
-  graphdef, abstract = nnx.split(jax.eval_shape(build))
+  graphdef, shapes, inits, axes = traced(lambda: Autoencoder(arch, rngs=nnx.Rngs(params=jax.random.key(0))))
 
   def part(name):
     def run(params, *args):
@@ -235,18 +231,8 @@ def make_network(arch: Architecture) -> Network:
       features.pop('maps', None)
     return {**features, 'z': z} if arch.latents_in_denoiser else features
 
-  def stacked_axes(variable):
-    axes = variable.get_metadata('axes')
-    return ('layers',) * (len(variable.shape) - len(axes)) + axes
-
-  def of_variables(function):
-    return nnx.to_pure_dict(jax.tree.map(function, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)))
-
-  shapes = of_variables(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype))
-  inits = of_variables(lambda v: v.get_metadata('init'))
   return Network(
       arch=arch,
       init=lambda key: draw_all(key, shapes, inits),
       encode=part('encoder'), decode=decode, denoise=part('denoiser'),
-      logical_axes=of_variables(stacked_axes), init_names=of_variables(lambda v: v.get_metadata('init').name),
-      shapes=shapes)
+      logical_axes=axes, init_names=jax.tree.map(lambda init: init.name, inits), shapes=shapes)

@@ -6,7 +6,6 @@ fold_in(seed, step, item): it depends neither on the number of devices nor on gr
 
 from collections.abc import Callable
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -165,36 +164,13 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
   def init(key):
-    params = network.init(key)
-    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
-                      opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+    return new_state(network.init(key), optimizer)
 
   def train_step(state, batch, *, head=False):
-    audio = batch['audio']
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(functools.partial(objective.loss_fn, head=head), stored.tree(state.params), audio, keys,
-                               state.step, accumulate=accumulate)
-    grads = stored.vector(grads)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.step, decay=ema_max)
-    ema = ema_update(state.ema, params, decay)
-
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    params, ema, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
-    state = TrainState(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
-        skipped=state.skipped + jnp.where(finite, 0, 1),
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
-    metrics |= {
-        'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
-        'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
-        'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
-    return state, jax.tree.map(jnp.float32, metrics)
+    def loss_fn(params, batch, keys, step):
+      return objective.loss_fn(params, batch['audio'], keys, step, head=head)
+    return update(loss_fn, state, batch, optimizer=optimizer, schedule=schedule, ema_max=ema_max, seed=seed,
+                  accumulate=accumulate, stored=stored)
 
   def probe_step(params, batch, key):
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
@@ -207,12 +183,52 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
       sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=objective.head_start)
 
 
-def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
-  """-> (gradients, metrics and the 'loss') of loss_fn(params, audio [B, C, N], keys [B], step) -> (loss, metrics), in
-  `accumulate` microbatches one after the other."""
+def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update."""
+  return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
+                    opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+
+
+def update(loss_fn: Callable, state: TrainState, batch, *, optimizer: optax.GradientTransformation, schedule: Callable,
+           ema_max: float, seed: int, accumulate: int = 1, stored=None):
+  """One update of any model: (packed state, batch) -> (packed state, metrics float32).
+
+  Args:
+    loss_fn: (params, batch, keys [B], step) -> (loss, metrics); keys are an item's randomness.
+    batch: tree of arrays [B, ...]. stored: how the state is packed, a `Ravel`; None: not at all.
+  """
+  stored = stored or Apart()
+  step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+  keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(len(jax.tree.leaves(batch)[0])))
+  grads, metrics = gradients(loss_fn, stored.tree(state.params), batch, keys, state.step, accumulate=accumulate)
+  grads = stored.vector(grads)
+  grad_norm = optax.tree.norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  decay = ema_decay(state.step, decay=ema_max)
+  ema = ema_update(state.ema, params, decay)
+
+  finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+  params, ema, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+  state = TrainState(
+      step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
+      skipped=state.skipped + jnp.where(finite, 0, 1),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
+  metrics |= {
+      'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
+      'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+      'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+  return state, jax.tree.map(jnp.float32, metrics)
+
+
+def gradients(loss_fn: Callable, params, batch, keys, step, *, accumulate: int):
+  """-> (gradients, metrics and the 'loss') of loss_fn(params, batch, keys [B], step) -> (loss, metrics), in
+  `accumulate` microbatches one after the other; batch: tree of arrays [B, ...]."""
   grad = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate == 1:
-    (loss, metrics), grads = grad(params, audio, keys, step)
+    (loss, metrics), grads = grad(params, batch, keys, step)
     return grads, {'loss': loss, **metrics}
 
   def add(total, micro):
@@ -220,7 +236,7 @@ def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
     return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
 
   # Strided, so that with a sharded batch every device works on every microbatch.
-  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
+  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (batch, keys))
   grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
   grads = jax.tree.map(lambda g: g / accumulate, grads)
   # A microbatch may hold no draw of a sigma band; any other nan must stay one.
