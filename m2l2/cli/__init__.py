@@ -10,10 +10,10 @@ import os
 import sys
 
 from m2l2 import __version__
-from m2l2.cli import coding, corpora, listing, measuring, runs, signals, terminal, weights
+from m2l2.cli import coding, corpora, listing, measuring, retrieval, runs, signals, terminal, weights
 from m2l2.errors import OutputClosed, told
 
-_GROUPS = (runs, corpora, coding, measuring, weights, listing)
+_GROUPS = (runs, corpora, coding, retrieval, measuring, weights, listing)
 _DESCRIPTION = """\
 Music to a few summary embeddings, and back.
 

@@ -1,11 +1,16 @@
-"""Latents as vectors for music information retrieval, in files that numpy reads alone."""
+"""Latents as vectors for music information retrieval: their files, and which pieces are alike."""
 
+from collections.abc import Sequence
 import os
 import zipfile
 
 import numpy as np
 
 from m2l2 import files
+from m2l2.data.audio_io import shown
+from m2l2.errors import UserError
+
+EXTENSION = '.npz'
 
 
 def save(path, codec, latents):
@@ -22,6 +27,18 @@ def save(path, codec, latents):
     np.savez(file, **arrays)
 
 
+def load(path, *, model: str) -> np.ndarray:
+  """The features of a file, float32 [time, dim]. Raises UserError: it holds none, or those of another model."""
+  try:
+    with np.load(path, allow_pickle=False) as stored:
+      features, found = stored['features'], str(stored['model'])
+  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    raise UserError(f'{shown(path)}: is not a file of features (make one with m2l2 encode --features)') from error
+  if found != model:
+    raise UserError(f'{shown(path)}: its features are of model {found}, not of {model}: encode again')
+  return features
+
+
 def model_of(path) -> str | None:
   """The fingerprint of the model that a file of features is of; None where there is no such file."""
   if not os.path.isfile(path):
@@ -29,5 +46,24 @@ def model_of(path) -> str | None:
   try:
     with np.load(path, allow_pickle=False) as stored:
       return str(stored['model'])
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
     return None
+
+
+def descriptor(features: np.ndarray) -> np.ndarray:
+  """One vector of a piece, float64 [2 dim], of its features [time, dim]: their mean and deviation over time."""
+  features = np.asarray(features, np.float64)
+  return np.concatenate([features.mean(axis=0), features.std(axis=0)])
+
+
+def similarity(query: np.ndarray, pieces: Sequence[np.ndarray]) -> np.ndarray:
+  """How alike a piece and others are, float64 [n] in [-1, 1]: the cosine between descriptors in which every number has
+  mean 0 and deviation 1 over all of them.
+
+  Args:
+    query: float [width]. pieces: n of these, one or more.
+  """
+  rows = np.stack([query, *pieces])
+  rows = (rows - rows.mean(axis=0)) / np.maximum(rows.std(axis=0), 1e-6)
+  rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+  return rows[1:] @ rows[0]

@@ -390,7 +390,7 @@ class Generator:
 
   def _to_unit(self, z):
     z = (z - self._mean) / self._std
-    return z.reshape(*z.shape[:2], -1).astype(np.float32)
+    return z.reshape(*z.shape[:2], self.flow.numbers).astype(np.float32)
 
   def _from_unit(self, x):
     x = np.asarray(x)
