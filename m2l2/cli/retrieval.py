@@ -32,8 +32,8 @@ def _similar(args):
   found = sources.find_files(args.folder, (*jobs.AUDIO, *jobs.LATENTS, features.EXTENSION))
   if not found:
     raise UserError(f'{audio_io.shown(args.folder)}: there is no such file or directory')
-  base, names = found
-  names = [name for name in sorted(names) if not os.path.samefile(os.path.join(base, name), args.piece)]
+  base = found[0]
+  names = [name for name in sorted(found[1]) if not os.path.samefile(os.path.join(base, name), args.piece)]
   codec = options.load_codec(args)
   query = features.descriptor(_features_of(args.piece, codec))
   kept, vectors = [], []
