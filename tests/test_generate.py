@@ -108,16 +108,16 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(corpus, tmp_path, m
 def test_the_estimate_is_exact_for_one_chunk_of_known_deviation():
   """A network that says nothing leaves the best linear estimate of data of unit scale, x t / (t^2 + (1 - t)^2)."""
   flow = generate.Flow(SMALL, K * D, ())
-  params = flow.init(jax.random.key(0))  # the last layer begins with zeros
+  params = jax.jit(flow.init)(jax.random.key(0))  # the last layer begins with zeros
   x, t = np.ones((2, 4, K * D), np.float32), np.float32([0.25, 0.5])
-  got = flow.estimate(params, x, np.zeros((2, 4), bool), t, np.zeros(2, np.int32))
+  got = jax.jit(flow.estimate)(params, x, np.zeros((2, 4), bool), t, np.zeros(2, np.int32))
   np.testing.assert_allclose(got[:, 0, 0], t / (t ** 2 + (1 - t) ** 2), rtol=1e-6)
 
 
 def test_what_is_drawn_leaves_something_to_learn():
   flow = generate.Flow(SMALL, K * D, ())
-  t, noise, given, untold = jax.vmap(lambda key: flow.draw(key, shape=(4, K * D)))(
-      jax.random.split(jax.random.key(0), 500))
+  draw = jax.jit(jax.vmap(lambda key: flow.draw(key, shape=(4, K * D))))
+  t, noise, given, untold = draw(jax.random.split(jax.random.key(0), 500))
   assert 0 < t.min() and t.max() < 1 and noise.shape == (500, 4, K * D)
   assert not given.all(axis=1).any()
   kinds = {tuple(row) for row in np.asarray(given).tolist()}

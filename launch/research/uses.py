@@ -14,8 +14,9 @@ continue: of each held-out excerpt the generator hears the first GIVEN chunks an
 decoded, from the excerpt's own end and from the ends of the others? Cosine distances of mean musicnn embeddings; paired
 bootstrap over the excerpts. Beside it: the excerpt's first chunks again, in the place of its end.
 
-similar: for each excerpt of the list, does another excerpt of its track, half a track away, rank first among such
-excerpts of all tracks? By `m2l2 similar`'s descriptor, and by other vectors in its place.
+similar: for each excerpt of the list, is the nearest of all other excerpts, up to six of each listed track, from end to
+end of it, one of the same track? And where each track has but the one that is furthest away in time? By `m2l2 similar`,
+by plain cosines of mean latents, and by those of mean log-mel spectra.
 
   --checkpoint=MODEL  default tiny         --excerpts=FILE     default launch/research/excerpts/heldout.txt
   --music=DIR         where they are, default data/music/heldout
@@ -41,7 +42,7 @@ from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.metrics.frechet import DRAWS, frechet_distance
-from m2l2.evaluation.studies import baselines, excerpts, probes
+from m2l2.evaluation.studies import baselines, excerpts
 from m2l2.examples import generate
 
 EMBEDDING = 'musicnn_mtt'
@@ -179,38 +180,52 @@ def alike(args) -> dict:
   codec = load(args.checkpoint)
   rate = codec.native_rates[0]
   listed = excerpts.read_list(args.excerpts)
-  queries = excerpts.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate)
-  others = [other_excerpt(Path(args.music) / name, start, rate) for start, name in listed]
-  tracks = [name for _, name in listed]
-  vectors = {
-      'm2l2 similar': lambda audio: features.descriptor(codec.features(codec.encode(audio, rate))),
-      'mean latents': lambda audio: codec.features(codec.encode(audio, rate), per='file'),
-      'log-mel means': lambda audio: pairs.log_mel_db(audio, sample_rate=rate).mean(axis=1),
-      'log-mel means and deviations': lambda audio: probes.log_mel_statistics(audio, rate),
-      'musicnn': lambda audio: probes.musicnn_mean(audio, rate)}
-  report = {}
-  for name, vector in vectors.items():
-    pieces = [vector(audio) for audio in others]
-    firsts = [tracks[int(np.argmax(features.similarity(vector(audio), pieces)))] for audio in queries.values()]
-    right = np.array([first == track for first, track in zip(firsts, tracks)])
-    interval = baselines.paired_bootstrap(right)
-    report[name] = {'first': float(right.mean()), 'low': interval['low'], 'high': interval['high']}
-    print(name, json.dumps(report[name]), flush=True)
-  return {'excerpts': len(listed), 'tracks': len(set(tracks)), 'systems': report}
+  queries = list(excerpts.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate).values())
+  pool = [(name, *excerpt) for name in sorted({name for _, name in listed})
+          for excerpt in spread_excerpts(Path(args.music) / name, rate)]
+  of_track, places = np.array([name for name, *_ in pool]), np.array([place for _, place, _ in pool])
+  sounds = [audio for *_, audio in pool]
+  latents = lambda audio: codec.features(codec.encode(audio, rate))
+  mel = lambda audio: pairs.log_mel_db(audio, sample_rate=rate).T
+  report = {'excerpts': len(listed), 'tracks': len(set(of_track)), 'pool': len(pool), 'systems': {}}
+  for name, features_of, compare in (
+      ('m2l2 similar', latents, features.similarity), ('mean latents', latents, cosines),
+      ('log-mel means', mel, cosines)):
+    asked, others = [features_of(audio) for audio in queries], [features_of(audio) for audio in sounds]
+    nearest, single = [], []
+    for (start, track), query in zip(listed, asked):
+      near = (of_track == track) & (np.abs(places - start) < EXCERPT)
+      ranked = compare(query, others)
+      nearest.append(of_track[np.argmax(np.where(near, -2, ranked))] == track)
+      far = np.where(near, -1, np.abs(places - start))  # of each track the one excerpt that is furthest in time
+      chosen = [np.flatnonzero(of_track == other)[np.argmax(far[of_track == other])] for other in np.unique(of_track)]
+      one_each = compare(query, [others[i] for i in chosen])
+      single.append(of_track[chosen[int(np.argmax(one_each))]] == track)
+    report['systems'][name] = {title: baselines.paired_bootstrap(np.float64(right)) for title, right in (
+        ('another excerpt of the track is the nearest of all', nearest),
+        ('of one excerpt a track, the furthest in time, its own is the nearest', single))}
+    print(name, json.dumps(report['systems'][name]), flush=True)
+  return report
 
 
-def other_excerpt(path, start: float, rate: int):
-  """EXCERPT seconds of the file, mono at `rate`, half of it away from `start` (s), or as far as there is."""
+def cosines(query, pieces):
+  """Between mean features, less the mean of all."""
+  means = np.stack([piece.mean(axis=0) for piece in (query, *pieces)])
+  rows = means - means.mean(axis=0)
+  rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+  return rows[1:] @ rows[0]
+
+
+def spread_excerpts(path, rate: int, most: int = 6) -> list:
+  """(start in s, audio mono at `rate`) of excerpts of EXCERPT seconds from one end of a file to the other."""
   with audio_io.AudioReader(path) as reader:
     own = reader.info.sample_rate
-    last = reader.info.frames / own - EXCERPT
-    begin = start + last / 2 if start <= last / 2 else start - last / 2
-    if abs(begin - start) < EXCERPT:
-      begin = 0.0 if start > last / 2 else last
-    if abs(begin - start) < EXCERPT:
-      raise UserError(f'{path}: is too short for two excerpts of {EXCERPT:g} s')
-    audio = reader.read(start=round(begin * own), frames=round(EXCERPT * own), check_finite=True)
-  return audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)
+    seconds = reader.info.frames / own
+    found = []
+    for start in np.linspace(0, seconds - EXCERPT, min(most, int(seconds // EXCERPT))):
+      audio = reader.read(start=int(start * own), frames=int(EXCERPT * own), check_finite=True)
+      found.append((float(start), audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)))
+  return found
 
 
 STUDIES = {'generate': new_music, 'continue': continuations, 'similar': alike}

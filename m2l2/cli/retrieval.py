@@ -35,12 +35,11 @@ def _similar(args):
   base = found[0]
   names = [name for name in sorted(found[1]) if not os.path.samefile(os.path.join(base, name), args.piece)]
   codec = options.load_codec(args)
-  query = features.descriptor(_features_of(args.piece, codec))
-  kept, vectors = [], []
+  query, kept, pieces = _features_of(args.piece, codec), [], []
   with terminal.bar('read', len(names), quiet=args.quiet) as done:
     for name in names:
       try:
-        vectors.append(features.descriptor(_features_of(os.path.join(base, name), codec)))
+        pieces.append(_features_of(os.path.join(base, name), codec))
         kept.append(name)
       except UserError as error:
         if not args.quiet:
@@ -48,7 +47,7 @@ def _similar(args):
       done(1)
   if not kept:
     raise UserError(f'{audio_io.shown(args.folder)}: no piece there to compare with')
-  similarity = features.similarity(query, vectors)
+  similarity = features.similarity(query, pieces)
   ranked = sorted(zip(similarity.tolist(), kept), key=lambda pair: (-pair[0], pair[1]))[:args.most]
   if args.json:
     terminal.show(json.dumps([{'piece': name, 'similarity': round(value, 4)} for value, name in ranked], indent=2))
