@@ -24,15 +24,15 @@ _spec.loader.exec_module(sys.modules['m2l2'])
 
 def add_stand_in(wheel, checkout):
   """Adds the package m2l2 that loads the one of `checkout` to an editable wheel."""
-  with zipfile.ZipFile(wheel) as made:
-    files = {entry: made.read(entry) for entry in made.infolist()}
+  with zipfile.ZipFile(wheel) as archive:
+    files = {entry: archive.read(entry) for entry in archive.infolist()}
   text = STAND_IN.format(place=str(Path(checkout).resolve() / 'm2l2' / '__init__.py')).encode()
   digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b'=').decode()
   line = f'm2l2/__init__.py,sha256={digest},{len(text)}\n'
-  with zipfile.ZipFile(wheel, 'w', zipfile.ZIP_DEFLATED) as made:
-    made.writestr('m2l2/__init__.py', text)
+  with zipfile.ZipFile(wheel, 'w', zipfile.ZIP_DEFLATED) as archive:
+    archive.writestr('m2l2/__init__.py', text)
     for entry, data in files.items():
-      made.writestr(entry, line.encode() + data if entry.filename.endswith('.dist-info/RECORD') else data)
+      archive.writestr(entry, line.encode() + data if entry.filename.endswith('.dist-info/RECORD') else data)
 
 
 if __name__ == '__main__':

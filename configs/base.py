@@ -3,8 +3,11 @@
     m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
 
 Expected cost: 58.9 TFLOP a step of 16 pairs, student and teacher; 47 EFLOP for the 800,000 steps of the ancestor's
-recipe: 2.7 days at a sustained 200 TFLOP/s. Counted, not run. Other configs are deltas on this one.
-Append `:debug` to any of them to shrink it so that it runs in seconds and logs every step.
+recipe. Expected time: 4.4 days on an A100 at 40 % of its peak, 1.4 days on an H100 (computed; not run).
+Expected quality: the paper's (m2l2/evaluation/README.md has its figures). No run here was long enough to tell.
+
+Other configs state what they change of this one. Append `:debug` to any of them to shrink it so that it runs in
+seconds and logs every step.
 """
 
 import ml_collections
@@ -59,7 +62,7 @@ def get_config(arg=''):
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # recomputed in the backward pass: none; products: all but those; blocks; full
-  model.tile = any_type('auto')        # maps narrower than this are packed (model/packing.py): 0, 128, 256
+  model.tile = any_type('auto')        # maps narrower than this are packed (variants/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 
@@ -89,6 +92,7 @@ def get_config(arg=''):
   train.steps = 800_000
   train.batch_size = 16                # crops of two chunks, over all devices
   train.accumulate = 1                 # microbatches an update
+  train.reduction = 'activations'      # what devices sum gradients in: the dtype of activations, or float32
   train.optimizer = 'radam'            # radam or adam
   train.learning_rate = 1e-4
   train.final_learning_rate = 1e-6     # end of the cosine
@@ -108,8 +112,30 @@ def get_config(arg=''):
   train.keep_last = 3                  # the newest checkpoints are kept
   train.keep_every = 50_000            # and one every so many steps for good; 0: none
   train.max_skipped_in_a_row = 20      # that many non-finite gradients in a row end the run
+  train.compiler_options = ''          # NAME=VALUE,... for XLA, over those of the chip: planning/chips.py
   train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
   train.init_from = ''                 # snapshot, workdir or model in the box whose weights a new run starts from
+
+  # How the recipe follows the batch: k is train.batch_size over `batch`, for which the numbers of `train` were written.
+  # A field that the command line gives stays as it is given. None of these rules was tried here at pods' batches.
+  scaling = config.scaling = ml_collections.ConfigDict()
+  scaling.batch = 0                    # 0: off, the numbers hold for any batch; the paper's are for 16
+  # Learning rates x k^this. 1/2: Adam and its kind (arXiv 2205.10287, whose 1 - b1 and 1 - b2 would grow by k as well:
+  # from k = 10 on they cannot); 1: plain SGD (arXiv 1706.02677).
+  scaling.rate_power = 0.5
+  # Steps / k^this. 1: as many samples (arXiv 1706.02677); 0: as many updates (arXiv 1705.08741). Beyond the critical
+  # batch the steps that a loss takes fall ever less (arXiv 1812.06162): 1/2 keeps rate x steps.
+  scaling.steps_power = 0.5
+  # Warm-up / k^this. 1: as many samples (arXiv 1706.02677), but no fewer updates than least_warmup, about 2 / (1 - b2)
+  # (arXiv 1910.04209), or than were written.
+  scaling.warmup_power = 1.0
+  scaling.least_warmup = 2000
+  # Half-life of the average in samples, in place of ema_decay (arXiv 2206.00364; as decay^k, arXiv 2307.13813); 0: off.
+  # 0.9999 at a batch of 16 is 110,898.
+  scaling.ema_half_life = 0
+  # The index step shrinks over the run, by the share of its steps done (arXiv 2310.14189), so it follows by itself.
+  # The last one / k^this, on top: a smaller step has less bias and more variance, which a large batch averages out.
+  scaling.step_power = 0.0
 
   data = config.data = ml_collections.ConfigDict()
   data.source = 'auto'                 # auto: root is what is there; folder: one folder, glob or file, commas and all
@@ -142,39 +168,52 @@ def get_config(arg=''):
 
 
 def any_type(value):
-  """A field that takes other types than that of its first value; the others refuse them."""
+  """A field that takes values of every type. Other fields refuse values of another type than their first value's."""
   return ml_collections.FieldReference(value, field_type=object)
 
 
 def short_run(config):
-  """What lets a run of minutes or hours learn; each is off in the paper's recipe (see README)."""
+  """Sets what lets a run of minutes or hours learn. All of it is off in the paper's recipe; see
+  launch/research/learning.md."""
   config.model.magnitude_input = True
   config.model.shortcut = True
-  config.model.latent_norm = True
   config.model.envelope = True
   config.model.feature_norm = True
   config.consistency.local = True
   config.consistency.local_floor = 0.004
   config.consistency.skip = 'flow'
   config.consistency.step_exponent = 2.0
-  config.train.envelope_weight = 100.0
   config.train.head_start_on = 'envelope'
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 
-def finish(config, arg=''):
-  """Applies the words after the colon: `debug`, `mono`, `stereo` (comma-separated).
+def stereo(config):
+  """Makes a mono config stereo, with what keeps stereo runs from collapsing in their warm-up.
 
-  `stereo` brings the cure of stereo's collapse, but where a linear sketch sets the scale of the latents.
+  `latent_norm` gives each embedding RMS 0.4 before tanh, whatever its length, so tanh cannot saturate; a linear sketch
+  begins at that RMS by itself. Half the learning rate and twice the warm-up are our choice, too.
   """
-  for word in filter(None, arg.split(',')):
-    if word == 'debug':
-      debug(config)
-    elif word in ('mono', 'stereo'):
-      config.model.channels = 1 if word == 'mono' else 2
-      config.model.latent_norm |= word == 'stereo' and not config.model.linear_sketch
-    else:
+  config.model.channels = 2
+  config.model.latent_norm |= not config.model.linear_sketch
+  config.train.learning_rate /= 2
+  config.train.warmup_steps *= 2
+
+
+def finish(config, arg=''):
+  """Applies the words after the colon (`debug`, `mono`, `stereo`; comma-separated, in any order) and locks the config.
+
+  Raises ValueError: another word.
+  """
+  words = [word for word in arg.split(',') if word]
+  for word in words:
+    if word not in ('debug', 'mono', 'stereo'):
       raise ValueError(f'config argument {word!r} is not known: use debug, mono or stereo')
+  if 'stereo' in words and config.model.channels == 1:
+    stereo(config)
+  if 'mono' in words:
+    config.model.channels = 1
+  if 'debug' in words:
+    debug(config)
   return config.lock()  # a misspelt field in a config file is an error, not a new field
 
 
@@ -189,6 +228,7 @@ def debug(config):
   model.linear_sketch = (32, 4) if model.linear_sketch else ()
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
+  config.scaling.batch = min(config.scaling.batch, train.batch_size)
   train.envelope_bands = min(train.envelope_bands, 32)
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
   config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

@@ -1,14 +1,16 @@
-"""For one clip and 20 minutes on a CPU: what the recipe can do where it can remember. 2.9 M parameters, mono.
+"""For one clip and 20 minutes on a CPU: a model that memorises the clip. 2.9 M parameters, mono 11.025 kHz.
 
     m2l2 train --config=configs/clip.py --config.data.root=m2l2/assets/clips/train/crystan-credits.ogg \\
       --workdir=runs/clip
 
-The paper's recipe at 11.025 kHz, with two changes: linear paths to the latents and back, and a head start (a quarter of
-the steps regress from pure noise onto the clip), without which the latents of all chunks stay alike for thousands of
-steps. It is rung C of launch/research/ladder.py, which says what must come out. The quickstart trains it for a minute
-on the clip's magnitudes alone.
+The paper's recipe with two changes: linear paths to the latents and back, and a head start (a quarter of the steps
+regress from pure noise onto the clip), without which the latents of all chunks stay alike for thousands of steps. It is
+rung C of launch/research/ladder.py, which states what must come out. The quickstart trains it for a minute on the
+clip's magnitudes alone.
 
-Expected cost: 67.0 GFLOP a step of 4 pairs after the head start, 0.065 PFLOP in all; some 20 minutes on one CPU core.
+Expected cost: 67.0 GFLOP a step of 4 pairs after the head start, 0.065 PFLOP in all. Expected time: some 20 minutes on
+one core of an AMD EPYC.
+Expected quality, on the clip itself: SNR of the compressed spectrogram 0 dB in one step, coherence .59 (the clip: .62).
 """
 
 from m2l2.configs import base

@@ -3,11 +3,13 @@
     m2l2 import-codicodec codicodec.pt runs/codicodec     # its published weights
     m2l2 train --config=configs/codicodec.py --config.data.root=MUSIC --workdir=runs/codicodec
 
-Another point of the space of models that `base` spans. The training recipe is what is known of the paper's: 2 million
-steps of 16 pairs, half of the samples sums of two crops, and the noise levels of its ancestor's index grid (whose code
-calls that log-normal).
+The network is that of the published weights. The training recipe is what its paper tells: 2 million steps of 16 pairs,
+half of the samples sums of two crops, and the noise levels of its ancestor's index grid (whose code calls that
+log-normal).
 
-Expected cost: 45.6 TFLOP a step of 16 pairs, 91 EFLOP in all: 5.3 days at a sustained 200 TFLOP/s. Counted, not run.
+Expected cost: 45.6 TFLOP a step of 16 pairs, 91 EFLOP in all. Expected time: 8.4 days on an A100 at 40 % of its peak
+(computed; not run).
+Expected quality: that of the published weights, which m2l2 runs (m2l2/interop/README.md). Nothing was trained here.
 """
 
 from m2l2.configs import base

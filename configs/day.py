@@ -1,15 +1,15 @@
-"""For one GPU and a day: the paper's shape at three quarters of its width, 85.9 M parameters, mono 44.1 kHz.
+"""For one GPU and a day: `base` at three quarters of its width, 85.9 M parameters, mono 44.1 kHz.
 
     m2l2 train --config=configs/day.py --config.data.root=MUSIC --workdir=runs/day
 
-What `base` would need 5 days for, in one: fewer steps (their last ones twice as long, see consistency.step_exponent),
-and the latents are tokens of the denoiser too. Give it 200 hours of music or more; with less it remembers.
+Against `base`: 300,000 steps instead of 800,000 (the last ones twice as long, see consistency.step_exponent), and the
+latents are also tokens of the denoiser. Give it 200 hours of music or more; with less it overfits.
 
-Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all: a day at a sustained 117 TFLOP/s. Counted,
-not run.
-
-Look at the log while it runs, and stop it where it does not learn: by step 30,000 probe_ema/coherence should be beyond
-.35 (probe_ema/coherence_source is what the music has) and probe_ema/swap beyond .2, latent/saturated always below .05.
+Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all. Expected time: 22 hours on an A100 at 40 % of its peak
+(computed; not run).
+Expected quality: unknown. Look at the log while it trains, and stop it where it does not learn: by step 30,000
+probe_ema/coherence should be above .35 (probe_ema/coherence_source is that of the music) and probe_ema/swap above .2;
+latent/saturated should always be below .05.
 """
 
 from m2l2.configs import base

@@ -37,7 +37,9 @@ options=()
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared;
 # in the order of tests/conftest.py, not files of many tests first.
 [ $# -gt 0 ] || options+=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
-[ -z "$soak" ] || options+=(-m 'not gpu and not tpu and not torch and not visqol')
+without='not gpu and not tpu and not torch and not visqol'
+command -v chromium >/dev/null || without+=' and not chromium'
+[ -z "$soak" ] || options+=(-m "$without")
 run pytest "$bin/python" -m pytest tests ${options[@]+"${options[@]}"} "$@"
 wait $lint || failed+=('ruff or mypy')
 cat .venv-test/lint.log

@@ -1,7 +1,7 @@
 """Music2Latent2 in JAX: music to a few summary embeddings, and back.
 
-This is the list of what users may touch. The names load on first use, so `import m2l2` is
-immediate and imports no other library.
+The public names are listed in __all__. They are loaded on first use, so `import m2l2` takes no time and imports no
+other library.
 """
 
 import contextlib
@@ -23,8 +23,11 @@ __all__ = ['Codec', 'Latents', '__version__', 'load', 'train']
 
 @contextlib.contextmanager
 def no_collection():
-  """Python's garbage collector is off: importing and tracing make millions of objects that live on, and walking them
-  again and again is a sixth of a start. Threads may overlap: whoever found it on turns it on."""
+  """Turns Python's garbage collector off during the block.
+
+  Importing and tracing make millions of objects that stay alive; scanning them again and again took a sixth of the time
+  of a start. Blocks of several threads may overlap: the thread that turned the collector off turns it on again.
+  """
   was = gc.isenabled()
   gc.disable()
   try:
@@ -46,7 +49,7 @@ def lazy(package: str, homes: dict[str, str]) -> tuple[Any, Any]:
       raise AttributeError(f'module {package!r} has no attribute {name!r}')
     with no_collection():
       value = getattr(importlib.import_module(homes[name]), name)
-    setattr(sys.modules[package], name, value)  # next time this function is not asked
+    setattr(sys.modules[package], name, value)  # so that the next access does not call this function
     return value
 
   return get, lambda: sorted(sys.modules[package].__all__)
@@ -57,7 +60,7 @@ __getattr__, __dir__ = lazy(__name__, {
     'train': 'm2l2.training.loop'})
 
 
-# Where modules have gone that were at the top, so that an old import says what to write instead.
+# Where modules moved to that were at the top level: importing the old name says what to write instead.
 _MOVED = {
     'training': ('checkpoint', 'config_file', 'guard', 'hosts', 'listening', 'main', 'metrics', 'optim', 'preflight',
                  'ravel', 'timing', 'train_step', 'watchdog'),
@@ -78,7 +81,7 @@ _NOW = {
 
 
 class _Signpost(importlib.abc.MetaPathFinder):
-  """Asked last of all, for what no other finder has."""
+  """The last finder on sys.meta_path: raises an error that names the new place of a module that moved."""
 
   def find_spec(self, name, path=None, target=None):
     if name in _NOW:

@@ -1,17 +1,16 @@
-"""Compiling: where programs are kept for the next start, and a word before a long wait.
+"""Compiling: the cache of compiled programs, and a message before a long wait.
 
-Compiled programs are in one place for all that m2l2 runs, the first of these that holds:
+All compiled programs are in one folder, the first of these that applies:
   1. the user's own: JAX_COMPILATION_CACHE_DIR, or jax_compilation_cache_dir in JAX's config. The empty string: nothing
      is kept.
-  2. WORKDIR/compiled, for training on accelerators in several processes: the workdir is what all of them and all
-     restarts share. The programs of all are written by the first of them, those of one alone by that one
-     (`share_cache`).
+  2. WORKDIR/compiled, for training on accelerators in several processes: they share the workdir, also after restarts.
+     Process 0 writes the programs of all processes; each process writes those that it alone runs (`share_cache`).
   3. $XDG_CACHE_HOME/m2l2/xla-PROCESSOR, without that variable ~/.cache/m2l2/xla-PROCESSOR.
 The folder may be deleted at any time.
 
-How long a wait will be is told in the log "m2l2.compiling", as a warning, by the time that it takes to lower the
-program, which comes first and goes with its size and with the machine as compiling does. What the cache has comes
-within `_PATIENCE` and is passed over in silence.
+The log "m2l2.compiling" warns how long a wait will be, estimated from the time that lowering took: lowering comes first
+and depends on the size of the program and on the machine as compiling does. Programs that take less than `_PATIENCE`,
+such as those in the cache, are not mentioned.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ import jax
 from m2l2 import no_collection
 
 _log = logging.getLogger(__name__)
-_SHORT = 3.0  # seconds that nobody minds
+_SHORT = 3.0  # seconds of waiting without a message
 _PATIENCE = 1.0
 _PER_LOWERING = 20  # seconds of compiling for one of lowering: 17 to 28 in the programs of the codec, on CPUs
 _LOWERED, _COMPILED = (f'/jax/core/compile/{name}_duration' for name in ('jaxpr_to_mlir_module', 'backend_compile'))
@@ -40,10 +39,10 @@ _here = threading.local()
 
 
 def cache_folder() -> str:
-  """The user's folder for the programs of this kind of processor.
+  """The user's cache folder for this kind of processor.
 
-  A program for CPUs uses all instructions of the one that it was compiled on and may crash on another, so a home that
-  several machines share gets a folder for each kind.
+  A program for CPUs uses all instructions of the processor it was compiled on and may crash on another, so a home
+  directory that several machines share has a folder for each kind.
   """
   base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
   try:
@@ -55,7 +54,7 @@ def cache_folder() -> str:
 
 
 def use_cache(workdir: str | None = None):
-  """From here on this process keeps its compiled programs, and takes those that were kept.
+  """From here on this process reads compiled programs from the cache and adds its own.
 
   Args:
     workdir: of the training run that this process belongs to, if any: a path in the file system. Then JAX's devices are
@@ -69,21 +68,21 @@ def use_cache(workdir: str | None = None):
     os.makedirs(folder, exist_ok=True)
   except OSError:
     return
-  if not os.access(folder, os.W_OK):  # of another user, or on a disk that is read-only: JAX would warn at each program
+  if not os.access(folder, os.W_OK):  # not writable: JAX would warn at each program
     return
   jax.config.update('jax_compilation_cache_dir', folder)
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-    # Small ones too: there are dozens, to read one takes a tenth of compiling it.
+    # Small programs too: there are dozens, and reading one takes a tenth of the time of compiling it.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.)
 
 
 def share_cache():
-  """Has this process of several keep what it alone compiles; to be called before it compiles anything.
+  """Makes this process, one of several, write to the cache what it alone compiles. Call it before anything is compiled.
 
-  JAX keeps only what its process 0 compiles, so that many hosts do not write one file at once. That holds for programs
-  of all devices, which have one name everywhere. But what a process runs on its own devices (a checkpoint's slices,
-  hundreds of them) has a name of its own, and would be compiled again at each start, and so would all on CPUs, where
-  the names differ.
+  JAX writes only what process 0 compiles, so that many hosts do not write the same file at once. That suits programs
+  that run on all devices: they have the same cache key in every process. Programs that a process runs on its own
+  devices (the slices of a checkpoint, hundreds of them) have keys of their own and would be compiled again at each
+  start; so would all programs on CPUs, where the keys differ.
   """
   from jax._src import compilation_cache, compiler, distributed  # none of it has a public name; 0.10.2 to 0.12
   if not distributed.global_state.process_id or hasattr(compiler._compile_and_write_cache, '__wrapped__'):
@@ -98,19 +97,19 @@ def share_cache():
     if alone and not host_callbacks and seconds >= jax.config.jax_persistent_cache_min_compile_time_secs:
       try:
         compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
-      except Exception as error:  # as JAX does: the run does not depend on it
+      except Exception as error:  # as JAX does: the run works without a cache
         warnings.warn(f'the program {name} could not be kept: {type(error).__name__}: {error}')
     return executable
 
   compiler._compile_and_write_cache = keep
 
 
-# ---- the word before a wait
+# ---- the message before a wait
 
 
 @contextlib.contextmanager
 def told():
-  """Around calls that may compile."""
+  """Context for calls that may compile: logs a message before a long wait."""
   if getattr(_here, 'timers', None) is not None:
     yield
     return
@@ -123,7 +122,7 @@ def told():
 
 
 class Told:
-  """A function made by jax.jit whose calls are `told`, and traced without pauses; its attributes are the function's."""
+  """A jitted function, called within `told` and without garbage collection; it has the same attributes."""
 
   def __init__(self, program):
     functools.update_wrapper(self, program)
@@ -143,7 +142,7 @@ def _stop():
 
 
 def _listen(event, seconds, **_):
-  """JAX tells in the thread that compiles: that a program is lowered, so now comes the compiler; that it is done."""
+  """A listener of JAX's events, in the thread that compiles: a program is lowered (compiling starts), or compiled."""
   if getattr(_here, 'timers', None) is None or event not in (_LOWERED, _COMPILED):
     return
   _stop()

@@ -1,12 +1,12 @@
-"""Files whole or not at all, and one process at a time in a folder.
+"""Atomic writes of files and folders, and locks for one process at a time in a folder.
 
-What is written goes under a hidden name beside its target and takes the target's name once it is complete. Such a name
-tells who made it, so that what a killed process left can be taken away.
+Data are written under a hidden temporary name beside the target, which is renamed to the target once it is complete.
+The temporary name contains the process that wrote it, so that a later run can delete what a killed process left.
 
-A lock is a file that is locked for as long as its holder lives, and says who that is. It is the operating system's, so
-that of a killed process is gone with it, on this machine and on file systems that carry locks to others (NFS). Where
-there are none, what the file says decides: a process of this machine that is still alive holds it; one of another
-machine is only warned of.
+A lock is a file that its holder keeps locked (by the operating system) while it lives, and that names the holder. The
+lock of a killed process ends with it, on this machine and on file systems that share locks (NFS). On file systems
+without locks the text of the file decides: a holder on this machine that is still alive keeps the lock; for a holder on
+another machine there is only a warning.
 """
 
 from collections.abc import Iterator
@@ -25,16 +25,16 @@ from absl import logging
 
 from m2l2.errors import UserError, unwritten
 
-# ---- whole or not at all
+# ---- atomic writes
 
 
 @contextlib.contextmanager
 def whole(target, *, durable: bool = False) -> Iterator[str]:
-  """Gives a name to write a file or folder under, which becomes `target` when the block ends well; else nothing stays.
+  """Yields a temporary path that is renamed to `target` if the block ends without an error, else deleted.
 
   Args:
-    target: the path; of a link, what it points to is replaced.
-    durable: the bytes are on the disk before the name is: after a crash of the machine it never stands for half a file.
+    target: the path; if it is a link, what it points to is replaced.
+    durable: the data are on the disk before the rename, so that a crash of the machine leaves no half-written file.
 
   Raises UserError: it cannot be written.
   """
@@ -52,18 +52,18 @@ def whole(target, *, durable: bool = False) -> Iterator[str]:
 
 
 def write_text(target, text: str):
-  """A text file, whole or not at all. Raises UserError where it cannot be."""
+  """Writes a text file atomically. Raises UserError: it cannot be written."""
   with whole(target) as aside, open(aside, 'w', encoding='utf-8', errors='backslashreplace') as file:
     file.write(text)
 
 
 def write_json(target, value, *, indent: int = 2):
-  """JSON, whole or not at all. Raises UserError where it cannot be."""
+  """Writes JSON atomically. Raises UserError: it cannot be written."""
   write_text(target, json.dumps(value, indent=indent) + '\n')
 
 
 def sync(path):
-  """Waits until the bytes of a file, or the names in a folder, are on the disk."""
+  """Waits until the data of a file, or the entries of a folder, are on the disk (fsync)."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)
@@ -72,13 +72,13 @@ def sync(path):
 
 
 def temporary(target: str) -> str:
-  """A free name beside the target; hidden, so that no scan takes it for music. It tells who made it."""
+  """A free temporary path beside the target, hidden so that no scan takes it for music; it contains this process."""
   folder, base = os.path.split(target)
   return os.path.join(folder, f'.{_short(base)}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part')
 
 
 def remove_leftovers(target: str):
-  """Takes away what killed processes of this machine left of a target that they were writing (`temporary`)."""
+  """Deletes temporary files (of `temporary`) that killed processes of this machine left beside a target."""
   folder, base = os.path.split(target)
   for path in glob.iglob(os.path.join(glob.escape(folder), f'.{glob.escape(_short(base))}.{_machine()}.*.part')):
     number = path.split('.')[-3]
@@ -96,12 +96,12 @@ def _remove(path):
 
 
 def _short(base: str) -> str:
-  """What fits into 255 bytes with more behind it."""
+  """A name cut so that it fits into 255 bytes with the suffix of a temporary name."""
   return os.fsdecode(os.fsencode(base)[:16])
 
 
 def _machine() -> str:
-  """A word for this machine, and this container on it: process numbers mean something there."""
+  """An identifier of this machine and container: process numbers are comparable within it."""
   return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -110,11 +110,11 @@ def _machine() -> str:
 
 @contextlib.contextmanager
 def locked(path, *, command: str, place: str):
-  """Holds the lock at `path` during the block; the file is gone afterwards.
+  """Holds the lock at `path` during the block, then deletes the file.
 
   Args:
-    path: the file, in a folder that is there.
-    command: what holds it, for messages: 'm2l2 train'. place: what it guards, likewise.
+    path: the file, in an existing folder.
+    command: the name of the holder in messages: 'm2l2 train'. place: what the lock protects, in messages.
 
   Raises UserError: another process holds it, or the file cannot be written.
   """
@@ -124,11 +124,11 @@ def locked(path, *, command: str, place: str):
       yield
     finally:
       with contextlib.suppress(OSError):
-        os.unlink(path)  # while it is locked: whoever has it open finds that it is no longer this file
+        os.unlink(path)  # while it is locked: another process that has it open then sees that the path is another file
 
 
 def check_lock(path, *, command: str, place: str):
-  """Raises UserError where `locked` would find another process's lock; changes nothing."""
+  """Raises UserError if another process holds the lock of `locked`; changes nothing."""
   if os.path.exists(path):
     try:
       with open(path, encoding='utf-8') as file:
@@ -147,7 +147,7 @@ def _taken(path, command, place):
     try:
       _lock(file, command, place)
       ours = _is(file, path)
-      if not ours:  # its holder went away, and the file with it, after we had opened it
+      if not ours:  # its holder ended and deleted the file after we had opened it
         file.close()
         continue
       file.truncate(0)
@@ -199,7 +199,7 @@ def _lives(holder) -> bool:
 
 
 def _began(pid) -> str | None:
-  """When a process began, so that a number that was given out again is not taken for it; None: there is none."""
+  """When a process began, to tell it from a later process of the same number; None: there is no such process."""
   try:
     with open(f'/proc/{pid}/stat', encoding='utf-8', errors='replace') as file:
       return file.read().rpartition(')')[2].split()[19]

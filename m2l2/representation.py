@@ -4,18 +4,18 @@ A chunk is `frames` STFT frames. Spectrograms are `[B, S, F, T, C]`: batch, chun
 and the real and imaginary parts of each audio channel in the order L_re, L_im, R_re, R_im. Magnitudes are
 compressed by beta * |c|^alpha (Music2Latent, section 3), either of the complex number (`polar`: the phase
 stays) or of its two parts apart (`component`: as CoDiCodec does).
-
-Everything here is pure jnp and runs inside jit; nothing here knows a model.
 """
 
 import dataclasses
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
+from m2l2.kernels.stft import istft, stft
+
+Arrays = jax.Array | np.ndarray
 TRANSFORMS = ('polar', 'component')
 EDGES = ('pad', 'none')
 
@@ -82,6 +82,11 @@ class Representation:
   def spec_channels(self) -> int:
     return 2 * self.channels
 
+  @property
+  def chunk_shape(self) -> tuple:
+    """(F, T, 2C) of a chunk's spectrogram."""
+    return self.bins, self.frames, self.spec_channels
+
   def crop_samples(self, chunks: int) -> int:
     """Samples that make exactly `chunks` chunks without padding: 2 chunks of 64 x 512 take 67072."""
     return chunks * self.chunk_samples + self.overlap
@@ -90,15 +95,11 @@ class Representation:
     """Frames and chunks of a signal of `num_samples` >= 1 samples."""
     if num_samples < 1:
       raise ValueError('a signal needs at least one sample')
-    if self.edges == 'pad':
-      lead = self.overlap
-      frames = -(-(num_samples + lead) // self.hop)
-    else:
-      lead = 0
-      frames = max(1, (num_samples - self.window) // self.hop + 1)
+    lead = self.overlap if self.edges == 'pad' else 0
+    frames = -(-(num_samples + lead) // self.hop) if lead else max(1, (num_samples - self.window) // self.hop + 1)
     return SignalLayout(num_samples, lead, frames, -(-frames // self.frames))
 
-  def analyse(self, audio):
+  def analyse(self, audio: Float[Arrays, '*lead C N']) -> Float[Arrays, '*lead S F T 2*C']:
     """[..., C, N] float32 with N = crop_samples(S) -> spectrogram [..., S, F, T, 2C] float32."""
     chunks, rest = divmod(audio.shape[-1] - self.overlap, self.chunk_samples)
     if rest or chunks < 1:
@@ -110,7 +111,8 @@ class Representation:
     spec = jnp.moveaxis(spec, (-5, -3), (-2, -3))
     return spec.reshape(*spec.shape[:-2], self.spec_channels)
 
-  def synthesise(self, spec, tail=None):
+  def synthesise(self, spec: Float[Arrays, '*lead S F T D'], tail: Float[Arrays, '*lead C overlap'] | None = None
+                 ) -> tuple[Float[Arrays, '*lead C N'], Float[Arrays, '*lead C overlap']]:
     """Spectrogram [..., S, F, T, 2C] -> audio [..., C, S*T*hop] and the tail [..., C, overlap].
 
     The tail is what the last frames add beyond the block: give it to the next block's call, or append it
@@ -126,101 +128,18 @@ class Representation:
       audio = audio.at[..., :self.overlap].add(tail)
     return audio[..., :-self.overlap], audio[..., -self.overlap:]
 
-  def compress(self, parts):
+  def compress(self, parts: Float[Arrays, '*shape 2']) -> Float[Arrays, '*shape 2']:
     """Real and imaginary parts [..., 2] -> compressed parts: |c| -> beta |c|^alpha."""
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (self.alpha - 1) / 2) * self.beta
     return jnp.sign(parts) * _safe_power(jnp.square(parts), self.alpha / 2) * self.beta
 
-  def expand(self, parts):
+  def expand(self, parts: Float[Arrays, '*shape 2']) -> Float[Arrays, '*shape 2']:
     """The inverse of `compress`."""
     gain = self.beta ** (-1 / self.alpha)
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (1 / self.alpha - 1) / 2) * gain
     return jnp.sign(parts) * _safe_power(jnp.square(parts), 0.5 / self.alpha) * gain
-
-  def noise(self, key, chunks: int, *, kind: str):
-    """Noise of unit variance for diffusion, float32 [chunks, F, T, 2C].
-
-    'bins': every number by itself. 'signal': the spectrogram of white noise, each chunk's its own. Overlapping frames
-    of that agree with each other, so what is made of it by a smooth gain is a signal's spectrogram, too: `synthesise`
-    keeps its level and its magnitudes, where of 'bins' three quarters cancel out (window / hop = 4).
-    """
-    if kind == 'bins':
-      return jax.random.normal(key, (chunks, self.bins, self.frames, self.spec_channels))
-    white = jax.random.normal(key, (chunks, self.channels, self.crop_samples(1)))
-    return self.analyse(white)[:, 0] / self._noise_deviation
-
-  @property
-  def _noise_deviation(self):
-    """Of each part of the compressed spectrum of white noise of variance 1."""
-    variance = np.sum(np.square(_hann(self.window))) / 2  # of each part, before the compression
-    # E r^(2 alpha) of a Rayleigh magnitude, shared by two parts; of a Gaussian part.
-    moment = math.gamma(1 + self.alpha) / 2 if self.transform == 'polar' else (
-        math.gamma(self.alpha + .5) / math.sqrt(math.pi))
-    return self.beta * math.sqrt((2 * variance) ** self.alpha * moment)
-
-  def magnitude(self, spec):
-    """Compressed magnitudes of each audio channel: [..., 2C] -> [..., C]; its gradient at 0 is 0."""
-    parts = spec.reshape(*spec.shape[:-1], self.channels, 2)
-    return _safe_power(_square_sum(parts), 0.5)[..., 0]
-
-
-def coherence(spec, *, lag: int = 4):
-  """How far partials carry their phase along: of a spectrogram [..., F, T, 2C], of numpy or of JAX -> [...] in [0, 1].
-
-  sum_f |sum_t X[f, t + lag] conj(X[f, t])| / sum_f sum_t |X[f, t + lag]| |X[f, t]|, over all frames given: figures here
-  are of 64 at a hop of a quarter of the window; frames 4 apart do not overlap then. A steady tone has 1, music .5 to
-  .8, exact magnitudes with random phases .2 to .28, white noise .18. Silence has no phase: 0.
-  """
-  (a, b), (c, d) = ((part[..., 0::2], part[..., 1::2]) for part in (spec[..., lag:, :], spec[..., :-lag, :]))
-  real, imaginary = a * c + b * d, b * c - a * d
-  size = lambda x, y: (x * x + y * y) ** 0.5
-  total = size(real, imaginary).sum(axis=(-3, -2, -1))
-  return size(real.sum(axis=-2), imaginary.sum(axis=-2)).sum(axis=(-2, -1)) / (total + 1e-12)
-
-
-def stft(audio, *, window: int, hop: int):
-  """[..., N] float32 -> complex64 [..., frames, window // 2 + 1]; frames by plain unfolding, no padding.
-
-  Periodic Hann window, no normalisation: a unit sine on a bin's centre has magnitude window / 4.
-  """
-  blocks = (audio.shape[-1] - window) // hop + window // hop
-  hops = audio[..., :blocks * hop].reshape(*audio.shape[:-1], blocks, hop)
-  shifts = window // hop
-  frames = jnp.concatenate([hops[..., i:blocks - shifts + 1 + i, :] for i in range(shifts)], axis=-1)
-  return jnp.fft.rfft(frames * _as_last(_hann(window), frames))
-
-
-def istft(spec, *, window: int, hop: int):
-  """complex64 [..., frames, bins] -> [..., frames * hop + window - hop] float32; missing bins are zero.
-
-  Each frame is weighted by the Hann window over the sum of squared windows at its hop phase, so what all
-  window / hop frames cover is exact; the outer window - hop samples come out faded.
-  """
-  shifts = window // hop
-  hann = _hann(window)
-  # Per hop phase, not per sample of the signal: the fade at the edges stays, as in every overlap-add.
-  norm = np.tile(np.square(hann).reshape(shifts, hop).sum(0), shifts)
-  missing = window // 2 + 1 - spec.shape[-1]
-  spec = jnp.pad(spec, [(0, 0)] * (spec.ndim - 1) + [(0, missing)])
-  frames = jnp.fft.irfft(spec, n=window)
-  frames = frames * _as_last((hann / norm).astype(np.float32), frames)
-  frames = frames.reshape(*frames.shape[:-1], shifts, hop)
-  count = frames.shape[-3]
-  lead = [(0, 0)] * (frames.ndim - 3)
-  hops = sum(jnp.pad(frames[..., i, :], lead + [(i, shifts - 1 - i), (0, 0)]) for i in range(shifts))
-  return hops.reshape(*hops.shape[:-2], (count + shifts - 1) * hop)
-
-
-@functools.cache
-def _hann(window: int):
-  return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)).astype(np.float32)
-
-
-def _as_last(vector, x):
-  """[W] -> [1, ..., 1, W] of x's rank: the tests refuse silent rank promotion."""
-  return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _square_sum(parts):

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, one table from logical axes to mesh axes, and batches.
+"""Sharding: the mesh of devices, the tables from logical axes to mesh axes, and batches.
 
 Layers name the axes of their parameters ('embed', 'heads', ...). A preset maps some of those names
 to axes of the mesh; the batch is always split over 'data' and 'fsdp' together. So moving a model
@@ -54,10 +54,10 @@ class Placement:
 def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
   """A mesh with the axes ('data', 'fsdp', 'tensor'), all of type Auto, laid along the network of the devices.
 
-  Slices (of TPUs, or nodes of GPUs), between which the network is slower, lie along 'data' as far as that divides.
+  The network between slices (of TPUs, or nodes of GPUs) is slower: slices lie along 'data' as far as its size allows.
 
   Args:
-    data, fsdp, tensor: sizes; one of them may be -1 and takes what is left.
+    data, fsdp, tensor: sizes; one of them may be -1: all remaining devices.
     devices: all devices by default.
 
   Raises:
@@ -76,7 +76,7 @@ def make_mesh(*, data=-1, fsdp=1, tensor=1, devices=None) -> Mesh:
 
 
 def split_over_slices(sizes, slices: int) -> tuple[int, ...]:
-  """Into how many parts each axis of a mesh is cut between slices: the first as far as it divides, then the next."""
+  """The number of slices along each axis of a mesh: as many as divide the first axis, the rest along the next."""
   left, parts = slices, []
   for size in sizes:
     parts.append(math.gcd(size, left))
@@ -107,7 +107,7 @@ def is_one_cpu(mesh) -> bool:
 
 
 def _spec(shape, names, *, sizes, table, min_size):
-  """The mesh axis (or None) of each dimension of one array, and whether fsdp found no place."""
+  """The mesh axis (or None) of each dimension of one array, and whether no dimension could be split over fsdp."""
   axes = [table.get(name) if name is not None else None for name in names]
   used = [axis for axis in axes if axis is not None]
   if len(set(used)) != len(used):
@@ -168,7 +168,7 @@ def param_shardings(abstract_tree, logical_axes_tree, *, mesh, preset,
 def state_shardings(abstract_state, params_shardings, *, mesh):
   """Shardings for a whole state: subtrees built like the parameters (EMA, moments) take theirs.
 
-  Everything else (counters) is copied to all devices.
+  All other arrays (counters) are replicated.
   """
   structure = jax.tree.structure(params_shardings)
   whole = replicated(mesh)
@@ -197,10 +197,10 @@ def batch_shards(mesh) -> int:
 
 
 def batch_blocks(mesh) -> tuple[tuple[int, ...], int]:
-  """(h, H): of the global batch in H equal blocks of rows this process feeds those numbered h, in that order.
+  """(h, H): the global batch has H equal blocks of rows, and this process provides the blocks h, in that order.
 
-  Usually that is one block, of the process's own number. A mesh laid out for its network may number the processes
-  otherwise, or give one of them rows that do not lie together; processes along 'tensor' feed the same rows.
+  Usually h is one block, the process's own number. A mesh that is ordered by the network may number the processes
+  differently, or give one of them rows that are not adjacent; processes along 'tensor' provide the same rows.
   """
   shards = batch_shards(mesh)
   indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
@@ -208,7 +208,7 @@ def batch_blocks(mesh) -> tuple[tuple[int, ...], int]:
 
 
 def joined_blocks(rows, count: int) -> tuple[tuple[int, ...], int]:
-  """Some of `count` blocks -> (as few as make the same rows, of how many)."""
+  """Merges adjacent blocks: (blocks, count) -> the smallest (blocks, count) with the same rows."""
   rows = sorted(rows)
   together = rows == list(range(rows[0], rows[0] + len(rows)))
   if together and rows[0] % len(rows) == 0 and count % len(rows) == 0:
@@ -219,7 +219,7 @@ def joined_blocks(rows, count: int) -> tuple[tuple[int, ...], int]:
 def put_batch(batch, mesh):
   """Global arrays from this process's rows: tree of numpy [B', ...] -> [B, ...] on the mesh.
 
-  Which rows those are, `batch_blocks` says.
+  `batch_blocks` says which rows those are.
   """
   sharding = batch_sharding(mesh)
   own, count = batch_blocks(mesh)
@@ -236,27 +236,27 @@ def put_batch(batch, mesh):
 
     return jax.make_array_from_callback(shape, sharding, rows_at)
 
-  with jax.transfer_guard_host_to_device('allow'):  # the one transfer of a step that is meant
+  with jax.transfer_guard_host_to_device('allow'):  # the only intended transfer of a step
     return jax.tree.map(put, batch)
 
 
 def fetch(tree, *, here: bool = True):
-  """The whole tree as numpy, also where its arrays span several processes, all of which call this.
+  """The whole tree as numpy arrays. If arrays span several processes, all of them must call this.
 
-  The copies are the caller's own: the arrays may be donated right after. here: whether this process wants them; where
-  not, it takes part, and its tree holds None.
+  The results are copies: the arrays may be donated afterwards. here: whether this process needs them; if not, it takes
+  part in the gathering and gets a tree of None.
   """
 
-  def one(x):
+  def copied(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
       whole = x if x.is_fully_replicated else _gather(x.sharding.mesh)(x)
       x = whole.addressable_data(0)
     if not here:
       return None
-    # A CPU's arrays are shown and not copied, and the next step may write there.
+    # On a CPU, device_get returns a view, and the next step may overwrite it.
     return np.array(jax.device_get(x), copy=jax.default_backend() == 'cpu' or None)
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(copied, tree)
 
 
 @functools.cache  # one function a mesh, so that each shape is compiled once and not at every save
@@ -265,17 +265,17 @@ def _gather(mesh):
 
 
 def constrain(x, *names):
-  """Says how the dimensions of an activation are split, by logical names ('batch', None, 'heads').
+  """Constrains how the dimensions of an activation are split, by logical names ('batch', None, 'heads').
 
-  Uses the mesh of `jax.set_mesh`; without one, and for a dimension that its mesh axes do not
-  divide, it says nothing. Unknown names are free dimensions.
+  Uses the mesh of `jax.set_mesh`. Without a mesh it does nothing; a dimension that its mesh axes do not divide, or
+  whose name is unknown, is left free.
   """
   spec = activation_spec(x.shape, *names)
   return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def activation_spec(shape, *names) -> P | None:
-  """How an activation of that shape lies on the mesh of `jax.set_mesh`; None without one."""
+  """The PartitionSpec of an activation of that shape on the mesh of `jax.set_mesh`; None without a mesh."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes:  # the latter inside a shard_map, where each device has its own rows
     return None

@@ -18,7 +18,7 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.training import main as training
 
-CONFIG = 'configs/tiny.py:debug'
+CONFIG = 'configs/nano.py:debug'
 ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
 SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
 
@@ -32,9 +32,9 @@ def test_each_ablation_can_be_built_and_costs_what_its_network_does():
   assert about['local']['parameters'] < about['one_chunk']['parameters'] < whole['parameters']
   assert about['one_chunk']['gflop_a_step'] < whole['gflop_a_step']  # less attention, the same number of chunks
   assert about['local']['gflop_a_step'] < whole['gflop_a_step']
-  assert ablate.fields_of('one_chunk', 'configs/tiny.py', ['--config.train.batch_size=3']) == [
+  assert ablate.fields_of('one_chunk', 'configs/nano.py', ['--config.train.batch_size=3']) == [
       '--config.model.chunks=1', '--config.train.batch_size=6']
-  assert ablate.fields_of('other_seed', 'configs/tiny.py', ['--config.seed=4']) == ['--config.seed=5']
+  assert ablate.fields_of('other_seed', 'configs/nano.py', ['--config.seed=4']) == ['--config.seed=5']
 
 
 def test_a_model_of_one_chunk_decodes_each_by_itself():
@@ -44,7 +44,7 @@ def test_a_model_of_one_chunk_decodes_each_by_itself():
   moved = latents.z.copy()
   moved[:, 0] *= -1
   size, reach = codec.representation.chunk_samples, codec.representation.overlap
-  here, there = (codec.decode(one) for one in (latents, dataclasses.replace(latents, z=moved)))
+  here, there = (codec.decode(z) for z in (latents, dataclasses.replace(latents, z=moved)))
   np.testing.assert_allclose(there[:, size + reach:], here[:, size + reach:], atol=1e-6)
   assert np.abs(there[:, :size] - here[:, :size]).max() > 1e-4
   with pytest.raises(UserError, match='each chunk alone'):
@@ -81,8 +81,8 @@ def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys, 
   assert list(runs) == ['one_chunk']
   config = json.loads((out / 'one_chunk/config.json').read_text())
   assert config['model']['chunks'] == 1 and config['train']['batch_size'] == 16  # of chunks, as before
-  made = json.loads((out / 'reports/one_chunk.json').read_text())
-  assert runs['one_chunk']['values']['si_sdr']['mean'] == made['metrics']['si_sdr']['mean'] and made['pairs'] == 1
+  report = json.loads((out / 'reports/one_chunk.json').read_text())
+  assert runs['one_chunk']['values']['si_sdr']['mean'] == report['metrics']['si_sdr']['mean'] and report['pairs'] == 1
   text = (out / 'ablations.md').read_text()
   assert text.splitlines()[0] == '| run | parameters | GFLOP a step | si_sdr | mel_l1_db |'
   assert text.splitlines()[2].startswith('| one_chunk: each chunk denoised alone') and text in capsys.readouterr().out

@@ -229,7 +229,7 @@ def test_vorbis_is_the_same_wherever_it_is_read(tmp_path, rate, writer):
   else:
     path = encode(tmp_path / 'a.ogg', audio, rate=rate, format='OGG', subtype='VORBIS')
   data = open(path, 'rb').read()
-  ends = [struct.unpack_from('<q', data, found.start() + 6)[0] for found in re.finditer(b'OggS', data)]  # of pages
+  ends = [struct.unpack_from('<q', data, page.start() + 6)[0] for page in re.finditer(b'OggS', data)]  # of pages
   starts = [end + shift for end in ends[3::9] for shift in (-500, 70, 450)]
   starts += range(8 * rate - 40_000, 8 * rate, 1500)
   same_wherever_it_is_read(path, [0, *(start for start in starts if 0 <= start < 8 * rate - 6000)])
@@ -284,13 +284,13 @@ def test_streams_one_after_the_other_are_one(tmp_path, name, equal, caplog):
     ('a.flac', 'b.ogg'), ('a.mp3', 'b.wav'), ('a.wav', 'b.flac'), ('a.ogg', 'b.wav')])
 def test_a_file_of_another_kind_behind_is_told(tmp_path, caplog, first, second):
   kinds = CHAINS | {'a.wav': ('WAV', 'PCM_16')}
-  one, two = (encode(tmp_path / name, tone(rate=48000, samples=20_000), rate=48000, format=kinds[f'a.{name[2:]}'][0],
-                     subtype=kinds[f'a.{name[2:]}'][1]) for name in (first, second))
-  alone, _ = audio_io.read(one)
+  front, two = (encode(tmp_path / name, tone(rate=48000, samples=20_000), rate=48000, format=kinds[f'a.{name[2:]}'][0],
+                       subtype=kinds[f'a.{name[2:]}'][1]) for name in (first, second))
+  alone, _ = audio_io.read(front)
   assert not caplog.text
-  size = os.path.getsize(one)
+  size = os.path.getsize(front)
   both = tmp_path / f'both{first[1:]}'
-  both.write_bytes(open(one, 'rb').read() + open(two, 'rb').read())
+  both.write_bytes(open(front, 'rb').read() + open(two, 'rb').read())
   np.testing.assert_array_equal(audio_io.read(both)[0][:, :alone.shape[1]], alone)
   assert f'from byte {size:,} on, which is not read' in caplog.text
 
@@ -304,9 +304,9 @@ def test_a_flac_that_keeps_the_header_of_its_wav_holds_no_other_file(tmp_path, c
 
 
 def test_a_stream_of_another_kind_behind_is_told(tmp_path, caplog):
-  one = encode(tmp_path / '1.flac', tone(rate=8000, samples=16000), rate=8000, format='FLAC', subtype='PCM_16')
+  first = encode(tmp_path / '1.flac', tone(rate=8000, samples=16000), rate=8000, format='FLAC', subtype='PCM_16')
   two = encode(tmp_path / '2.flac', tone(rate=9000, samples=9000), rate=9000, format='FLAC', subtype='PCM_16')
-  (tmp_path / 'a.flac').write_bytes(open(one, 'rb').read() + open(two, 'rb').read())
+  (tmp_path / 'a.flac').write_bytes(open(first, 'rb').read() + open(two, 'rb').read())
   for _ in range(2):
     assert audio_io.read(tmp_path / 'a.flac')[0].shape == (2, 16000)
   assert caplog.text.count(f'{tmp_path}/a.flac: goes on after 2.0 s with 2 channels at 9000 Hz') == 1
@@ -529,8 +529,8 @@ def test_opus_is_read_at_48_khz(tmp_path, rate):
   data[22:26] = checksum.crc(bytes(data[:data.index(b'OggS', 4)]), 32, 0x04c11db7).to_bytes(4, 'little')
   open(path, 'wb').write(data)
   assert soundfile.info(path).samplerate == rate
-  read, found = audio_io.read(path)
-  assert found == audio_io.probe(path).sample_rate == 48000
+  read, read_rate = audio_io.read(path)
+  assert read_rate == audio_io.probe(path).sample_rate == 48000
   np.testing.assert_array_equal(read, expected)
 
 
@@ -558,15 +558,15 @@ def test_what_a_killed_process_left_is_taken_away(tmp_path):
   with subprocess.Popen(['true']) as dead:
     pass
 
-  def left(target, *, machine=files._machine(), process=dead.pid):
-    path = tmp_path / f'.{target}.{machine}.{process}.0123abcd.part'
+  def left(target, *, machine=files._machine(), pid=dead.pid):
+    path = tmp_path / f'.{target}.{machine}.{pid}.0123abcd.part'
     path.write_bytes(b'half')
     return path.name
   name = f'a[1]{"ö" * 60}.wav'
-  made = files.temporary(os.fspath(tmp_path / name))
-  short = os.path.basename(made)[1:].split(f'.{files._machine()}.')[0]
+  temporary = files.temporary(os.fspath(tmp_path / name))
+  short = os.path.basename(temporary)[1:].split(f'.{files._machine()}.')[0]
   left(short)
-  kept = [left('b.wav'), left(short, process=os.getpid()), left(short, machine='00000000')]  # of others, at work
+  kept = [left('b.wav'), left(short, pid=os.getpid()), left(short, machine='00000000')]  # of others, at work
   audio_io.write(tmp_path / name, np.zeros((1, 8)), 8000)
   assert sorted(os.listdir(tmp_path)) == sorted([*kept, name])
 
@@ -662,7 +662,7 @@ def test_streaming_resampler(from_rate, to_rate):
     stream = audio_io.StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=2)
     pieces, start = [], 0
     for size in [1, 0, 7, 4096, 333, 2, 8000, 20011]:
-      pieces.append(stream.process(audio[:, start:start + size]))
+      pieces.append(stream.push(audio[:, start:start + size]))
       start += size
     pieces.append(stream.finish())
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1), whole)
@@ -689,4 +689,4 @@ def test_resampling_refuses_nonsense():
   with pytest.raises(UserError, match='channels'):
     audio_io.resample(np.zeros(8), from_rate=1, to_rate=2)
   with pytest.raises(UserError, match='channels'):
-    audio_io.StreamResampler(from_rate=1, to_rate=2, channels=2).process(np.zeros((1, 8)))
+    audio_io.StreamResampler(from_rate=1, to_rate=2, channels=2).push(np.zeros((1, 8)))

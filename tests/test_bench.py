@@ -64,7 +64,7 @@ def test_a_report(tmp_path, capsys, monkeypatch, real):
 
 
 def test_one_part_without_references(capsys):
-  status, report, _ = run(capsys, '--config=tiny:debug', '--only=attention', '--no-pairs', '--steps=1')
+  status, report, _ = run(capsys, '--config=nano:debug', '--only=attention', '--no-pairs', '--steps=1')
   assert status == 0 and not {'train', 'encode', 'decode'} & report.keys()
   assert measured(report['attention']['xla']['forward']) and 'against' not in report['attention']['xla']['forward']
 
@@ -108,9 +108,9 @@ def test_references_of_the_train_step(changes, attention, remat, expected):
 @pytest.mark.parametrize('argv,said', [
     (['--config=nowhere'], '--config=nowhere: there is no such preset or file'),
     (['--config-json=/nowhere.json'], '/nowhere.json: cannot be read'),
-    (['--config=tiny:debug', '--threads=1000000'], '--threads=1000000: there are'),
-    (['--config=tiny:debug', '--torch', '--dtype=bfloat16', '--threads=1'], '--torch compares float32 on the CPU'),
-    (['--config=tiny:debug', '--torch', '--threads=1'], 'codicodec is not installed')])
+    (['--config=nano:debug', '--threads=1000000'], '--threads=1000000: there are'),
+    (['--config=nano:debug', '--torch', '--dtype=bfloat16', '--threads=1'], '--torch compares float32 on the CPU'),
+    (['--config=nano:debug', '--torch', '--threads=1'], 'codicodec is not installed')])
 def test_bad_input_is_one_line(capsys, monkeypatch, argv, said):
   monkeypatch.setitem(sys.modules, 'codicodec', None)  # as where it is not installed
   monkeypatch.delitem(sys.modules, 'launch.bench.torch_reference', raising=False)
@@ -166,5 +166,5 @@ def test_another_computation_is_refused(small_codicodec, capsys, monkeypatch):
 
 @pytest.mark.torch
 def test_only_its_own_architecture(capsys):
-  status, _, err = run(capsys, '--config=tiny:debug', '--torch', '--threads=1', '--only=train')
+  status, _, err = run(capsys, '--config=nano:debug', '--torch', '--threads=1', '--only=train')
   assert status == 1 and err == 'bench: --torch compares with CoDiCodec: take --config=codicodec\n'

@@ -9,7 +9,7 @@ import pytest
 import m2l2
 from m2l2 import assets
 from m2l2.codec.latents import Latents
-from m2l2.configs import tiny22
+from m2l2.configs import tiny
 from m2l2.data import audio_io
 from m2l2.evaluation.metrics import pairs
 
@@ -31,8 +31,8 @@ def clip(codec):
 
 
 def distance(codec, clip, latents):
-  made = codec.decode(latents, seed=0)
-  return pairs.ratio(clip[0], made, sample_rate=codec.native_rates[0])
+  decoded = codec.decode(latents, seed=0)
+  return pairs.ratio(clip[0], decoded, sample_rate=codec.native_rates[0])
 
 
 def test_it_fits_the_box():
@@ -43,7 +43,7 @@ def test_it_fits_the_box():
 
 
 def test_its_recipe_is_the_shipped_config(codec):
-  expected = tiny22.get_config().to_dict()
+  expected = tiny.get_config().to_dict()
   for part in ('model', 'consistency', 'train'):
     ours, theirs = ({key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
                     for fields in (codec.config[part], expected[part]))

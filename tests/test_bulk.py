@@ -113,11 +113,11 @@ def test_equal_to_encode_and_compiled_once(models, songs, tmp_path, monkeypatch,
           for name, samples, _, rate in SONGS if name.startswith(place)}
   assert (report['signals'], report['encoded'], report['skipped']) == (len(used), len(used), [])
   assert report['seconds'] == pytest.approx(sum(used.values()))
-  found = rows(out)
-  assert [row['source'] for row in found] == sorted(used)
+  written = rows(out)
+  assert [row['source'] for row in written] == sorted(used)
   # What rounding to the stored type may cost on top of float32's rounding, for numbers in [-1, 1].
   tolerance = {'float32': 1e-5, 'bfloat16': 4e-3, 'int32': 0}[dtype]
-  for row in found:
+  for row in written:
     audio, rate = audio_io.read(songs / row['source'])
     expected = codec.encode(audio, rate, **options)
     assert row['z'].dtype == expected.z.dtype and row['z'].shape == expected.z.shape
@@ -128,17 +128,17 @@ def test_equal_to_encode_and_compiled_once(models, songs, tmp_path, monkeypatch,
     assert {name: int(row[name]) for name in facts} == facts
   assert latents.latent_source(out).model == codec.fingerprint
   if model == 'mono':
-    assert {row['z'].shape[0] for row in found} == {1, 2}
-    for row, half in zip(found, rows(straight), strict=True):  # float16
+    assert {row['z'].shape[0] for row in written} == {1, 2}
+    for row, half in zip(written, rows(straight), strict=True):  # float16
       np.testing.assert_allclose(half['z'], row['z'], rtol=0, atol=5e-4)
 
 
 def test_segments_of_prepared_data(models, tmp_path):
   codec, folder = codec_lib.load(models / 'stereo'), tmp_path / 'prepared'
   folder.mkdir()
-  made = {'train': [('x.wav', 0, 3000), ('x.wav', 3000, 2500), ('y.wav', 0, 4000)],
-          'validation': [('v.wav', 0, 900)]}
-  for split, parts in made.items():
+  spans = {'train': [('x.wav', 0, 3000), ('x.wav', 3000, 2500), ('y.wav', 0, 4000)],
+           'validation': [('v.wav', 0, 900)]}
+  for split, parts in spans.items():
     with storage.ShardWriter(folder / storage.shard_name('music', split=split, number=0, count=1)) as shard:
       for source, offset, samples in parts:
         audio = np.round(2 ** 15 * music(samples, channels=2, seed=offset)).astype(np.int16)
@@ -146,17 +146,17 @@ def test_segments_of_prepared_data(models, tmp_path):
             audio=audio_io.flac_bytes(audio, 48000), source=source, offset=offset, starts=samples - 1, samples=samples,
             rate=48000, channels=2, loudness=-20., source_rate=96000, source_samples=1, source_channels=2)))
   storage.write_metadata(folder, name='music', features=segments.features(), description='made here',
-                         splits={split: [len(parts)] for split, parts in made.items()},
-                         num_bytes=dict.fromkeys(made, 1))
+                         splits={split: [len(parts)] for split, parts in spans.items()},
+                         num_bytes=dict.fromkeys(spans, 1))
   out = tmp_path / 'out'
   report = bulk.encode_dataset(codec, source=folder, output=out, batch=2, dtype='float32', shards=2)
   assert report['encoded'] == 4
-  for split, parts in made.items():
+  for split, parts in spans.items():
     audio = tfds.builder_from_directory(folder).as_data_source(split=split)
-    found = rows(out, split)
-    assert [(row['source'], row['offset'], row['starts'], row['num_samples'], row['rate']) for row in found] == [
+    written = rows(out, split)
+    assert [(row['source'], row['offset'], row['starts'], row['num_samples'], row['rate']) for row in written] == [
         (source, offset, samples - 1, samples, 48000) for source, offset, samples in parts]
-    for row, record in zip(found, audio, strict=True):
+    for row, record in zip(written, audio, strict=True):
       np.testing.assert_allclose(row['z'], codec.encode(segments.read_audio(record), 48000).z, rtol=0, atol=1e-5)
 
 
@@ -179,13 +179,13 @@ def test_killed_and_gone_on_with(models, songs, straight, tmp_path):
              f'--output={out}', '--batch=2', '--shards=4']
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '8',
                  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-  process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
+  popen = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
   while not (out / 'shards').is_dir() or not list((out / 'shards').glob('*.json')):
-    assert process.poll() is None, process.stderr.read()
+    assert popen.poll() is None, popen.stderr.read()
     time.sleep(0.001)
-  process.kill()
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  popen.kill()
+  popen.communicate()
+  assert popen.returncode == -signal.SIGKILL
   (out / f'.{storage.shard_name("latents", split="train", number=3, count=4)}.0.part').write_text('half a shard')
   done = {path: path.stat().st_mtime_ns for path in out.glob('latents-*') if (
       out / 'shards' / f'train-{path.name[-14:]}.json').exists()}
@@ -226,20 +226,20 @@ def test_hostile_files_are_named_and_the_others_used(m2l2, models, tmp_path, cap
   status, said, errors = m2l2('encode-dataset', f'--source={folder}', f'--checkpoint={models / "mono"}',
                               f'--output={out}', '--batch=2')
   assert status == 0 and 'Traceback' not in errors
-  found = {row['source']: row for row in rows(out)}
+  by_source = {row['source']: row for row in rows(out)}
   report = json.loads((out / 'report.json').read_text())
   skipped = {entry['source']: entry['reason'] for entry in report['skipped']}
-  assert {'good.wav', r'new\nline.wav', r'no-\udcff-utf8.wav', 'short.wav', 'eight.wav', 'fast.wav'} <= set(found)
+  assert {'good.wav', r'new\nline.wav', r'no-\udcff-utf8.wav', 'short.wav', 'eight.wav', 'fast.wav'} <= set(by_source)
   assert {'many.wav', 'nan.wav', 'loud.wav', 'empty.flac', 'text.mp3', 'cut.flac', 'head.flac'} <= set(skipped)
-  assert set(found) | set(skipped) == {audio_io.shown(name) for name in os.listdir(folder) if name != 'loop'}
-  assert not set(found) & set(skipped) and f'{len(skipped)} skipped' in said
+  assert set(by_source) | set(skipped) == {audio_io.shown(name) for name in os.listdir(folder) if name != 'loop'}
+  assert not set(by_source) & set(skipped) and f'{len(skipped)} skipped' in said
   for source, reason in skipped.items():
     assert source in reason and '\n' not in reason and f'skipped: {reason}' in caplog.text
   assert 'truncated' in skipped['cut.flac'] and '65 channels' in skipped['many.wav'] and 'NaN' in skipped['loud.wav']
   # One that failed half way left nothing in its neighbours.
   codec = codec_lib.load(models / 'mono')
   audio, rate = audio_io.read(folder / 'good.wav')
-  np.testing.assert_allclose(found['good.wav']['z'], codec.encode(audio, rate).z, rtol=0, atol=5e-4)
+  np.testing.assert_allclose(by_source['good.wav']['z'], codec.encode(audio, rate).z, rtol=0, atol=5e-4)
 
 
 def test_a_file_that_vanishes_costs_itself(models, tmp_path):

@@ -183,8 +183,8 @@ def test_encode_overwrites_nothing_unasked(m2l2, models, song, folder):
 
 
 def test_encode_over_many_goes_on_with_what_is_there(m2l2, models, song, folder):
-  one, two = song('one.wav', samples=900), song('two.wav', samples=900)
-  command = ('encode', one, two, f'{folder}/', f'--checkpoint={models / "mono"}')
+  first, two = song('one.wav', samples=900), song('two.wav', samples=900)
+  command = ('encode', first, two, f'{folder}/', f'--checkpoint={models / "mono"}')
   assert m2l2(*command)[0] == 0
   (folder / 'two.safetensors').unlink()
   before = os.stat(folder / 'one.safetensors').st_mtime_ns
@@ -485,7 +485,7 @@ def test_training_without_its_libraries_is_told(m2l2, monkeypatch):
   monkeypatch.delitem(sys.modules, 'm2l2.training.main', raising=False)
   monkeypatch.delattr('m2l2.training.main', raising=False)
   monkeypatch.setitem(sys.modules, 'ml_collections', None)
-  status, _, errors = m2l2('train', '--config=configs/tiny.py')
+  status, _, errors = m2l2('train', '--config=configs/nano.py')
   assert status == 1 and "pip install 'm2l2[train]'" in one_line(errors)
 
 
@@ -556,7 +556,7 @@ def test_training_that_is_stopped_before_its_first_step_takes_away_what_it_made(
       signal.raise_signal(number)
 
   monkeypatch.setattr('m2l2.training.loop.train', train)
-  assert m2l2('train', '--config=tiny:debug', f'--workdir={folder}')[0] == status
+  assert m2l2('train', '--config=nano:debug', f'--workdir={folder}')[0] == status
   assert os.listdir(folder) == []
 
 
@@ -582,7 +582,7 @@ def test_a_write_that_ends_after_its_save_has_prints_nothing(m2l2, tmp_path, mon
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr('m2l2.training.loop.train', train)
-  status, _, errors = m2l2('train', '--config=tiny:debug', f'--workdir={tmp_path}')
+  status, _, errors = m2l2('train', '--config=nano:debug', f'--workdir={tmp_path}')
   assert status == 1 and 'No space left' in errors and not printed
 
 
@@ -608,7 +608,7 @@ def test_what_a_killed_writer_left_is_taken_away_by_the_next_run(name, folder, m
       lambda: audio_io.check_writable(target, extensions=None))
   check()
   assert os.listdir(folder) == left  # its process lives
-  monkeypatch.setattr(files, '_began', lambda process: None)
+  monkeypatch.setattr(files, '_began', lambda pid: None)
   check()
   assert os.listdir(folder) == []
 
@@ -883,7 +883,7 @@ def test_the_home_folder_is_found_in_any_argument(m2l2, song, monkeypatch):
 
 
 def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, monkeypatch):
-  made = []
+  written = []
 
   class Made:
     seconds = 1.0
@@ -892,7 +892,7 @@ def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, 
       return '1 s'
 
     def save(self, path):
-      made.append(os.path.basename(path))
+      written.append(os.path.basename(path))
 
   def encode(codec, info, **options):
     if 'a.wav' in info.path:
@@ -904,7 +904,7 @@ def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, 
   (folder.parent / 'in').mkdir()
   song('in/a.wav'), song('in/b.wav')
   status, _, errors = m2l2('encode', folder.parent / 'in', folder, '--checkpoint=none')
-  assert status == 1 and made == ['b.safetensors']
+  assert status == 1 and written == ['b.safetensors']
   first, last = errors.splitlines()
   assert first.startswith('m2l2: ') and first.endswith(r'in/a.wav: /else\nwhere: Permission denied')
   assert last == 'm2l2: 1 of 2 files were passed over; the others are done'
@@ -927,8 +927,8 @@ def test_a_folder_ends_at_a_full_disk(m2l2, song, folder, monkeypatch):
 
 
 NEEDED = [
-    (('train', '--config=tiny', '--workdir=w'), 'clu', 'train'),
-    (('train', '--config=tiny', '--workdir=w'), 'orbax.checkpoint', 'train'),
+    (('train', '--config=nano', '--workdir=w'), 'clu', 'train'),
+    (('train', '--config=nano', '--workdir=w'), 'orbax.checkpoint', 'train'),
     (('prepare', '--input=a', '--output=b'), 'apache_beam', 'beam'),
     (('encode-dataset', '--source=a', '--checkpoint=b', '--output=c'), 'tensorflow_datasets', 'train'),
     (('evaluate', '--reference=a', '--estimate=b', '--output=c.json', '--html=c.html'), 'matplotlib', 'eval'),
@@ -937,7 +937,7 @@ NEEDED = [
     (('probe', '--checkpoint=b', '--music=a', '--output=c.json'), 'optax', 'eval'),
     (('probe', '--checkpoint=b', '--music=a', '--output=c.json'), 'sklearn', 'eval'),
     (('export', 'a', '--output=b'), 'flatbuffers', 'export'),
-    (('plan', '--topology=v5e:16x16', '--config=tiny'), 'optax', 'train,tpu')]
+    (('plan', '--topology=v5e:16x16', '--config=nano'), 'optax', 'train,tpu')]
 
 
 @pytest.mark.parametrize('argv, module, extra', NEEDED)

@@ -1,6 +1,6 @@
 """Codec: exact shape of what comes back, independence of the cutting, the paper's decoding.
 
-Models are `tiny:debug` of one level and one layer, as tracing and compiling are what these tests cost; weights are
+Models are `nano:debug` of one level and one layer, as tracing and compiling are what these tests cost; weights are
 seeded noise with nothing zero, so that each input counts.
 """
 
@@ -27,7 +27,7 @@ from m2l2.codec.sampler import FIRST, REFINE, Sampler
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.model import envelope
+from m2l2.variants import envelope
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
@@ -39,7 +39,7 @@ ONE_LEVEL = dict(widths=(16,), blocks=(1,), strides=(), layers=1, head_dim=8)
 
 def make_config(words='debug', *, consistency=(), **changes):
   """The resolved config of tiny, in one level, as plain JSON types, with fields of both parts changed."""
-  config = importlib.import_module('m2l2.configs.tiny').get_config(words).to_dict()
+  config = importlib.import_module('m2l2.configs.nano').get_config(words).to_dict()
   config['model'].update(ONE_LEVEL | changes)
   config['consistency'].update(consistency)
   return json.loads(json.dumps(config))
@@ -192,26 +192,26 @@ def test_native_rates_are_not_resampled(mono):
 
 def test_channels_through_a_mono_model(mono):
   """Each channel is a stream of its own; equal channels stay equal, noise included."""
-  one, other = music(3000), music(3000, seed=1)
-  latents = mono.encode(np.concatenate([one, other]), 44100)
+  first, other = music(3000), music(3000, seed=1)
+  latents = mono.encode(np.concatenate([first, other]), 44100)
   assert latents.z.shape[0] == latents.channels == 2
   decoded = mono.decode(latents)
   assert np.abs(decoded[0] - decoded[1]).max() > 1e-3
-  np.testing.assert_allclose(decoded[:1], mono.decode(mono.encode(one, 44100)), atol=1e-5)
-  left, right = mono.decode(mono.encode(np.concatenate([one, one]), 44100))
+  np.testing.assert_allclose(decoded[:1], mono.decode(mono.encode(first, 44100)), atol=1e-5)
+  left, right = mono.decode(mono.encode(np.concatenate([first, first]), 44100))
   np.testing.assert_allclose(left, right, atol=1e-6)  # not to the bit: places in a batch are rounded apart
-  np.testing.assert_array_equal(mono.encode(one[0], 44100).z, mono.encode(one, 44100).z)
+  np.testing.assert_array_equal(mono.encode(first[0], 44100).z, mono.encode(first, 44100).z)
 
 
 def test_channels_through_a_stereo_model(ancestor):
   stereo = ancestor  # the one of the stereo models of which decoding is compiled
   two = stereo.encode(music(3000, channels=2), 44100)
   assert two.z.shape[0] == 1 and stereo.decode(two).shape == (2, 3000)
-  one = stereo.encode(music(3000), 44100)
-  assert one.z.shape[0] == 1 and one.channels == 1 and stereo.decode(one).shape == (1, 3000)
+  mono = stereo.encode(music(3000), 44100)
+  assert mono.z.shape[0] == 1 and mono.channels == 1 and stereo.decode(mono).shape == (1, 3000)
   doubled = stereo.encode(np.repeat(music(3000), 2, axis=0), 44100)
-  np.testing.assert_array_equal(one.z, doubled.z)
-  np.testing.assert_allclose(stereo.decode(one)[0], stereo.decode(doubled).mean(axis=0), atol=1e-6)
+  np.testing.assert_array_equal(mono.z, doubled.z)
+  np.testing.assert_allclose(stereo.decode(mono)[0], stereo.decode(doubled).mean(axis=0), atol=1e-6)
 
 
 def test_models_that_differ_in_their_weights_share_what_is_compiled(mono, tmp_path):
@@ -220,9 +220,9 @@ def test_models_that_differ_in_their_weights_share_what_is_compiled(mono, tmp_pa
   other = codec_lib.load(make_snapshot(tmp_path / 'other', seed=1))
   compiled = lambda: sum(program._cache_size() for program in vars(other._programs).values())
   before = compiled()
-  made = other.decode(other.encode(audio, 44100))
+  decoded = other.decode(other.encode(audio, 44100))
   assert compiled() == before > 0
-  assert np.linalg.norm(made - mono.decode(mono.encode(audio, 44100))) > .1 * np.linalg.norm(made)
+  assert np.linalg.norm(decoded - mono.decode(mono.encode(audio, 44100))) > .1 * np.linalg.norm(decoded)
 
 
 # ---- how the work is cut does not matter ---------------------------------------------------------
@@ -300,17 +300,17 @@ def test_a_seed_out_of_range_is_refused(mono, seed):
 
 def drawn(codec, *, chunks, seed, steps=1):
   """The noise of a seed, by the definition: fold_in(fold_in(seed, chunk), role)."""
-  one = _one_noise(codec)
-  return np.stack([[one(seed, chunk, role) for role in range(steps + 1)] for chunk in range(chunks)])
+  noise = _one_noise(codec)
+  return np.stack([[noise(seed, chunk, role) for role in range(steps + 1)] for chunk in range(chunks)])
 
 
 @functools.cache
 def _one_noise(codec):
   @jax.jit
-  def one(seed, chunk, role):
+  def noise(seed, chunk, role):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), chunk), role)
-    return codec.representation.noise(key, 1, kind=codec.consistency.noise)[0]
-  return one
+    return codec.consistency.unit_noise(key, codec.representation, 1)[0]
+  return noise
 
 
 @functools.cache
@@ -356,16 +356,16 @@ def pair_up(x, sigmas, z):
 @functools.cache
 def plain_decoder(codec):
   """The figure, chunk by chunk, with a whole spectrogram in memory."""
-  process, net, rep = codec.consistency, codec.network, codec.representation
+  consistency, net, rep = codec.consistency, codec.network, codec.representation
   synthesise = synthesiser(codec)
 
   @jax.jit
   def call(params, x, sigmas, z):
     """One network call: x [B, S, F, T, C], sigmas [S], z [B, S, K, d]."""
     features = net.decode(params, z)
-    data = (envelope.deviation(features['log_magnitude'], floor=process.local_floor)
-            if process.local else None)
-    return process.denoise(
+    data = (envelope.deviation(features['log_magnitude'], floor=consistency.local_floor)
+            if consistency.local else None)
+    return consistency.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, features), x,
         jnp.broadcast_to(sigmas[None], x.shape[:2]), sigma_data=data)
 
@@ -379,8 +379,8 @@ def plain_decoder(codec):
     streams, chunks = z.shape[:2]
     eps = np.broadcast_to(noise, (streams, *noise.shape))
     level = np.float32(sigma_cond)
-    if process.renoise == 'variance':
-      level = np.float32((sigma_cond ** 2 - process.sigma_min ** 2) ** 0.5)
+    if consistency.renoise == 'variance':
+      level = np.float32((sigma_cond ** 2 - consistency.sigma_min ** 2) ** 0.5)
     first = [denoise([np.float32(80) * eps[:, 0, FIRST]], [80.0], z[:, :1])[:, 0]]
     done = []
     for t in range(1, chunks):
@@ -429,30 +429,30 @@ def pairs_of(step, chunks):
 @functools.cache
 def plain_decoders(codec):
   """CoDiCodec's two decoders (music2latent2.md, 4.2 and 4.3), whole spectrograms in memory."""
-  process, net, synthesise = codec.consistency, codec.network, synthesiser(codec)
+  consistency, net, synthesise = codec.consistency, codec.network, synthesiser(codec)
 
   @jax.jit
   def call(params, x, sigmas, z):
-    return process.denoise(
+    return consistency.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, net.decode(params, z)), x, sigmas[None])
 
   def denoise(x, sigmas, z):
     return np.asarray(call(codec.params, *pair_up(np.stack(x)[None], np.float32(sigmas), z)))[0, :len(x)]
 
   def again(x, sigma, eps):
-    return x + np.float32((sigma ** 2 - process.sigma_min ** 2) ** 0.5) * eps
+    return x + np.float32((sigma ** 2 - consistency.sigma_min ** 2) ** 0.5) * eps
 
   def sigma(index):
-    low, high = process.sigma_min ** (1 / 7), process.sigma_max ** (1 / 7)
+    low, high = consistency.sigma_min ** (1 / 7), consistency.sigma_max ** (1 / 7)
     return (low + index * (high - low)) ** 7
 
   def autoregressive(z, noise, steps):
     done = []
     for i in range(z.shape[1]):
       x, level = np.float32(80) * noise[i, 0], 80.0
-      left = [again(done[-1], process.sigma_cond, noise[i - 1, 1])] if i else []
+      left = [again(done[-1], consistency.sigma_cond, noise[i - 1, 1])] if i else []
       for k in range(steps):
-        out = denoise([*left, x], [process.sigma_cond] * len(left) + [level], z[:, i - len(left):i + 1])[-1]
+        out = denoise([*left, x], [consistency.sigma_cond] * len(left) + [level], z[:, i - len(left):i + 1])[-1]
         level = sigma(1 - (k + 1) / steps)
         if k + 1 < steps:
           x = again(out, level, noise[i, 2 + k])
@@ -466,11 +466,11 @@ def plain_decoders(codec):
       done = [None] * chunks
       for pair in pairs_of(k, chunks):
         out = denoise([x[i] for i in pair], [level] * len(pair), z[:, pair[0]:pair[-1] + 1])
-        for i, one in zip(pair, out):
-          done[i] = one
+        for i, chunk in zip(pair, out):
+          done[i] = chunk
       level = sigma(1 - (k + 1) / steps)
       if k + 1 < steps:
-        x = [again(one, level, noise[i, 2 + k]) for i, one in enumerate(done)]
+        x = [again(chunk, level, noise[i, 2 + k]) for i, chunk in enumerate(done)]
     return done
 
   def audio(done, samples):
@@ -667,13 +667,13 @@ def test_latents_of_another_scale_are_refused(mono):
 
 def test_refinement_after_several_steps(ancestor):
   """Each chunk's left output beside the next one, the last one's alone."""
-  process = ancestor.consistency
+  consistency = ancestor.consistency
   decoders, denoise, audio = plain_decoders(ancestor)
   latents = latents_for(ancestor, chunks=3, channels=2)
   latents = dataclasses.replace(latents, num_samples=ancestor.representation.crop_samples(3))
   noise, z = drawn(ancestor, chunks=3, seed=2, steps=2), latents.z
-  spread = np.float32((process.sigma_cond ** 2 - process.sigma_min ** 2) ** 0.5)
-  done = [denoise([x + spread * noise[i, REFINE]], [process.sigma_cond], z[:, i:i + 1])[0]
+  spread = np.float32((consistency.sigma_cond ** 2 - consistency.sigma_min ** 2) ** 0.5)
+  done = [denoise([x + spread * noise[i, REFINE]], [consistency.sigma_cond], z[:, i:i + 1])[0]
           for i, x in enumerate(decoders['autoregressive'](z, noise, 2))]
   decoded = ancestor.decode(latents, seed=2, steps=2, refine=True)
   np.testing.assert_allclose(decoded, audio(done, latents.num_samples), atol=2e-5)

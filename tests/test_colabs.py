@@ -28,7 +28,7 @@ from test_layering import ROOT
 
 from m2l2 import assets, sharding
 from m2l2.codec.snapshot import save_snapshot
-from m2l2.configs import tiny, tiny22
+from m2l2.configs import nano, tiny
 from m2l2.data import audio_io
 from m2l2.examples import generate
 
@@ -173,7 +173,7 @@ def test_training_begins_with_the_model_in_the_box(executed):
 
 def small_config():
   """What test_codec.py compiles, too."""
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.model.update(ONE_LEVEL)
   config.train.nested = .5
   return config
@@ -226,7 +226,7 @@ def run_cells(place, monkeypatch):
     config, variables = small_config(), {}
     plain = json.loads(json.dumps(config.to_dict()))
     save_snapshot(place / 'tiny', params=make_params(plain), config=plain, step=7)
-    monkeypatch.setattr(tiny22, 'get_config', lambda: config)
+    monkeypatch.setattr(tiny, 'get_config', lambda: config)
     monkeypatch.setattr('m2l2.training.loop.train', stand_in)
     for cell in code_cells(with_steps(read(name))):
       lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(('%', '!'))]
@@ -292,15 +292,15 @@ def test_it_is_tidy(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_no_cell_takes_away_what_another_imports(name):
   """Or that one could not run again."""
-  imported, made = set(), set()
+  imported, deleted = set(), set()
   for cell in code_cells(read(name)):
     source = re.sub(r'^( *)[%!].*', r'\1pass', cell.source, flags=re.M)
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, ast.Import | ast.ImportFrom):
         imported |= {(alias.asname or alias.name).partition('.')[0] for alias in node.names}
       elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-        made.add(node.id)
-  assert imported and made and not imported & made
+        deleted.add(node.id)
+  assert imported and deleted and not imported & deleted
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -105,14 +105,14 @@ def test_a_second_start_of_two_processes_compiles_nothing_on_either(what, tone, 
       s.bind(('localhost', 0))
       port = s.getsockname()[1]
     both = [subprocess.Popen(
-        [sys.executable, '-c', OF_TWO, what, Path(__file__).parent, place, str(process), str(port)], env=environment,
-        cwd=tmp_path / start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for process in range(2)]
+        [sys.executable, '-c', OF_TWO, what, Path(__file__).parent, place, str(popen), str(port)], env=environment,
+        cwd=tmp_path / start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for popen in range(2)]
     try:
-      said = [process.communicate(timeout=300) for process in both]
+      said = [popen.communicate(timeout=300) for popen in both]
     finally:
-      for process in both:
-        process.kill()
-    assert [process.returncode for process in both] == [0, 0], said
+      for popen in both:
+        popen.kill()
+    assert [popen.returncode for popen in both] == [0, 0], said
     asked[start] = [[int(number) for number in out.split()[-2:]] for out, _ in said]
   assert all(requests >= 2 and hits == 0 for requests, hits in asked['first']), asked
   assert all(requests >= 2 and hits == requests for requests, hits in asked['second']), asked
@@ -161,9 +161,9 @@ def test_no_place_is_no_fault(setting, tmp_path, monkeypatch):
 def test_each_kind_of_processor_has_its_own(monkeypatch):
   monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
   monkeypatch.setenv('HOME', '/home/me')
-  found = []
+  caches = []
   for flags in ('sse2 avx2', 'sse2 avx2 avx512f', 'sse2 avx2'):
-    lines = io.StringIO(f'cpu MHz: {len(found)}\nflags\t: {flags}\n')
+    lines = io.StringIO(f'cpu MHz: {len(caches)}\nflags\t: {flags}\n')
     monkeypatch.setattr(compiling, 'open', lambda *_, **__: lines, raising=False)
-    found.append(Path(compiling.cache_folder()))
-  assert found[0] == found[2] != found[1] and {path.parent for path in found} == {Path('/home/me/.cache/m2l2')}
+    caches.append(Path(compiling.cache_folder()))
+  assert caches[0] == caches[2] != caches[1] and {path.parent for path in caches} == {Path('/home/me/.cache/m2l2')}

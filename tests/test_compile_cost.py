@@ -1,10 +1,12 @@
 """launch/bench/compile_cost.py's reading of programs, and what XLA is told of a run."""
 
+from unittest.mock import ANY
+
 import pytest
 
 from launch.bench import compile_cost
 from m2l2 import build
-from m2l2.configs import base, tiny
+from m2l2.configs import base, nano
 from m2l2.kernels.chunk_causal import compiling_for
 
 TEXT = """HloModule jit_f
@@ -43,7 +45,10 @@ def test_what_xla_is_told():
   """Short runs are compiled quickly, narrow models convolve by Eigen; both on CPUs alone."""
   level, library = 'xla_backend_optimization_level', 'xla_cpu_experimental_ynn_fusion_type'
   assert build.compiler_options(base.get_config()) == {}
-  assert set(build.compiler_options(tiny.get_config())) == {library}
-  assert build.compiler_options(tiny.get_config('debug'))[level] == 0
+  assert set(build.compiler_options(nano.get_config())) == {library}
+  assert build.compiler_options(nano.get_config('debug'))[level] == 0
   with compiling_for('tpu'):
-    assert build.compiler_options(tiny.get_config('debug')) is None
+    assert build.compiler_options(nano.get_config('debug')) == {}
+  config = nano.get_config('debug')
+  config.train.compiler_options = f'{level}=2,xla_other=yes'
+  assert build.compiler_options(config) == {level: '2', 'xla_other': 'yes', library: ANY}

@@ -28,9 +28,9 @@ def said(caplog, monkeypatch):
     for thread in threading.enumerate():
       if isinstance(thread, threading.Timer):
         thread.join(5)
-    found = [record.getMessage() for record in caplog.records if record.name == 'm2l2.compiling']
+    messages = [record.getMessage() for record in caplog.records if record.name == 'm2l2.compiling']
     caplog.clear()
-    return found
+    return messages
   return lines
 
 

@@ -3,6 +3,7 @@
 `UPDATE_GOLDEN=1 python -m pytest tests/test_configs.py` rewrites tests/goldens/.
 """
 
+import ast
 import dataclasses
 import functools
 import importlib
@@ -20,10 +21,11 @@ import pytest
 
 from m2l2 import build
 import m2l2.configs
-from m2l2.configs import base, tiny
+from m2l2.configs import base, nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.training import timing
+from m2l2.variants.consistency import VariantConsistency
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.
@@ -72,7 +74,7 @@ def _table(name):
 
 
 def test_all_configs_are_here():
-  assert {'base', 'stereo', 'tiny'} <= set(CONFIGS)
+  assert {'base', 'stereo', 'tiny', 'nano'} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize('name', EACH)
@@ -83,6 +85,22 @@ def test_parameters_are_those_of_the_golden(name):
     golden.parent.mkdir(exist_ok=True)
     golden.write_text('\n'.join(lines) + '\n')
   assert lines == golden.read_text().splitlines(), f'{golden} differs: UPDATE_GOLDEN=1 rewrites it'
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_builds_on_base_alone(name):
+  tree = ast.parse(pathlib.Path(importlib.import_module(f'm2l2.configs.{name}').__file__).read_text(encoding='utf-8'))
+  imported = [(node.module, alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+              for alias in node.names]
+  plain = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+  assert (imported, plain) == (([], ['ml_collections']) if name == 'base' else ([('m2l2.configs', 'base')], []))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_says_what_to_expect(name):
+  text = ' '.join(importlib.import_module(f'm2l2.configs.{name}').__doc__.split())
+  time = re.search(r'Expected cost: .*FLOP.* Expected time.*?: (.*?)\. Expected quality.*: ', text)
+  assert time and re.search('A100|H100|TPU v5p|AMD EPYC', time[1])
 
 
 def test_no_golden_is_left_over():
@@ -104,7 +122,7 @@ def test_parameters_are_float32_and_name_their_axes(name):
 
 # Tracing takes seconds: of the full sizes one in every run of the suite, the one in the box.
 @pytest.mark.parametrize('name', [
-  name if name == 'tiny22' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
+  name if name == 'tiny' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
 def test_the_whole_step_at_full_size_by_shapes(name):
   config = _config(name)
   functions, state = _functions(name)
@@ -176,7 +194,7 @@ def test_every_field_of_the_classes_is_in_base():
   arch = type(_functions('base')[0].network.arch)
   names = {field.name for cls in (arch, build.Representation) for field in dataclasses.fields(cls)}
   assert set(config.model) == names | {'native_rates'}
-  assert dict(config.consistency) == dataclasses.asdict(build.Consistency())
+  assert dict(config.consistency) == dataclasses.asdict(VariantConsistency())
 
 
 # --- words after the colon ---
@@ -200,9 +218,16 @@ def test_debug_shrinks_sizes_and_keeps_choices(name):
 @pytest.mark.parametrize('arg, channels', [
   ('stereo', 2), ('mono', 1), ('debug,stereo', 2), ('stereo,debug', 2)])
 def test_channels_by_a_word(arg, channels):
-  config = _config('tiny', arg)
+  config = _config('nano', arg)
   assert config.model.channels == channels
   assert (config.train.log_every == 1) == ('debug' in arg)
+
+
+def test_stereo_means_the_same_as_a_word_and_as_a_config():
+  assert _config('base', 'stereo').to_dict() == _config('stereo').to_dict()
+  assert _config('stereo', 'stereo').to_dict() == _config('stereo').to_dict()
+  assert _config('nano', 'stereo').train.learning_rate == .5 * _config('nano').train.learning_rate
+  assert _config('tiny', 'stereo').model.latent_norm is False and _config('nano', 'stereo').model.latent_norm is True
 
 
 @pytest.mark.parametrize('name', EACH)
@@ -287,7 +312,7 @@ def test_bad_consistency(field, value):
 
 
 def test_local_preconditioning_needs_the_envelope():
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.model.envelope = False
   with pytest.raises(UserError, match='consistency.local needs the envelope') as error:
     build.step_functions(config)
@@ -309,7 +334,7 @@ def test_a_head_start_needs_the_envelope(section, field, value):
 def test_bad_training_fields_are_one_clear_line():
   for field, value in (('optimizer', 'sgd'), ('b2', 1.), ('clip_norm', -1.), ('clip_norm', 'none'),
                        ('learning_rate', float('nan')), ('learning_rate', 0.), ('final_learning_rate', float('inf'))):
-    config = tiny.get_config('debug')
+    config = nano.get_config('debug')
     config.train[field] = value
     with pytest.raises(UserError) as error:
       build.step_functions(config)

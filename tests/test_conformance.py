@@ -90,11 +90,11 @@ def test_one_chunk_alone():
   _, decode, denoise = port.calls()
   z, pair = kit.latents(seed, chunks=2)[None], kit.LEVEL_PAIRS[0]
   noisy = kit.noisy_pair(seed, pair)[None]
-  both, one = (decode(codec.params, z[:, :chunks]) for chunks in (2, 1))
-  for a, b in zip(one['maps'], both['maps']):
+  both, single = (decode(codec.params, z[:, :chunks]) for chunks in (2, 1))
+  for a, b in zip(single['maps'], both['maps']):
     assert np.linalg.norm(a[0, 0] - b[0, 0]) < 1e-5 * np.linalg.norm(b[0, 0])
   left = denoise(codec.params, noisy, np.float32([pair]), both)[0, 0]
-  alone = denoise(codec.params, noisy[:, :1], np.float32([pair[:1]]), one)[0, 0]
+  alone = denoise(codec.params, noisy[:, :1], np.float32([pair[:1]]), single)[0, 0]
   assert np.linalg.norm(left - alone) < 1e-5 * np.linalg.norm(left)
 
 
@@ -180,7 +180,7 @@ def test_the_command_of_the_checker(tmp_path, capsys):
 
 def test_the_port_computes_every_case(monkeypatch):
   """So that `port.py` and then `kit.py check` can pass; the numbers are the tests' above."""
-  made = {}
+  results = {}
   for name in ('make_codec', 'calls'):
     monkeypatch.setattr(port, name, lambda *args: None)
   monkeypatch.setattr(port, 'encoder_outputs', lambda codec, seed: {f'{seed}/{n}': 0 for n in (
@@ -188,8 +188,8 @@ def test_the_port_computes_every_case(monkeypatch):
   monkeypatch.setattr(port, 'network_outputs', lambda codec, seed: {
       name: 0 for name in kit.cases() if name.startswith((f'{seed}/features', f'{seed}/denoiser'))})
   monkeypatch.setattr(port, 'waveform', lambda codec, decoder, chunks: 0)
-  monkeypatch.setattr(np, 'savez', lambda path, **outputs: made.update(outputs))
-  assert port.main(['outputs.npz']) == 0 and set(made) == set(kit.cases())
+  monkeypatch.setattr(np, 'savez', lambda path, **outputs: results.update(outputs))
+  assert port.main(['outputs.npz']) == 0 and set(results) == set(kit.cases())
 
 
 def test_the_export_holds_what_the_checker_takes_for_granted(tmp_path, monkeypatch):

@@ -21,13 +21,13 @@ def test_order_depends_on_relative_names_alone(tmp_path):
   touch(tmp_path / 'one', *names)
   touch(tmp_path / 'longer' / 'root', *reversed(names))
   touch(tmp_path / 'one', 'notes.txt', '.hidden.wav', '.git/x.wav', '._a.wav', 'cover.jpg')
-  one = find_audio_files(tmp_path / 'one')
+  first = find_audio_files(tmp_path / 'one')
   two = find_audio_files(str(tmp_path / 'longer' / 'root') + '/')
-  assert one.names == two.names == tuple(sorted(names)) and len(one) == 10
-  assert one.fingerprint == two.fingerprint
-  assert all(os.path.isfile(one.path(i)) for i in range(10))
+  assert first.names == two.names == tuple(sorted(names)) and len(first) == 10
+  assert first.fingerprint == two.fingerprint
+  assert all(os.path.isfile(first.path(i)) for i in range(10))
   touch(tmp_path / 'one', 'new.wav')
-  assert find_audio_files(tmp_path / 'one').fingerprint != one.fingerprint
+  assert find_audio_files(tmp_path / 'one').fingerprint != first.fingerprint
 
 
 def test_globs_and_single_files(tmp_path, monkeypatch):

@@ -59,19 +59,19 @@ def reads(monkeypatch):
   """(bytes, how many reads were under way) of each; each takes `reads.seconds` longer."""
   class Reads(list):
     seconds, now, lock = 0., 0, threading.Lock()
-  found, read = Reads(), index.read_shard
+  counted, read = Reads(), index.read_shard
 
   def slow(path, size, begin, end):
-    with found.lock:
-      found.now += 1
-      found.append((end - begin, found.now))
-    time.sleep(found.seconds)
-    with found.lock:
-      found.now -= 1
+    with counted.lock:
+      counted.now += 1
+      counted.append((end - begin, counted.now))
+    time.sleep(counted.seconds)
+    with counted.lock:
+      counted.now -= 1
     return read(path, size, begin, end)
 
   monkeypatch.setattr(index, 'read_shard', slow)
-  return found
+  return counted
 
 
 def test_every_part_of_a_segment_is_the_same_with_and_without_an_index(plain, indexed):
@@ -149,9 +149,9 @@ def test_damaged_segments_are_named_and_passed_over(tmp_path, caplog):
   data[at:at + 300_000:1000] = bytes(300)  # of the first record of this shard
   shard.write_bytes(data)
   with loader(folder) as batches:
-    found = [next(batches) for _ in range(6)]
-  assert sum(int(batch['rejected'].sum()) for batch in found)
-  assert all(np.isfinite(batch['audio']).all() for batch in found)
+    batch_list = [next(batches) for _ in range(6)]
+  assert sum(int(batch['rejected'].sum()) for batch in batch_list)
+  assert all(np.isfinite(batch['audio']).all() for batch in batch_list)
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == 1 and 'record 3 (a/0.ogg): is damaged' in lines[0], lines
 

@@ -177,8 +177,8 @@ def test_all_good_files_are_used_and_bad_ones_named(tmp_path, caplog):
   audio = batch['audio'].reshape(120, 8192)
   assert np.isfinite(audio).all()
   spectrum = np.abs(np.fft.rfft(audio * np.hanning(8192)))
-  found = (spectrum.argmax(axis=1) * rate / 8192 / 500).round().astype(int)
-  counts = np.bincount(found, minlength=6)
+  tones = (spectrum.argmax(axis=1) * rate / 8192 / 500).round().astype(int)
+  counts = np.bincount(tones, minlength=6)
   assert counts[0] == 0 and counts[1:].min() > 10 and len(counts) == 6, counts
   assert 0.3 < (batch['rejected'] > 0).mean() < 0.75  # 6 of 11 files are bad
 

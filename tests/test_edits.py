@@ -43,10 +43,10 @@ def test_interpolation_ends_at_both_and_is_straight():
 
 def test_swap_exchanges_the_named_embeddings_and_twice_is_nothing():
   first, second = latents(), latents(seed=1)
-  one, two = edits.swap(first, second, [0, 2])
-  np.testing.assert_array_equal(one.z[:, :, [0, 2]], second.z[:, :, [0, 2]])
-  np.testing.assert_array_equal(one.z[:, :, [1, 3]], first.z[:, :, [1, 3]])
-  for again, before in zip(edits.swap(one, two, range(0, 4, 2)), (first, second), strict=True):
+  swapped, two = edits.swap(first, second, [0, 2])
+  np.testing.assert_array_equal(swapped.z[:, :, [0, 2]], second.z[:, :, [0, 2]])
+  np.testing.assert_array_equal(swapped.z[:, :, [1, 3]], first.z[:, :, [1, 3]])
+  for again, before in zip(edits.swap(swapped, two, range(0, 4, 2)), (first, second), strict=True):
     np.testing.assert_array_equal(again.z, before.z)
 
 

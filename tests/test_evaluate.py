@@ -46,7 +46,7 @@ def late(audio, samples):
   return np.pad(audio, ((0, 0), (samples, 0)))[:, :audio.shape[1]]
 
 
-def found(reference, estimate, estimate_rate=RATE):
+def problems_of(reference, estimate, estimate_rate=RATE):
   estimate = np.ascontiguousarray(estimate, np.float32)
   return checks.check_pair(reference, estimate, reference_rate=RATE, estimate_rate=estimate_rate)
 
@@ -72,26 +72,26 @@ def found(reference, estimate, estimate_rate=RATE):
 ])
 def test_each_mix_up_is_named_and_nothing_else(music, mix_up, expected):
   for audio in music:
-    assert found(audio, mix_up(audio)) == expected
+    assert problems_of(audio, mix_up(audio)) == expected
   if 'gain' not in str(expected) and 'length' not in str(expected):  # also of an estimate that is not a copy
     for audio in music:
-      heard = [line for line in found(audio, mix_up(noisy(audio))) if not line.startswith('gain')]
+      heard = [line for line in problems_of(audio, mix_up(noisy(audio))) if not line.startswith('gain')]
       assert heard == expected
 
 
 def test_44100_taken_for_48000_is_named(music):
   for audio in music:
     fast, slow = soxr.resample(audio.T, 48000, RATE).T, soxr.resample(audio.T, RATE, 48000).T
-    high, low = found(audio, noisy(fast)), found(audio, noisy(slow[:, :audio.shape[1]]))
+    high, low = problems_of(audio, noisy(fast)), problems_of(audio, noisy(slow[:, :audio.shape[1]]))
     assert high[0] == 'rate: the lengths are as 44.1 to 48 kHz: one was taken for the other'
     assert any('44.1 kHz were played at 48 kHz' in line for line in high)
     assert any('48 kHz were played at 44.1 kHz' in line for line in low)
-    assert found(audio, slow, estimate_rate=48000) == [
+    assert problems_of(audio, slow, estimate_rate=48000) == [
         'rate: the reference is at 44100 Hz, the estimate at 48000 Hz; compared at 44100 Hz']
 
 
 def test_other_music_is_no_mix_up(music):
-  assert not [line for line in found(music[0], music[1]) if not line.startswith('gain')]
+  assert not [line for line in problems_of(music[0], music[1]) if not line.startswith('gain')]
 
 
 # ---- seams and stereo ----------------------------------------------------------------------------
@@ -219,18 +219,18 @@ def test_the_command_writes_the_report(folders, tmp_path, capsys):
   assert run(f'--reference={reference}', f'--estimate={estimate}', f'--output={tmp_path}/report.json',
              f'--csv={tmp_path}/report.csv', f'--html={tmp_path}/report.html', '--workers=2',
              '--metrics=musicnn_msd,lsd_db,si_sdr,side_mid_db') == 0
-  made = json.loads((tmp_path / 'report.json').read_text())
-  assert made['pairs'] == 3
-  assert list(made['metrics']) == ['si_sdr', 'lsd_db', 'side_mid_db'] and list(made['frechet']) == ['musicnn_msd']
-  si_sdr = made['metrics']['si_sdr']
+  results = json.loads((tmp_path / 'report.json').read_text())
+  assert results['pairs'] == 3
+  assert list(results['metrics']) == ['si_sdr', 'lsd_db', 'side_mid_db'] and list(results['frechet']) == ['musicnn_msd']
+  si_sdr = results['metrics']['si_sdr']
   values = list(si_sdr['per_file'].values())
-  assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # the silent one is in no mean
+  assert list(si_sdr['per_file']) == ['a.flac', 'deep/b.flac']  # without the silent pair
   assert si_sdr['mean'] == pytest.approx(np.mean(values))
   assert si_sdr['sem'] == pytest.approx(np.std(values, ddof=1) / 2 ** .5)
   assert values == pytest.approx([20, 20], abs=3)
-  distance = made['frechet']['musicnn_msd']
+  distance = results['frechet']['musicnn_msd']
   assert distance['clips'] == 3 and distance['windows'] == 6 and distance['value'] > 0 and distance['bootstrap_sd'] >= 0
-  text = '\n'.join(made['warnings'])
+  text = '\n'.join(results['warnings'])
   for line in ('lonely.wav: partner: no estimate', 'stranger.wav: partner: an estimate without a reference',
                'broken.wav: unreadable:', 'silent.wav: silence: the reference is silent',
                'silent.wav: si_sdr is undefined', 'si_sdr: only 2 of 3 pairs have it'):
@@ -241,8 +241,11 @@ def test_the_command_writes_the_report(folders, tmp_path, capsys):
   assert [row['file'] for row in rows] == ['a.flac', 'deep/b.flac', 'silent.wav'] and rows[2]['si_sdr'] == ''
   assert float(rows[1]['si_sdr']) == values[1]
   page = (tmp_path / 'report.html').read_text()
-  assert page.count('data:audio/flac;base64,') == 4 and page.count('data:image/png;base64,') == 5
-  assert 'http' not in page and 'lonely.wav: partner' in page
+  assert page.count('data:audio/flac;base64,') == 4 and page.count('data:image/png;base64,') == 4
+  assert 'http' not in page and 'lonely.wav: partner' in page and 'Over the files' not in page
+  assert '<td>lsd_db</td><td>dB</td><td>lower is better</td>' in page
+  assert '<td>frechet musicnn_msd</td><td></td><td>lower is better</td>' in page
+  assert f'<dt>command</dt><dd>m2l2 evaluate --reference={reference} ' in page and '<dt>date</dt><dd>20' in page
   assert not list(tmp_path.glob('*.part'))
 
 
@@ -251,11 +254,11 @@ def test_identical_folders(folders, tmp_path):
   shutil.rmtree(reference / 'deep')
   assert run(f'--reference={reference}/a.flac', f'--estimate={reference}/a.flac', f'--output={tmp_path}/report.json',
              '--metrics=si_sdr,mel_l1_db,mrstft,musicnn_mtt', '--quiet', '--workers=1') == 0
-  made = json.loads((tmp_path / 'report.json').read_text())
-  assert made['warnings'] == []
-  assert made['metrics']['si_sdr']['mean'] > 100 and made['metrics']['si_sdr']['sem'] is None
-  assert made['metrics']['mel_l1_db']['mean'] == made['metrics']['mrstft']['mean'] == 0
-  distance = made['frechet']['musicnn_mtt']
+  results = json.loads((tmp_path / 'report.json').read_text())
+  assert results['warnings'] == []
+  assert results['metrics']['si_sdr']['mean'] > 100 and results['metrics']['si_sdr']['sem'] is None
+  assert results['metrics']['mel_l1_db']['mean'] == results['metrics']['mrstft']['mean'] == 0
+  distance = results['frechet']['musicnn_mtt']
   assert distance['value'] <= 1e-3 and distance['bootstrap_sd'] is None
 
 
@@ -268,9 +271,9 @@ def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch):
   keep = tmp_path / 'kept'
   assert run(f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--estimate={keep}',
              f'--output={tmp_path}/report.json', '--metrics=mel_l1_db', '--seed=3', '--quiet') == 0
-  made = json.loads((tmp_path / 'report.json').read_text())
-  assert list(made['metrics']['mel_l1_db']['per_file']) == ['a.flac']
-  assert made['warnings'][0].startswith('bad.wav: unreadable:')
+  results = json.loads((tmp_path / 'report.json').read_text())
+  assert list(results['metrics']['mel_l1_db']['per_file']) == ['a.flac']
+  assert results['warnings'][0].startswith('bad.wav: unreadable:')
   again = tmp_path / 'again.wav'
   assert cli.main(['reconstruct', str(reference / 'a.flac'), str(again), f'--checkpoint={tmp_path}/model',
                    '--seed=3', '--quiet']) == 0
@@ -297,16 +300,31 @@ def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args
   assert not (tmp_path / 'report.json').exists()
 
 
+def test_a_page_of_ten_pairs_has_plots_over_them_and_ends_with_the_credits(music, tmp_path, monkeypatch):
+  monkeypatch.setattr(report, 'PAGE_FILES', 1)
+  items = [evaluate.Pair(str(i), music[0][:, :RATE], noisy(music[0][:, :RATE], .01 * (1 + i)), sample_rate=RATE)
+           for i in range(10)]
+  page = {}
+  for count in (9, 10):
+    results = evaluate.evaluate(items[:count], metrics=('mel_l1_db',))
+    report.write_html(tmp_path / 'page.html', results, items[:count], about={'model': 'a < b'}, credits='By A & B.\n')
+    page[count] = (tmp_path / 'page.html').read_text()
+  assert 'Over the files' not in page[9] and page[9].count('data:image/png') == 2
+  assert 'Over the files' in page[10] and page[10].count('data:image/png') == 3
+  assert '<dt>model</dt><dd>a &lt; b</dd>' in page[10]
+  assert page[10].index('By A &amp; B.') > page[10].index('<h2>Files</h2>')
+
+
 def test_arrays_can_be_evaluated_in_training(music):
   items = [evaluate.Pair(str(i), audio, noisy(audio, .2), sample_rate=RATE) for i, audio in enumerate(music)]
   steps = []
   embedders = {'level': lambda audio, sample_rate: audio.T[:500]}
-  made = evaluate.evaluate(items, metrics=QUICK, embedders=embedders, progress=steps.append)
-  assert made['pairs'] == 2 and list(made['metrics']) == list(QUICK)
+  results = evaluate.evaluate(items, metrics=QUICK, embedders=embedders, progress=steps.append)
+  assert results['pairs'] == 2 and list(results['metrics']) == list(QUICK)
   assert sum(steps) == evaluate.steps_of(items, embedders) == 4
   expected = pairs.pair_metrics(music[1], items[1].estimate, sample_rate=RATE, names=QUICK)
-  assert {name: made['metrics'][name]['per_file']['1'] for name in QUICK} == pytest.approx(expected)
-  assert report.table(made)[-1][0] == 'frechet level'
+  assert {name: results['metrics'][name]['per_file']['1'] for name in QUICK} == pytest.approx(expected)
+  assert report.table(results)[-1][0] == 'frechet level'
   with pytest.raises(UserError, match='no pair can be measured'):
     evaluate.evaluate([evaluate.Pair('x', np.zeros((1, 0), np.float32), music[0], sample_rate=RATE)], metrics=QUICK)
 
@@ -321,11 +339,12 @@ def test_a_reference_of_dithered_silence_costs_its_ratio_alone(music, monkeypatc
   metrics, _ = evaluate.split_names(None)
   quiet = dithered_silence()
   items = [evaluate.Pair('dither', quiet, quiet / 2, RATE), evaluate.Pair('song', music[0], noisy(music[0], .1), RATE)]
-  made = evaluate.evaluate(items, metrics=metrics)
-  assert list(made['metrics']['ratio']['per_file']) == ['song']
-  assert list(made['metrics']['si_sdr']['per_file']) == ['dither', 'song']
-  assert any(line.startswith('dither: ratio is undefined: the reference is nearly silent') for line in made['warnings'])
-  assert 'ratio: only 1 of 2 pairs have it' in made['warnings']
+  results = evaluate.evaluate(items, metrics=metrics)
+  assert list(results['metrics']['ratio']['per_file']) == ['song']
+  assert list(results['metrics']['si_sdr']['per_file']) == ['dither', 'song']
+  assert any(line.startswith('dither: ratio is undefined: the reference is nearly silent')
+             for line in results['warnings'])
+  assert 'ratio: only 1 of 2 pairs have it' in results['warnings']
   with pytest.raises(UserError, match='ratio is undefined'):
     pairs.ratio(quiet, quiet, sample_rate=RATE)
   with pytest.raises(UserError, match='ratio is undefined'):
@@ -346,10 +365,10 @@ def test_a_metric_without_a_value_is_left_out_and_named(music, monkeypatch, rais
     raise ZeroDivisionError
 
   monkeypatch.setattr(pairs, 'mrstft', bad)
-  made = evaluate.evaluate([evaluate.Pair('lonely', music[0], music[0], RATE)], metrics=('mrstft', 'lsd_db'),
+  results = evaluate.evaluate([evaluate.Pair('lonely', music[0], music[0], RATE)], metrics=('mrstft', 'lsd_db'),
                            embedders={'level': embed})
-  assert list(made['metrics']) == ['lsd_db'] and told in made['warnings'] and made['frechet'] == {}
-  assert any(line.startswith('lonely: level: has no value (ZeroDivisionError') for line in made['warnings'])
+  assert list(results['metrics']) == ['lsd_db'] and told in results['warnings'] and results['frechet'] == {}
+  assert any(line.startswith('lonely: level: has no value (ZeroDivisionError') for line in results['warnings'])
 
 
 def test_a_report_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -379,12 +398,12 @@ def test_a_metric_is_one_entry(folders, tmp_path, monkeypatch, capsys):
   assert run(*command, '--metrics=peak,lsd_db', f'--output={tmp_path}/r.json', f'--csv={tmp_path}/r.csv',
              f'--html={tmp_path}/r.html') == 0
   peak = float(np.max(np.abs(audio_io.read(estimate / 'a.wav')[0])))
-  made = json.loads((tmp_path / 'r.json').read_text())
-  assert made['metrics']['peak']['per_file'] == {'a.flac': peak} and list(made['metrics']) == ['lsd_db', 'peak']
+  results = json.loads((tmp_path / 'r.json').read_text())
+  assert results['metrics']['peak']['per_file'] == {'a.flac': peak} and list(results['metrics']) == ['lsd_db', 'peak']
   (row,) = csv.DictReader((tmp_path / 'r.csv').open())
   assert list(row) == ['file', 'lsd_db', 'peak'] and float(row['peak']) == peak
   assert ['peak', f'{peak:.4g}', 'n=1'] in [line.split() for line in capsys.readouterr().out.splitlines()]
-  assert '<td>peak (of full scale, good near 0)</td>' in (tmp_path / 'r.html').read_text()
+  assert '<td>peak</td><td>of full scale</td><td>good near 0</td>' in (tmp_path / 'r.html').read_text()
   assert 'peak' in evaluate.split_names(None)[0]
   assert sweep.is_better('peak', -.1, .5) and not sweep.is_better('peak', -.6, .5)
   assert run(*command, '--metrics=peek', f'--output={tmp_path}/r.json') == 1
@@ -400,8 +419,9 @@ def test_an_entry_that_needs_more_is_off_without_it(folders, tmp_path, monkeypat
   registry.register('far_peak', peak_of, better=registry.HIGHER, package='not_there', extra='eval')
   registry.register('odd_peak', f'{__name__}:peak_of', better=registry.REFERENCE, chunks=True, default=False)
   mono = evaluate.Pair('mono', np.ones((1, 9), np.float32), np.ones((1, 9), np.float32), RATE)
-  made = evaluate.evaluate([mono], metrics=['stereo_peak', 'odd_peak'])
-  assert list(made['metrics']) == ['odd_peak'] and not [line for line in made['warnings'] if 'stereo_peak' in line]
+  results = evaluate.evaluate([mono], metrics=['stereo_peak', 'odd_peak'])
+  assert list(results['metrics']) == ['odd_peak']
+  assert not [line for line in results['warnings'] if 'stereo_peak' in line]
   assert {'stereo_peak'} == set(evaluate.split_names(None)[0]) & {'stereo_peak', 'far_peak', 'odd_peak'}
   with pytest.raises(UserError, match=r"far_peak needs the package not_there.*pip install 'm2l2\[eval\]'"):
     evaluate.split_names('far_peak')

@@ -68,12 +68,12 @@ def test_a_paired_difference_is_surer_than_its_two_sides():
   near = [clip * 1.5 for clip in clips]
   far = [clip * 1.6 for clip in clips]
   joined = [np.concatenate(side) for side in (far, near, clips)]
-  found = frechet.paired_difference(far, near, clips)
-  assert found['mean'] == pytest.approx(
+  difference = frechet.paired_difference(far, near, clips)
+  assert difference['mean'] == pytest.approx(
       frechet.frechet_distance(joined[0], joined[2]) - frechet.frechet_distance(joined[1], joined[2]))
-  assert 0 < found['low'] < found['mean'] < found['high']
+  assert 0 < difference['low'] < difference['mean'] < difference['high']
   apart = np.hypot(*(frechet.bootstrap_sd(side, clips) for side in (far, near)))
-  assert found['high'] - found['low'] < 2 * apart  # 95 % of the difference; two sides apart: 3.9 deviations
+  assert difference['high'] - difference['low'] < 2 * apart  # 95 % of the difference; two sides apart: 3.9 deviations
   assert frechet.paired_difference(near, far, clips)['high'] < 0
   same = frechet.paired_difference(near, near, clips)
   assert same['low'] == same['high'] == 0
@@ -103,12 +103,12 @@ def clip():
 def test_musicnn_equals_tensorflows_graph(name):
   with np.load(ROOT / 'tests' / 'goldens' / 'musicnn.npz') as golden:
     clips, expected = list(golden['clips']), golden[f'{name}_penultimate']
-  made = []
+  ours = []
   for file in clips:
     audio, rate = audio_io.read(ROOT / 'm2l2' / 'assets' / 'clips' / f'{file}.ogg')
-    made.append(musicnn.embed(audio, sample_rate=rate, name=name))
-  assert len(clips) == 5 and all(windows.shape == (4, 200) for windows in made)
-  np.testing.assert_allclose(np.concatenate(made), expected, atol=1e-4)
+    ours.append(musicnn.embed(audio, sample_rate=rate, name=name))
+  assert len(clips) == 5 and all(windows.shape == (4, 200) for windows in ours)
+  np.testing.assert_allclose(np.concatenate(ours), expected, atol=1e-4)
 
 
 def test_musicnn_windows_are_their_own(clip):
@@ -141,9 +141,9 @@ def test_vggish_equals_torchvggish_on_made_up_weights(torch_golden, clip):
   shapes, expected = torch_golden['vggish']
   assert shapes == vggish.SHAPES
   audio, rate = clip
-  made = vggish.embed(on_device(reference.made_weights(shapes)), audio, sample_rate=rate)
-  assert made.shape == (6, 128)
-  np.testing.assert_allclose(made, expected, atol=1e-4)
+  ours = vggish.embed(on_device(reference.made_weights(shapes)), audio, sample_rate=rate)
+  assert ours.shape == (6, 128)
+  np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 @pytest.mark.soak
@@ -153,9 +153,9 @@ def test_clap_equals_laion_clap_on_made_up_weights(torch_golden, clip):
   audio = pairs.prepared(clip[0], sample_rate=clip[1], to_rate=48000, what='clip').astype(np.float32)
   audio = np.pad(audio, (0, clap.SAMPLES - len(audio)))
   weights = on_device(reference.made_weights(shapes))
-  made = clap.embed(weights, audio, sample_rate=48000)
-  assert made.shape == (1, 512)
-  np.testing.assert_allclose(made, expected, atol=1e-5)
+  ours = clap.embed(weights, audio, sample_rate=48000)
+  assert ours.shape == (1, 512)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_ten_seconds_are_cropped_or_repeated():
@@ -167,22 +167,23 @@ def test_ten_seconds_are_cropped_or_repeated():
 
 
 def test_weights_of_clap_are_told_from_others(tmp_path):
-  made = {name: np.zeros(shape, np.float32) for name, shape in clap.shapes().items()}
+  weights = {name: np.zeros(shape, np.float32) for name, shape in clap.shapes().items()}
   file = tmp_path / 'clap.safetensors'
 
   def save(tensors):
     safetensors.numpy.save_file(tensors, file)
     return file
-  read = clap.load(save({f'module.{name}': tensor for name, tensor in {**made, 'text_branch.x': np.zeros(3)}.items()}))
-  assert set(read) == set(made)
+  more = {**weights, 'text_branch.x': np.zeros(3)}
+  read = clap.load(save({f'module.{name}': tensor for name, tensor in more.items()}))
+  assert set(read) == set(weights)
   with pytest.raises(UserError, match='with fusion'):
-    clap.load(save({**made, 'audio_branch.patch_embed.fusion_model.x': np.zeros(3)}))
+    clap.load(save({**weights, 'audio_branch.patch_embed.fusion_model.x': np.zeros(3)}))
   with pytest.raises(UserError, match=r'bn0.bias is \[3\], and in LAION-CLAP it is \[64\]'):
-    clap.load(save({**made, 'audio_branch.bn0.bias': np.zeros(3)}))
+    clap.load(save({**weights, 'audio_branch.bn0.bias': np.zeros(3)}))
   with pytest.raises(UserError, match='holds no tensor audio_projection.0.bias'):
-    clap.load(save({name: tensor for name, tensor in made.items() if name != 'audio_projection.0.bias'}))
+    clap.load(save({name: tensor for name, tensor in weights.items() if name != 'audio_projection.0.bias'}))
   with pytest.raises(UserError, match='holds no tensor features'):
-    embeddings.make_embedder('vggish', save(made))
+    embeddings.make_embedder('vggish', save(weights))
   base = clap.shapes(width=128, depths=(2, 2, 12, 2))
   small = {name: np.zeros(shape, np.float16) for name, shape in base.items()}
   assert clap.load(save(small))['audio_branch.norm.weight'].shape == (1024,)

@@ -59,8 +59,8 @@ def test_cures_name_fields_that_there_are():
 
 def test_the_rank_of_latents():
   rng = np.random.default_rng(0)
-  one = jnp.asarray(rng.standard_normal((4, 2, 1, 1)) * np.ones((8, 64)), jnp.float32)
+  direction = jnp.asarray(rng.standard_normal((4, 2, 1, 1)) * np.ones((8, 64)), jnp.float32)
   many = jnp.asarray(rng.standard_normal((4, 2, 8, 64)), jnp.float32)
-  for few in (one, one[:2], one[:1]):  # 8, 4 and 2 chunks
+  for few in (direction, direction[:2], direction[:1]):  # 8, 4 and 2 chunks
     assert float(train_step.latent_metrics(few, few)['latent/rank']) == pytest.approx(0, abs=1e-3)
   assert float(train_step.latent_metrics(many, many)['latent/rank']) > .9

@@ -224,7 +224,7 @@ def test_what_is_no_program_is_refused():
     count_traffic('nothing')
 
 
-def one(instruction, parameters):
+def program_of(instruction, parameters):
   """The text of a program of one instruction over parameters %a, %b of these types."""
   lines = [f'  %{name} = {kind} parameter({n})' for n, (name, kind) in enumerate(zip('ab', parameters))]
   return '\n'.join(['HloModule m', 'ENTRY %main () -> f32[] {', *lines, f'  ROOT %r = {instruction}', '}'])
@@ -245,7 +245,7 @@ def one(instruction, parameters):
      'rhs_contracting_dims={1}', ('f32[16,32,7]', 'f32[16,7,5]'), 2 * 16 * 32 * 7 * 5),
     ('f32[8] negate(%a)', ('f32[8]',), 0)])
 def test_flops_as_executed(instruction, parameters, flops):
-  (part,) = count_traffic(one(instruction, parameters)).parts.values()
+  (part,) = count_traffic(program_of(instruction, parameters)).parts.values()
   assert part.flops == flops
 
 
@@ -261,7 +261,7 @@ def test_flops_as_executed(instruction, parameters, flops):
     ('f32[4] custom-call(%a), custom_call_target="Other", metadata={op_name="jit(f)/mlp/x"}', 'custom-call Other'),
     ('f32[4] add(%a, %b), metadata={op_name="jit(f)/mlp/add"}', 'element-wise')])
 def test_operations_by_scope_and_kind(instruction, kind):
-  text = one(instruction, ('f32[4,4]', 'f32[4,4]'))
+  text = program_of(instruction, ('f32[4,4]', 'f32[4,4]'))
   traffic = count_traffic(text)
   assert list(traffic.parts) == [('mlp', kind)]
   # None has an estimate: all are listed but for a kernel, which tells its own FLOPs.

@@ -141,7 +141,7 @@ sys.exit(main.main(['m2l2 train', *sys.argv[1:]]))
 
 def stand_ins(workdirs, *, log, flags, more=None):
   environment = {**os.environ, 'PYTHONPATH': str(soak_resume.REPOSITORY)}
-  commands = [[sys.executable, '-c', STAND_IN, '--config=configs/tiny.py:debug', f'--workdir={workdir}', *own]
+  commands = [[sys.executable, '-c', STAND_IN, '--config=configs/nano.py:debug', f'--workdir={workdir}', *own]
               for workdir, own in zip(workdirs, flags)]
   return started(commands, [{**environment, **own} for own in more or [{}] * len(commands)], log=log)
 
@@ -252,7 +252,7 @@ def test_a_process_whose_peers_never_come_ends_with_a_line(tmp_path):
   (['--start_timeout=0'], '--start_timeout=0'),
 ])
 def test_flags_that_do_not_go_together_are_one_line(given, says, capsys):
-  assert main.main(['m2l2', '--config=configs/tiny.py:debug', '--workdir=w', *given]) == 1
+  assert main.main(['m2l2', '--config=configs/nano.py:debug', '--workdir=w', *given]) == 1
   assert says in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -446,7 +446,7 @@ def test_a_slow_loader_is_named_in_the_log(with_loader):
     named = re.compile(r'process 1 \(.+\), at step \d+, .*, holds the others up: (\d+)% of its last \d+ s went into '
                        r'waiting for data, of theirs (\d+)%')
     processes.wait_for(lambda: named.search(processes.said(0)))
-    found = named.search(processes.said(0))
-    print(found[0])
-    assert int(found[1]) > 50 > 30 > int(found[2])
+    match = named.search(processes.said(0))
+    print(match[0])
+    assert int(match[1]) > 50 > 30 > int(match[2])
     assert 'holds the others up' not in processes.said(1)

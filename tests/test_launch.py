@@ -140,10 +140,10 @@ def test_a_dry_run_checks_the_flags_of_training(script, arguments, devices, look
 
 
 def test_tpu_create_asks_for_one_slice_or_several(place):
-  [one] = printed(place.run('tpu.sh', 'create', '--dry-run', *TPU))
-  assert one == ['gcloud', 'compute', 'tpus', 'queued-resources', 'create', 'base', '--zone=us-west4-a', '--project=p',
-                 '--node-id=base', '--accelerator-type=v5litepod-256', '--runtime-version=v2-alpha-tpuv5-lite',
-                 '--scopes=https://www.googleapis.com/auth/cloud-platform']
+  [line] = printed(place.run('tpu.sh', 'create', '--dry-run', *TPU))
+  assert line == ['gcloud', 'compute', 'tpus', 'queued-resources', 'create', 'base', '--zone=us-west4-a', '--project=p',
+                  '--node-id=base', '--accelerator-type=v5litepod-256', '--runtime-version=v2-alpha-tpuv5-lite',
+                  '--scopes=https://www.googleapis.com/auth/cloud-platform']
   [four] = printed(place.run('tpu.sh', 'create', '--dry-run', *TPU, '--slices=4', '--spot', TPU_ZONE='elsewhere'))
   assert {'--node-count=4', '--node-prefix=base', '--spot', '--zone=us-west4-a'} <= set(four)
   assert not any(word.startswith('--node-id') for word in four)
@@ -337,7 +337,7 @@ while :; do sleep .05; done
   (3, [], 0), (2, [], 0), (3, ['--stopped_exit_code=75'], 0), (2, ['--stopped_exit_code=75'], 75)])
 def test_a_stopped_run_can_be_told_from_one_that_is_done(done, flags, code, monkeypatch):
   monkeypatch.setattr(m2l2.training.loop, 'train', lambda config, workdir: done)
-  assert main.main(['m2l2', '--config=configs/tiny.py:debug', '--config.train.steps=3', '--workdir=w', *flags]) == code
+  assert main.main(['m2l2', '--config=configs/nano.py:debug', '--config.train.steps=3', '--workdir=w', *flags]) == code
 
 
 # ---- what a worker does --------------------------------------------------------------------------

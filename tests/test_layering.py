@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 # Beside the standard library and one's own package, these may import only what is named.
 FLOORS = {
-    'm2l2.kernels': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.representation': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.consistency': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.kernels': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors'),
+    'm2l2.representation': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors', 'm2l2.kernels'),
+    'm2l2.consistency': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors'),
     'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
+    'm2l2.model': ('jax', 'jaxtyping', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
                    'm2l2.consistency', 'm2l2.sharding'),
-    'm2l2.compiling': ('jax',),
+    'm2l2.compiling': ('jax', 'm2l2.no_collection'),
     'm2l2.errors': (),
     'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2.errors', 'm2l2.files'),
 }
@@ -46,6 +46,9 @@ KEEPERS = {
     'codicodec': ('m2l2.interop.codicodec.verification',),
     # What turns a config into networks is called by build alone.
     'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
+    # The paper's part of the house does not know what departs from it.
+    'm2l2.variants': ('m2l2.build', 'm2l2.codec', 'm2l2.evaluation', 'm2l2.interop', 'm2l2.training.probe',
+                      'm2l2.variants'),
 }
 # Its result, the bundle of functions, is what these two stand on: they may name the type.
 INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.train_step')}
@@ -54,7 +57,7 @@ INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.tra
 # by itself, so optax is forbidden to our files but may be in memory.
 INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec.codec', 'm2l2.codec.latents', 'm2l2.codec.snapshot',
              'm2l2.consistency', 'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
-             'm2l2.model.autoencoder', 'm2l2.representation')
+             'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.variants')
 TRAINING = ('clu', 'grain', 'mir_eval', 'ml_collections', 'optax', 'orbax', 'sklearn', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These also serve training or an extra, from inside functions that inference without them never calls.
@@ -64,6 +67,13 @@ LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings'
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
+# The paper alone: what a reader who comes for the method has to read, and what is to be found in none of it.
+PAPER = (*(f'm2l2/model/{name}.py' for name in (
+    'layers', 'transformer', 'patchify', 'encoder', 'decoder', 'denoiser', 'autoencoder')),
+         'm2l2/representation.py', 'm2l2/consistency.py')
+LONGEST_PAPER = 1050
+MOST_ARGUMENTS = 12  # of a module's __init__
+DEPARTURES = ('envelope', 'sketch', 'shortcut', 'latent_norm', 'magnitude_input', 'head_start', 'nested', 'pack')
 MOST_AT_THE_TOP = 9
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 80  # lines from def to end, but for the docstring
@@ -85,23 +95,23 @@ class Import:
 def read_imports(source, *, module, is_package=False):
   """Every import of a source text, but for those under `if TYPE_CHECKING:`."""
   package = module if is_package else module.rpartition('.')[0]
-  found = []
+  imports = []
 
   def visit(node, at_import):
     if isinstance(node, ast.Import):
-      found.extend(Import(alias.name, at_import) for alias in node.names)
+      imports.extend(Import(alias.name, at_import) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
       base = node.module or ''
       if node.level:
         above = package.split('.')[:len(package.split('.')) - node.level + 1]
         base = '.'.join([*above, *([base] if base else [])])
-      found.extend(Import(base if alias.name == '*' else f'{base}.{alias.name}', at_import)
-                   for alias in node.names)
+      imports.extend(Import(base if alias.name == '*' else f'{base}.{alias.name}', at_import)
+                     for alias in node.names)
     elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
       called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(
           node.func, 'id', '')
       if called in ('import_module', '__import__'):
-        found.append(Import(node.args[0].value, at_import))
+        imports.append(Import(node.args[0].value, at_import))
     if isinstance(node, ast.If) and ast.unparse(node.test).endswith('TYPE_CHECKING'):
       children = node.orelse
     else:
@@ -111,7 +121,7 @@ def read_imports(source, *, module, is_package=False):
       visit(child, at_import and not inside)
 
   visit(ast.parse(source), True)
-  return found
+  return imports
 
 
 def read_house():
@@ -222,6 +232,20 @@ def test_the_top_of_the_package_is_short():
   assert len(list((ROOT / 'm2l2').glob('*.py'))) <= MOST_AT_THE_TOP
 
 
+def test_the_paper_is_read_in_one_sitting():
+  texts = {path: (ROOT / path).read_text(encoding='utf-8') for path in PAPER}
+  assert sum(len(text.splitlines()) for text in texts.values()) <= LONGEST_PAPER
+  texts |= {path: (ROOT / path).read_text(encoding='utf-8')
+            for path in ('m2l2/training/loop.py', 'm2l2/training/train_step.py')}
+  assert [(path, word) for path, text in texts.items() for word in DEPARTURES if word in text] == []
+
+
+def test_a_network_is_made_of_few_arguments():
+  many = {module: len(node.args.args) + len(node.args.kwonlyargs) for module, node in read_definitions()
+          if module.startswith('m2l2.model.') and not isinstance(node, ast.ClassDef) and node.name == '__init__'}
+  assert many and max(many.values()) <= MOST_ARGUMENTS, many
+
+
 def test_names_say_something():
   paths = [path.relative_to(ROOT) for folder in ('m2l2', 'configs', 'tests', 'launch')
            for path in (ROOT / folder).rglob('*') if '__pycache__' not in path.parts]
@@ -279,15 +303,15 @@ def test_no_two_classes_share_a_name():
     ('if TYPE_CHECKING:\n  import grain\nelse:\n  import numpy', ['numpy']),
 ])
 def test_imports_are_found(source, expected):
-  found = read_imports(source, module='m2l2.model.encoder')
-  assert [item.name for item in found] == expected
+  imports = read_imports(source, module='m2l2.model.encoder')
+  assert [item.name for item in imports] == expected
   deep = 'def ' in source or 'lambda' in source
-  assert all(item.at_import != deep for item in found)
+  assert all(item.at_import != deep for item in imports)
 
 
 def test_relative_imports_of_a_package_start_at_itself():
-  found = read_imports('from .encoder import Encoder', module='m2l2.model', is_package=True)
-  assert [item.name for item in found] == ['m2l2.model.encoder.Encoder']
+  imports = read_imports('from .encoder import Encoder', module='m2l2.model', is_package=True)
+  assert [item.name for item in imports] == ['m2l2.model.encoder.Encoder']
 
 
 def small_house(files):

@@ -13,14 +13,14 @@ from m2l2 import build
 from m2l2.codec import codec
 from m2l2.codec.latents import Latents
 from m2l2.codec.snapshot import save_snapshot
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import baselines, excerpts
-from m2l2.model import envelope
 from m2l2.training import timing
+from m2l2.variants import envelope
 
 RATE = 22050
 SMALL = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
@@ -91,11 +91,11 @@ def test_the_vocoder_keeps_bands_and_their_course():
   rng = np.random.default_rng(1)
   loud = np.repeat([.3, .03, .2, .02], RATE // 2)
   audio = (loud * rng.standard_normal(len(loud)))[None].astype(np.float32)
-  made = baselines.noise_vocoder(audio, sample_rate=RATE, parameters_per_second=345)
-  assert made.shape == audio.shape
+  output = baselines.noise_vocoder(audio, sample_rate=RATE, parameters_per_second=345)
+  assert output.shape == audio.shape
   middle = lambda x: [np.sqrt(np.mean(np.square(part[2000:-2000]))) for part in np.split(x[0], 4)]
-  np.testing.assert_allclose(middle(made), middle(audio), rtol=.1)
-  assert np.corrcoef(made[0], audio[0])[0, 1] < .1  # the carrier is another noise
+  np.testing.assert_allclose(middle(output), middle(audio), rtol=.1)
+  assert np.corrcoef(output[0], audio[0])[0, 1] < .1  # the carrier is another noise
   # A tone comes back in its own band: most of its power lies within an octave.
   spectrum = np.square(np.abs(np.fft.rfft(baselines.noise_vocoder(
       np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE)[None], sample_rate=RATE, parameters_per_second=345)[0])))
@@ -180,7 +180,7 @@ def test_a_trial_is_a_line_of_the_table_and_its_model_ships(music, tmp_path, mon
   table = tmp_path / 'table'
   for name in ('one', 'two'):
     line = learn.run([f'--name={name}', f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=1',
-                      f'--table={table}', '--config=tiny.py:debug', f'--config.data.root={music}',
+                      f'--table={table}', '--config=nano.py:debug', f'--config.data.root={music}',
                       '--config.train.steps=2'])
     assert line['excerpts'] == 2
   assert [json.loads(line)['name'] for line in (table / 'trials.jsonl').read_text().splitlines()] == ['one', 'two']
@@ -195,7 +195,7 @@ def test_a_trial_is_a_line_of_the_table_and_its_model_ships(music, tmp_path, mon
 @pytest.mark.soak
 def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypatch):
   listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=4.3']
-  run = [*listed, f'--table={tmp_path}/table', '--config=tiny.py:debug', f'--config.data.root={music}',
+  run = [*listed, f'--table={tmp_path}/table', '--config=nano.py:debug', f'--config.data.root={music}',
          '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
          '--config.model.layers=1', '--config.model.native_rates=(22050,)', '--config.train.nested=0.5',
          '--config.model.num_latents=2']
@@ -233,7 +233,7 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
 
 
 def test_trials_are_compared_at_their_cost(tmp_path, monkeypatch):
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.model.update(ONE_LEVEL)
   # Counting them takes seconds: test_timing.py.
   monkeypatch.setattr(timing, 'model_flops', lambda config: lambda n: 1e12 * min(n, 4) + 3e12 * max(n - 4, 0))
@@ -258,12 +258,12 @@ def test_trials_are_compared_at_their_cost(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='trained without config.evaluate.root'):
     learn.run([f'--table={tmp_path}', '--compare=plain'])
   with pytest.raises(UserError, match='--name=NAME is missing'):
-    learn.run(['--config=tiny.py'])
+    learn.run(['--config=nano.py'])
 
 
 def test_principal_components_to_begin_with(music, tmp_path):
   run = ['--crops=100', f'--config.data.root={music}', *SMALL]
-  pca_start.run([f'--output={tmp_path}/start', '--config=tiny22.py:debug', *run])
+  pca_start.run([f'--output={tmp_path}/start', '--config=tiny.py:debug', *run])
   model = codec.load(tmp_path / 'start')
   rep, network = model.representation, model.network
   audio = jnp.asarray(np.stack([tones(4, seed=seed)[:, 20_000:][:, :rep.crop_samples(2)] for seed in range(2)]))
@@ -274,7 +274,7 @@ def test_principal_components_to_begin_with(music, tmp_path):
   error = lambda z: float(jnp.mean(envelope.envelope_loss(decode(model.params, z)['log_magnitude'], spec)))
   assert error(z) < .8 * error(0 * z)  # without latents it is the music's mean
   with pytest.raises(UserError, match='no linear sketch'):
-    pca_start.run([f'--output={tmp_path}/no', '--config=tiny.py:debug', *run])
+    pca_start.run([f'--output={tmp_path}/no', '--config=nano.py:debug', *run])
 
 
 @pytest.mark.parametrize('real', [False, pytest.param(True, marks=pytest.mark.soak)])
@@ -283,7 +283,7 @@ def test_what_bounds_an_envelope_and_noise(music, capsys, monkeypatch, real):
     monkeypatch.setattr(bounds, 'make_embedder', make_embedder)
   run = ['--crops=60', '--components=4,16', f'--config.data.root={music}', f'--music={music}',
          f'--excerpts={music}/list.txt', f'--seconds={4.3 if real else 1}']
-  table = bounds.run(['--config=tiny22.py:debug', *run])
+  table = bounds.run(['--config=tiny.py:debug', *run])
   assert list(table) == ['every bin', '32 x 4 cells', '4 components', '16 components']
   every, cells, four, sixteen = table.values()
   assert every['mel_l1_db'] < cells['mel_l1_db'] < sixteen['mel_l1_db'] < four['mel_l1_db']
@@ -291,9 +291,9 @@ def test_what_bounds_an_envelope_and_noise(music, capsys, monkeypatch, real):
     assert all(best > flow for best, flow in zip(row['snr_wiener'], row['snr_flow'], strict=True))
   assert len(capsys.readouterr().out.splitlines()) == 4
   with pytest.raises(UserError, match='names no cells'):
-    bounds.run(['--config=tiny.py:debug', *run])
+    bounds.run(['--config=nano.py:debug', *run])
   with pytest.raises(UserError, match='mono'):
-    bounds.run(['--config=tiny22.py:debug,stereo', *run])
+    bounds.run(['--config=tiny.py:debug,stereo', *run])
 
 
 def test_bent_noise_keeps_its_power_and_phases():

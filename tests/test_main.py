@@ -10,21 +10,21 @@ import m2l2
 from m2l2.errors import UserError
 from m2l2.training import config_file, main
 
-TINY = '--config=configs/tiny.py:debug'
+NANO = '--config=configs/nano.py:debug'
 
 
 def test_presets_are_found_from_any_directory(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  found = config_file.find('configs/tiny.py:debug')
-  assert os.path.isabs(found) and found.endswith('tiny.py:debug')
-  values = main.parse(['m2l2', TINY, '--config.train.steps=3', '--workdir=w'])
+  place = config_file.find('configs/nano.py:debug')
+  assert os.path.isabs(place) and place.endswith('nano.py:debug')
+  values = main.parse(['m2l2', NANO, '--config.train.steps=3', '--workdir=w'])
   assert values.config.train.steps == 3 and values.workdir == 'w'
 
 
-@pytest.mark.parametrize('value', ['tiny', 'tiny.py', 'configs/tiny', 'configs/tiny.py'])
+@pytest.mark.parametrize('value', ['nano', 'nano.py', 'configs/nano', 'configs/nano.py'])
 def test_a_presets_name_is_enough(value, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert config_file.find(value).endswith('configs/tiny.py')
+  assert config_file.find(value).endswith('configs/nano.py')
 
 
 @pytest.mark.parametrize('value', [
@@ -43,7 +43,7 @@ def test_which_file_it_is_is_logged(folder, tmp_path, monkeypatch):
   said = []
   monkeypatch.setattr(main.logging, 'info', lambda text, *args: said.append(text % args))
   monkeypatch.setenv('HOME', str(tmp_path))
-  (tmp_path / 'mine.py').write_text('from m2l2.configs import tiny\ndef get_config():\n  return tiny.get_config()\n')
+  (tmp_path / 'mine.py').write_text('from m2l2.configs import nano\ndef get_config():\n  return nano.get_config()\n')
   given = f'{folder}/mine.py'.replace('TMP', str(tmp_path))
   assert main.parse(['m2l2', f'--config={given}', '--workdir=w']).config.train.steps == 2000
   assert said == [f'config: {tmp_path}/mine.py']
@@ -51,54 +51,56 @@ def test_which_file_it_is_is_logged(folder, tmp_path, monkeypatch):
 
 def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / 'tiny.py').write_text(
+  (tmp_path / 'nano.py').write_text(
     'import ml_collections\n'
     'def get_config(arg=None):\n'
     '  return ml_collections.ConfigDict({"mine": arg})\n')
-  values = main.parse(['m2l2', '--config=tiny.py:word', '--workdir=w'])
+  values = main.parse(['m2l2', '--config=nano.py:word', '--workdir=w'])
   assert values.config.mine == 'word'
 
 
 def test_parsing_twice_in_one_process_keeps_the_runs_apart():
-  first = main.parse(['m2l2', TINY, '--config.seed=1', '--workdir=a'])
-  second = main.parse(['m2l2', TINY, '--workdir=b'])
+  first = main.parse(['m2l2', NANO, '--config.seed=1', '--workdir=a'])
+  second = main.parse(['m2l2', NANO, '--workdir=b'])
   assert (first.config.seed, second.config.seed) == (1, 0)
 
 
 def test_help_shows_an_example(capsys):
   assert main.main(['m2l2', '--help']) == 0
-  assert 'm2l2 train --config=configs/tiny.py' in capsys.readouterr().out
+  assert 'm2l2 train --config=configs/nano.py' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arguments, says', [
   ([], '--config=... is missing'),
-  ([TINY], '--workdir=... is missing'),
-  (['--config', 'tiny', '--workdir=w'], 'write --config=FILE'),
-  ([TINY, '--config=base', '--workdir=w'], 'given 2 times'),
-  ([TINY, '--flagfile=flags', '--workdir=w'], '--flagfile is not read'),
-  ([TINY, '--workdir=w', '--flagfile', 'flags'], '--flagfile is not read'),
+  ([NANO], '--workdir=... is missing'),
+  (['--config', 'nano', '--workdir=w'], 'write --config=FILE'),
+  ([NANO, '--config=base', '--workdir=w'], 'given 2 times'),
+  ([NANO, '--flagfile=flags', '--workdir=w'], '--flagfile is not read'),
+  ([NANO, '--workdir=w', '--flagfile', 'flags'], '--flagfile is not read'),
   (['--config=/no/such/dir/base.py', '--workdir=w'], 'no such file'),
   (['--config=configs/nothing.py', '--workdir=w'], 'presets are base.py'),
-  ([TINY + ',nope', '--workdir=w'], "'nope'"),
-  ([TINY, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),
-  ([TINY, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz'; the nearest is train.steps "),
-  ([TINY, '--config.train.steps=None', '--workdir=w'], 'steps=None'),
-  ([TINY, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
-  ([TINY, '--config.train.steps=many', '--workdir=w'], 'many'),
-  ([TINY, '--nope=1', '--workdir=w'], 'nope'),
-  ([TINY, 'nope', '--workdir=w'], "'nope'"),
-  ([TINY, '--workdir=w'], 'data.root is empty'),
-  ([TINY, '--workdir=w', '--config.data.root=nowhere'], 'nowhere'),
-  ([TINY, '--workdir=w', '--config.data.source=tape'], 'tape'),
-  ([TINY, '--workdir=gs://bucket/run', '--config.data.root=.'], 'gs://bucket/run'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.batch_size=12'], 'multiple of 8'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.log_every=0'], 'log_every'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.probe_every=-1'], 'probe_every'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.keep_last=0'], 'keep_last'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.mesh.fsdp=3'], 'mesh.fsdp=3'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.mesh.preset=ddp'], 'ddp'),
-  ([TINY, '--workdir=w', '--config.data.root=.', '--config.train.optimizer=sgd'], 'sgd'),
-  ([TINY, '--workdir=file/run', '--config.data.root=.'], 'file/run'),
+  (['--config=configs/tiny22.py', '--workdir=w'], 'tiny22 is now tiny (and what was tiny is nano)'),
+  (['--config=mono:debug', '--workdir=w'], 'mono is now base'),
+  ([NANO + ',nope', '--workdir=w'], "'nope'"),
+  ([NANO, '--config.train.nope=1', '--workdir=w'], "has no field 'nope'"),
+  ([NANO, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz'; the nearest is train.steps "),
+  ([NANO, '--config.train.steps=None', '--workdir=w'], 'steps=None'),
+  ([NANO, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
+  ([NANO, '--config.train.steps=many', '--workdir=w'], 'many'),
+  ([NANO, '--nope=1', '--workdir=w'], 'nope'),
+  ([NANO, 'nope', '--workdir=w'], "'nope'"),
+  ([NANO, '--workdir=w'], 'data.root is empty'),
+  ([NANO, '--workdir=w', '--config.data.root=nowhere'], 'nowhere'),
+  ([NANO, '--workdir=w', '--config.data.source=tape'], 'tape'),
+  ([NANO, '--workdir=gs://bucket/run', '--config.data.root=.'], 'gs://bucket/run'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.train.batch_size=12'], 'multiple of 8'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.train.log_every=0'], 'log_every'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.train.probe_every=-1'], 'probe_every'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.train.keep_last=0'], 'keep_last'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.mesh.fsdp=3'], 'mesh.fsdp=3'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.mesh.preset=ddp'], 'ddp'),
+  ([NANO, '--workdir=w', '--config.data.root=.', '--config.train.optimizer=sgd'], 'sgd'),
+  ([NANO, '--workdir=file/run', '--config.data.root=.'], 'file/run'),
 ])
 def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, capsys, tone):
   monkeypatch.chdir(tmp_path)
@@ -114,16 +116,16 @@ def test_a_mistake_is_one_clear_line(arguments, says, tmp_path, monkeypatch, cap
 def test_a_check_says_what_would_run(tmp_path, monkeypatch, capsys, tone):
   monkeypatch.chdir(tmp_path)
   tone('music/a.wav', seconds=2.)
-  arguments = ['m2l2', '--config=tiny:debug', '--config.data.root=music', '--workdir=run', '--check']
+  arguments = ['m2l2', '--config=nano:debug', '--config.data.root=music', '--workdir=run', '--check']
   assert main.main(arguments) == 0
   lines = capsys.readouterr().out.splitlines()
-  assert lines[0].startswith('config ') and lines[0].endswith('configs/tiny.py:debug')
+  assert lines[0].startswith('config ') and lines[0].endswith('configs/nano.py:debug')
   assert [line.split()[0] for line in lines[1:]] == [
     'devices', 'model', 'data', 'batch', 'run', 'evaluation', 'workdir']
   assert os.listdir(tmp_path) == ['music']
   assert main.main([*arguments, '--multihost']) == 1
   assert 'leave --multihost out' in capsys.readouterr().err
-  elsewhere = ['m2l2', '--config=tiny:debug', '--config.data.root=/elsewhere', '--workdir=/no/run', '--check=config']
+  elsewhere = ['m2l2', '--config=nano:debug', '--config.data.root=/elsewhere', '--workdir=/no/run', '--check=config']
   assert main.main(elsewhere) == 0 and 'data        /elsewhere' in capsys.readouterr().out
   assert main.main([*arguments, '--config.train.batch_size=3']) == 1
   assert main.main([*elsewhere, '--config.train.batch_size=3']) == 1
@@ -145,7 +147,7 @@ def test_libraries_log_warnings_alone_wherever_they_are(path, level, passes, mon
     return config.train.steps
 
   monkeypatch.setattr('m2l2.training.loop.train', train)
-  assert main.main(['m2l2', TINY, '--workdir=w']) == 0 and shown == [passes]
+  assert main.main(['m2l2', NANO, '--workdir=w']) == 0 and shown == [passes]
 
 
 def test_an_error_that_a_library_logs_is_one_line(monkeypatch):
@@ -162,14 +164,14 @@ def test_an_error_that_a_library_logs_is_one_line(monkeypatch):
     return config.train.steps
 
   monkeypatch.setattr('m2l2.training.loop.train', train)
-  assert main.main(['m2l2', TINY, '--workdir=w']) == 0
+  assert main.main(['m2l2', NANO, '--workdir=w']) == 0
   [text] = shown
   assert text.endswith("checkpoint: [Errno 28] No space left on device: 'there'") and '\n' not in text
 
 
-OWN = """from m2l2.configs import tiny
+OWN = """from m2l2.configs import nano
 def get_config(arg=None):
-  config = tiny.get_config()
+  config = nano.get_config()
   LINE
   return config
 """
@@ -203,7 +205,7 @@ def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(line, says, t
 def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, tmp_path):
   (tmp_path / 'own.py').write_text(OWN.replace('LINE', f'config.{name} = {value!r}'))
   group, field = name.split('.')
-  for arguments in ([f'--config={tmp_path}/own.py'], ['--config=tiny', f'--config.{name}={value}']):
+  for arguments in ([f'--config={tmp_path}/own.py'], ['--config=nano', f'--config.{name}={value}']):
     config = main.parse(['m2l2', *arguments, '--workdir=w']).config
     assert config[group][field] == (tuple(value) if isinstance(value, list) else value)
 
@@ -218,7 +220,7 @@ def test_a_fault_of_the_machine_in_training_is_one_line(error, status, says, mon
   def train(config, workdir):
     raise error
   monkeypatch.setattr('m2l2.training.loop.train', train)
-  assert main.main(['m2l2', '--config=tiny:debug', '--workdir=w']) == status
+  assert main.main(['m2l2', '--config=nano:debug', '--workdir=w']) == status
   last = capsys.readouterr().err.splitlines()[-1]
   assert last.startswith('m2l2: ') and says in last
 
@@ -226,4 +228,4 @@ def test_a_fault_of_the_machine_in_training_is_one_line(error, status, says, mon
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
   monkeypatch.setattr('m2l2.training.loop.train', lambda config, workdir: 1 / 0)
   with pytest.raises(ZeroDivisionError):
-    main.main(['m2l2', '--config=tiny:debug', '--workdir=w'])
+    main.main(['m2l2', '--config=nano:debug', '--workdir=w'])

@@ -68,11 +68,11 @@ def test_radam_rectifier_is_a_hidden_warmup(step, expected):
     b1=0.9, b2=0.999)
   params = jnp.zeros(())
 
-  def one(state, _):
+  def next_update(state, _):
     update, state = tx.update(jnp.float32(1.0), state, params)
     return state, update
 
-  _, updates = jax.lax.scan(one, tx.init(params), None, length=step)
+  _, updates = jax.lax.scan(next_update, tx.init(params), None, length=step)
   np.testing.assert_allclose(-updates[-1], expected, atol=0.006)
 
 

@@ -86,9 +86,9 @@ def test_every_import_is_declared_somewhere():
 
 def test_every_package_is_listed():
   """setuptools installs what setup.cfg lists; a package not listed works only in a checkout."""
-  found = {'.'.join(path.parent.relative_to(ROOT).parts)
-           for path in (ROOT / 'm2l2').rglob('__init__.py')}
-  assert set(listed('options', 'packages')) == found | {'m2l2.configs'}
+  packages = {'.'.join(path.parent.relative_to(ROOT).parts)
+              for path in (ROOT / 'm2l2').rglob('__init__.py')}
+  assert set(listed('options', 'packages')) == packages | {'m2l2.configs'}
 
 
 def test_assets_are_package_data():
@@ -117,14 +117,14 @@ class Finder:
 sys.meta_path.append(Finder)
 """.format(place=tmp_path / 'holds')
   wheel = tmp_path / 'm2l2-0-0.editable-py3-none-any.whl'
-  with zipfile.ZipFile(wheel, 'w') as made:
-    made.writestr('finder.py', finder)
-    made.writestr('m2l2.pth', 'import finder')
-    made.writestr('m2l2-0.dist-info/RECORD', 'm2l2.pth,,\n')
+  with zipfile.ZipFile(wheel, 'w') as archive:
+    archive.writestr('finder.py', finder)
+    archive.writestr('m2l2.pth', 'import finder')
+    archive.writestr('m2l2-0.dist-info/RECORD', 'm2l2.pth,,\n')
   if stand_in:
     runpy.run_path(str(ROOT / 'setup.py'))['add_stand_in'](wheel, tmp_path / 'holds' / 'm2l2')
-  with zipfile.ZipFile(wheel) as made:
-    made.extractall(tmp_path / 'site')
+  with zipfile.ZipFile(wheel) as archive:
+    archive.extractall(tmp_path / 'site')
   listed = (tmp_path / 'site' / 'm2l2-0.dist-info' / 'RECORD').read_text().split()
   assert listed[-1] == 'm2l2.pth,,' and len(listed) == 1 + stand_in
 
@@ -142,8 +142,8 @@ sys.meta_path.append(Finder)
 
 
 def test_nothing_stray_at_the_root():
-  found = {path.name for path in ROOT.iterdir() if not path.name.startswith('.')}
-  assert found - AT_ROOT - MADE == set()
+  names = {path.name for path in ROOT.iterdir() if not path.name.startswith('.')}
+  assert names - AT_ROOT - MADE == set()
 
 
 def test_git_ignores_data_at_the_root_only():

@@ -93,7 +93,7 @@ def test_options_that_pages_name_exist():
   from m2l2 import cli
   parser = cli._parser()
   commands = next(action.choices for action in parser._actions if hasattr(action, 'choices') and action.choices)
-  found = 0
+  checked = 0
   for page in PAGES:
     for line in commands_of(page):
       words = line.split()
@@ -105,8 +105,8 @@ def test_options_that_pages_name_exist():
       known = {option for action in commands[words[1]]._actions for option in action.option_strings}
       for option in re.findall(r'(?<= )--[\w-]+', line):
         assert option in known, f'{name(page)}: {line}'
-        found += 1
-  assert found > 20
+        checked += 1
+  assert checked > 20
 
 
 def test_paths_are_of_pages():

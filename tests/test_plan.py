@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2l2 import cli, sharding
-from m2l2.configs import base, tiny
+from m2l2.configs import base, nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.model.transformer import Transformer
@@ -22,12 +22,12 @@ from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
 
 
 @pytest.mark.parametrize('flags,message', [
-    (['--config=tiny.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
-    (['--config=tiny.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
+    (['--config=nano.py', '--topology=v9:2x2'], 'm2l2: --topology=v9:2x2: the kinds known here are v2, '),
+    (['--config=nano.py', '--topology=v5e'], 'm2l2: --topology=v5e: the kinds'),
     (['--topology=v5e:2x2'], 'm2l2: --config=... is missing'),
-    (['--config=tiny.py', '--topology=v5e:2x2', '--config.nothing=1'],
+    (['--config=nano.py', '--topology=v5e:2x2', '--config.nothing=1'],
      "m2l2: --config.nothing: the config has no field 'nothing'"),
-    (['--config=tiny.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
+    (['--config=nano.py', '--topology=v5e:2x2', 'what'], "m2l2: 'what' is not a flag"),
 ])
 def test_mistakes_are_one_line(flags, message, capsys):
   assert cli.main(['plan', *flags]) == 1
@@ -125,7 +125,7 @@ def test_kernels_are_added_from_what_they_say_of_themselves():
 @pytest.mark.tpu
 @pytest.mark.parametrize('preset,kinds', [('dp', {'all-reduce'}), ('hsdp', {'all-reduce', 'all-gather'})])
 def test_a_whole_plan(preset, kinds, capsys):
-  flags = ['plan', '--config=tiny.py:debug', '--topology=v5e:2x2', f'--preset={preset}', '--config.mesh.fsdp=2']
+  flags = ['plan', '--config=nano.py:debug', '--topology=v5e:2x2', f'--preset={preset}', '--config.mesh.fsdp=2']
   assert cli.main(flags) == 0
   report = json.loads(capsys.readouterr().out)
   assert report['fits'] and report['devices'] == 4 and report['batch'] == 8
@@ -142,7 +142,7 @@ def test_a_whole_plan(preset, kinds, capsys):
 def test_each_layer_costs_as_much_as_the_one_before():
   """Of a transformer, forward and backward; so large that no layer's activations stay on the chip."""
   chip, devices = plan._topology('v5e:2x2')
-  one = jax.sharding.SingleDeviceSharding(devices[0])
+  on_one_chip = jax.sharding.SingleDeviceSharding(devices[0])
 
   def count(layers):
     make = lambda: Transformer(256, layers=layers, heads=2, mlp_mult=4, tokens=128, chunks=2, remat='products',
@@ -151,7 +151,7 @@ def test_each_layer_costs_as_much_as_the_one_before():
       graphdef, params = nnx.split(jax.eval_shape(make))
       x = jax.ShapeDtypeStruct((64, 2, 128, 256), jnp.bfloat16)
       loss = lambda params, x: jnp.sum(nnx.merge(graphdef, params)(x) ** 2)
-      placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (params, x))
+      placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_chip), (params, x))
       text = jax.jit(jax.grad(loss)).lower(*placed).compile().as_text()
     assert ' while(' in text and 'known_trip_count' not in text
     traffic = count_traffic(text)
@@ -174,17 +174,17 @@ def test_the_processes_of_a_pod_share_each_batch(topology, slices, sizes):
   mesh = sharding.make_mesh(devices=devices, **sizes)
   count = sharding.batch_shards(mesh)
   places = sharding.batch_sharding(mesh).devices_indices_map((count,))
-  fed = collections.Counter()
-  for process in {device.process_index for device in devices}:
-    rows = {index[0].start or 0 for device, index in places.items() if device.process_index == process}
+  items_of = collections.Counter()
+  for host in {device.process_index for device in devices}:
+    rows = {index[0].start or 0 for device, index in places.items() if device.process_index == host}
     blocks, of = sharding.joined_blocks(rows, count)
-    fed.update(row for block in blocks for row in range(block * count // of, (block + 1) * count // of))
-  assert set(fed) == set(range(count)) and len(set(fed.values())) == 1  # along 'tensor' several feed the same
+    items_of.update(row for block in blocks for row in range(block * count // of, (block + 1) * count // of))
+  assert set(items_of) == set(range(count)) and len(set(items_of.values())) == 1  # along 'tensor' several feed the same
 
 
 @pytest.mark.tpu
 def test_too_large_a_batch_does_not_fit():
-  report = plan.plan(tiny.get_config(), 'v5e:2x2', batch=2**16)
+  report = plan.plan(nano.get_config(), 'v5e:2x2', batch=2**16)
   assert not report['fits'] and 'hbm' in report['error'].lower()
 
 
@@ -195,14 +195,14 @@ def test_the_denoiser_runs_the_attention_kernel():
   config.model.widths, config.model.head_dim, config.model.dtype = (8, 16, 64, 256), 128, 'bfloat16'
   _, devices = plan._topology('v5e:2x2')
   mesh = sharding.make_mesh(devices=devices)
-  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     network = build.network(config.model)
     params = network.shapes
     shape = (4, 2, config.model.bins, config.model.frames, 2)
     z = jax.ShapeDtypeStruct((4, 2, config.model.num_latents, config.model.latent_dim), np.float32)
     features = jax.eval_shape(network.decode, params, z)
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), (
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), (
         params, jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((4, 2), np.float32), features))
     text = jax.jit(network.denoise).lower(*arguments).compile().as_text()
   assert 'custom_call_target="tpu_custom_call"' in text
@@ -211,4 +211,4 @@ def test_the_denoiser_runs_the_attention_kernel():
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'libtpu', None)
   with pytest.raises(UserError, match=r"pip install 'm2l2\[train,tpu\]'"):
-    plan.plan(tiny.get_config('debug'), 'v5e:2x2')
+    plan.plan(nano.get_config('debug'), 'v5e:2x2')

@@ -105,8 +105,8 @@ def test_no_tensorflow(prepared):
           f's = tfds.builder_from_directory({str(prepared)!r}).as_data_source()["train"]\n'
           'print(len(s), sum(segments.read_audio(r).shape[1] for r in s), "tensorflow" in sys.modules)')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  found = records(prepared)
-  assert done.stdout.split() == [str(len(found)), str(sum(r['samples'] for r in found)), 'False']
+  read = records(prepared)
+  assert done.stdout.split() == [str(len(read)), str(sum(r['samples'] for r in read)), 'False']
 
 
 def test_the_children_that_decode_load_neither_beam_nor_what_reads_shards():
@@ -117,12 +117,12 @@ def test_the_children_that_decode_load_neither_beam_nor_what_reads_shards():
 
 def test_the_manifest_counts(music, prepared):
   manifest = json.loads((prepared / 'manifest.json').read_text())
-  found = records(prepared)
+  read = records(prepared)
   split = manifest['splits']['train']
   assert manifest['files'] == split['sources'] == 5 and manifest['skipped'] == 0
-  assert split['records'] == len(found)
+  assert split['records'] == len(read)
   assert split['seconds'] == pytest.approx(5 + 3 + 4 + 2 + 2, abs=1e-3)
-  assert split['seconds'] == pytest.approx(sum(record['starts'] / record['rate'] for record in found), abs=1e-3)
+  assert split['seconds'] == pytest.approx(sum(record['starts'] / record['rate'] for record in read), abs=1e-3)
   assert sorted(path.name for path in prepared.iterdir()) == sorted(
       ['manifest.json', 'report.json', 'dataset_info.json', 'features.json', 'audio-train.index',
        *(shard['file'] for shard in split['shards'])])
@@ -144,13 +144,13 @@ def test_segments_are_even(samples):
 def test_no_crop_is_lost(samples, block):
   signal = np.arange(2 * samples).reshape(2, samples)
   blocks = [signal[:, start:start + block] for start in range(0, samples, block)]
-  made = list(child.split(blocks, length=100, overlap=30))
+  pieces = list(child.split(blocks, length=100, overlap=30))
   owner = 0
-  for number, (offset, starts, audio) in enumerate(made):
+  for number, (offset, starts, audio) in enumerate(pieces):
     np.testing.assert_array_equal(audio, signal[:, offset:offset + audio.shape[1]])
     assert offset == owner
     owner += starts
-    last = number == len(made) - 1
+    last = number == len(pieces) - 1
     assert audio.shape[1] == starts if last else audio.shape[1] == 100
     assert not last or number == 0 or audio.shape[1] > 30
     # A crop of 30 samples from any of its own starts, if the signal has it, lies within.
@@ -208,9 +208,9 @@ def test_equal_audio_is_taken_once_and_silence_not_at_all(tmp_path):
   assert skipped(tmp_path / 'out') == {
       'c.flac': 'holds the same audio as b.wav', 'd.wav': 'holds the same audio as b.wav',
       'silent.wav': 'holds the same audio as silent too.flac'}
-  found = records(tmp_path / 'out')
-  assert {r['source'] for r in found} == {b'b.wav', b'other.wav', b'shifted.wav', b'rate.wav'}
-  assert min(r['offset'] for r in found if r['source'] == b'shifted.wav') == 59_752  # two of five even segments
+  read = records(tmp_path / 'out')
+  assert {r['source'] for r in read} == {b'b.wav', b'other.wav', b'shifted.wav', b'rate.wav'}
+  assert min(r['offset'] for r in read if r['source'] == b'shifted.wav') == 59_752  # two of five even segments
   assert {row['file']: row['segments'] for row in report(tmp_path / 'out')['silent_segments']} == {
       'shifted.wav': 2, 'silent too.flac': 4}
   assert manifest['silent_segments'] == 6

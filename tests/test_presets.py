@@ -35,25 +35,25 @@ def functions():
 
 @functools.cache
 def batches():
-  made = functions()
+  fns = functions()
   rng = np.random.default_rng(0)
-  shape = (8, made.channels, made.crop_samples)
+  shape = (8, fns.channels, fns.crop_samples)
   return [rng.uniform(-0.5, 0.5, shape).astype(np.float32) for _ in range(STEPS)]
 
 
 def losses(mesh, preset):
   """Losses and last parameters of a few steps; everything that can be split is split."""
-  made = functions()
+  fns = functions()
   with jax.set_mesh(mesh):
     key = jax.random.key(0, impl='unsafe_rbg')  # compiles in no time
-    abstract = jax.eval_shape(made.init, key)
-    placed = sharding.param_shardings(abstract.params, made.logical_axes, mesh=mesh, preset=preset, min_size=1)
+    abstract = jax.eval_shape(fns.init, key)
+    placed = sharding.param_shardings(abstract.params, fns.logical_axes, mesh=mesh, preset=preset, min_size=1)
     shardings = sharding.state_shardings(abstract, placed.shardings, mesh=mesh)
     whole = sharding.replicated(mesh)
     # Drawn whole, then laid out: this generator's numbers depend on the layout.
-    state = jax.jit(made.init, out_shardings=whole, compiler_options=_OPTIONS)(key)
+    state = jax.jit(fns.init, out_shardings=whole, compiler_options=_OPTIONS)(key)
     state = jax.device_put(state, shardings)
-    step = jax.jit(made.train_step, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=_OPTIONS)
+    step = jax.jit(fns.train_step, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=_OPTIONS)
     values = []
     for audio in batches():
       state, metrics = step(state, sharding.put_batch({'audio': audio}, mesh))
@@ -83,8 +83,8 @@ def test_five_steps_are_those_of_one_device(preset):
 
 @functools.cache
 def base_shapes():
-  made = build.step_functions(json.loads(json.dumps(base.get_config().to_dict())))
-  return jax.eval_shape(made.init, jax.random.key(0)).params, made.logical_axes
+  fns = build.step_functions(json.loads(json.dumps(base.get_config().to_dict())))
+  return jax.eval_shape(fns.init, jax.random.key(0)).params, fns.logical_axes
 
 
 @pytest.mark.parametrize('preset', sharding.PRESETS)

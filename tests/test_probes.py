@@ -149,9 +149,9 @@ def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypat
   out = tmp_path / 'probe.json'
   assert cli.main(['probe', f'--checkpoint={place}/model', f'--music={place}/notes', f'--output={out}', '--seeds=1',
                    f'--png={tmp_path}/probe.png']) == 0
-  made = json.loads(out.read_text())
-  assert list(made['tasks']) == ['notes/instrument']
-  task = made['tasks']['notes/instrument']
+  report = json.loads(out.read_text())
+  assert list(report['tasks']) == ['notes/instrument']
+  task = report['tasks']['notes/instrument']
   assert list(task['rows']) == ['model', 'random weights', 'log-mel statistics', 'musicnn', 'majority']
   assert task['files'] == {'train': 8, 'valid': 8, 'test': 8} and task['classes'] == 2
   assert task['rows']['log-mel statistics']['linear']['accuracy']['mean'] > .9
@@ -160,7 +160,7 @@ def test_the_command_makes_a_table_with_all_baselines(place, tmp_path, monkeypat
   said = capsys.readouterr().out
   assert '| random weights | mlp |' in said and '| majority | none | 0.500' in said
   assert (tmp_path / 'probe.png').read_bytes().startswith(b'\x89PNG')
-  titles = [axis.get_title() for axis in pictures.bars(probes.bars(made)).axes if axis.get_visible()]
+  titles = [axis.get_title() for axis in pictures.bars(probes.bars(report)).axes if axis.get_visible()]
   assert [title.replace('\n', '') for title in titles] == ['notes/instrument, accuracy']
 
 

@@ -49,10 +49,10 @@ def clips():
 def swept(clips):
   levels = {'level': lambda audio, sample_rate: audio.reshape(-1, 50)[:, :4]}
   done = []
-  made = sweep.sweep(StandIn(), clips, values=(1.6, .1, .4), metrics=('si_sdr', 'mel_l1_db'), embedders=levels,
-                     progress=done.append)
+  report = sweep.sweep(StandIn(), clips, values=(1.6, .1, .4), metrics=('si_sdr', 'mel_l1_db'), embedders=levels,
+                       progress=done.append)
   assert sum(done) == sweep.steps_of(clips, (1.6, .1, .4)) == 12
-  return made
+  return report
 
 
 def test_the_best_setting_is_found(swept, clips):
@@ -135,11 +135,11 @@ def place(tmp_path, monkeypatch):
 def test_the_command_writes_report_curves_and_the_best_value(place, tmp_path, capsys):
   before = load_snapshot(place.model)
   assert place.run('--write-best', '--by=si_sdr') == 0
-  made = json.loads((tmp_path / 'sweep.json').read_text())
-  assert made['fingerprint'] == before.fingerprint and made['clips'] == 1 and len(made['settings']) == 4
+  report = json.loads((tmp_path / 'sweep.json').read_text())
+  assert report['fingerprint'] == before.fingerprint and report['clips'] == 1 and len(report['settings']) == 4
   assert (tmp_path / 'sweep.png').read_bytes().startswith(b'\x89PNG')
-  best = made['best']
-  assert best['value'] == max(s['values']['si_sdr']['mean'] for s in made['settings'])
+  best = report['best']
+  assert best['value'] == max(s['values']['si_sdr']['mean'] for s in report['settings'])
   said = capsys.readouterr().out
   assert f'best by si_sdr: sigma_cond {best["sigma_cond"]:g}' in said and 'decodes so by default' in said
   after = load_snapshot(place.model)

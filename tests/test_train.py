@@ -31,7 +31,7 @@ from test_data_sources import write_prepared
 from m2l2 import build, files, sharding
 from m2l2.codec import codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
-from m2l2.configs import tiny
+from m2l2.configs import nano
 from m2l2.data.sources import Mixture
 from m2l2.errors import UserError
 from m2l2.training import checkpoint, listening, loop, metrics, preflight, train_step
@@ -70,13 +70,13 @@ def small_functions(config, ravel=False):
     return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
 
   return types.SimpleNamespace(
-    init=init, pack=lambda state: state, unpack=lambda state: state, train_step=step, probe_step=probe, head_start=0,
+    init=init, train_step=step, probe_step=probe, phases=(('consistency', 10**9),),
     crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 
 
 def small_config(music, **changes):
-  config = tiny.get_config('debug')
+  config = nano.get_config('debug')
   config.data.root = str(music)
   config.model.alpha = 1e6
   config.train.update(steps=6, batch_size=8, log_every=1, probe_every=0, checkpoint_every=2)
@@ -191,9 +191,13 @@ def test_speed_and_waiting_are_logged(small, again):
   assert line['time/tflops_per_second'] == pytest.approx(steps * flops / 8 / 1e12, rel=1e-5)
   assert 'time/mfu' not in line
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 0
+  assert line['time/lost_compile'] > 0 and line['time/lost_restart'] == 0
   small(again, **{'train.steps': 7})
   line = json.loads((again / 'metrics.jsonl').read_text().splitlines()[-1])
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 1
+  assert line['time/lost_restart'] > 0  # from the end of the first start to the second
+  shares = [value for name, value in line.items() if name == 'time/goodput' or name.startswith('time/lost_')]
+  assert len(shares) == 7 and sum(shares) == pytest.approx(1)
 
 
 def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_told(
@@ -667,10 +671,10 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
   logs = [pathlib.Path(f'{workdir}.{i}.log') for i in range(processes)]
   started, end = [], time.monotonic() + seconds
   try:
-    for process, path in enumerate(logs):
+    for index, path in enumerate(logs):
       with open(path, 'w') as log:
         started.append(subprocess.Popen(
-          [sys.executable, '-c', IN_PROCESS.replace('HOOK', hook), str(process), str(processes), str(port), workdir,
+          [sys.executable, '-c', IN_PROCESS.replace('HOOK', hook), str(index), str(processes), str(port), workdir,
            music, str(steps)],
           env=environment, stdout=log, stderr=subprocess.STDOUT))
     while not ready(logs[-1].read_text()) and time.monotonic() < end and all(p.poll() is None for p in started):
@@ -791,7 +795,7 @@ def test_the_process_whose_data_come_last_is_named(tmp_path, music, slow):
           ready=lambda said: path.exists() and path.read_text().count('\n') >= 8)
   waits = [(line['time/input_wait'], line['time/input_wait_process'])
            for line in map(json.loads, path.read_text().splitlines()[2:])]
-  assert {process for _, process in waits} == {slow} and max(waits)[0] > .3, waits
+  assert {index for _, index in waits} == {slow} and max(waits)[0] > .3, waits
   assert (f'all wait for the data of process {slow} on {socket.gethostname()}: '
           in pathlib.Path(f'{run}.0.log').read_text())
 
@@ -805,7 +809,7 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   # Counting its FLOPs takes 10 s of tracing: test_timing.py does.
   monkeypatch.setattr(loop.timing, 'model_flops', lambda config: lambda steps: 1e9 * steps)
   config = small_config(music)
-  config.model.alpha = tiny.get_config('debug').model.alpha
+  config.model.alpha = nano.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)
   config.train.update(steps=2, head_start=0., checkpoint_every=10)
   assert loop.train(config, str(tmp_path), ()) == 2

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times train step, encoding, decoding and attention on whatever device is there: JSON on stdout.
 
-  python launch/bench/bench.py --config=tiny
+  python launch/bench/bench.py --config=nano
   python launch/bench/bench.py --config=base --batch=16 --dtype=bfloat16 > bench.json
-  python launch/bench/bench.py --config=tiny --only=train,attention --no-pairs
+  python launch/bench/bench.py --config=nano --only=train,attention --no-pairs
   python launch/bench/bench.py --config=codicodec --only=train --torch --threads=2 --batch=1 --remat=none --steps=3
 
 Runs from a checkout, installed or not. The train step and attention need jax, flax, optax and numpy
@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
-from m2l2.model.layers import REMATS  # noqa: E402
+from m2l2.model.remat import REMATS  # noqa: E402
 from m2l2.planning.chips import find_chip  # noqa: E402
 from m2l2.training import timing  # noqa: E402
 
@@ -66,8 +66,8 @@ def main(argv=None) -> int:
 def parse(argv):
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', default='tiny', metavar='NAME[:WORDS]',
-                      help='a preset (tiny, base, stereo:debug, ...) or a config file')
+  parser.add_argument('--config', default='nano', metavar='NAME[:WORDS]',
+                      help='a preset (nano, base, stereo:debug, ...) or a config file')
   parser.add_argument('--config-json', metavar='FILE', help='a resolved config instead')
   parser.add_argument('--batch', type=int, help="crops a step (default: the config's)")
   parser.add_argument('--steps', type=int, default=10, help='timed runs of each part (default 10)')

@@ -80,7 +80,7 @@ def measure(place, args) -> dict:
 
 def draws(mixture, spec, indices, seed, folder) -> list:
   """(path, start, frames) of the first draw of each sample that has one; drawn anew, it would be another's crop."""
-  which, found = order.Order(counts=mixture.counts, weights=mixture.weights, seed=seed), []
+  which, crops = order.Order(counts=mixture.counts, weights=mixture.weights, seed=seed), []
   for index in indices:
     source, number = which(index)
     items = mixture.sources[source]
@@ -97,10 +97,10 @@ def draws(mixture, spec, indices, seed, folder) -> list:
       if not os.path.exists(path):
         with open(path, 'wb') as file:
           file.write(items.file_bytes(number))
-    found.append((path, window.start, window.frames))
-  if not found:
+    crops.append((path, window.start, window.frames))
+  if not crops:
     raise UserError('no crop can be read there')
-  return found
+  return crops
 
 
 def time_bare(crops) -> float:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What compiling costs, and where it comes from: kernels of the optimised program by named scope.
 
-  python launch/bench/compile_cost.py --config=tiny
-  python launch/bench/compile_cost.py --config=tiny22 --program=decode --depth=2
+  python launch/bench/compile_cost.py --config=nano
+  python launch/bench/compile_cost.py --config=tiny --program=decode --depth=2
   python launch/bench/compile_cost.py --config=base:debug --against=../before   # another checkout and this one in turn
 
 XLA's CPU compiler makes machine code for each loop that differs from the others, and its time goes with their number,
@@ -52,7 +52,7 @@ def main(argv=None) -> int:
 
 def parse(argv):
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', default='tiny', metavar='NAME[:WORDS]', help='a preset')
+  parser.add_argument('--config', default='nano', metavar='NAME[:WORDS]', help='a preset')
   parser.add_argument('--program', default='train', choices=PROGRAMS,
                       help='train step, head-start step, probe, or a call of the codec (default train)')
   parser.add_argument('--depth', type=int, default=2, help='names of a scope that are told apart (default 2)')
@@ -116,14 +116,16 @@ def lower(config, program):
     return codec_program(config, program)
   try:
     steps = build.step_functions(config, ravel=True)
-    state = steps.pack(jax.eval_shape(steps.init, key))
+    # `pack` and `head=` are what checkouts of before 30 Nov 2026 have.
+    state = (steps.ravel if hasattr(steps, 'ravel') else steps.pack)(jax.eval_shape(steps.init, key))
   except TypeError:  # a checkout from before states were ravelled
     steps = build.step_functions(config)
     state = jax.eval_shape(steps.init, key)
   batch = {'audio': jax.ShapeDtypeStruct((config.train.batch_size, steps.channels, steps.crop_samples), jnp.float32)}
   if program == 'probe':
     return jax.jit(steps.probe_step).lower(state.params, batch, key)
-  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, head=True)
+  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(
+      *a, **({'phase': 'head_start'} if hasattr(steps, 'phases') else {'head': True}))
   return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 
@@ -141,7 +143,7 @@ def codec_program(config, program):
   import jax.numpy as jnp
 
   from m2l2 import build
-  network, process = build.network(config['model']), build.consistency(config['consistency'])
+  network, consistency = build.network(config['model']), build.consistency(config['consistency'])
   representation = build.representation(config['model'])
   arch = network.arch
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
@@ -153,7 +155,7 @@ def codec_program(config, program):
 
   def decode(params, z, noisy, sigma):
     features = network.decode(params, z)
-    return process.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma)
+    return consistency.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma)
 
   shape = lambda *sizes: jax.ShapeDtypeStruct((1, 2, *sizes), jnp.float32)
   return jax.jit(decode).lower(
@@ -185,7 +187,7 @@ def codec_seconds(config, program) -> float:
 
 def kernels(text, *, depth) -> collections.Counter:
   """Optimised HLO -> number of kernels by scope."""
-  found, inside = collections.Counter(), False
+  counts, inside = collections.Counter(), False
   inner = set(re.findall(r'(?:calls|to_apply)=%([\w.-]+)', re.sub(r'.* call\(.*', '', text)))
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith(' '):
@@ -193,8 +195,8 @@ def kernels(text, *, depth) -> collections.Counter:
     operation = re.match(r'\s+(?:ROOT )?%\S+ = (?:\(.*?\)|\S+) ([\w-]+)\(', line)
     if operation and not inside and operation[1] not in NO_KERNEL:
       name = re.search(r'op_name="([^"]*)"', line)
-      found[scope(name[1] if name else '', depth=depth)] += 1
-  return found
+      counts[scope(name[1] if name else '', depth=depth)] += 1
+  return counts
 
 
 def scope(name, *, depth) -> str:

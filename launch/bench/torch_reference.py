@@ -93,8 +93,8 @@ class Training:
     learning_rate, betas: of RAdam; decay: of the moving average.
   """
 
-  def __init__(self, network, process, *, spec, noise, high, low, rounded, learning_rate, betas, decay):
-    self.network, self.process, self.decay = network.train(), process, decay
+  def __init__(self, network, consistency, *, spec, noise, high, low, rounded, learning_rate, betas, decay):
+    self.network, self.consistency, self.decay = network.train(), consistency, decay
     self.spec, self.noise = to_torch(spec), to_torch(noise)
     self.high, self.low, self.rounded = (torch.from_numpy(np.array(x)) for x in (high, low, rounded))
     self.trained = [p for p in network.parameters() if p.requires_grad]
@@ -111,7 +111,7 @@ class Training:
     with torch.no_grad():
       teacher = self._denoise(self.low, z, features)
     chunks = (student - teacher).unflatten(-1, (2, -1))  # [B, C, F, S, T]
-    c = self.process.huber * (chunks.shape[1] * chunks.shape[2] * chunks.shape[4]) ** 0.5
+    c = self.consistency.huber * (chunks.shape[1] * chunks.shape[2] * chunks.shape[4]) ** 0.5
     distance = (chunks.square().sum((1, 2, 4)) + c * c).sqrt() - c
     return (distance / (self.high - self.low).clamp(min=1e-12)).mean()
 
@@ -145,7 +145,7 @@ class Original:
 
   def training(self, config, audio):
     """Training on audio [B, C, N] with the noise that m2l2's first step draws."""
-    process, rep = build.consistency(config['consistency']), build.representation(config['model'])
+    consistency, rep = build.consistency(config['consistency']), build.representation(config['model'])
     bottleneck = build.network(config['model']).arch.make_bottleneck()
     step_key = jax.random.fold_in(jax.random.key(config['seed']), 0)
 
@@ -153,13 +153,13 @@ class Original:
     @jax.vmap
     def draw(item, spec):
       level_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(step_key, item), 3)
-      high, low = process.sample_levels(level_key, chunks=2, progress=0.0)
+      high, low = consistency.sample_levels(level_key, chunks=2, progress=0.0)
       return {'high': high, 'low': low, 'noise': jax.random.normal(noise_key, spec.shape),
               'rounded': ~jax.random.bernoulli(drop_key, bottleneck.dropout)}
 
     spec = rep.analyse(audio)
     train = config['train']
-    return Training(self.network, process, spec=spec, **draw(jnp.arange(len(spec)), spec),
+    return Training(self.network, consistency, spec=spec, **draw(jnp.arange(len(spec)), spec),
                     learning_rate=train['learning_rate'], betas=(train['b1'], train['b2']), decay=train['ema_decay'])
 
   def codec(self, audio, *, steps: int):

@@ -60,15 +60,15 @@ def main(argv) -> int:
   reference = cut(args.reference, output / 'reference', seconds=args.seconds, most=args.clips)
   (output / 'reports').mkdir(exist_ok=True)
   for name in names:
-    workdir, made = output / name, output / 'reports' / f'{name}.json'
+    workdir, saved = output / name, output / 'reports' / f'{name}.json'
     if not is_trained(workdir, about[name]['steps']):
       run('train', f'--config={args.config}', f'--workdir={workdir}', *flags, *fields_of(name, args.config, flags))
     if not is_trained(workdir, about[name]['steps']):
       raise UserError(f'{workdir}: training stopped before its end: run the same command to go on')
-    if not is_newer(made, workdir / 'snapshot'):
-      run('evaluate', f'--reference={reference}', f'--checkpoint={workdir}', f'--output={made}', '--quiet',
+    if not is_newer(saved, workdir / 'snapshot'):
+      run('evaluate', f'--reference={reference}', f'--checkpoint={workdir}', f'--output={saved}', '--quiet',
           f'--metrics={args.metrics}')
-    about[name] |= {'what': ABLATIONS[name][0], 'values': sweep.means(json.loads(made.read_text(encoding='utf-8')))}
+    about[name] |= {'what': ABLATIONS[name][0], 'values': sweep.means(json.loads(saved.read_text(encoding='utf-8')))}
     # After each run, so that a table is there before the last.
     done = {name: row for name, row in about.items() if 'values' in row}
     report.write_json(output / 'ablations.json', {'clips': args.clips, 'seconds': args.seconds, 'runs': done})

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What bounds a model that codes the envelope and leaves phases to noise, before anything is trained.
 
-  python launch/research/bounds.py --config=configs/tiny22.py --config.data.root=PREPARED --components=512,1024
+  python launch/research/bounds.py --config=configs/tiny.py --config.data.root=PREPARED --components=512,1024
 
   --components=A,B   of the log-magnitudes of the cells of model.linear_sketch (default 512)
   --crops=N          of two chunks that they are fitted on, from the training music (default 5000)
@@ -33,8 +33,9 @@ from m2l2.errors import UserError  # noqa: E402
 from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
 from m2l2.evaluation.studies import excerpts  # noqa: E402
 from m2l2.evaluation.studies.baselines import fit_pca  # noqa: E402
-from m2l2.model import envelope  # noqa: E402
 from m2l2.training import main as command  # noqa: E402
+from m2l2.variants import envelope  # noqa: E402
+from m2l2.variants.consistency import signal_noise  # noqa: E402
 
 EMBEDDING = 'musicnn_mtt'
 SIGMAS = (.2, 1.)
@@ -96,10 +97,10 @@ def analysed(rep, audio):
 
 def judged(code, sounds, specs, rep, rate, embedders, *, floor, power) -> dict[str, float | tuple]:
   """What comes of noise scaled by `code` of the excerpts' log-magnitudes, and of denoising with that scale."""
-  made, signal, errors = {}, 0.0, {(kind, sigma): 0.0 for kind in ('flow', 'wiener') for sigma in SIGMAS}
+  estimates, signal, errors = {}, 0.0, {(kind, sigma): 0.0 for kind in ('flow', 'wiener') for sigma in SIGMAS}
   for number, (name, (spec, lead)) in enumerate(specs.items()):
     scale = np.asarray(envelope.deviation(jnp.asarray(code(np.asarray(envelope.log_magnitude(spec)))), floor=floor))
-    noise = np.asarray(rep.noise(jax.random.key(number), len(spec), kind='signal'))
+    noise = np.asarray(signal_noise(jax.random.key(number), rep, len(spec)))
     signal += float(np.sum(np.square(spec)))
     for (kind, sigma), error in errors.items():
       part = np.square(scale) / (np.square(scale) + sigma ** 2)
@@ -107,12 +108,12 @@ def judged(code, sounds, specs, rep, rate, embedders, *, floor, power) -> dict[s
       errors[kind, sigma] = error + float(np.sum(np.square(gain * (spec + sigma * noise) - spec)))
     body, tail = rep.synthesise(jnp.asarray(scale * bent(noise, power)))
     whole = np.concatenate([np.asarray(body), np.asarray(tail)], axis=-1)
-    made[name] = np.clip(whole[:, lead:lead + sounds[name].shape[1]], -1, 1)
-  found = excerpts.judge(sounds, made, rate, metrics=('ratio', 'mel_l1_db'), embedders=embedders)
+    estimates[name] = np.clip(whole[:, lead:lead + sounds[name].shape[1]], -1, 1)
+  scores = excerpts.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders=embedders)
   snr = lambda kind: tuple(10 * np.log10(signal / errors[kind, sigma]) for sigma in SIGMAS)
-  return {'ratio': found['metrics']['ratio']['mean'], 'mel_l1_db': found['metrics']['mel_l1_db']['mean'],
-          'fd': found['frechet'][EMBEDDING]['value'] if found['frechet'] else float('nan'),
-          'level_db': found['level_db'], 'snr_flow': snr('flow'), 'snr_wiener': snr('wiener')}
+  return {'ratio': scores['metrics']['ratio']['mean'], 'mel_l1_db': scores['metrics']['mel_l1_db']['mean'],
+          'fd': scores['frechet'][EMBEDDING]['value'] if scores['frechet'] else float('nan'),
+          'level_db': scores['level_db'], 'snr_flow': snr('flow'), 'snr_wiener': snr('wiener')}
 
 
 def bent(noise, power: float):

@@ -87,12 +87,13 @@ def run(argv) -> dict:
 
   embed = remembering(make_embedder(EMBEDDING))
   embedders = {EMBEDDING: embed}
-  judged = {name: excerpts.judge(sounds, made, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
-            for name, made in systems.items()}
+  judged = {name: excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
+            for name, estimates in systems.items()}
   if args.visqol_every and registry.METRICS['visqol'].is_available():
     some = dict(list(sounds.items())[::args.visqol_every])
-    for name, made in systems.items():
-      heard = excerpts.judge(some, {key: made[key] for key in some}, rate, metrics=['visqol'], workers=args.workers)
+    for name, estimates in systems.items():
+      heard = excerpts.judge(some, {key: estimates[key] for key in some}, rate, metrics=['visqol'],
+                             workers=args.workers)
       judged[name]['metrics'] |= heard['metrics']
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
@@ -180,8 +181,8 @@ def pca_reconstructions(codec, sounds, train):
     padded[0, :, layout.lead:layout.lead + audio.shape[1]] = audio
     spec = np.asarray(analyse(padded))
     spec = from_blocks(pca(blocks_of(spec)).astype(np.float32), spec.shape)
-    made = np.concatenate(synthesise(jnp.asarray(spec)), axis=-1)[0]
-    return made[:len(audio), layout.lead:layout.lead + audio.shape[1]]
+    waveform = np.concatenate(synthesise(jnp.asarray(spec)), axis=-1)[0]
+    return waveform[:len(audio), layout.lead:layout.lead + audio.shape[1]]
 
   return {name: reconstruct(audio) for name, audio in sounds.items()}
 
@@ -197,30 +198,30 @@ def from_blocks(blocks, shape):
   return np.moveaxis(blocks.reshape(b * s, t // BLOCK, f, BLOCK, c), 1, 2).reshape(shape)
 
 
-def compare(sounds, made, other, rate, embed) -> dict:
-  """`made` less `other` in log-mel L1 (dB) and in FD, each with a paired bootstrap over the excerpts: below 0 `made`
+def compare(sounds, ours, other, rate, embed) -> dict:
+  """`ours` less `other` in log-mel L1 (dB) and in FD, each with a paired bootstrap over the excerpts: below 0 `ours`
   is the better."""
-  mel = lambda made: np.array([pairs.mel_l1_db(sounds[name], made[name], sample_rate=rate) for name in sounds])
-  embedded = ([embed(estimates[name], sample_rate=rate) for name in sounds] for estimates in (made, other, sounds))
-  return {'mel_l1_db': baselines.paired_bootstrap(mel(made) - mel(other)), 'frechet': paired_difference(*embedded)}
+  mel = lambda side: np.array([pairs.mel_l1_db(sounds[name], side[name], sample_rate=rate) for name in sounds])
+  embedded = ([embed(estimates[name], sample_rate=rate) for name in sounds] for estimates in (ours, other, sounds))
+  return {'mel_l1_db': baselines.paired_bootstrap(mel(ours) - mel(other)), 'frechet': paired_difference(*embedded)}
 
 
-def compare_steps(codec, sounds, latents, rate, one, sigma_conds, embed) -> dict:
+def compare_steps(codec, sounds, latents, rate, one_step, sigma_conds, embed) -> dict:
   """`compare` of two steps with one, for each sigma_cond."""
   two = lambda sigma: excerpts.decode(codec, latents, refine=True, sigma_cond=sigma)
-  return {f'{sigma:g}': compare(sounds, two(sigma), one, rate, embed) for sigma in sigma_conds}
+  return {f'{sigma:g}': compare(sounds, two(sigma), one_step, rate, embed) for sigma in sigma_conds}
 
 
 def rates(codec, sounds, latents, rate, embed) -> dict:
   """Rate and distortion, one step, with the first K embeddings of each chunk alone: {K: figures}, of nested models."""
-  found = {}
+  by_rate = {}
   for count in range(1, codec.network.arch.num_latents + 1) if codec.nested else ():
-    made = excerpts.decode(codec, {name: codec.first(z, count) for name, z in latents.items()}, refine=False)
-    judged = excerpts.judge(sounds, made, rate, metrics=('ratio', 'mel_l1_db'), embedders={EMBEDDING: embed})
-    found[count] = {'numbers_per_second': numbers_per_second(codec) * count / codec.network.arch.num_latents,
-                    'ratio': judged['metrics']['ratio']['mean'], 'mel_l1_db': judged['metrics']['mel_l1_db']['mean'],
-                    'frechet': judged['frechet']}
-  return found
+    estimates = excerpts.decode(codec, {name: codec.first(z, count) for name, z in latents.items()}, refine=False)
+    judged = excerpts.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders={EMBEDDING: embed})
+    by_rate[count] = {'numbers_per_second': numbers_per_second(codec) * count / codec.network.arch.num_latents,
+                      'ratio': judged['metrics']['ratio']['mean'], 'mel_l1_db': judged['metrics']['mel_l1_db']['mean'],
+                      'frechet': judged['frechet']}
+  return by_rate
 
 
 def remembering(embed):
@@ -237,20 +238,20 @@ def remembering(embed):
 
 def swapped(codec, sounds, latents, rate, output, embed) -> dict:
   """Does decoding another piece's latents give the other piece? Means over excerpts of distances to each of the two."""
-  made = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
+  estimates = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   names = list(sounds)
   others = dict(zip(names, excerpts.away(names), strict=True))
   embedded = {name: embed(audio, sample_rate=rate) for name, audio in sounds.items()}
-  estimate = {name: embed(audio, sample_rate=rate) for name, audio in made.items()}
+  estimate = {name: embed(audio, sample_rate=rate) for name, audio in estimates.items()}
   mel = lambda a, b: pairs.mel_l1_db(a, b, sample_rate=rate)
   pictures.save(pictures.spectrograms({
       f'A: {names[0]}': (sounds[names[0]], rate), f'B: {others[names[0]]}': (sounds[others[names[0]]], rate),
-      "A's noise, B's latents": (made[names[0]], rate)}), output / 'swapped.png')
+      "A's noise, B's latents": (estimates[names[0]], rate)}), output / 'swapped.png')
   over = lambda function: float(np.mean([function(name) for name in names]))
   return {'frechet_to_own': over(lambda name: frechet_distance(estimate[name], embedded[name])),
           'frechet_to_source_of_latents': over(lambda name: frechet_distance(estimate[name], embedded[others[name]])),
-          'mel_l1_db_to_own': over(lambda name: mel(sounds[name], made[name])),
-          'mel_l1_db_to_source_of_latents': over(lambda name: mel(sounds[others[name]], made[name]))}
+          'mel_l1_db_to_own': over(lambda name: mel(sounds[name], estimates[name])),
+          'mel_l1_db_to_source_of_latents': over(lambda name: mel(sounds[others[name]], estimates[name]))}
 
 
 def write(report, systems, sounds, rate, output):
@@ -278,8 +279,8 @@ def markdown(report) -> str:
   """The table, and below it what one and two steps and swapped latents gave."""
   def value(judged, column):
     if column == EMBEDDING:
-      found = judged['frechet'].get(EMBEDDING)
-      return f'{found["value"]:.1f} +- {found["bootstrap_sd"] or 0:.1f}' if found else ''
+      distance = judged['frechet'].get(EMBEDDING)
+      return f'{distance["value"]:.1f} +- {distance["bootstrap_sd"] or 0:.1f}' if distance else ''
     if column == 'level_db':
       return f'{judged["level_db"]:+.1f}'
     return f'{judged["metrics"][column]["mean"]:.2f}' if column in judged['metrics'] else ''
@@ -295,10 +296,10 @@ def markdown(report) -> str:
             '| | log-mel L1, dB (95 %) | FD (95 %) |', '| --- | --- | --- |']
   told = lambda change, digits: (f'{change["mean"]:+.{digits}f} ({change["low"]:+.{digits}f} to '
                                  f'{change["high"]:+.{digits}f})')
-  compared = ({f'one step less {name}': found for name, found in report['beside'].items()}
-              | {f'two steps at sigma_cond {sigma} less one': found for sigma, found in report['steps'].items()})
-  lines += [f'| {name} | {told(found["mel_l1_db"], 3)} | {told(found["frechet"], 1)} |'
-            for name, found in compared.items()]
+  compared = ({f'one step less {name}': diff for name, diff in report['beside'].items()}
+              | {f'two steps at sigma_cond {sigma} less one': diff for sigma, diff in report['steps'].items()})
+  lines += [f'| {name} | {told(diff["mel_l1_db"], 3)} | {told(diff["frechet"], 1)} |'
+            for name, diff in compared.items()]
   lines += rates_table(report)
   swap = report['swapped']
   lines += ['', 'Latents of another piece, means over the excerpts (FD of each by itself, not that of the table): to '
@@ -310,11 +311,11 @@ def markdown(report) -> str:
 
 def rates_table(report) -> list[str]:
   """Lines of what each number of embeddings gave, with the FD of the other nested models; none if it is not nested."""
-  distance = lambda found: f'{found["frechet"][EMBEDDING]["value"]:.1f}' if found['frechet'] else ''
-  others = {name: found for name, found in report['rates_beside'].items() if found}
-  rows = [[str(count), f'{found["numbers_per_second"]:.0f}', f'{found["ratio"]:.2f}', f'{found["mel_l1_db"]:.2f}',
-           distance(found), *(distance(other[count]) if count in other else '' for other in others.values())]
-          for count, found in report['rates'].items()]
+  distance = lambda scores: f'{scores["frechet"][EMBEDDING]["value"]:.1f}' if scores['frechet'] else ''
+  others = {name: scores for name, scores in report['rates_beside'].items() if scores}
+  rows = [[str(count), f'{scores["numbers_per_second"]:.0f}', f'{scores["ratio"]:.2f}', f'{scores["mel_l1_db"]:.2f}',
+           distance(scores), *(distance(other[count]) if count in other else '' for other in others.values())]
+          for count, scores in report['rates'].items()]
   head = ['embeddings', 'numbers a second', 'ratio', 'log-mel L1, dB', 'FD', *(f'FD, {name}' for name in others)]
   return ['', *(f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *rows])] if rows else []
 

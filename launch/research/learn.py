@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One trial of a recipe: trains with a fixed budget, judges on fixed excerpts, adds a line to a table.
 
-  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/tiny.py \\
+  python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/nano.py \\
     --config.data.root=PREPARED --config.model.native_rates='(22050,)'
 
   --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it
@@ -43,11 +43,11 @@ from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import excerpts
 from m2l2.training import main as command
 from m2l2.training import timing
-from m2l2.training.train_step import probe
+from m2l2.training.probe import probe
 
 EMBEDDING = 'musicnn_mtt'
 METRICS = ('ratio', 'mel_l1_db', 'coherence', 'coherence_reference', 'si_sdr')
-SIGMAS = (0.2, 1.0)  # those of train_step.probe
+SIGMAS = (0.2, 1.0)  # those of training/probe.py
 COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'coherence',
            'coherence_reference', 'si_sdr', 'level_db', 'ratio2', 'fd2', 'coherence2', 'swap', 'exchanged_ratio',
            'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0', 'snr_1.0_wiener',
@@ -118,8 +118,8 @@ def steps_within(config, cpu_seconds: float) -> int:
       (config.train.batch_size, functions.channels, functions.crop_samples)), jnp.float32)}
   state = jax.jit(functions.init)(jax.random.key(0))
 
-  def seconds(head):
-    step = jax.jit(functools.partial(functions.train_step, head=head))
+  def seconds(phase):
+    step = jax.jit(functools.partial(functions.train_step, phase=phase))
     jax.block_until_ready(step(state, batch))
     times = []
     for _ in range(3):
@@ -128,8 +128,10 @@ def steps_within(config, cpu_seconds: float) -> int:
       times.append(time.process_time() - begin)
     return statistics.median(times)
 
-  share = config.train.head_start
-  mean = (1 - share) * seconds(False) + (share * seconds(True) if share else 0)
+  total, begin = 0.0, 0
+  for phase, end in functions.phases:
+    total, begin = total + (end - begin) * seconds(phase), end
+  mean = total / config.train.steps
   return max(1, int(cpu_seconds / mean))
 
 
@@ -142,12 +144,12 @@ def cost(config) -> dict[str, float]:
 def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   """What a model makes of the excerpts, as numbers; pictures go to the workdir."""
   latents = excerpts.encode(codec, sounds, rate)
-  one = excerpts.decode(codec, latents, refine=False)
+  one_step = excerpts.decode(codec, latents, refine=False)
   two = excerpts.decode(codec, latents, refine=True)
   other = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
   judged, judged2 = (excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
-                     for estimates in (one, two))
+                     for estimates in (one_step, two))
   exchanged = excerpts.judge(sounds, other, rate, metrics=('ratio',))
   mean = lambda judgement, name: judgement['metrics'][name]['mean']
   distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
@@ -155,10 +157,10 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
            'coherence2': mean(judged2, 'coherence'),
-           'level_db2': judged2['level_db'], 'swap': excerpts.change(one, other),
+           'level_db2': judged2['level_db'], 'swap': excerpts.change(one_step, other),
            'exchanged_ratio': mean(exchanged, 'ratio'),
            **excerpts.latent_health(latents), **denoising(codec, sounds)}
-  draw(sounds, {'one step': one, 'two steps': two, 'latents of another piece': other}, rate, workdir)
+  draw(sounds, {'one step': one_step, 'two steps': two, 'latents of another piece': other}, rate, workdir)
   return line
 
 
@@ -173,7 +175,7 @@ def denoising(codec: Codec, sounds) -> dict[str, float]:
       probe, network=codec.network, representation=codec.representation, consistency=codec.consistency))(
           codec.params, audio, key)
   spec = np.asarray(codec.representation.analyse(audio))
-  noise = np.asarray(codec.representation.noise(key, spec.shape[1], kind=codec.consistency.noise))
+  noise = np.asarray(codec.consistency.unit_noise(key, codec.representation, spec.shape[1]))
   snr = {f'snr_{sigma}_wiener': wiener_snr(spec, noise, sigma) for sigma in SIGMAS}
   return snr | {name: float(value) for name, value in probed.items() if name.startswith('snr')}
 
@@ -191,7 +193,7 @@ def draw(sounds, estimates, rate, workdir, *, count: int = 3):
   names = list(sounds)
   for name in names[::max(1, len(names) // count)][:count]:
     rows[name] = (sounds[name], rate)
-    rows |= {f'{kind}: {name}': (made[name], rate) for kind, made in estimates.items()}
+    rows |= {f'{kind}: {name}': (by_name[name], rate) for kind, by_name in estimates.items()}
   pictures.save(pictures.spectrograms(rows), workdir / 'spectrograms.png')
   pictures.save(pictures.curves(workdir, ('loss', 'loss/envelope', 'probe_ema/swap', 'latent/spread')),
                 workdir / 'curves.png')

@@ -79,7 +79,7 @@ def find(place: Path, leave_out: float) -> dict[str, dict[str, float]]:
   """-> {folder: {file below the place: seconds}}, in order; without what is left out, too short or unreadable."""
   if not place.is_dir():
     raise UserError(f'--input={place} is not a folder')
-  found = {}
+  tracks = {}
   for path in sorted(place.rglob('*')):
     name = path.relative_to(place).as_posix()
     if path.suffix.lower() not in sources.EXTENSIONS or not path.is_file() or split_of(name, leave_out) != SPLITS[0]:
@@ -90,10 +90,10 @@ def find(place: Path, leave_out: float) -> dict[str, dict[str, float]]:
       print(f'pack: left out: {error}', file=sys.stderr)
       continue
     if info.frames >= SHORTEST * info.sample_rate:
-      found.setdefault(name.rpartition('/')[0].partition('/')[0], {})[name] = info.frames / info.sample_rate
-  if not found:
+      tracks.setdefault(name.rpartition('/')[0].partition('/')[0], {})[name] = info.frames / info.sample_rate
+  if not tracks:
     raise UserError(f'--input={place}: no readable music of {SHORTEST:g} s or more there')
-  return found
+  return tracks
 
 
 def read_shares(text: str, folders) -> dict[str, float]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Weights to begin with: the linear sketch (model.linear_sketch) as the principal components of music's envelopes.
 
-  python launch/research/pca_start.py --output=runs/start --config=configs/tiny22.py --config.data.root=PREPARED
-  m2l2 train --config=configs/tiny22.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
+  python launch/research/pca_start.py --output=runs/start --config=configs/tiny.py --config.data.root=PREPARED
+  m2l2 train --config=configs/tiny.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
 
   --crops=N    of two chunks, from the training music (default 5000)
 
@@ -24,8 +24,8 @@ from m2l2.codec.snapshot import save_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
 from m2l2.evaluation.studies.baselines import fit_pca
-from m2l2.model import envelope
 from m2l2.training import main as command
+from m2l2.variants import envelope
 
 RMS = 0.4
 BATCH = 10

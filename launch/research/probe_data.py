@@ -136,11 +136,11 @@ def transposed(folder, fonts, path, key, split, semitones, place) -> dict:
 def stated_key(path) -> str:
   """The key that a MIDI file states, where it states just one; else ''."""
   try:
-    found = {message.key for track in mido.MidiFile(path, clip=True).tracks for message in track
-             if message.type == 'key_signature'}
+    keys = {message.key for track in mido.MidiFile(path, clip=True).tracks for message in track
+            if message.type == 'key_signature'}
   except (OSError, ValueError, EOFError, mido.KeySignatureError):
     return ''
-  return tasks.key_of(found.pop()) if len(found) == 1 else ''
+  return tasks.key_of(keys.pop()) if len(keys) == 1 else ''
 
 
 def excerpt(song, *, start, seconds, semitones) -> mido.MidiFile:
@@ -173,12 +173,12 @@ def excerpt(song, *, start, seconds, semitones) -> mido.MidiFile:
 
 
 def make_tags(folder, args) -> list[dict]:
-  found = sources.find_audio_files(args.music)
+  audio_files = sources.find_audio_files(args.music)
   rows = []
-  for number, name in enumerate(found.names):
+  for number, name in enumerate(audio_files.names):
     tag, _, rest = name.partition('/')
     if rest:
-      path = os.path.relpath(os.path.abspath(found.path(number)), os.path.abspath(Path(args.output) / 'tags'))
+      path = os.path.relpath(os.path.abspath(audio_files.path(number)), os.path.abspath(Path(args.output) / 'tags'))
       rows.append({'path': path, 'split': tasks.split_of(name), 'tags': tag})
   if len({row['tags'] for row in rows}) < 2:
     raise UserError(f'{args.music}: tags are the names of the folders in it, and there are not two: '

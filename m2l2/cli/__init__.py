@@ -1,12 +1,13 @@
 """The `m2l2` command: train, plan, prepare, encode, encode-dataset, decode, reconstruct, evaluate, info, ...
 
-Each group of commands is a file, with its options beside what they do: `add` declares them. Whatever a command needs
-is imported when it runs, so that `m2l2 --help` answers at once.
+Each group of commands is one module, whose `add` declares the options. What a command needs is imported when it runs,
+so that `m2l2 --help` answers at once.
 """
 
 import argparse
 import logging
 import os
+import shlex
 import sys
 
 from m2l2 import __version__
@@ -15,21 +16,20 @@ from m2l2.errors import OutputClosed, told
 
 _GROUPS = (runs, corpora, coding, retrieval, measuring, weights, listing)
 _DESCRIPTION = """\
-Music to a few summary embeddings, and back.
+Encodes music into a few summary embeddings, and decodes them.
 
   m2l2 encode song.flac song.safetensors --checkpoint=tiny
   m2l2 decode song.safetensors song.wav --checkpoint=tiny
 
-tiny is the model in the box; a training run's folder does too.
+tiny is a model in the box; --checkpoint also takes the workdir of a training run or a snapshot.
 """
 
 
 def main(argv=None) -> int:
   """Runs one command; returns its exit status.
 
-  0: the job is done. 1: a mistake of the user's, or a fault of the machine, told in one line. 2: a command line that is
-  none. 129, 130, 143: stopped by SIGHUP, Ctrl-C or SIGTERM; nothing half-written is left. 141: who read its output has
-  gone.
+  0: done. 1: a mistake of the user or an error of the machine, reported in one line. 2: a wrong command line. 129, 130,
+  143: stopped by SIGHUP, Ctrl-C or SIGTERM; no half-written file is left. 141: the reader of its output has closed it.
   """
   terminal.open_streams()
   try:
@@ -57,7 +57,7 @@ def _run_told(argv) -> int:
 
 
 def _run(argv) -> int:
-  if argv[:1] == ['train']:  # its flags are absl's, made from the config
+  if argv[:1] == ['train']:  # its flags are those of absl and of the config
     signals.leave_late_writes_untold()
     with signals.stopped_by_signals():
       return runs.train(argv[1:])
@@ -66,16 +66,18 @@ def _run(argv) -> int:
     return 0
   try:
     args, rest = _parser().parse_known_args(argv)
-    others = args.run is runs.plan or getattr(args, 'runner', None)  # fields of the config; the runner's options
+    # `plan` takes fields of the config, --runner options of the Beam runner.
+    others = args.run is runs.plan or getattr(args, 'runner', None)
     if rest and not others:
       _parser().error(f'unrecognized arguments: {" ".join(rest)}')
   except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong command line
     return stop.code
   args.rest = rest
-  for name, value in vars(args).items():  # a shell leaves --name=~/x as it is
+  for name, value in vars(args).items():  # the shell does not expand --name=~/x
     if isinstance(value, list) and name != 'rest':
-      setattr(args, name, [_at_home(one) for one in value])
+      setattr(args, name, [_at_home(item) for item in value])
     setattr(args, name, _at_home(getattr(args, name)))
+  args.command_line = shlex.join(['m2l2', *argv])
   terminal.quiet_libraries()
   waits = logging.getLogger('m2l2.compiling')
   waits.setLevel(logging.ERROR if getattr(args, 'quiet', False) else logging.NOTSET)
@@ -83,7 +85,7 @@ def _run(argv) -> int:
     with signals.stopped_by_signals():
       args.run(args)
   finally:
-    waits.setLevel(logging.NOTSET)  # whoever goes on in this process did not ask for quiet
+    waits.setLevel(logging.NOTSET)  # --quiet holds for this call alone
   return 0
 
 
@@ -97,10 +99,10 @@ def _parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True, parser_class=terminal.Parser)
 
   def command(name, run, *, summary, example):
-    made = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.set_defaults(run=run)
-    return made
+    parser = commands.add_parser(name, help=summary, description=f'{summary}\n\n{example}',
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(run=run)
+    return parser
 
   for group in _GROUPS:
     group.add(command)

@@ -9,7 +9,7 @@ import time
 from m2l2.cli import options, terminal
 from m2l2.errors import OutputClosed, UserError, in_one_line, is_full, told
 
-_SECONDS = 10  # of audio read at once
+_SECONDS = 10  # of audio per read
 _AUDIO_IN, _AUDIO_OUT = 'WAV, FLAC, OGG, Opus, MP3, AIFF file (M4A, AAC: extra av)', '*.wav, *.flac or *.ogg'
 _LATENTS = '*.safetensors'
 
@@ -24,7 +24,7 @@ def add(command):
   options.discrete(parser)
   options.features(parser)
   options.embeddings(parser)
-  parser = command('decode', _decode, summary='File of latents -> audio file as long as the source.',
+  parser = command('decode', _decode, summary='File of latents -> audio file, as long as the source.',
                    example='  m2l2 decode song.safetensors song.wav --checkpoint=tiny --seed=1\n'
                            '  m2l2 decode song.safetensors - --checkpoint=tiny | aplay')
   options.files(parser, _LATENTS, _AUDIO_OUT)
@@ -37,9 +37,10 @@ def add(command):
   options.embeddings(parser)
   options.sound(parser)
   options.decoding(parser)
-  parser = command('info', _info, summary='What audio, latents, a snapshot or a workdir hold.',
+  parser = command('info', _info, summary='Facts about audio, latents, a snapshot or a workdir.',
                    example='  m2l2 info song.safetensors\n  m2l2 info tiny --json')
-  parser.add_argument('path', metavar='FILE_OR_CHECKPOINT', help='- is a pipe')
+  parser.add_argument('path', metavar='FILE_OR_CHECKPOINT',
+                      help='a path, the name of a model in the box, or - for a pipe')
   parser.add_argument('--json', action='store_true', help='one JSON object')
 
 
@@ -76,7 +77,7 @@ def _encode(args):
 
 
 def _are_there(path, codec, args) -> bool:
-  """Whether what is to be made is what an earlier run over the same files made."""
+  """Whether the outputs exist and come from an earlier run over the same files."""
   from m2l2.codec import features
   from m2l2.codec.latents import Latents
   if args.features:
@@ -91,7 +92,8 @@ def _are_there(path, codec, args) -> bool:
 
 @contextlib.contextmanager
 def _over(planned, name, args):
-  """Gives (a bar's function, passing). `passing(job)` tells of a fault, then goes on; that of a lone file ends all."""
+  """Yields (progress, passing). In `passing(job)` an error is reported and the next file follows; of a single file it
+  ends the command."""
   from m2l2.data.audio_io import shown
   faults = 0
 
@@ -108,7 +110,7 @@ def _over(planned, name, args):
       if is_full(text):  # for all others, too
         again = '; make room and run the same command again'
         raise UserError(text.removesuffix(again) + again) from error
-      if job.name not in text and shown(job.target) not in text:  # as what a codec says of channels
+      if job.name not in text and shown(job.target) not in text:  # such as the number of channels
         text = f'{job.name}: {text}'
       if len(planned) == 1:
         raise UserError(text) from error
@@ -162,8 +164,8 @@ def _decode_jobs(args, planned, opened):
             check = _new_file(job.source, overwrite=args.overwrite)
             target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
             codec = codec or _decoder(args)
-            began = began or time.monotonic()  # to load a model is not its speed
-            # Opened first: that the format does not take these channels is told before the work.
+            began = began or time.monotonic()  # loading the model does not count as speed
+            # Opened first, so that a format that cannot hold these channels is reported before the work.
             writer = files.enter_context(audio_io.AudioWriter(
                 target, source.sample_rate, source.channels, tags=source.tags, normalize=args.normalize))
             latents = latents_by(codec)
@@ -184,7 +186,7 @@ def _batch():
 
 
 def _encoder(args):
-  """The Codec, for which the options of encoding have been checked."""
+  """Loads the Codec and checks the options of encoding against it."""
   codec = options.load_codec(args)
   codec.check_source(channels=1, discrete=getattr(args, 'discrete', False))
   if getattr(args, 'embeddings', None) is not None:
@@ -199,7 +201,7 @@ def _decoder(args):
 
 
 def _new_file(source, *, overwrite, extensions=None):
-  """A check of where a result (audio by default) is to be written: what lies there may be somebody's only copy."""
+  """A check of an output path (audio by default) that refuses to replace a file without --overwrite."""
   from m2l2.data import audio_io
 
   def check(path):
@@ -214,7 +216,7 @@ def _new_file(source, *, overwrite, extensions=None):
 
 
 def encode_file(codec, info, *, discrete=False, embeddings=None, quiet):
-  """The latents of an audio file, read block by block."""
+  """Encodes an audio file, read in blocks, into latents."""
   import dataclasses
 
   from m2l2.data import audio_io
@@ -247,7 +249,7 @@ def _info(args):
   job = jobs.Job(jobs.PIPE if args.path in ('-', '/dev/stdin') else args.path, jobs.PIPE)
   with jobs.reading(job) as path:
     facts = info.facts(path)
-  if path != job.source:  # what came through a pipe
+  if path != job.source:  # audio from a pipe
     facts['path'] = job.name
   if args.json:
     terminal.show(json.dumps(facts, indent=2))

@@ -1,4 +1,4 @@
-"""What commands need beyond inference, asked before any work is done; setup.cfg says what each extra brings."""
+"""Checks, before any work, that the packages a command needs beyond inference are installed (extras of setup.cfg)."""
 
 import importlib.util
 
@@ -6,10 +6,10 @@ from m2l2.errors import UserError
 
 
 def require(what: str, extra: str, *modules: str):
-  """Raises UserError, which names the extra: one of the modules is not installed. None of them is imported.
+  """Raises UserError, which names the extra, if one of the modules is not installed. Imports none of them.
 
   Args:
-    what: is being done, as 'training'. extra: of setup.cfg, as 'train'. modules: as they are imported.
+    what: the task, for the message: 'training'. extra: of setup.cfg: 'train'. modules: names as in imports.
   """
   for module in modules:
     if not _is_there(module):

@@ -1,4 +1,4 @@
-"""What a file or a directory holds, told from the little that it takes to know: `m2l2 info`."""
+"""`m2l2 info`: what a file or a directory contains, without reading more of it than necessary."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from m2l2.errors import UserError
 
 
 def facts(path) -> dict:
-  """What is known of a path (or of the name of a model in the box), as a dict of JSON types; 'kind' says what it is.
+  """The facts about a path or a model in the box, as a dict of JSON types; 'kind' says what it is.
 
   Audio, latents, a snapshot, a training workdir, data that m2l2 prepare wrote, a corpus of latents, an exported model,
   a report of m2l2 evaluate. Raises UserError: nothing there, damaged, or none of these.
@@ -58,7 +58,7 @@ def _latents_facts(path) -> dict:
 
 
 def _checkpoint_facts(path) -> dict:
-  """A snapshot; or a workdir, with how far its run has come."""
+  """The facts of a snapshot, or of a workdir with its last step."""
   facts = {'path': os.fspath(path), 'kind': 'snapshot'}
   if os.path.isfile(os.path.join(path, 'metrics.jsonl')):
     facts |= {'kind': 'workdir', **_run_facts(path)}
@@ -87,7 +87,7 @@ def _checkpoint_facts(path) -> dict:
 
 
 def _run_facts(workdir) -> dict:
-  """The last line of metrics.jsonl that holds a loss, and the checkpoints there are."""
+  """The last line of metrics.jsonl with a loss, and the steps of the checkpoints."""
   last = {}
   with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
     for line in file:
@@ -113,7 +113,7 @@ def _json(path):
 
 
 def _told(path, kind, record, names) -> dict:
-  """The fields of a JSON record that are there."""
+  """The fields of a JSON record that have a value."""
   if not isinstance(record, dict) or not any(name in record for name in names):
     raise UserError(f'{audio_io.shown(path)}: is JSON, but no {kind} by m2l2 (of a snapshot, workdir, dataset or '
                     'corpus name the directory)')
@@ -121,7 +121,7 @@ def _told(path, kind, record, names) -> dict:
 
 
 def _dataset_facts(path, manifest) -> dict:
-  """What m2l2 prepare or m2l2 encode-dataset wrote; the latter's report comes with its last shard."""
+  """The facts of the output of m2l2 prepare or encode-dataset; the latter writes its report after its last shard."""
   if not isinstance(manifest, dict) or 'model' not in manifest:
     return _prepared_facts(path, manifest)
   report = os.path.join(path, 'report.json')

@@ -1,4 +1,4 @@
-"""Which files a command reads and what it makes of each: one file, many, a folder, a glob, or `-` for a pipe."""
+"""Pairs of input and output files of a command: for one file, several, a folder, a glob, or `-` for a pipe."""
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ LATENTS = ('.safetensors',)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One input and one output; either may be PIPE. makes_folder: the output's directory is made where it is missing."""
+  """One input and one output; either may be PIPE. makes_folder: create the output's directory if it is missing."""
   source: str
   target: str
   makes_folder: bool = False
@@ -35,27 +35,28 @@ class Job:
 def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
   """The jobs of a command line.
 
-  One file goes to `target`, or into it if that is a directory. Several files, a directory (at any depth) or a glob
-  go into the directory `target`, which is made, under their own names with the extension `output`; song.wav and
-  song.flac of one directory keep theirs before it. What lies in a pipe (as of `<(...)` in a shell) is a file, too.
+  One file is written to `target`, or into it if that is a directory. Several files, a directory (with its
+  subdirectories) or a glob are written into the directory `target`, which is created, under their own names with the
+  extension `output`; song.wav and song.flac of one directory become song.wav.EXT and song.flac.EXT. A named pipe, as of
+  `<(...)` in a shell, counts as a file.
 
   Args:
     given: files, directories, globs or PIPE.
-    inputs: extensions that are looked for in directories and among what globs match.
+    inputs: extensions of input files in directories and globs.
 
-  Raises UserError: nothing there, two inputs for one output, or outputs that the next call would take for inputs.
+  Raises UserError: no input, two inputs for one output, or outputs that the next call would take for inputs.
   """
   given, target = [PIPE if place in _STDIN else place for place in given], PIPE if target in _STDOUT else target
   if given == [PIPE]:
     return [Job(PIPE, target)]
   if PIPE in given:
     raise UserError('- (standard input) is one file: give no other beside it')
-  found = [(base, name) for place in given for base, name in _find(place, inputs)]
+  listed = [(base, name) for place in given for base, name in _find(place, inputs)]
   many = len(given) > 1 or not (os.path.isfile(given[0]) or is_pipe(given[0]))
   if not many and not os.path.isdir(target) and not target.endswith('/'):
     return [Job(given[0], target)]
   if target == PIPE:
-    raise UserError(f'- (standard output) takes one file, and here are {len(found)}: name a directory')
+    raise UserError(f'- (standard output) takes one file, and here are {len(listed)}: name a directory')
   if not os.path.isdir(target) and (os.path.exists(target) or os.path.splitext(target)[1] == output):
     raise UserError(f'{shown(target)}: is one file, and several are to be made of {shown(given[0])}: give a directory')
   for place in given:
@@ -63,28 +64,28 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
       raise UserError(f'{shown(target)}: lies in {shown(place)}, where it would be an input the next time: name a '
                       'directory elsewhere')
   jobs, taken = [], {}
-  stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(found))
-  for base, name in dict.fromkeys(found):  # what is given twice is one
+  stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(listed))
+  for base, name in dict.fromkeys(listed):  # without duplicates
     stem = os.path.splitext(name)[0]
-    made = os.path.join(target, (stem if stems[stem] == 1 else name) + output)
+    result = os.path.join(target, (stem if stems[stem] == 1 else name) + output)
     source = os.path.join(base, name)
-    if made in taken:
-      raise UserError(f'{shown(source)} and {shown(taken[made])} would both become {shown(made)}: rename one, or give '
-                      'them directories of their own')
-    taken[made] = source
-    jobs.append(Job(source, made, makes_folder=True))
+    if result in taken:
+      raise UserError(f'{shown(source)} and {shown(taken[result])} would both become {shown(result)}: rename one, or '
+                      'give them directories of their own')
+    taken[result] = source
+    jobs.append(Job(source, result, makes_folder=True))
   return jobs
 
 
 def _find(place, inputs) -> Iterator[tuple[str, str]]:
-  """(directory, name relative to it) of every file that a place stands for."""
+  """(directory, name relative to it) of every file that a path, directory or glob stands for."""
   if os.path.isfile(place) or is_pipe(place):  # whatever its extension
     yield os.path.split(place)
     return
-  found = sources.find_files(place, tuple(inputs))
-  if not found:
+  listing = sources.find_files(place, tuple(inputs))
+  if not listing:
     raise UserError(f'{shown(place)}: there is no such file or directory')
-  base, names = found
+  base, names = listing
   if not names:
     raise UserError(f'{shown(place)}: no files there (looked for *{", *".join(inputs)})')
   for name in sorted(names):
@@ -92,19 +93,19 @@ def _find(place, inputs) -> Iterator[tuple[str, str]]:
 
 
 def is_pipe(path) -> bool:
-  """Whether a path leads to a pipe, a device or a socket: what can be read or written once, from its beginning."""
+  """Whether a path is a pipe, a device or a socket, which can be read or written only once, from the beginning."""
   return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _is_below(path, folder) -> bool:
-  """Whether a path lies in a directory, at any depth; itself it does not."""
+  """Whether a path is inside a directory, at any depth. A directory is not inside itself."""
   path, folder = os.path.realpath(path), os.path.realpath(folder)
   return path != folder and os.path.commonpath([path, folder]) == folder
 
 
 @contextlib.contextmanager
 def reading(job: Job) -> Iterator[str]:
-  """The path to read: for a pipe, a temporary file with what came through it, called by its right name in errors."""
+  """Yields the path to read: for a pipe, a temporary file with its contents; errors still name the pipe."""
   if job.source != PIPE and not is_pipe(job.source):
     yield job.source
     return
@@ -131,9 +132,9 @@ def reading(job: Job) -> Iterator[str]:
 
 @contextlib.contextmanager
 def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
-  """The path to write, in a directory that is there, where `check(path)` has found no fault.
+  """Yields the path to write, after `check(path)`; its directory exists.
 
-  For a pipe it is a temporary file, which goes through it when the block ends well.
+  For a pipe it is a temporary file, which is copied to the pipe when the block ends without an error.
   """
   if job.target != PIPE and not is_pipe(job.target):
     folder = os.path.dirname(job.target)
@@ -161,13 +162,13 @@ def writing(job: Job, *, output: str, check: Callable) -> Iterator[str]:
       try:
         shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-      except (OSError, ValueError) as error:  # a pipe whose reader has gone, a full disk
+      except (OSError, ValueError) as error:  # a pipe that its reader closed, or a full disk
         raise output_fault(error) from error
 
 
 def output_fault(error: Exception) -> UserError:
-  """What an error of writing to standard output means; nothing more is written there."""
-  with contextlib.suppress(OSError, ValueError):  # or the interpreter would try once more at its end, and say so
+  """The exception for an error of writing to standard output, to which nothing more is written."""
+  with contextlib.suppress(OSError, ValueError):  # or the interpreter would try again at its end and print an error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   reason = getattr(error, 'strerror', None) or error
   kind = OutputClosed if isinstance(error, BrokenPipeError) else UserError

@@ -1,4 +1,4 @@
-"""configs, models: what is there to train with, and what is there to use."""
+"""configs, models: lists of the presets and of the models in the box."""
 
 import ast
 import importlib.util

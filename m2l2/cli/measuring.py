@@ -2,28 +2,33 @@
 
 import argparse
 import contextlib
+import datetime
 import os
+from pathlib import Path
 import tempfile
 
+from m2l2 import __version__
 from m2l2.cli import coding, extras, options, terminal
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics.registry import METRICS
 
 
 def add(command):
-  from m2l2.evaluation.embedders.embeddings import EMBEDDINGS  # whose functions import what inference does without
+  from m2l2.evaluation.embedders.embeddings import EMBEDDINGS  # imports no package of the extras
   parser = command('evaluate', _evaluate,
                    summary='Metrics of reconstructions against their originals, in pairs by file name.',
                    example='  m2l2 evaluate --reference=DIR --estimate=DIR --output=report.json --html=report.html\n'
                            '  m2l2 evaluate --reference=DIR --checkpoint=tiny --output=report.json '
                            '--metrics=si_sdr,musicnn_mtt')
   parser.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
-  parser.add_argument('--estimate', metavar='DIR', help='their reconstructions; with --checkpoint, where to keep them')
+  parser.add_argument('--estimate', metavar='DIR',
+                      help='their reconstructions; with --checkpoint, the folder to write them to')
   options.checkpoint(parser, required=False,
                      help='reconstruct first, with this snapshot, workdir or model in the box')
   options.report(parser)
-  parser.add_argument('--csv', metavar='*.csv', help='one row a file')
+  parser.add_argument('--csv', metavar='*.csv', help='a table with one row per file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
+  parser.add_argument('--credits', metavar='FILE', help='text for the end of that page: whose music it is, its licence')
   parser.add_argument('--metrics', metavar='A,B,...',
                       help=f'some of {", ".join(METRICS)}, and Frechet distances over {", ".join(EMBEDDINGS)} '
                       f'(default: {_defaults()})')
@@ -38,26 +43,29 @@ def add(command):
   options.quiet(parser, without='no progress bar, no table')
   options.decoding(parser)
   parser = command('sweep-sigma-cond', _sweep,
-                   summary="Quality against sigma_cond, the noise put back on a chunk before the next is decoded.",
+                   summary="Quality against sigma_cond, the noise added to a chunk before the next is decoded.",
                    example='  m2l2 sweep-sigma-cond --reference=DIR --checkpoint=tiny --output=sweep.json '
                            '--png=sweep.png')
   parser.add_argument('--reference', required=True, metavar='DIR', help='music to reconstruct (a folder, or one file)')
   options.checkpoint(parser)
   options.report(parser)
-  parser.add_argument('--png', metavar='*.png', help='its curves')
-  parser.add_argument('--values', metavar='X,Y,...', help='of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
+  parser.add_argument('--png', metavar='*.png', help='a plot of the results')
+  parser.add_argument('--values', metavar='X,Y,...', help='values of sigma_cond (default 0.05,0.1,0.2,0.4,0.7,1,2,4)')
   parser.add_argument('--metrics', metavar='A,B,...', help='as for evaluate (default: si_sdr, mel_l1_db, mrstft, '
                       'ratio, seam_db, musicnn_mtt, musicnn_msd)')
-  parser.add_argument('--by', metavar='NAME', help='which of them tells the best (default: the first Frechet distance)')
-  parser.add_argument('--clips', type=int, default=36, metavar='N', help='files to take, evenly over all (default 36)')
-  parser.add_argument('--seconds', type=float, default=10., metavar='X', help='from the middle of each (default 10)')
+  parser.add_argument('--by', metavar='NAME',
+                      help='the metric that chooses the best value (default: the first Frechet distance)')
+  parser.add_argument('--clips', type=int, default=36, metavar='N',
+                      help='number of files, evenly spread over all (default 36)')
+  parser.add_argument('--seconds', type=float, default=10., metavar='X',
+                      help='length, from the middle of each (default 10)')
   parser.add_argument('--write-best', action='store_true',
                       help="make the best setting the default of the snapshot's decoding")
   options.workers(parser)
   options.seed(parser)
   options.quiet(parser, without='no progress bar, no table')
   parser = command('probe', _probe,
-                   summary='What the latents know: classifiers on frozen features, beside baselines.',
+                   summary='Probes of the latents: classifiers on frozen features, compared with baselines.',
                    example='  m2l2 probe --checkpoint=tiny --music=data/probes/notes --output=probe.json '
                            '--png=probe.png\n'
                            '  m2l2 probe --checkpoint=tiny --music=tinysol:DIR --music=beatport:DIR '
@@ -65,14 +73,15 @@ def add(command):
   options.checkpoint(parser)
   parser.add_argument('--music', metavar='PLACE', required=True, action='append',
                       help='a folder with a labels.csv (launch/research/probe_data.py makes some), tinysol:DIR, '
-                      'beatport:DIR or magnatagatune:DIR; again for more')
+                      'beatport:DIR or magnatagatune:DIR; repeat for several')
   options.report(parser)
-  parser.add_argument('--png', metavar='*.png', help='its bars')
+  parser.add_argument('--png', metavar='*.png', help='a bar chart of the results')
   parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True,
                       help='log-mel statistics, musicnn and random weights in the same table (default)')
   parser.add_argument('--seconds', type=float, default=30., metavar='X',
-                      help='from the middle of each file (default 30)')
-  parser.add_argument('--seeds', type=int, default=3, metavar='N', help='beginnings of each probe (default 3)')
+                      help='length, from the middle of each file (default 30)')
+  parser.add_argument('--seeds', type=int, default=3, metavar='N',
+                      help='seeds that each probe is trained with (default 3)')
   options.quiet(parser, without='no progress bar, no table')
 
 
@@ -81,7 +90,7 @@ def _names(are) -> str:
 
 
 def _defaults() -> str:
-  """What is measured where no metrics are named, in words."""
+  """The default of --metrics, in words."""
   installed = _names(lambda metric: metric.default and metric.package)
   others = _names(lambda metric: not metric.default)
   return ('all that need no file' + (f' but {others}' if others else '')
@@ -103,14 +112,18 @@ def _evaluate(args):
   for path, extension in ((args.output, '.json'), (args.csv, '.csv'), (args.html, '.html')):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
+  about = {'command': args.command_line, 'version': f'm2l2 {__version__}',
+           'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
+  credits = Path(args.credits).read_text(encoding='utf-8', errors='replace') if args.credits else ''
   files = {name: path for name, path in (('vggish', args.vggish), ('clap', args.clap)) if path}
-  compiling.use_cache()  # of the networks that judge; --checkpoint is not always given
+  compiling.use_cache()  # for the embedding networks; there may be no --checkpoint
   metrics, names = evaluate.split_names(args.metrics, with_files=files)
   embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
   with contextlib.ExitStack() as stack:
     chunks = seams.Chunks()
     if args.checkpoint:
       codec = options.load_codec(args)
+      about['model'] = f'{args.checkpoint}, weights {codec.fingerprint}'
       chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
       folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
       items, warnings = _reconstruct_all(codec, folder, args)
@@ -119,17 +132,17 @@ def _evaluate(args):
     if args.chunk_seconds:
       chunks = seams.Chunks(period=args.chunk_seconds)
     with terminal.bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
-      made = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
-                               seed=args.seed, progress=progress)
-    made['warnings'] = warnings + made['warnings']
-    report.write_json(args.output, made)
+      results = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
+                                  seed=args.seed, progress=progress)
+    results['warnings'] = warnings + results['warnings']
+    report.write_json(args.output, results)
     if args.csv:
-      report.write_csv(args.csv, made)
+      report.write_csv(args.csv, results)
     if args.html:
-      report.write_html(args.html, made, items)
-  for name, value, count in report.table(made):
+      report.write_html(args.html, results, items, about=about, credits=credits)
+  for name, value, count in report.table(results):
     terminal.say(args, f'{name:20} {value:22} n={count}')
-  for line in made['warnings']:
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')
 
 
@@ -138,21 +151,21 @@ def _reconstruct_all(codec, folder, args):
   from m2l2.data import audio_io, sources
   from m2l2.evaluation.evaluate import Pair
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
-  found, items, warnings = sources.find_audio_files(args.reference), [], []
+  references, items, warnings = sources.find_audio_files(args.reference), [], []
   quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
-  with terminal.bar('reconstruct', len(found), quiet=args.quiet) as progress:
-    for number, name in enumerate(found.names):
+  with terminal.bar('reconstruct', len(references), quiet=args.quiet) as progress:
+    for number, name in enumerate(references.names):
       target = os.path.join(folder, f'{os.path.splitext(name)[0]}.wav')
       if any(item.estimate == target for item in items):
         raise UserError(f'{name}: another reference has that name with another extension; give it a name of its own')
-      if os.path.exists(target) and os.path.samefile(target, found.path(number)):
+      if os.path.exists(target) and os.path.samefile(target, references.path(number)):
         raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
       try:
-        info = audio_io.probe(found.path(number))
+        info = audio_io.probe(references.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
           coding.decode_files(codec, [coding.encode_file(codec, info, quiet=True)], [writer], quiet)
-        items.append(Pair(name, found.path(number), target))
+        items.append(Pair(name, references.path(number), target))
       except UserError as error:
         warnings.append(f'{name}: unreadable: {error}; left out')
       progress(1)
@@ -179,18 +192,18 @@ def _sweep(args):
   codec = options.load_codec(args)
   clips, warnings = folder_clips.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
   with terminal.bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
-    made = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
-                       workers=args.workers, seed=args.seed, progress=progress)
-  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
-          'seconds': args.seconds, **made, 'warnings': warnings + made['warnings']}
-  report.write_json(args.output, made)
+    results = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
+                          workers=args.workers, seed=args.seed, progress=progress)
+  results = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, 'reference': args.reference,
+             'seconds': args.seconds, **results, 'warnings': warnings + results['warnings']}
+  report.write_json(args.output, results)
   if args.png:
-    pictures.save(pictures.sweep_curves(made), args.png)
-  best = made['best']
-  for setting in made['settings']:
+    pictures.save(pictures.sweep_curves(results), args.png)
+  best = results['best']
+  for setting in results['settings']:
     cells = '  '.join(f'{name} {value["mean"]:.4g}' for name, value in setting['values'].items())
     terminal.say(args, f'{setting["sigma_cond"]:6g} {setting["steps"].replace("_", "-")}  {cells}')
-  for line in made['warnings']:
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')
   terminal.say(args, f'best by {best["by"]}: sigma_cond {best["sigma_cond"]:g}, {best["steps"].replace("_", "-")}')
   if args.write_best:
@@ -210,12 +223,12 @@ def _probe(args):
   music = [tasks.read(place) for place in args.music]
   codec = options.load_codec(args)
   functions = probes.extractors(codec, baselines=args.baselines)
-  with terminal.bar('probe', sum(len(one.paths) for one in music), quiet=args.quiet) as progress:
-    made = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
-  made = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **made}
-  report.write_json(args.output, made)
+  with terminal.bar('probe', sum(len(dataset.paths) for dataset in music), quiet=args.quiet) as progress:
+    results = probes.probe(music, functions, seconds=args.seconds, seeds=args.seeds, progress=progress)
+  results = {'checkpoint': args.checkpoint, 'fingerprint': codec.fingerprint, **results}
+  report.write_json(args.output, results)
   if args.png:
-    pictures.save(pictures.bars(probes.bars(made)), args.png)
-  terminal.say(args, probes.table(made))
-  for line in made['warnings']:
+    pictures.save(pictures.bars(probes.bars(results)), args.png)
+  terminal.say(args, probes.table(results))
+  for line in results['warnings']:
     terminal.say(args, f'warning: {line}')

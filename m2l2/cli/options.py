@@ -1,4 +1,4 @@
-"""Options that several commands have, each declared once, and the model that they name."""
+"""Options that several commands share, each declared once, and loading of the model that they name."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from m2l2.errors import UserError
 
 
 def checkpoint(parser, **given):
-  """--checkpoint=DIR; `given` is argparse's, where it is not required or means something more."""
+  """--checkpoint=DIR; `given` are arguments of add_argument that replace the defaults."""
   parser.add_argument('--checkpoint', metavar='DIR', **{
       'required': True, 'help': 'snapshot, workdir of a training run, or name of a model in the box', **given})
 
@@ -17,15 +17,16 @@ def quiet(parser, *, without='no progress bar, no last line'):
 
 
 def overwrite(parser):
-  parser.add_argument('--overwrite', action='store_true', help='replace files that are there (default: refuse)')
+  parser.add_argument('--overwrite', action='store_true', help='replace existing files (default: refuse)')
 
 
 def files(parser, source, target):
-  """IN... OUT of a command over files, its model and the device that runs it."""
+  """IN... OUT of a command over files, --checkpoint, --device and --quiet."""
   parser.add_argument('source', metavar='IN', nargs='+', help=f'{source}; several, a directory, a glob; - is a pipe')
   parser.add_argument('target', metavar='OUT', help=f'{target}; for several a directory; - is a pipe')
   checkpoint(parser)
-  parser.add_argument('--device', metavar='KIND[:N]', help='cpu, gpu or tpu, the N-th of them (default: the best)')
+  parser.add_argument('--device', metavar='KIND[:N]',
+                      help='cpu, gpu or tpu, and which of them, from 0 (default: the fastest)')
   quiet(parser)
 
 
@@ -35,7 +36,7 @@ def discrete(parser):
 
 def embeddings(parser):
   parser.add_argument('--embeddings', type=int, metavar='K',
-                      help='keep but the first K of each chunk, a lower rate (models trained with train.nested)')
+                      help='keep only the first K of each chunk, for a lower rate (models trained with train.nested)')
 
 
 def features(parser):
@@ -44,30 +45,30 @@ def features(parser):
 
 
 def sound(parser):
-  """Of the audio files that are written."""
+  """Options for audio files that are written."""
   parser.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',
-                      help='of several files, or of what goes to a pipe (default wav)')
+                      help='format for several files or for a pipe (default wav)')
   overwrite(parser)
   parser.add_argument('--normalize', action='store_true',
-                      help='scale the whole file down where it would pass full scale (default: clip, and say so)')
+                      help='scale the whole file down if it would exceed full scale (default: clip, with a warning)')
   parser.add_argument('--batch', type=int, metavar='N',
                       help='files to decode at once (default: 1 on CPUs, else 8)')
 
 
 def seed(parser):
   parser.add_argument('--seed', type=int, default=0, metavar='N',
-                      help='of the noise that decoding starts from (default 0)')
+                      help='seed of the noise that decoding starts from (default 0)')
 
 
 def decoding(parser):
-  """What `decoding_of` hands to the codec, and the seed."""
+  """The options of decoding: the seed, and those that `decoding_of` passes to the codec."""
   seed(parser)
   parser.add_argument('--mode', choices=('autoregressive', 'parallel'), default='autoregressive',
-                      help='chunk after chunk (default), or all chunks at once, each step in other pairs')
+                      help='one chunk after another (default), or all chunks at once, paired differently in each step')
   parser.add_argument('--steps', type=int, metavar='N',
                       help="denoisings of a chunk from pure noise (default: the model's own)")
   parser.add_argument('--sigma-cond', type=float, metavar='X',
-                      help="noise put back on each chunk before the next is decoded (default: the "
+                      help="noise added to each chunk before the next is decoded (default: the "
                       "model's own; autoregressive only)")
   parser.add_argument('--refine', action=argparse.BooleanOptionalAction,
                       help="denoise each chunk once more, as the next one's left neighbour (default: the "
@@ -79,7 +80,7 @@ def decoding_of(args) -> dict:
 
 
 def report(parser):
-  parser.add_argument('--output', required=True, metavar='*.json', help='the report')
+  parser.add_argument('--output', required=True, metavar='*.json', help='the report, as JSON')
 
 
 def workers(parser):
@@ -88,19 +89,20 @@ def workers(parser):
 
 
 def hosts(parser):
-  """Of a command that several processes run together."""
+  """Options of a command that several processes run together."""
   parser.add_argument('--multihost', action='store_true',
                       help='this is one of several processes; JAX finds the others on TPU pods, GKE and Slurm')
-  parser.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0, where JAX does not find the others')
-  parser.add_argument('--num_processes', type=int, metavar='N', help='likewise')
-  parser.add_argument('--process_id', type=int, metavar='I', help='likewise')
-  parser.add_argument('--start_timeout', type=int, default=300, metavar='S', help='seconds in which all must have come')
+  parser.add_argument('--coordinator', metavar='HOST:PORT', help='of process 0, if JAX does not find the others')
+  parser.add_argument('--num_processes', type=int, metavar='N', help='the number of processes, likewise')
+  parser.add_argument('--process_id', type=int, metavar='I', help='the number of this process, likewise')
+  parser.add_argument('--start_timeout', type=int, default=300, metavar='S',
+                      help='seconds within which all processes must have started (default 300)')
   parser.add_argument('--peer_timeout', type=int, default=100, metavar='S',
-                      help='seconds of silence after which a process counts as lost, which ends the others')
+                      help='seconds without a sign of life after which a process counts as lost and the others end')
 
 
 def load_codec(args):
-  """The Codec, on the device that is asked for."""
+  """Loads the Codec on the device of --device."""
   import jax
 
   from m2l2.codec import codec, loading
@@ -109,7 +111,7 @@ def load_codec(args):
   if number and not number.isdecimal():
     raise UserError(f'--device={args.device}: give KIND or KIND:N, as gpu:1')
   if kind == 'cpu':
-    jax.config.update('jax_platforms', 'cpu')  # nothing of a GPU is touched, its memory least of all
+    jax.config.update('jax_platforms', 'cpu')  # so that JAX does not reserve memory on a GPU
   try:
     devices = jax.devices(kind or None)
   except RuntimeError as error:

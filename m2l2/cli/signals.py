@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGHUP and Ctrl-C do to a command."""
+"""How commands handle SIGTERM, SIGHUP and Ctrl-C."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ import threading
 
 @contextlib.contextmanager
 def stopped_by_signals():
-  """SIGTERM, and SIGHUP of a terminal that is closed, unwind like Ctrl-C does, so that temporary files are removed.
+  """Makes SIGTERM and SIGHUP raise an exception as Ctrl-C does, so that temporary files are removed.
 
-  All three wait where an exception would do harm or be lost: while a module is imported, of which the C code of numpy
-  and JAX may crash; in what the garbage collector calls, as JAX has it do.
+  All three are delayed where an exception would do harm or be lost: while a module is imported (the C code of numpy and
+  JAX may crash then), and in functions that the garbage collector calls.
   """
   def stop(number, frame):
     if _is_importing(frame):
@@ -33,9 +33,9 @@ def stopped_by_signals():
   try:
     for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, 'SIGHUP') else [])):
       usual = signal.default_int_handler if number == signal.SIGINT else signal.getsignal(number)
-      if signal.getsignal(number) is usual is not signal.SIG_IGN:  # nohup; a SIGINT that somebody else sees to
+      if signal.getsignal(number) is usual is not signal.SIG_IGN:  # ignored by nohup, or handled by another library
         before[number] = signal.signal(number, stop)
-  except ValueError:  # not the main thread: signals are somebody else's
+  except ValueError:  # not the main thread, which handles signals
     yield
     return
   sys.unraisablehook = lost
@@ -48,8 +48,10 @@ def stopped_by_signals():
 
 
 def leave_late_writes_untold():
-  """Until the process ends: TensorStore has a traceback for each write that outlives its save, even after the last
-  line. What ended the save, a full disk, ends the run too and is that line."""
+  """Silences TensorStore's tracebacks for writes that end after their save failed, until the process ends.
+
+  They would come even after the last line. The cause, such as a full disk, ends the run and is reported in that
+  line."""
   def lost(unraisable):
     if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == 'Event loop is closed'):
       hook(unraisable)

@@ -1,4 +1,4 @@
-"""What the user sees: streams, lines, bars."""
+"""Output for the user: streams, lines, progress bars."""
 
 import argparse
 from collections.abc import Iterator
@@ -12,29 +12,29 @@ from m2l2.errors import in_one_line, printable
 
 
 def open_streams():
-  """Makes sure of the three standard streams: what is opened in the place of a closed one would get what is printed."""
+  """Opens closed standard streams, so that no other file takes their number and receives what is printed."""
   for number in range(3):
     try:
       os.fstat(number)
     except OSError:
-      os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-  if sys.stderr is None:  # or print() would take standard output
+      os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+  if sys.stderr is None:  # or print() would use standard output
     sys.stderr = open(os.devnull, 'w', encoding='utf-8')
-  for stream in (sys.stdout, sys.stderr):  # in a locale without these letters, names are printed all the same
+  for stream in (sys.stdout, sys.stderr):  # print names also in a locale without their letters
     if getattr(stream, 'errors', '') == 'strict' and hasattr(stream, 'reconfigure'):
       stream.reconfigure(errors='backslashreplace')
 
 
 def tell(error):
-  """A mistake or a fault, in one line whatever names it holds."""
+  """Prints a message to standard error, as one line."""
   try:
     print('m2l2:', printable(in_one_line(error)), file=sys.stderr)
-  except (OSError, ValueError):  # nobody reads there any more
+  except (OSError, ValueError):  # its reader has closed it
     settle()
 
 
 def settle():
-  """Where nobody reads standard error any more, the interpreter is not to find out at its end and to exit with 120."""
+  """Closes standard error if its reader has closed it; else the interpreter would exit with status 120."""
   with contextlib.suppress(OSError, ValueError):
     try:
       sys.stderr.flush()
@@ -43,13 +43,13 @@ def settle():
 
 
 def show(text):
-  """On standard output. Raises UserError where it does not get there."""
+  """Prints to standard output. Raises UserError: it cannot be written."""
   with to_output():
     print(text, flush=True)
 
 
 def flush():
-  """What is still to be printed, argparse's help for one."""
+  """Flushes standard output (argparse's help, for one). Raises UserError: it cannot be written."""
   if sys.stdout is not None:
     with to_output():
       sys.stdout.flush()
@@ -65,13 +65,13 @@ def to_output():
 
 
 class Parser(argparse.ArgumentParser):
-  """Tells a mistake in one line."""
+  """An ArgumentParser that reports mistakes in one line."""
 
   def error(self, message):
     self.exit(2, f'{self.prog}: {message} ({self.prog} --help shows an example)\n')
 
   def _print_message(self, message, file=None):
-    """argparse passes over what cannot be written."""
+    """Unlike argparse, raises an error for a message that cannot be written."""
     if file is None or file is not sys.stdout:
       return super()._print_message(message, file)
     with to_output():
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def say(args, line):
-  """On standard output, unless that is where the result goes."""
+  """Prints to standard output, or not at all if the result goes there."""
   if args.quiet:
     return
   if getattr(args, 'target', None) in ('-', '/dev/stdout'):
@@ -91,7 +91,7 @@ def say(args, line):
 
 @contextlib.contextmanager
 def progress(name, signal_info, *, quiet):
-  """A bar in seconds of audio on stderr, on a terminal only; gives a function to advance it."""
+  """A progress bar in seconds of audio on stderr, if that is a terminal; yields a function to advance it."""
   import tqdm
   samples = getattr(signal_info, 'num_samples', None) or signal_info.frames
   with tqdm.tqdm(
@@ -104,7 +104,7 @@ def progress(name, signal_info, *, quiet):
 
 @contextlib.contextmanager
 def corpus_progress(total, *, quiet):
-  """A bar in signals, with the speed, on a terminal only; gives a function of each one's seconds of audio."""
+  """A progress bar in signals, with the speed, if stderr is a terminal; yields a function of each signal's seconds."""
   import tqdm
   began, done = time.monotonic(), 0.0
   with tqdm.tqdm(total=total, desc='encode', unit='file', leave=False, disable=True if quiet else None) as bar:
@@ -119,7 +119,7 @@ def corpus_progress(total, *, quiet):
 
 @contextlib.contextmanager
 def bar(name, steps, *, quiet):
-  """A bar in steps on stderr, on a terminal only; gives a function to advance it."""
+  """A progress bar in steps on stderr, if that is a terminal; yields a function to advance it."""
   import tqdm
   with tqdm.tqdm(total=steps, desc=name, leave=False, disable=True if quiet else None) as bar:
     yield bar.update
@@ -132,12 +132,12 @@ def counted(blocks, done) -> Iterator:
 
 
 def quiet_libraries():
-  """What jax and XLA say to developers is not for users; warnings of our own are."""
+  """Silences messages of JAX and XLA for developers; warnings of m2l2 stay."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA's log, read when jax is imported
   logging.getLogger('jax').setLevel(logging.ERROR)
   from absl import flags
   from absl import logging as absl_logging
-  flags.FLAGS.mark_as_parsed()  # there are none, but absl's log would say that nobody parsed them
+  flags.FLAGS.mark_as_parsed()  # there are none, but absl's log would warn that they are not parsed
   absl_logging.use_absl_handler()
   absl_logging.set_verbosity(absl_logging.WARNING)
   absl_logging.get_absl_handler().setFormatter(logging.Formatter('m2l2: %(message)s'))

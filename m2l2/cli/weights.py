@@ -1,4 +1,4 @@
-"""export, import-codicodec: weights out of this house and into it."""
+"""export, import-codicodec: models to and from other formats."""
 
 from m2l2.cli import extras, options, terminal
 from m2l2.errors import printable
@@ -10,8 +10,8 @@ def add(command):
                            '  cd exported && python -c "import load; print(load.Model(\'.\').about)"')
   parser.add_argument('checkpoint', metavar='DIR',
                       help='snapshot, workdir of a training run, or name of a model in the box')
-  parser.add_argument('--format', choices=('stablehlo',), default='stablehlo', help='the only one there is')
-  parser.add_argument('--output', metavar='DIR', required=True, help='the folder to write; it must not be there yet')
+  parser.add_argument('--format', choices=('stablehlo',), default='stablehlo', help='only stablehlo')
+  parser.add_argument('--output', metavar='DIR', required=True, help='the folder to write; it must not exist')
   options.quiet(parser, without='no last line')
   parser = command('import-codicodec', _import_codicodec, summary="CoDiCodec's published weights -> snapshot.",
                    example='  m2l2 import-codicodec codicodec.pt runs/codicodec\n'
@@ -20,7 +20,7 @@ def add(command):
                       help='codicodec.pt (reading it needs torch), or its tensors as .safetensors')
   parser.add_argument('target', metavar='DIR', help='the snapshot to write')
   parser.add_argument('--verify', action='store_true',
-                      help='first run one input through the original too (needs torch and codicodec)')
+                      help='first compare with the original on one input (needs torch and codicodec)')
   options.quiet(parser, without='no last lines')
 
 

@@ -1,9 +1,9 @@
 """Bulk encoding: a corpus -> ArrayRecord shards of latents, on all devices of all hosts.
 
-Reader threads turn files into rows of one chunk; `rows` of them make a group, one device's share of a call, so that
-there is one shape and one compilation whatever the files are like. A group never mixes shards, and its rows are in
-the order of the names: a shard's bytes are a function of the names, the number of shards and `rows`, not of hosts,
-devices, threads or of what a killed run had done.
+Reader threads turn files into rows of one chunk each. `rows` of them make a group, one device's share of a call, so
+that there is one shape and one compilation for all files. A group holds rows of one shard only, in the order of the
+names: the bytes of a shard depend on the names, the number of shards and `rows`, not on hosts, devices, threads or
+interruptions.
 """
 
 import collections
@@ -31,12 +31,12 @@ from m2l2.errors import UserError, in_one_line
 from m2l2.training import hosts
 
 REPORT = 'report.json'
-_SIDECARS = 'shards'  # a JSON file for each shard that is done
-_AHEAD = 16  # chunks that a reader thread is ahead
-_IN_FLIGHT = 2  # calls that the devices have before them
+_SIDECARS = 'shards'  # a JSON file for each complete shard
+_AHEAD = 16  # chunks that a reader thread reads ahead
+_IN_FLIGHT = 2  # calls that are queued for the devices
 _MOST_NAMED = 20  # skipped files named in the log; the report names all
-_DAYS = 7  # that hosts wait for the slowest
-# What costs one file and not the run. A file may vanish at any moment, and claim any size.
+_DAYS = 7  # that hosts wait for the slowest host
+# Errors that skip one file without ending the run. A file may vanish at any moment and may claim any size.
 _FILE_FAULTS = (UserError, OSError, MemoryError)
 
 
@@ -60,7 +60,7 @@ class Shard:
 
 @dataclasses.dataclass
 class Item:
-  """One signal on its way: what its record will hold, and why there will be none."""
+  """One signal in progress: the contents of its record, or the reason why it is skipped."""
   name: str
   facts: dict = dataclasses.field(default_factory=dict)
   streams: int = 0
@@ -70,7 +70,7 @@ class Item:
 
 
 class Group:
-  """At most `rows` rows for one device, and what is complete once they are encoded."""
+  """At most `rows` rows for one device, and the signals that are complete once these are encoded."""
 
   def __init__(self, shape, rows: int):
     self.audio = np.zeros((rows, *shape), np.float32)
@@ -93,24 +93,25 @@ def encode_dataset(codec: Codec, *, source, output, dtype: str = 'float16', disc
                    batch: int | None = None, shards: int | None = None, threads: int = 4,
                    process_index: int | None = None, process_count: int | None = None, devices=None,
                    progress: Callable = lambda total: lambda seconds: None) -> dict:
-  """Encodes a corpus; the same call goes on with what a killed one left.
+  """Encodes a corpus; the same call continues an interrupted one.
 
   Args:
     codec: the model.
     source: directory, glob or file of audio, or a directory that `m2l2 prepare` wrote.
-    output: the directory to make; all hosts share it.
+    output: the directory to write; all hosts share it.
     dtype: 'float16', 'bfloat16' or 'float32'.
     discrete: int32 tokens instead.
-    batch: chunks of one device's share of a call; 8 on CPUs, else 64, or what `output` was begun with.
-    shards: files of each split; by default one for 64 signals, 1024 at the most, or what `output` was begun with.
+    batch: chunks per device and call; by default 8 on CPUs, else 64, or what `output` was begun with.
+    shards: files of each split; by default one per 64 signals, at most 1024, or what `output` was begun with.
     threads: files read at once.
     process_index, process_count: which share of the shards is encoded here; JAX's by default.
     devices: this process's by default.
-    progress: how many signals there are to do here -> a function called with the seconds of each.
+    progress: a function of the number of signals to encode here, which returns a function called with the seconds of
+      each.
 
   Returns:
-    The report: 'signals', 'encoded', 'seconds', 'chunks', 'bytes', 'skipped' ([{'source', 'reason'}, ...]); {} where
-    other hosts have not done their share (a real multi-host run waits for them) or write the report.
+    The report: 'signals', 'encoded', 'seconds', 'chunks', 'bytes', 'skipped' ([{'source', 'reason'}, ...]); {} if
+    other hosts are not done (a multi-host run waits for them) or write the report.
 
   Raises UserError: nothing to encode, `output` is of another job, a full disk.
   """
@@ -120,7 +121,7 @@ def encode_dataset(codec: Codec, *, source, output, dtype: str = 'float16', disc
   manifest = _manifest(codec, signals, source=source, dtype=dtype, discrete=discrete, batch=batch, shards=shards,
                        begun=latents.read_manifest(output))
   _begin(output, manifest)
-  # Of this share: another process at the same one would remove what this one has half-written.
+  # Of this share: another process with the same share would delete the temporary files of this one.
   with files.locked(os.path.join(output, f'.lock-{process_index}'), command='m2l2 encode-dataset',
                  place=audio_io.shown(output)):
     return _encode_share(codec, signals, manifest, output=output, discrete=discrete, threads=threads,
@@ -146,11 +147,11 @@ def _encode_share(codec, signals, manifest, *, output, discrete, threads, proces
   return _finish(output, plan, manifest)
 
 
-# ---- what the job is -----------------------------------------------------------------------------
+# ---- the job -----------------------------------------------------------------------------
 
 
 def _manifest(codec, signals, *, source, dtype, discrete, batch, shards, begun):
-  """What makes the bytes: equal for all hosts and restarts of a job."""
+  """Everything that the bytes depend on: equal for all hosts and restarts of a job."""
   if dtype not in latents.DTYPES or dtype == 'int32':
     raise UserError(f'dtype is {dtype!r}; choose from float16, bfloat16, float32')
   if batch is not None and batch < 1 or shards is not None and shards < 1:
@@ -176,7 +177,7 @@ def _manifest(codec, signals, *, source, dtype, discrete, batch, shards, begun):
 
 
 def _begin(output, manifest):
-  """Makes the directory, or sees that what is there is of the same job."""
+  """Makes the directory, or checks that an existing one is of the same job."""
   name = audio_io.shown(output)
   # Listed first: another host may be writing the manifest now.
   others = {entry for entry in os.listdir(output) if entry[0] != '.'} - {_SIDECARS} if os.path.isdir(output) else ()
@@ -191,7 +192,7 @@ def _begin(output, manifest):
     storage.write_json(os.path.join(output, latents.MANIFEST), manifest)
     return
   for field, now in manifest.items():
-    if field != 'source' and begun.get(field) != now:  # the same music may be elsewhere today
+    if field != 'source' and begun.get(field) != now:  # the path of the music may have changed
       raise UserError(f'{name}: was begun with {field} {begun.get(field)}, now it is {now}: '
                       'name a new directory, or give what it was begun with')
 
@@ -216,7 +217,7 @@ def _is_done(output, shard) -> bool:
 
 
 class Readers:
-  """Threads that read signals ahead of the devices, in order, with so many chunks each in memory."""
+  """Threads that read signals ahead of the devices, in order, each with a limited number of chunks in memory."""
 
   def __init__(self, codec, signals, *, threads: int):
     if threads < 1:
@@ -233,7 +234,7 @@ class Readers:
     self._pool.shutdown(cancel_futures=True)
 
   def read(self, places: Iterable) -> Iterator[Iterator]:
-    """(split, number) of each signal -> for each, in order, what `_rows` gives; its errors are raised there."""
+    """(split, number) of each signal -> for each, in order, what `_rows` yields; errors are raised to the consumer."""
     places, waiting = iter(places), collections.deque()
     for place in itertools.chain(places, [None] * self._threads):
       if place:
@@ -249,7 +250,7 @@ class Readers:
         if self._stop.is_set():
           return
       self._put(out, None)
-    except BaseException as error:  # whatever it is, it is raised where the rows are wanted
+    except BaseException as error:  # of any type: raised where the rows are consumed
       self._put(out, error)
 
   def _put(self, out, value):
@@ -266,7 +267,8 @@ class Readers:
       yield value
 
   def _rows(self, split, number):
-    """First the number of streams, then (audio [streams, C, N], frames) of each chunk, then the record's facts."""
+    """Yields the number of streams, then (audio [streams, C, N], frames) of each chunk, then the fields of the
+    record."""
     codec = self._codec
     with self._signals.open(split, number) as signal:
       codec.check_source(channels=signal.channels)
@@ -326,8 +328,7 @@ class GroupEncoder:
       finite = jax.numpy.isfinite(z).all(axis=(1, 2))
       return codec.tokens(z) if discrete else z, finite
 
-    # Not left to the compiler to split: each device runs the program that a single one would, so that the last bit
-    # of a latent does not depend on how many there are.
+    # Each device runs the program for a single device, so that latents do not depend on the number of devices.
     rows_of = P(sharding.BATCH_AXES)
     self.compiled = Told(jax.jit(jax.shard_map(
         encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False)))
@@ -336,9 +337,9 @@ class GroupEncoder:
     return Group(self._shape, self._rows)
 
   def run(self, groups: Iterable[Group]) -> Iterator[tuple[Group, np.ndarray, np.ndarray]]:
-    """Each group with its rows' latents [rows, K, d] or tokens [rows, K], and whether they are finite [rows].
+    """Yields each group with its latents [rows, K, d] or tokens [rows, K], and whether each row is finite [rows].
 
-    The devices work on one call while the next is put together.
+    The devices compute one call while the host prepares the next.
     """
     waiting = collections.deque()
     groups = iter(groups)
@@ -369,7 +370,7 @@ class GroupEncoder:
 
 
 def _write(encoded, shards, *, output, features, manifest, told):
-  """Writes the records as they are done; a shard is done when its sidecar is there."""
+  """Writes records as they are encoded; a shard is complete when its sidecar exists."""
   dtype, named = latents.DTYPES[manifest['dtype']], 0
   for shard in shards:
     path = os.path.join(output, shard.name)
@@ -404,7 +405,7 @@ def _write(encoded, shards, *, output, features, manifest, told):
 
 
 def _record(item) -> dict | None:
-  """The record of a signal all of whose rows are there; None, and a fault, if it is not to be had."""
+  """The record of a signal whose rows are all encoded; None, and the signal counts as skipped, if that fails."""
   if not item.fault and not item.finite:
     item.fault = 'encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], or the weights are broken'
   if item.fault:
@@ -416,7 +417,7 @@ def _record(item) -> dict | None:
 
 
 def _finish(output, plan, manifest) -> dict:
-  """All shards are there: writes the index, the report and, last of all, what TFDS reads."""
+  """After the last shard: writes the index, the report and, last, the files that TFDS reads."""
   report = {'signals': sum(shard.end - shard.first for shard in plan), 'encoded': 0, 'seconds': 0.0, 'chunks': 0,
             'bytes': 0, 'skipped': []}
   lengths, num_bytes = collections.defaultdict(list), collections.Counter()

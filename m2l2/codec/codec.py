@@ -22,11 +22,11 @@ from m2l2.codec.sampler import Sampler
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.model.bottleneck import FSQ
+from m2l2.variants.fsq import FSQ
 
-_FILE_SECONDS = 10  # of a file read at once
+_FILE_SECONDS = 10  # of a file per read
 _ENDLESS = 2 ** 31 - 1
-atexit.register(gc.freeze)  # else the interpreter walks all that JAX traced once more before it ends: half a second
+atexit.register(gc.freeze)  # else the interpreter scans all traced objects once more at its end, for half a second
 
 
 def load(path) -> 'Codec':
@@ -34,7 +34,7 @@ def load(path) -> 'Codec':
 
   Programs that are compiled from here on are kept for the next start (m2l2/compiling.py says where).
 
-  Raises UserError: nothing there, or what is there is damaged.
+  Raises UserError: there is no model, or it is damaged.
   """
   compiling.use_cache()
   with no_collection():
@@ -48,8 +48,8 @@ class Codec:
 
   Attributes:
     config: the resolved config (nested dict); fingerprint: of the weights.
-    network, representation, consistency: the parts built from it; sampler: what decodes with them.
-    latent_scale: {'mean', 'std'} of the latents, measured in training; None where the checkpoint has none.
+    network, representation, consistency: the parts built from it; sampler: decodes with them.
+    latent_scale: {'mean', 'std'} of the latents, measured in training; None if the checkpoint has none.
   """
 
   def __init__(self, *, config, params, fingerprint: str, latent_scale: Mapping | None = None):
@@ -63,7 +63,7 @@ class Codec:
     self.config = config
     self.fingerprint = fingerprint
     self.latent_scale = latent_scale
-    # How attention is computed is a matter of where the model runs, not of its weights.
+    # The implementation of attention depends on the device, not on the weights.
     self.network = build.network({**config['model'], 'attention': 'auto'})
     self.representation = build.representation(config['model'])
     self.consistency = build.consistency(config['consistency'])
@@ -84,26 +84,26 @@ class Codec:
             f'{" and channel" * mono}>')
 
   def model_rate(self, sample_rate: int) -> int:
-    """The rate that a signal of `sample_rate` is processed at."""
+    """The sample rate (Hz) at which a signal of `sample_rate` is encoded and decoded."""
     sample_rate = encoding.whole_rate(sample_rate)
     return sample_rate if sample_rate in self.native_rates else self.native_rates[0]
 
   def at_model_rate(self, audio, sample_rate: int) -> tuple[np.ndarray, int]:
-    """Audio [channels, samples] at any rate -> (at the rate that this model works at for it, that rate)."""
+    """Audio [channels, samples] at any rate -> (audio at `model_rate`, that rate)."""
     rate = self.model_rate(sample_rate)
     return audio_io.resample(audio, from_rate=encoding.whole_rate(sample_rate), to_rate=rate), rate
 
   # Encoding.
 
   def check_source(self, *, channels: int, discrete: bool = False):
-    """Raises UserError where this model cannot encode `channels` channels, or to tokens."""
+    """Raises UserError if this model cannot encode `channels` channels, or has no tokens."""
     encoding.check_channels(channels, most=self.representation.channels)
     if discrete and not self._discrete:
       raise UserError('this model has no tokens, only continuous latents: encode without discrete')
 
   @property
   def _discrete(self):
-    """Whether the latents have a form as int32 tokens."""
+    """Whether the model has int32 tokens."""
     return (isinstance(self._bottleneck, FSQ)
             and self._bottleneck.levels ** self.network.arch.latent_dim <= 2 ** 31)
 
@@ -120,11 +120,11 @@ class Codec:
     """Audio float32 [channels, samples] or [samples] in [-1, 1], or the path of an audio file -> Latents.
 
     A mono model encodes each channel as a stream of its own; a stereo model takes one or two
-    channels. Rates that are not native are resampled. sample_rate: Hz, which a file states itself; a file is read block
-    by block, and its tags are kept. discrete: int32 tokens, for a model with an FSQ bottleneck.
+    channels. Audio at a rate that is not native is resampled. sample_rate: in Hz, for arrays only; a file is read in
+    blocks, and its tags are kept. discrete: int32 tokens, for a model with an FSQ bottleneck.
 
     Raises UserError: no samples, integers, NaN or infinity, too many channels, a rate that is not a whole number of
-      Hz, no tokens to be had, or a file that cannot be read.
+      Hz, a model without tokens, or a file that cannot be read.
     """
     if isinstance(audio, str | os.PathLike):
       return self._encode_file(audio, sample_rate, discrete)
@@ -164,10 +164,10 @@ class Codec:
 
   def stream_encode(self, audio_blocks: Iterable, sample_rate: int, *, channels: int,
                     discrete: bool = False) -> Iterator[np.ndarray]:
-    """Encodes a signal as it comes: a chunk's latents are out as soon as its last sample is in.
+    """Encodes a live signal: yields the latents of a chunk as soon as its last sample has arrived.
 
-    Together they are the `encode(...).z` of the whole signal, to rounding. (Where the rate is not native, the
-    resampler holds some hundred samples more; models whose edges are not padded need `overlap` samples beyond.)
+    Together they equal `encode(...).z` of the whole signal up to rounding. If the rate is not native, the resampler
+    delays by some hundred samples more; models with unpadded edges need `overlap` samples beyond the chunk.
 
     Args:
       audio_blocks: float32 [channels, any number of samples] each.
@@ -205,17 +205,17 @@ class Codec:
 
     Args:
       seed: of the noise that decoding starts from, 0 to 2^32 - 1.
-      mode: 'autoregressive': each chunk is sampled beside the one before, which has `sigma_cond` put back on
-        it. 'parallel': all chunks are sampled at once, each step beside the other neighbour (CoDiCodec); work
-        and memory of a block grow with the steps, so many steps do not pay for short signals.
+      mode: 'autoregressive': each chunk is sampled together with the one before, to which noise of level
+        `sigma_cond` is added. 'parallel': all chunks are sampled at once, in pairs that alternate between steps
+        (CoDiCodec); time and memory of a block grow with the steps, so many steps are inefficient for short signals.
       steps: denoisings of each chunk from sigma_max down, at most 16; the config's by default (1 in the paper's
         autoregressive decoding, which `refine` makes two).
       sigma_cond: noise put back on the chunk before; the config's by default. Autoregressive only.
-      refine: each chunk is denoised once more, as the next one's left neighbour, at no cost but that of
-        one more call at the end. The config's by default (true but in CoDiCodec's). Parallel decoding has none.
-      clip: to [-1, 1], where a file of integers would clip anyway.
-      noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise of each chunk's roles: first
-        estimate, left neighbour, then one before each further step.
+      refine: each chunk is denoised once more, as the left neighbour of the next, at the cost of one more call at
+        the end. The config's by default (true except in CoDiCodec's). Not for parallel decoding.
+      clip: limit samples to [-1, 1], as a file of integers would.
+      noise: for tests, float32 [chunks, steps + 1, F, T, C]: unit noise for each use in a chunk: for the first
+        estimate, as left neighbour, then before each further step.
 
     Raises UserError: latents of another model or shape, an unknown mode, a bad seed, steps or sigma_cond.
     """
@@ -225,26 +225,26 @@ class Codec:
 
   def check_decoding(self, seed: int = 0, *, mode: str = 'autoregressive', steps: int | None = None,
                      sigma_cond: float | None = None):
-    """Raises UserError for options that `decode` would refuse: an early look, before long work."""
+    """Raises UserError for options that `decode` would refuse; to be called before long work."""
     decoding.check_options(self.consistency, chunks=self.network.arch.chunks, seed=seed, mode=mode, steps=steps,
                            sigma_cond=sigma_cond)
 
   def check_latents(self, latents: Latents):
-    """Raises UserError for latents that `decode` would refuse: of another model or shape, or no numbers."""
+    """Raises UserError for latents that `decode` would refuse: of another model or shape, or not finite."""
     self._continuous(latents)
 
   def decode_blocks(self, latents: Latents, seed: int = 0, **options) -> Iterator[np.ndarray]:
-    """As `decode`, in blocks float32 [channels, some samples]. Mistakes raise at the call."""
+    """As `decode`, but yields blocks float32 [channels, any number of samples]. Errors are raised at the call."""
     pieces = self.decode_together([latents], seed, **options)
     return (piece for (piece,) in pieces if piece.shape[1])
 
   def decode_together(self, many: Sequence[Latents], seed: int = 0, *, mode: str = 'autoregressive',
                       steps: int | None = None, sigma_cond: float | None = None, refine: bool | None = None,
                       clip: bool = True, noise=None) -> Iterator[list[np.ndarray]]:
-    """Decodes several signals at once, each as `decode` alone would (to rounding); GPUs and TPUs gain by it.
+    """Decodes several signals at once, each as by `decode` (up to rounding); faster on GPUs and TPUs.
 
-    Returns an iterator of lists: of each signal, the next block float32 [channels, any number of samples].
-    Mistakes raise at the call.
+    Returns an iterator of lists: for each signal its next block, float32 [channels, any number of samples].
+    Errors are raised at the call.
     """
     self.check_decoding(seed, mode=mode, steps=steps, sigma_cond=sigma_cond)
     values = [self._continuous(latents) for latents in many]
@@ -272,16 +272,16 @@ class Codec:
   def stream(self, latent_chunks: Iterable, seed: int = 0, *, steps: int | None = None,
              sigma_cond: float | None = None, refine: bool | None = None,
              noise=None) -> Iterator[np.ndarray]:
-    """Decodes chunk by chunk as latents come (CoDiCodec's live decoding), autoregressively.
+    """Decodes chunk by chunk as latents arrive (CoDiCodec's live decoding), autoregressively.
 
-    The pieces together are what `decode` gives for the same latents, seed and options, up to the end of the
-    last chunk. A piece comes as soon as its chunk's latents do or, with `refine`, the next chunk's: latency is one
-    chunk, or two, and the time that one call of the networks takes.
+    The pieces together equal the result of `decode` for the same latents, seed and options, up to the end of the
+    last chunk. A piece is yielded as soon as the latents of its chunk have arrived or, with `refine`, those of the
+    next chunk: the latency is one chunk, or two, plus the time of one call of the networks.
 
     Args:
       latent_chunks: each [K, d] float in [-1, 1] or [K] int tokens; a mono model also takes [streams, ...]. Of
         `Latents`: `np.moveaxis(latents.z, 1, 0)`.
-      seed, steps, sigma_cond, refine, noise: as for `decode`; noise may have more chunks than come.
+      seed, steps, sigma_cond, refine, noise: as for `decode`; noise may have more chunks than arrive.
 
     Returns:
       An iterator of float32 [channels, samples of a chunk] at the model's rate; the first piece is shorter
@@ -293,7 +293,7 @@ class Codec:
     decoder = self._decoder
     draw, sigmas = decoder.sampling(seed, mode='autoregressive', steps=steps, noise=noise, chunks=None)
     rep = self.representation
-    streams = 1 if rep.channels > 1 else None  # a mono model's: as many as the first chunk has
+    streams = 1 if rep.channels > 1 else None  # of a mono model: as many as the first chunk has
 
     def continuous(chunk):
       nonlocal streams
@@ -328,15 +328,15 @@ class Codec:
     return np.maximum(self.representation.chunk_samples * np.arange(layout.chunks) - layout.lead, 0) / rate
 
   def to_unit(self, z):
-    """Latents -> about zero mean and unit variance over all numbers, for generative models: (z - mean) / std.
+    """Scales latents to about zero mean and unit variance over all numbers, for generative models: (z - mean) / std.
 
-    Raises UserError: the checkpoint does not tell its latents' scale.
+    Raises UserError: the checkpoint does not state the scale of its latents.
     """
     scale = self._scale()
     return (z - scale['mean']) / scale['std']
 
   def from_unit(self, z):
-    """The inverse of `to_unit`, within [-1, 1] as `decode` needs it. Raises UserError as that does."""
+    """The inverse of `to_unit`, clipped to [-1, 1] as `decode` needs it. Raises UserError as `to_unit` does."""
     scale = self._scale()
     return np.clip(z * scale['std'] + scale['mean'], -1.0, 1.0)
 
@@ -347,11 +347,11 @@ class Codec:
     return self.latent_scale
 
   def cut(self, latents: Latents, start: int, stop: int) -> Latents:
-    """The chunks start ... stop - 1 as Latents of their own: they decode to the sound of these chunks.
+    """The chunks start ... stop - 1 as Latents of their own, which decode to the sound of these chunks.
 
-    With padded edges that is `stop - start` chunks less the overlap of frames. The last chunk alone may hold but what
+    With padded edges that is `stop - start` chunks less the overlap of frames. The last chunk may contain only what
     its frames add to the chunk before: then `num_samples` is 1, and `padding` tells `join` how much less it is.
-    Raises UserError: no such chunks.
+    Raises UserError: there are no such chunks.
     """
     chunks = latents.z.shape[1]
     if not 0 <= start < stop <= chunks:
@@ -359,7 +359,7 @@ class Codec:
     return self._ending(latents, latents.z[:, start:stop], self._missing(latents) if stop == chunks else 0)
 
   def join(self, parts: Sequence[Latents]) -> Latents:
-    """Latents after each other, chunk by chunk: the inverse of `cut`; what the last chunk of a part lacks is silence.
+    """Concatenates latents, chunk by chunk: the inverse of `cut`. The last chunk of a part is padded with silence.
 
     Raises UserError: no parts, or parts of other models, rates, channels or forms.
     """
@@ -375,22 +375,23 @@ class Codec:
     return self.most_samples(latents.z.shape[1], latents.sample_rate) - latents.num_samples + latents.padding
 
   def _ending(self, latents, z, missing):
-    """Latents of `z` that lack `missing` samples of what its chunks could hold, or as many as leave it these chunks."""
+    """Latents of `z` whose signal is `missing` samples shorter than its chunks could hold, as far as it keeps these
+    chunks."""
     chunks, rate = z.shape[1], latents.sample_rate
     samples = self.most_samples(chunks, rate) - missing
     fewest = self.most_samples(chunks - 1, rate) + 1 if chunks > 1 else 1
     return dataclasses.replace(latents, z=z, num_samples=max(samples, fewest), padding=max(fewest - samples, 0))
 
   def first(self, latents: Latents, embeddings: int) -> Latents:
-    """The first `embeddings` of every chunk alone: a lower rate, which a model trained with train.nested decodes.
+    """Keeps the first `embeddings` of every chunk, a lower rate that a model trained with train.nested can decode.
 
-    Raises UserError: any other model, or no such number of embeddings.
+    Raises UserError: another model, or a number of embeddings that is out of range.
     """
     self.check_first(embeddings, most=latents.z.shape[2])
     return dataclasses.replace(latents, z=latents.z[:, :, :embeddings])
 
   def check_first(self, embeddings: int, most: int | None = None):
-    """Raises UserError where `first` would, of `most` embeddings a chunk (by default all that the model makes)."""
+    """Raises UserError if `first` would, for `most` embeddings per chunk (by default all of the model's)."""
     most = most or self.network.arch.num_latents
     if not self.nested:
       raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
@@ -403,7 +404,7 @@ class Codec:
     return not self._discrete and (self.config.get('train') or {}).get('nested', 0) > 0
 
   def most_samples(self, chunks, sample_rate):
-    """Samples of the longest signal at `sample_rate` that takes `chunks` chunks."""
+    """The number of samples of the longest signal at `sample_rate` that has `chunks` chunks."""
     rep = self.representation
     samples = chunks * rep.chunk_samples + (-rep.overlap if rep.edges == 'pad' else rep.window - 1)
     samples = samples * sample_rate // self.model_rate(sample_rate)
@@ -414,11 +415,11 @@ class Codec:
     return samples
 
   def _layout(self, latents):
-    """Where the signal behind the latents lies, at the model's rate."""
+    """The layout of the latents' signal at the model's rate."""
     return self.layout(latents.num_samples, latents.sample_rate)
 
   def layout(self, num_samples: int, sample_rate: int):
-    """How a signal of `num_samples` at `sample_rate` lies in frames and chunks: a representation.SignalLayout."""
+    """The layout of a signal of `num_samples` at `sample_rate` in frames and chunks: a representation.SignalLayout."""
     return self.representation.layout(audio_io.resampled_length(
         num_samples, from_rate=encoding.whole_rate(sample_rate), to_rate=self.model_rate(sample_rate)))
 

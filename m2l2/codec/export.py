@@ -75,9 +75,9 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
 
   A step is `Sampler.step`: with `refine` it gives the chunk before, and one step more gives the last.
   """
-  sampler, process, arch = codec.sampler, codec.consistency, codec.network.arch
+  sampler, consistency, arch = codec.sampler, codec.consistency, codec.network.arch
   names, treedef = [name for name, _ in _leaves(codec.params)], jax.tree.structure(codec.params)
-  sigmas, refine = process.schedule(process.steps), bool(process.refine)
+  sigmas, refine = consistency.schedule(consistency.steps), bool(consistency.refine)
   roles = len(sigmas) + 1
 
   def nested(weights):
@@ -103,16 +103,16 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
   weights = {name: f32(*leaf.shape) for name, leaf in _leaves(codec.params)}
   audio, z = f32(batch, rep.channels, rep.crop_samples(1)), f32(batch, arch.num_latents, arch.latent_dim)
   seed, index, sigma = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32), f32()
-  made = {}
+  exported = {}
 
   def export(function, *args):
-    made[function.__name__] = jax.export.export(jax.jit(function), platforms=platforms)(*args)
+    exported[function.__name__] = jax.export.export(jax.jit(function), platforms=platforms)(*args)
 
   with compiling_for('cpu'):
     export(encode, weights, audio, index)
     state = [jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype) for leaf in first]
     export(step, weights, state, z, seed, index, sigma)
-  return made
+  return exported
 
 
 def first_state(codec) -> dict:
@@ -124,19 +124,20 @@ def first_state(codec) -> dict:
 def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLATFORMS):
   """Writes the folder `target`. Raises UserError: it is there already, or cannot be written."""
   check_target(target)
-  rep, process = codec.representation, codec.consistency
+  rep, consistency = codec.representation, codec.consistency
   state = jax.tree_util.tree_leaves_with_path(first_state(codec))
   about = {
       'fingerprint': codec.fingerprint, 'sample_rate': codec.native_rates[0], 'native_rates': list(codec.native_rates),
       'channels': rep.channels, 'latents': [codec.network.arch.num_latents, codec.network.arch.latent_dim],
       'chunk_samples': rep.chunk_samples, 'overlap': rep.overlap, 'hop': rep.hop, 'frames': rep.frames,
-      'lead': rep.layout(1).lead, 'sigma_cond': process.sigma_cond, 'steps': process.steps, 'refine': process.refine,
+      'lead': rep.layout(1).lead, 'sigma_cond': consistency.sigma_cond, 'steps': consistency.steps,
+      'refine': consistency.refine,
       'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for _, leaf in state],
       'tail': [_name(path) for path, _ in state].index('tail'), 'platforms': list(platforms), **(extra or {})}
-  made = programs(codec, platforms=platforms)
+  exported = programs(codec, platforms=platforms)
   with files.whole(target) as aside:
     os.makedirs(aside)
-    for name, program in made.items():
+    for name, program in exported.items():
       _write(aside, f'{name}.stablehlo', program.serialize())
     np.savez(os.path.join(aside, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
     _write(aside, 'about.json', (json.dumps(about, indent=2) + '\n').encode())

@@ -19,17 +19,17 @@ _VERSION = 1
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Latents:
-  """Summary embeddings of one signal, and what it takes to give it back exactly as long as it was.
+  """Summary embeddings of one signal, with its rate, length and channels.
 
   Attributes:
     z: float32 [streams, chunks, K, d] in [-1, 1], the bottleneck's own output; or int32
-      [streams, chunks, K] tokens. One stream, or one per channel where a mono model encodes several
+      [streams, chunks, K] tokens. One stream, or one per channel if a mono model encodes several
       channels.
     sample_rate, num_samples, channels: the source's.
     model: fingerprint of the model that made them.
     version: of the file format.
     tags: the source's title, artist and so on, as text by name.
-    padding: how many of num_samples are not the source's, but the least that its chunks decode to (`Codec.cut`).
+    padding: how many of num_samples are beyond the source, as its chunks decode to no less (`Codec.cut`).
   """
   z: np.ndarray
   sample_rate: int
@@ -41,49 +41,50 @@ class Latents:
   padding: int = 0
 
   def __post_init__(self):
-    """Whole numbers of any type, as numpy's, become int."""
+    """Whole numbers of any type (numpy's, for one) become int."""
     for name in ('sample_rate', 'num_samples', 'channels', 'padding'):
       object.__setattr__(self, name, _whole(getattr(self, name)))
 
   def __repr__(self):
     try:
       return f'<Latents: {self.words()}; model {self.model}>'
-    except (TypeError, ValueError, ZeroDivisionError):  # fields that make no sense, which `save` and `decode` tell
+    except (TypeError, ValueError, ZeroDivisionError):  # fields that make no sense: `save` and `decode` report them
       return object.__repr__(self)
 
   @property
   def seconds(self) -> float:
-    """How long the source is."""
+    """The length of the source in seconds."""
     return self.num_samples / self.sample_rate
 
   @property
   def numbers_per_second(self) -> float:
-    """Of all streams together; of tokens, where they are that."""
+    """Numbers (or tokens) per second of the source, over all streams."""
     return np.size(self.z) / self.seconds
 
   @property
   def kbit_per_second(self) -> float:
-    """Of the numbers as they are stored, which is 32 bits each: nothing is packed."""
+    """The bit rate of the numbers as they are stored: 32 bits each."""
     return self.numbers_per_second * 32 / 1000
 
   @property
   def samples_per_number(self) -> float:
-    """How many times fewer they are than the source's samples."""
+    """The ratio of the source's samples to the numbers."""
     return self.num_samples * self.channels / np.size(self.z)
 
   def words(self) -> str:
-    """One line for people: how long, how many channels, how much is left of it."""
+    """One line of text: length, channels, numbers per second, bit rate."""
     what = 'numbers' if np.ndim(self.z) == 4 else 'tokens'
     return (f'{spoken_seconds(self.seconds)}, {self.channels} channel{"s" * (self.channels != 1)}: '
             f'{np.size(self.z):,} {what}, {self.numbers_per_second:,.0f} a second ({self.kbit_per_second:.3g} kbit/s), '
             f'{self.samples_per_number:.3g}x fewer than samples')
 
   def to_array(self) -> np.ndarray:
-    """A plain array [time, dim], a row a chunk: [chunks, streams * K * d], or [chunks, streams * K] of tokens."""
+    """A plain array [time, dim] with one row per chunk: [chunks, streams * K * d], or [chunks, streams * K] of
+    tokens."""
     return np.moveaxis(self.z, 0, 1).reshape(self.z.shape[1], -1)
 
   def with_array(self, array) -> 'Latents':
-    """These latents with other numbers, from an array as `to_array` gives it. Raises UserError: another shape."""
+    """These latents with other numbers, from an array as returned by `to_array`. Raises UserError: another shape."""
     array, shape = np.asarray(array), self.z.shape
     if array.shape != self.to_array().shape:
       raise UserError(f'the array must be {list(self.to_array().shape)}, as to_array gives it, not {list(array.shape)}')
@@ -93,9 +94,9 @@ class Latents:
   def save(self, path):
     """Writes a safetensors file, the fields as metadata; the same latents give the same bytes.
 
-    Floating numbers are written as float32, integers as int32. A link stays, what it points to is replaced.
+    Floating numbers are written as float32, integers as int32. If path is a link, the file it points to is replaced.
 
-    Raises UserError: it cannot be written, or `load` would refuse what was.
+    Raises UserError: it cannot be written, or `load` would refuse it.
     """
     name = audio_io.shown(path)
     audio_io.check_writable(path, extensions=None)
@@ -103,7 +104,7 @@ class Latents:
     _check(stored, name)
     fields = {'sample_rate': stored.sample_rate, 'num_samples': stored.num_samples, 'channels': stored.channels,
               'model': stored.model, 'tags': stored.tags}
-    if stored.padding:  # an older m2l2 knows no such field
+    if stored.padding:  # absent in files of an older m2l2
       fields['padding'] = stored.padding
     metadata = {'format': _FORMAT, 'version': str(stored.version), 'latents': json.dumps(fields, sort_keys=True)}
     with files.whole(path) as aside, open(aside, 'wb') as file:
@@ -146,7 +147,7 @@ def spoken_seconds(seconds: float) -> str:
 
 
 def _check(latents, name):
-  """Raises UserError for what no file of latents may hold."""
+  """Raises UserError for fields that are not valid in a file of latents."""
   z, counts = latents.z, (latents.sample_rate, latents.num_samples, latents.channels)
   if ((z.dtype, z.ndim) not in ((np.float32, 4), (np.int32, 3)) or not z.size
       or not all(type(count) is int and count > 0 for count in counts)
@@ -158,7 +159,7 @@ def _check(latents, name):
 
 
 def _storable(z) -> np.ndarray:
-  """Floating numbers as float32 and integers that fit as int32; anything else as it is."""
+  """Floats as float32 and integers that fit as int32; anything else unchanged."""
   z = np.asarray(z)
   if z.dtype.kind == 'f' or z.dtype.name == 'bfloat16':
     return z.astype(np.float32)
@@ -168,7 +169,7 @@ def _storable(z) -> np.ndarray:
 
 
 def _whole(count):
-  """A whole number of any type as an int; anything else as it is, for `_check` to tell."""
+  """A whole number of any type as an int; anything else unchanged, for `_check` to report."""
   if isinstance(count, (bool, np.bool_)):
     return count
   if isinstance(count, numbers.Real) and count == count // 1:
@@ -177,17 +178,17 @@ def _whole(count):
 
 
 def _safetensors(z, metadata) -> tuple[bytes, ...]:
-  """A file of safetensors in pieces. (The library writes the metadata in a new order each time.)"""
+  """The bytes of a safetensors file, in pieces. (The library writes metadata in a different order each time.)"""
   kind = {'float32': 'F32', 'int32': 'I32'}[z.dtype.name]
   data = np.ascontiguousarray(z, z.dtype.newbyteorder('<')).tobytes()
   header = json.dumps({'__metadata__': metadata,
                        'z': {'dtype': kind, 'shape': list(z.shape), 'data_offsets': [0, len(data)]}}).encode()
-  header += b' ' * (-len(header) % 8)  # the data begin at a multiple of 8 bytes
+  header += b' ' * (-len(header) % 8)  # data start at a multiple of 8 bytes
   return len(header).to_bytes(8, 'little'), header, data
 
 
 def is_safetensors(path) -> bool:
-  """By name, or by how such a file begins: a length of 8 bytes, then JSON. An unreadable file is none."""
+  """Whether a file is safetensors, by its name or its first bytes (a length of 8 bytes, then JSON)."""
   if os.fspath(path).lower().endswith('.safetensors'):
     return True
   try:

@@ -1,4 +1,4 @@
-"""What loading a model needs to know of its weights: where they lie, and whether they fit their config."""
+"""Where models are, and whether weights fit their config."""
 
 from importlib import resources
 import os
@@ -19,9 +19,9 @@ def in_the_box() -> dict[str, str]:
 
 
 def locate(path):
-  """A snapshot's or workdir's path as it is; the name of a model in the box -> its path.
+  """The path of a snapshot or workdir unchanged; for the name of a model in the box its path.
 
-  Raises UserError: neither is there.
+  Raises UserError: there is neither.
   """
   path = os.path.expanduser(path)
   if os.path.exists(path):
@@ -35,13 +35,13 @@ def locate(path):
 
 def check_params(params, expected):
   """Raises UserError naming the first parameter that is missing, too many or of another shape."""
-  found, wanted = ({_path(path): tuple(np.shape(leaf))
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  shapes, wanted = ({_path(path): tuple(np.shape(leaf))
+                     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
                    for tree in (params, expected))
-  for name in sorted(found.keys() | wanted.keys()):
-    if found.get(name) != wanted.get(name):
+  for name in sorted(shapes.keys() | wanted.keys()):
+    if shapes.get(name) != wanted.get(name):
       raise UserError(f'the weights do not fit their config: {name} is '
-                      f'{found.get(name, "missing")}, should be {wanted.get(name, "absent")}')
+                      f'{shapes.get(name, "missing")}, should be {wanted.get(name, "absent")}')
 
 
 def _path(path):

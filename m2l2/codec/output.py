@@ -1,4 +1,4 @@
-"""From what the device gives to audio as the source was: the host's part of decoding."""
+"""The host's part of decoding: from the device's arrays to audio with the source's channels, length and rate."""
 
 from collections.abc import Iterable, Iterator
 import dataclasses
@@ -12,8 +12,9 @@ from m2l2.representation import SignalLayout
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Audio on the device of which the host wants a part: [streams, C, samples], or the first `count` of [streams, n, C,
-  samples of a chunk]; less the first `skip` samples, and with the `tail` [streams, C, samples] behind it."""
+  """Audio on the device, of which a part is to be copied to the host: [streams, C, samples], or the first `count` of
+  [streams, n, C, samples of a chunk]; less the first `skip` samples, and with the `tail` [streams, C, samples] behind
+  it."""
   audio: jax.Array
   count: int | None = None
   skip: int = 0
@@ -28,7 +29,7 @@ class Blocks:
 
 
 def on_host(pieces: Iterable) -> Iterator[np.ndarray]:
-  """Arrays on the device -> numpy, each asked for only when the next is under way: the device does not wait."""
+  """Copies arrays from the device to numpy, each after the next has been started, so that the device does not wait."""
   before = None
   for piece in pieces:
     if before is not None:
@@ -39,9 +40,9 @@ def on_host(pieces: Iterable) -> Iterator[np.ndarray]:
 
 
 class Cut:
-  """The samples start .. start + length of a signal that comes in pieces [channels, n]; to its end without a length.
+  """Cuts the samples start .. start + length (None: to the end) out of a signal that arrives in pieces [channels, n].
 
-  With edges 'none' up to hop - 1 samples lie past the last frame: `missing` of them.
+  With edges 'none' the last `missing` samples, up to hop - 1, are past the last frame.
   """
 
   def __init__(self, *, start, length=None):
@@ -59,7 +60,7 @@ class Cut:
 
 
 class Output:
-  """From the pieces of one signal's streams to audio as the source was: its channels, length and rate."""
+  """Turns the decoded pieces of one signal's streams into audio with the source's channels, length and rate."""
 
   def __init__(self, *, layout: SignalLayout, model_channels: int, model_rate: int, channels: int, sample_rate: int,
                num_samples: int, clip: bool):
@@ -74,11 +75,11 @@ class Output:
       audio = streams[:, 0]
     else:
       audio = streams[0] if self._channels > 1 else streams[0].mean(axis=0, keepdims=True)
-    return self._done(self._resampler.process(self._signal.take(audio)))
+    return self._done(self._resampler.push(self._signal.take(audio)))
 
   def finish(self):
     silence = np.zeros((self._channels, self._signal.missing), np.float32)
-    return self._done(np.concatenate([self._resampler.process(silence), self._resampler.finish()], axis=1))
+    return self._done(np.concatenate([self._resampler.push(silence), self._resampler.finish()], axis=1))
 
   def _done(self, audio):
     audio = self._source.take(audio)

@@ -1,11 +1,11 @@
-"""Snapshots: a model as its users take it, one directory with weights and config.
+"""Snapshots: a trained model as one directory with weights and config.
 
   model.safetensors   float32 arrays by flat name, 'encoder/transformer/...'; bfloat16 ones are read as float32. Or
                       several such files, model-00001-of-00003.safetensors
   config.json         {"format": 1, "config": {...}, "step": n, "fingerprint": hex, "extra": {...}}
 
-A snapshot is complete by itself and holds no code and no pickle. Replacing one is atomic: after a
-crash at any moment the place holds either the old snapshot or the new one.
+A snapshot needs no other file and contains no code and no pickle. Replacing one is atomic: after a
+crash at any moment there is either the old snapshot or the new one.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +36,7 @@ _DTYPES = {'F16': '<f2', 'F32': '<f4', 'F64': '<f8', 'I8': 'i1', 'I16': '<i2', '
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-  """What a snapshot holds; `params` is a nested dict of numpy arrays."""
+  """The contents of a snapshot; `params` is a nested dict of numpy arrays."""
 
   params: dict
   config: dict
@@ -47,11 +47,11 @@ class Snapshot:
 
 def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | None = None,
                   shard_bytes: int | None = None) -> str:
-  """Writes a snapshot, in place of an older one if there is one.
+  """Writes a snapshot, replacing an older one.
 
   Args:
-    path: the directory to make. An existing directory is replaced only if it is empty or a
-      snapshot; files of others in an old snapshot are carried over.
+    path: the directory to write. An existing directory is replaced only if it is empty or a
+      snapshot; other files in an old snapshot are kept.
     params: nested dict of arrays (numpy, or anything `np.asarray` takes); bfloat16 ones stay so in the file.
     config: the resolved config that rebuilds the model; JSON types only.
     step: the training step of these weights.
@@ -59,27 +59,27 @@ def save_snapshot(path, *, params, config: Mapping, step: int, extra: Mapping | 
     shard_bytes: the weights go into several files of about this size at most; None: into one.
 
   Returns:
-    The fingerprint of the weights, as they are when read again.
+    The fingerprint of the weights as they will be read.
 
   Raises:
-    UserError: the place cannot be written, or holds something that is not a snapshot.
+    UserError: the path cannot be written, or is something else than a snapshot.
   """
   arrays = dict(_flatten(params))
   mark = _fingerprint(arrays)
   record = {'format': FORMAT, 'config': config, 'step': int(step), 'fingerprint': mark,
             'extra': extra or {}}
   text = json.dumps(record, indent=2) + '\n'
-  path = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
+  path = Path(os.path.realpath(path))  # if it is a link, what it points to is replaced
   try:
     _refuse_to_replace(path)
     _write(path, _shards(arrays, shard_bytes), text)
-  except (OSError, safetensors.SafetensorError) as error:  # a full disk is the latter
+  except (OSError, safetensors.SafetensorError) as error:  # a full disk raises the latter
     raise UserError(f'cannot write the snapshot {path}: {getattr(error, "strerror", None) or error}') from error
   return mark
 
 
 def check_place(path) -> None:
-  """Raises UserError where `save_snapshot` would refuse to write: an early look, before long work."""
+  """Raises UserError if `save_snapshot` would refuse to write; to be called before long work."""
   try:
     _refuse_to_replace(Path(os.path.realpath(path)))
   except OSError as error:
@@ -90,7 +90,7 @@ def load_snapshot(path) -> Snapshot:
   """Reads a snapshot, or the snapshot inside a workdir, and checks it against its fingerprint.
 
   Raises:
-    UserError: nothing there, files missing, broken, of an unknown format, or not of one save.
+    UserError: no snapshot, or its files are missing, damaged, of an unknown format or of different saves.
   """
   try:
     place = _find(Path(path))
@@ -108,7 +108,7 @@ def load_snapshot(path) -> Snapshot:
 
 
 def snapshot_place(path) -> Path:
-  """The directory of the snapshot that `load_snapshot(path)` reads. Raises UserError where there is none."""
+  """The directory of the snapshot that `load_snapshot(path)` reads. Raises UserError: there is none."""
   place = _find(Path(path))
   if place.name.endswith('.old'):
     raise UserError(f'the snapshot {path} stands aside as {place.name} since a crash: rename it back first')
@@ -134,16 +134,16 @@ def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 class Background:
-  """Saves in a thread of its own, one at a time, while the caller goes on.
+  """Saves in a background thread, one save at a time, while the caller continues.
 
-  A save that still waits when the next one comes is left out: what people take is the newest, and no more than two
-  copies of the weights are held. What a save raised is raised by the next call here.
+  A save that is still waiting when the next one is requested is dropped: only the newest is needed, and at most two
+  copies of the weights are in memory. An exception of a save is raised by the next call here.
 
     with Background() as background:
       background.save(lambda: save_snapshot(...))
   """
 
-  _one = threading.Lock()  # for the whole process: a save that `drop` left behind is over before another run's begins
+  _one = threading.Lock()  # for the whole process: a save that `drop` abandoned ends before one of another run begins
 
   def __init__(self):
     self._change = threading.Condition()
@@ -152,23 +152,23 @@ class Background:
     self._running = self._dropped = False
 
   def save(self, write: Callable[[], object]):
-    """Calls `write` soon. What it takes along must stay as it is until then."""
+    """Calls `write` in the background. The data it uses must not change until then."""
     with self._change:
       self._raise()
       self._next = write
       if not self._running:
         self._running = True
-        # A daemon: the interpreter's end does not wait for it, and replacing a snapshot survives that.
+        # A daemon, so that the interpreter can end without waiting for it; replacing a snapshot is atomic.
         threading.Thread(target=self._run, daemon=True, name='m2l2-snapshot').start()
 
   def wait(self):
-    """Returns when all is written."""
+    """Waits until everything is written."""
     with self._change:
       self._change.wait_for(lambda: not self._running)
       self._raise()
 
   def drop(self):
-    """There is no time: what waits is left out, what is being written is not waited for."""
+    """For a quick end: drops the waiting save, and does not wait for the running one."""
     with self._change:
       self._next, self._dropped = None, True
 
@@ -183,7 +183,7 @@ class Background:
             return
         try:
           write()
-        except BaseException as error:  # the thread that asked for it shall know
+        except BaseException as error:  # raised in the thread that requested it
           self._error = error
 
   def _raise(self):
@@ -200,7 +200,7 @@ class Background:
     try:
       self.wait()
     except Exception:
-      if error is None:  # else the first one is what counts
+      if error is None:  # else the first error is kept
         raise
 
 
@@ -231,7 +231,7 @@ def _nest(arrays: Mapping[str, np.ndarray]) -> dict:
   return tree
 
 
-# ---- writing: whole or not at all ---------------------------------------------------------------
+# ---- atomic writes ---------------------------------------------------------------
 
 
 def _aside(path: Path) -> Path:
@@ -282,7 +282,7 @@ def _write(path: Path, shards: dict[str, dict], config: str) -> None:
   except BaseException:
     _remove(new)
     raise
-  # A directory cannot be renamed onto a full one. Between the two renames the old snapshot stands
+  # A directory cannot be renamed onto a non-empty one. Between the two renames the old snapshot is
   # aside, complete, where `_find` looks for it; at every other moment `path` itself is complete.
   if path.exists():
     _remove(old)
@@ -311,7 +311,7 @@ def _remove(directory: Path) -> None:
 
 
 def _weight_files(path: Path) -> list[str]:
-  """The one file of weights or, where there is none, all that the name of the first shard promises."""
+  """The single file of weights or, if there is none, all shards that the name of the first one implies."""
   if not (path / WEIGHTS).exists() and path.is_dir():
     for name in sorted(os.listdir(path)):
       if match := _SHARD.fullmatch(name):
@@ -324,7 +324,7 @@ def _is_snapshot(path: Path) -> bool:
 
 
 def _find(path: Path) -> Path:
-  """The snapshot's directory: `path`, `path/snapshot`, or what a crash left aside of either."""
+  """The snapshot's directory: `path`, `path/snapshot`, or the old one that a crash left aside of either."""
   for place in (path, path / 'snapshot'):
     if _is_snapshot(place):
       return place

@@ -1,5 +1,5 @@
 """Audio in and out of files, prepared data, and the training data path.
 
-`audio_io` (no Grain) is the face of `reader`, `writer` and `resampling`, and serves inference as well; `containers`
-knows what files hold; `prepare` makes the data; `pipeline` and `records` are the files that need Grain.
+`audio_io` re-exports `reader`, `writer` and `resampling`; inference uses it too, so it imports no Grain. `containers`
+parses the headers of files, `prepare` writes prepared data, `pipeline` and `records` need Grain.
 """

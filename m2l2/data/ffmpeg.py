@@ -1,4 +1,4 @@
-"""What libsndfile does not read (M4A, AAC, WMA, ...), by FFmpeg through PyAV (extra `av`), which is used here alone."""
+"""Decoding of formats that libsndfile does not read (M4A, AAC, WMA, ...) by FFmpeg through PyAV (extra `av`)."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,12 +7,12 @@ from typing import BinaryIO
 from m2l2.errors import UserError
 
 EXTENSIONS = ('.m4a', '.mp4', '.m4b', '.aac', '.wma', '.mka', '.webm')
-_TAGS = {'track': 'tracknumber'}  # FFmpeg's names -> libsndfile's; the others are called alike
+_TAGS = {'track': 'tracknumber'}  # FFmpeg's names -> libsndfile's, where they differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-  """What a file turned out to be. Attributes: sample_rate in Hz; channels; codec: FFmpeg's name; tags: text by name."""
+  """Facts about a decoded file. Attributes: sample_rate in Hz; channels; codec: FFmpeg's name; tags: text by name."""
   sample_rate: int
   channels: int
   codec: str
@@ -22,7 +22,7 @@ class Decoded:
 def decode(path, out: BinaryIO, *, name: str) -> Decoded:
   """Decodes the first audio stream of a file into `out`, as raw float32, samples interleaved.
 
-  `name` is what errors call the file. Raises UserError: PyAV is not installed, no audio in it, damaged.
+  `name` is the name of the file in errors. Raises UserError: PyAV is not installed, no audio, damaged.
   """
   try:
     import av

@@ -1,12 +1,12 @@
-"""Where the audio of prepared segments lies within their shards, so that a crop takes one short read.
+"""The index of prepared data: byte positions of audio within shards, so that a crop takes one short read.
 
-A record holds some 20 s as one FLAC, of which a crop needs a second or two. FLAC is a row of frames (4096 samples, as
-libsndfile writes it) that can be decoded without those before. `m2l2 prepare` writes beside the shards of a split its
-index: for each record what a crop must know of it, and the place in the shard of every fourth frame. It is read once,
-some 300 bytes a record (half a GB for 10,000 hours), and a crop is then the bytes from one such place to another.
+A record holds some 20 s as one FLAC, of which a crop needs a second or two. FLAC is a sequence of frames (4096 samples,
+as libsndfile writes it) that decode independently. `m2l2 prepare` writes an index beside the shards of a split: for
+each record the facts that a crop needs, and the position in the shard of every fourth frame. It is read once, some 300
+bytes per record (half a GB for 10,000 hours); then a crop reads the bytes between two such positions.
 
-The index is made of the finished shard alone (`index_shard`), so data that were prepared before can be given theirs.
-It is a safetensors file; without it whole records are read.
+The index is made from the finished shard (`index_shard`), so older prepared data can be indexed later. It is a
+safetensors file; without it whole records are read.
 """
 
 from array import array
@@ -26,14 +26,14 @@ from m2l2.data import audio_io, containers
 from m2l2.errors import UserError
 
 VERSION = 1
-_APART = 4  # frames from one place to the next: a crop of 1.5 s then fetches a quarter more than it needs
+_APART = 4  # frames between indexed positions: a crop of 1.5 s then reads a quarter more than it needs
 
-# ArrayRecord is a Riegeli file, in which every 64 KiB begin with a header of 24 bytes, whatever stands there.
+# ArrayRecord is a Riegeli file: a header of 24 bytes is inserted at every 64 KiB, also within records.
 _BLOCK, _HEADER = 2**16, 24
-_SLACK = 2**17  # bytes before a record's audio: what the file keeps of records, and the record's first fields
+_SLACK = 2**17  # bytes before a record's audio: the file's own fields, and the first fields of the record
 _FIELDS = {'begin': np.int64, 'samples': np.int32, 'starts': np.int32, 'rate': np.int32, 'channels': np.uint8,
            'block': np.int32, 'source': np.int32}
-_MOST_OPEN = 256  # shards; a shell lets a process have 1024 files
+_MOST_OPEN = 256  # open shards; the usual limit of open files is 1024
 
 
 def index_name(shard: str) -> str:
@@ -45,7 +45,7 @@ def index_name(shard: str) -> str:
 
 
 def index_shard(path, name: str) -> bytes:
-  """The index of one shard of segments (`segments.features`), named `name` in it. Raises UserError: it is none."""
+  """The index of one shard of segments (`segments.features`), called `name` there. Raises UserError: no such shard."""
   try:
     return _index_shard(os.fspath(path), name)
   except (OSError, RuntimeError, ValueError, KeyError, IndexError) as e:
@@ -82,7 +82,7 @@ def _index_shard(path, name) -> bytes:
 
 
 def join(parts: Iterable[bytes]) -> bytes:
-  """The index of several shards, in their order, from those of each."""
+  """Joins the indices of several shards, in their order."""
   fields: dict[str, list] = {field: [] for field in _FIELDS}
   points, names, shards = [], [], []
   for part in parts:
@@ -116,24 +116,24 @@ def _lines(text) -> list[bytes]:
 
 
 def _find(buffer, flac: bytes, at: int) -> int:
-  """Where the bytes stand in a shard from `at` on, both without the headers of blocks."""
+  """The position of some bytes in a shard, searched from `at` on; positions do not count the headers of blocks."""
   window = _inner(buffer, _outer(at), _outer(at + len(flac) + _SLACK))
-  head = flac[:64]  # quicker to look for, and unlike others by the checksum in it
-  found = window.find(head)
-  while found >= 0 and not window.startswith(flac, found):
-    found = window.find(head, found + 1)
-  if found < 0:
+  head = flac[:64]  # quick to search, and unique by the checksum in it
+  start = window.find(head)
+  while start >= 0 and not window.startswith(flac, start):
+    start = window.find(head, start + 1)
+  if start < 0:
     raise ValueError('a record does not lie in it as it is; is the shard compressed?')
-  return at + found
+  return at + start
 
 
 def _outer(at: int) -> int:
-  """A place among the bytes without the headers of blocks -> in the file."""
+  """Converts a position that does not count the headers of blocks to one in the file."""
   return at + _HEADER * (at // (_BLOCK - _HEADER) + 1)
 
 
 def _inner(data, begin: int, end: int, origin: int = 0) -> bytes:
-  """The bytes [begin, end) of a file but for the headers of blocks; `data` holds it from `origin` on."""
+  """The bytes [begin, end) of a file without the headers of blocks; `data` is the file from `origin` on."""
   if begin // _BLOCK == (end - 1) // _BLOCK and begin % _BLOCK >= _HEADER:
     return data[begin - origin:end - origin]
   pieces = []
@@ -145,18 +145,18 @@ def _inner(data, begin: int, end: int, origin: int = 0) -> bytes:
 
 
 def _frames(flac: bytes, *, samples: int, channels: int) -> tuple[int, list[int]]:
-  """(samples of a frame, where each frame begins) of a FLAC that we wrote."""
+  """(samples per frame, position of each frame) of a FLAC written by m2l2."""
   block, offsets = containers.flac_frames(flac, channels=channels)
   if len(offsets) != -(-samples // block):
     raise ValueError(f'a segment of {samples} samples has {len(offsets)} frames of {block}')
   return block, offsets
 
 
-# ---- reading by it -------------------------------------------------------------------------------
+# ---- reading with the index -------------------------------------------------------------------------------
 
 
 class Index:
-  """Of the records of some shards.
+  """The index of the records of some shards.
 
   Args:
     path: the index of a split.
@@ -173,18 +173,18 @@ class Index:
       with open(path, 'rb') as file:
         meta, arrays = _load(file.read())
       known = {name: (number, size, count) for number, (name, size, count) in enumerate(meta['shards'])}
-      found = [known[os.path.basename(shard)] for shard in shards]
+      entries = [known[os.path.basename(shard)] for shard in shards]
       counts = [count for *_, count in known.values()]
       ends = np.cumsum(counts)
-      rows = np.concatenate([np.arange(ends[number] - counts[number], ends[number]) for number, *_ in found])
+      rows = np.concatenate([np.arange(ends[number] - counts[number], ends[number]) for number, *_ in entries])
       span = arrays['block'] * np.int32(meta['apart'])
       lengths = -(-arrays['samples'] // span) + 1
       self._first = (np.cumsum(lengths) - lengths)[rows]
       self._span, self._points = span[rows], arrays['points']
       self._rows = {field: arrays[field][rows] for field in _FIELDS}
       self._names = [name.decode() for name in _lines(arrays['names'])]
-      self._shard = np.repeat(np.arange(len(found)), [count for *_, count in found])
-      self._paths, self.sizes = list(shards), [size for _, size, _ in found]
+      self._shard = np.repeat(np.arange(len(entries)), [count for *_, count in entries])
+      self._paths, self.sizes = list(shards), [size for _, size, _ in entries]
     except KeyError as e:
       raise UserError(f'{audio_io.shown(path)}: is not of the shards beside it (it lacks {e}); {_MEND}') from e
     except (OSError, ValueError, TypeError, IndexError, SafetensorError) as e:
@@ -194,7 +194,7 @@ class Index:
     return len(self._shard)
 
   def open(self, number: int, place: str) -> 'Segment':
-    """The segment in a record; `place` is what errors call the record."""
+    """Opens the segment in a record; `place` is the name of the record in errors."""
     facts = {field: int(values[number]) for field, values in self._rows.items()}
     first, span = int(self._first[number]), int(self._span[number])
     points = self._points[first:first - (-facts['samples'] // span) + 1]
@@ -207,7 +207,7 @@ _MEND = 'run the same m2l2 prepare again, or remove it to have whole records rea
 
 
 class Segment:
-  """A segment that stays in its shard but for what is read of it; the face of `audio_io.AudioReader`."""
+  """A segment in a shard, of which only what is needed is read; same methods as `audio_io.AudioReader`."""
 
   def __init__(self, path, size, name, points, span, *, begin, samples, starts, rate, channels, block, source):
     self._path, self._size, self._points, self._span, self._begin, self._block = path, size, points, span, begin, block
@@ -239,7 +239,7 @@ class Segment:
 
 
 def read_shard(path: str, size: int, begin: int, end: int) -> bytes:
-  """The bytes [begin, end) of a file that is to have `size`. Raises OSError."""
+  """The bytes [begin, end) of a file whose size must be `size`. Raises OSError."""
   data = _opened(path, size).read(begin, end)
   if len(data) != end - begin:
     raise OSError('it ends early')
@@ -247,13 +247,13 @@ def read_shard(path: str, size: int, begin: int, end: int) -> bytes:
 
 
 class _File:
-  """An open file, closed when nobody holds it any more: a thread may still read what another has let go."""
+  """An open file, closed when nothing refers to it: a thread may still read one that another has dropped."""
 
   def __init__(self, path, size):
     self._number = os.open(path, os.O_RDONLY)
     if os.fstat(self._number).st_size != size:
       raise OSError(f'it has another size than when it was indexed; {_MEND}')
-    if hasattr(os, 'posix_fadvise'):  # else the system reads ahead what no crop asks for
+    if hasattr(os, 'posix_fadvise'):  # else the system reads ahead data that no crop needs
       os.posix_fadvise(self._number, 0, 0, os.POSIX_FADV_RANDOM)
 
   def read(self, begin, end) -> bytes:

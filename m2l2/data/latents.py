@@ -47,7 +47,7 @@ DTYPES = {'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat
 
 
 def features(*, shape: tuple, dtype: str) -> tfds.features.FeaturesDict:
-  """What a record holds: one signal, a whole file or a segment of prepared data.
+  """The fields of a record: one signal, a whole file or a segment of prepared data.
 
   z               [streams, chunks, *shape], shape being (K, d), or (K,) of tokens
   source          name of the file, as one printable line
@@ -57,7 +57,7 @@ def features(*, shape: tuple, dtype: str) -> tfds.features.FeaturesDict:
   f = tfds.features
   numbers = {name: f.Scalar(np.int64) for name in ('num_samples', 'offset', 'starts')}
   numbers |= {name: f.Scalar(np.int32) for name in ('rate', 'channels', 'streams', 'chunks')}
-  # As bytes: as numbers, tf.train.Example stores float16 in float32.
+  # As bytes, since tf.train.Example would store float16 as float32.
   return f.FeaturesDict({
       'z': f.Tensor(shape=(None, None, *shape), dtype=DTYPES[dtype], encoding='bytes'), 'source': f.Text(), **numbers})
 
@@ -68,7 +68,7 @@ def index_name(split: str) -> str:
 
 
 def read_manifest(directory) -> dict | None:
-  """The manifest of a directory of latents, None without one. Raises UserError: it is of something else."""
+  """The manifest of a directory of latents, or None. Raises UserError: it is one of other data."""
   try:
     with open(os.path.join(directory, MANIFEST), encoding='utf-8') as file:
       manifest = json.load(file)
@@ -89,13 +89,13 @@ def latent_source(directory, *, window: int | None = None, hop: int | None = Non
   """A `LatentSource` over what `m2l2 encode-dataset` wrote.
 
   Args:
-    directory: the one that --output named.
-    window: chunks of a row; None gives whole records.
-    hop: chunks from one window to the next, `window` by default; with 1 every place is a row of its own.
+    directory: that of --output.
+    window: chunks per row; None returns whole records.
+    hop: chunks between the starts of windows, `window` by default; with 1, a window starts at every chunk.
     split: 'train', or 'validation' of a prepared source.
-    memory: bytes of records that are kept once read, for each process that reads: to parse one takes milliseconds.
+    memory: bytes of records that each process keeps once read: parsing one takes milliseconds.
 
-  Raises UserError: nothing there, not finished, no such split, or no record as long as the window.
+  Raises UserError: no such data, not finished, no such split, or no record as long as the window.
   """
   return LatentSource(directory, window=window, hop=hop, split=split, memory=memory)
 
@@ -103,8 +103,8 @@ def latent_source(directory, *, window: int | None = None, hop: int | None = Non
 class LatentSource:
   """Random access to windows of latents: `len(source)`, `source[i]`; what Grain calls a data source.
 
-  A window lies in one stream of one record; a record's last window ends with it, so no chunk is left out. Records that
-  are shorter than the window give none; none crosses from file to file. Reading a window reads its record.
+  A window is part of one stream of one record; the last window of a record ends with it, so no chunk is left out.
+  Records shorter than the window are skipped; no window crosses from file to file. Reading a window reads its record.
 
   A row, `source[i]`, is a dict:
 
@@ -115,7 +115,7 @@ class LatentSource:
               num_samples, offset, starts
 
   Attributes:
-    manifest, model: what the latents are of; the model's fingerprint.
+    manifest: facts about the corpus; model: the fingerprint of the model.
   """
 
   def __init__(self, directory, *, window=None, hop=None, split='train', memory=MEMORY):

@@ -1,7 +1,7 @@
-"""Random words, which split a file is in, and which item of which source the sample at a global index takes.
+"""Random numbers, the split of a file, and the item of a source that the sample at a global index takes.
 
 Random numbers are raw 64-bit words of Philox, a counter-based generator. Its words are fixed by
-definition, so the order of samples outlives versions of NumPy and of Grain.
+definition, so the order of samples does not change with versions of NumPy and Grain.
 """
 
 import bisect
@@ -13,19 +13,19 @@ import threading
 
 import numpy as np
 
-# The third word of the counter keeps the words of different purposes apart.
+# The third word of the counter separates the random words of different uses.
 _DRAWS, _SHUFFLE, _BLOCK, _PARTNER_DRAWS, _PARTNER = range(5)
 
 SPLITS = ('train', 'validation')
 
 
 def split_of(name: str, validation_fraction: float) -> str:
-  """A file's split: of its name alone, so files that come or go move no other."""
+  """The split of a file, by its name alone: adding or removing files does not move others."""
   return SPLITS[digest('split', name) < validation_fraction * 2**64]
 
 
 def digest(purpose: str, name: str) -> int:
-  """64 bits of a name, others for each purpose."""
+  """A hash of a name to 64 bits, different for each use."""
   text = f'{purpose}\0{name}'.encode('utf-8', 'surrogateescape')
   return int.from_bytes(hashlib.sha256(text).digest()[:8], 'big')
 
@@ -43,14 +43,14 @@ class DrawBits:
 def draw_bits(*, seed: int, index: int, attempt: int, partner: bool = False) -> DrawBits:
   """The random words of one draw; a pure function of its arguments (each < 2**64).
 
-  With `partner` those of the crop that is mixed with the sample's own.
+  With `partner`, the words for the crop that is mixed with the sample's own.
   """
   stream = _PARTNER_DRAWS if partner else _DRAWS
   return DrawBits(*_philox([seed, index], [0, 0, stream, attempt]).random_raw(4).tolist())
 
 
 def partner_bits(*, seed: int, index: int) -> tuple[int, int]:
-  """Two words: whether the sample is mixed with another crop, and of which source that one is."""
+  """Two words: whether the sample is mixed with another crop, and which source that crop is from."""
   return tuple(_philox([seed, index], [0, 0, _PARTNER, 0]).random_raw(2).tolist())
 
 
@@ -62,8 +62,8 @@ def below(bits: int, limit: int) -> int:
 def epoch_order(*, seed: int, epoch: int, count: int, source: int = 0) -> np.ndarray:
   """The permutation of `count` items in a source's epoch, integers [count]; a pure function.
 
-  Grain's own shuffle is not used: below some thousand files its index cipher walks in circles, for
-  2-6 ms a sample (12 or 4 files) with the interpreter locked, more than reading the crop takes.
+  Grain's own shuffle is not used: below some thousand files its index cipher iterates long, for 2-6 ms per sample (12
+  or 4 files) with the interpreter locked, longer than reading the crop.
   """
   words = _philox([seed, epoch], [0, source, _SHUFFLE, 0]).random_raw(count)
   return np.argsort(words, kind='stable').astype(np.uint32 if count <= 2**32 else np.int64)
@@ -71,7 +71,7 @@ def epoch_order(*, seed: int, epoch: int, count: int, source: int = 0) -> np.nda
 
 @functools.lru_cache(maxsize=64)  # a sample's neighbours in the order ask for the same block
 def block_order(*, seed: int, block: int, weights: tuple[int, ...]) -> np.ndarray:
-  """The sources of a block of sum(weights) samples: each as often as its weight; a pure function."""
+  """The source of each sample of a block of sum(weights): each as often as its weight; a pure function."""
   words = _philox([seed, block], [0, 0, _BLOCK, 0]).random_raw(sum(weights))
   return np.repeat(np.arange(len(weights)), weights)[np.argsort(words, kind='stable')]
 
@@ -88,8 +88,8 @@ class Order:
   is exact, and the number of samples that it gave before any index is known without counting. Each
   source then goes through its own epochs: every item once, in an order shuffled anew each time.
 
-  Two epochs of each source are held, 4 bytes an item: with 10**7 items 40 MB an epoch (more while it
-  is shuffled). Threads may share it.
+  Two epochs of each source are in memory, 4 bytes per item: 40 MB an epoch for 10**7 items (more while it is shuffled).
+  Thread-safe.
 
   Args:
     counts: how many items each source has.
@@ -104,7 +104,7 @@ class Order:
     self._epochs = [{} for _ in counts]
 
   def __reduce__(self):
-    # A worker process shuffles for itself: its orders need not travel.
+    # A worker process shuffles by itself: orders are not pickled.
     return _order, (self._counts, self._weights, self._seed)
 
   def __call__(self, index: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class Order:
     return source, int(self._shuffled(source, epoch)[place])
 
   def place(self, index: int) -> tuple[int, int]:
-    """(source, how many samples before `index` were that source's)."""
+    """(source, number of samples of that source before `index`)."""
     if len(self._weights) == 1:
       return 0, index
     block, place = divmod(index, self._ends[-1])
@@ -126,7 +126,7 @@ class Order:
     return bisect.bisect_right(self._ends, below(bits, self._ends[-1]))
 
   def _shuffled(self, source: int, epoch: int) -> np.ndarray:
-    with self._lock:  # that many threads wait for one order, not each make their own
+    with self._lock:  # so that threads wait for one order instead of each computing it
       epochs = self._epochs[source]
       if epoch not in epochs:
         while len(epochs) > 1:

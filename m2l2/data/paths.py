@@ -1,4 +1,4 @@
-"""Paths of audio files: how they are shown, what kind a name says."""
+"""Paths of audio files: how they are printed, and their extensions."""
 
 import os
 
@@ -8,5 +8,5 @@ __all__ = ['extension', 'shown']
 
 
 def extension(path) -> str:
-  """Of a name, in lower case, with its dot."""
+  """The extension of a name, in lower case, with its dot."""
   return os.path.splitext(os.fsdecode(path))[1].lower()

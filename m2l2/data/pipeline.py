@@ -1,7 +1,7 @@
 """The training data path: audio files or records -> batches of random crops, through Grain.
 
 The sample at global index g is a pure function of (seed, g, sources): `transforms.RandomCrop`.
-Threads, workers, processes and a restart change who reads a sample, never which sample it is.
+Threads, workers, processes and restarts change which of them reads a sample, never the sample.
 """
 
 import collections
@@ -24,15 +24,15 @@ from m2l2.data.sources import Mixture, find_mixture
 from m2l2.data.transforms import CropSpec, RandomCrop
 from m2l2.errors import UserError
 
-AUTO = -1  # for numbers of threads and workers: from the demand
+AUTO = -1  # number of threads or workers: from the demand
 
 _ENDLESS = 2**62
 _MOST_GAIN = 60  # dB
-_TRIALS = 8  # crops that are read to see what one costs, and one before them
+_TRIALS = 8  # crops that are read to measure the cost of one, after one more to warm up
 _THREADS = 4, 256  # least and most
-_OF_A_CORE = .5  # what a process gives to reading beside other work, above which workers take it over
+_OF_A_CORE = .5  # share of a core that a process spends on reading; above it, workers read
 _OF_A_WORKER = .7
-_WORKERS = 16  # most; a small model never comes near the peak from which the demand is told
+_WORKERS = 16  # upper limit; a small model stays far below the peak that the demand is computed from
 
 
 class Loader:
@@ -46,7 +46,7 @@ class Loader:
   def __init__(self, dataset: grain.IterDataset, reader: 'Batches'):
     self.mixture: Mixture = reader.crop.mixture
     self._crop, self._iterators = reader.crop, [iter(dataset)]
-    # Also runs at the interpreter's end, before Grain's modules are torn down under its feet.
+    # Also runs at the interpreter's end, before Grain's modules are unloaded.
     self._close = weakref.finalize(self, _close, self._iterators, reader)
 
   def __iter__(self):
@@ -58,11 +58,15 @@ class Loader:
     return next(self._iterators[0])
 
   def check(self):
-    """Raises UserError where a source gives no sample: before hours of compiling, not after."""
+    """Raises UserError if a source has no usable sample; to be called before compiling."""
     self._crop.check()
 
+  def origin(self, index: int) -> str:
+    """The name of the item that the sample at a global index is of."""
+    return self._crop.origin(index)
+
   def close(self):
-    """Stops threads and workers; quiet, and harmless when repeated."""
+    """Stops threads and workers. May be called again."""
     self._close()
 
   def __enter__(self):
@@ -73,15 +77,15 @@ class Loader:
 
 
 class Ahead:
-  """Batches of a loader, prepared by a thread before they are asked for; in order, one for one.
+  """Batches of a loader, prepared ahead by a thread, in order.
 
-  What reading or `prepare` raises is raised in its turn: not before the batches in front of it, and
-  never for a batch that nobody asks for. `close()` it before the loader.
+  An exception of reading or `prepare` is raised in place of its batch: after the batches before it, and only if that
+  batch is requested. Close it before the loader.
 
   Args:
     loader: an iterator.
-    prepare: batch -> what `next` gives, as a copy on the devices.
-    ahead: how many are held prepared; 0 prepares in `next`.
+    prepare: batch -> what `next` returns, such as a copy on the devices.
+    ahead: number of batches prepared ahead; 0 prepares in `next`.
   """
 
   def __init__(self, loader, prepare: Callable, *, ahead: int):
@@ -104,7 +108,7 @@ class Ahead:
       self._pending.append(self._thread.submit(self._fetch))
 
   def close(self):
-    """Waits for the batch that is being read; drops all."""
+    """Waits for the batch that is being read, and drops all."""
     if self._thread:
       self._thread.shutdown(cancel_futures=True)
 
@@ -113,7 +117,7 @@ def _close(iterators: list[grain.DatasetIterator], reader: 'Batches'):
   reader.crop.faults.close()
   iterators.pop().close()
   reader.close()
-  # Grain's iterators hang in cycles; left to the interpreter's end, their __del__ print errors and
+  # Grain's iterators are in reference cycles; at the interpreter's end their __del__ would print errors and
   # leak shared memory.
   gc.collect()
 
@@ -138,12 +142,12 @@ class Rows:
 class Batches:
   """`batches(t)` -> the process's rows of batch t, whose crops are read side by side.
 
-  Grain's own threads take a whole batch each, crop after crop: where a read takes 50 ms, a batch of 128 rows would come
-  after 6 s, and as many batches would be held as threads are needed. These threads are shared by the batches under way.
+  Grain's own threads read a whole batch each, crop after crop: if a read takes 50 ms, a batch of 128 rows takes 6 s,
+  and as many batches are in memory as there are threads. The threads here are shared by the batches in progress.
 
   Args:
-    crop, rows: what a sample is, and which ones the rows are.
-    threads: how many crops are read at once; 0 reads one after the other.
+    crop: index -> sample. rows: the global indices of the rows.
+    threads: number of crops read at once; 0 reads one after another.
   """
 
   def __init__(self, crop: RandomCrop, rows: Rows, *, threads: int):
@@ -166,7 +170,7 @@ class Batches:
       return self._pool
 
   def close(self):
-    """Reads under way end, others are not begun."""
+    """Running reads end, others are not started."""
     with self._lock:
       self._closed = True
     if self._pool:
@@ -179,17 +183,17 @@ def _batches(crop, rows, threads) -> Batches:
 
 @dataclasses.dataclass(frozen=True)
 class CropCost:
-  """Of one crop: seconds, and seconds of a core among them."""
+  """The cost of one crop: seconds, and seconds of processor time."""
   seconds: float
   cpu: float
 
 
 def measure_cost(crop: RandomCrop, *, first: int) -> CropCost:
-  """What a crop costs here, one after the other: the mean of some from sample `first` on. Unusable ones count, too."""
+  """Measures the mean cost of crops, read one after another from sample `first` on, unusable ones included."""
   seconds, cpu = [], []
   for index in range(first, first + _TRIALS + 1):
     began = time.perf_counter(), time.thread_time()
-    with contextlib.suppress(UserError):  # who reads on is told
+    with contextlib.suppress(UserError):  # reported when reading continues
       crop(index)
     seconds.append(time.perf_counter() - began[0])
     cpu.append(time.thread_time() - began[1])
@@ -197,11 +201,11 @@ def measure_cost(crop: RandomCrop, *, first: int) -> CropCost:
 
 
 def readers(demand: float | None, cost: CropCost, *, cores: int) -> tuple[int, int]:
-  """How many threads (in each process that reads) and worker processes meet a demand.
+  """The number of threads (in each reading process) and of worker processes that meet a demand.
 
-  demand: crops a second that this process is to give; None: as many as its own threads can. cores: that it may use.
+  demand: crops per second needed from this process; None: as many as its own threads can read. cores: available ones.
   """
-  if demand is None:  # while one thread waits, others keep the cores busy
+  if demand is None:  # while one thread waits, others use the cores
     return _within(cores * cost.seconds / max(cost.cpu, 1e-6)), 0
   load = demand * cost.cpu
   workers = 0 if load <= _OF_A_CORE else min(math.ceil(load / _OF_A_WORKER), _WORKERS, max(1, cores - 1))
@@ -213,7 +217,7 @@ def _within(threads: float) -> int:
 
 
 def _chosen(crop, *, num_threads, num_workers, demand, first) -> tuple[int, int]:
-  """The numbers of threads and workers, AUTO ones from the demand; says them and why."""
+  """The numbers of threads and workers, AUTO ones from the demand; logs them and the reason."""
   if AUTO not in (num_threads, num_workers):
     return num_threads, num_workers
   cost = measure_cost(crop, first=first)
@@ -256,10 +260,10 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     start_index: the first global index.
     blocks: the numbers h of this process's blocks, in rising order (`sharding.batch_blocks`).
     of_blocks: H.
-    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs. They pay only where one process
-      cannot keep up; they are spawned, so a script that asks for them needs `if __name__ == '__main__':`.
-    num_threads: crops read at once, in each worker (or here, without workers); 0 reads one after the other in `next`;
-      AUTO (-1) as many as `demand` needs, by what some crops cost here.
+    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs. They help only if one process
+      cannot keep up; they are spawned, so a script that uses them needs `if __name__ == '__main__':`.
+    num_threads: crops read at once, in each worker (or here, without workers); 0 reads one after another in `next`;
+      AUTO (-1) as many as `demand` needs, by the measured cost of some crops.
     prefetch: batches read ahead, in each worker (or here), and as many as keep the threads busy; their memory is held.
       0 reads a batch when it is asked for.
     worker_buffer: batches that each worker has ready beside those.
@@ -305,13 +309,13 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
 
 
 def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """A copy out of the shared memory of Grain's workers, which must be gone before the exit."""
+  """Copies a batch out of the shared memory of Grain's workers, which must be freed before the exit."""
   return {name: np.array(value) for name, value in batch.items()}
 
 
 def _check(*, sample_rate, native_rates, channels, crop_samples, batch_size, seed, start_index,
            blocks, of_blocks, num_workers, num_threads, prefetch, worker_buffer, gain_db, mix):
-  """Raises UserError on an argument that cannot work."""
+  """Raises UserError for an invalid argument."""
   if not native_rates or native_rates[0] != sample_rate:
     raise UserError(
         f'native_rates must begin with the sample rate {sample_rate}, not {tuple(native_rates)}')

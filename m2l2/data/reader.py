@@ -1,4 +1,4 @@
-"""Audio files in: the whole, blocks or any samples of one, and what is missing of it told once."""
+"""Reading audio files: all of one, blocks or any samples; missing audio is reported once."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -14,22 +14,22 @@ import numpy as np
 
 from m2l2.data import containers, ffmpeg
 from m2l2.data.paths import extension, shown
-from m2l2.data.streams import FILE_ERRORS, reason, Stream, texts
+from m2l2.data.streams import FILE_ERRORS, Stream, reason, texts
 from m2l2.errors import UserError
 
 READABLE = 'WAV, FLAC, OGG, Opus, MP3 and AIFF'
 
-# Of the text that libsndfile can keep, what belongs to the music and not to the file.
+# The tags of libsndfile that describe the music and not the file.
 TAGS = ('title', 'artist', 'album', 'date', 'tracknumber', 'genre', 'comment', 'copyright', 'license')
 
-RATES = (4000, 768_000)  # Hz; beyond them headers lie, and resampling would blow a small file up
+RATES = (4000, 768_000)  # Hz; rates beyond are false headers, and resampling would turn a small file into a huge one
 _READ_VALUES = 2**21  # most values (samples x channels) decoded at once: 8 MB
-_UNKNOWN_LENGTH = 2**62  # libsndfile says 2**63 - 1 where the header states no length
+_UNKNOWN_LENGTH = 2**62  # libsndfile's value if the header states no length
 
 
 @dataclasses.dataclass(frozen=True)
 class AudioInfo:
-  """What a file's header says.
+  """The facts that a file's header states.
 
   Attributes:
     path: as given.
@@ -56,20 +56,20 @@ class AudioInfo:
 
 @functools.lru_cache(maxsize=2**14)
 def _inspected(path, size: int, changed: int, whole: bool) -> containers.Contents:
-  """An index at first sight: crops are cut from the same files again and again."""
+  """Caches the inspection of a file: crops are cut from the same files again and again."""
   del size, changed
   try:
     with open(path, 'rb') as file:
       buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-  except (OSError, ValueError, MemoryError, OverflowError):  # no room for it: libsndfile may still do
+  except (OSError, ValueError, MemoryError, OverflowError):  # not enough memory: libsndfile may still read it
     return containers.Contents()
   with buffer:
     return containers.inspect(buffer, whole=whole)
 
 
 def _contents(path, whole: bool) -> containers.Contents:
-  found = os.stat(path)
-  return _inspected(os.path.abspath(os.fsdecode(path)), found.st_size, found.st_mtime_ns, whole)
+  status = os.stat(path)
+  return _inspected(os.path.abspath(os.fsdecode(path)), status.st_size, status.st_mtime_ns, whole)
 
 
 _told: set[tuple[str, str]] = set()
@@ -86,15 +86,15 @@ class AudioReader:
 
   Args:
     path: of the file.
-    data: the file's bytes, for one that lies in memory; `path` is then only what errors call it.
-    whole: look for all of its streams, even if that takes reading all of a FLAC; without it one may be missed that is
-      as long as the first.
+    data: the bytes of a file in memory; `path` is then only its name in errors.
+    whole: search for all chained streams, even if that takes reading all of a FLAC; without it, a stream as long as
+      the first may be missed.
 
   Attributes:
     info: the `AudioInfo`.
-    note: what is missing of the file, as far as is known by now: one line without its name; None: nothing.
-    starts: for whoever cuts crops: how many of them begin here, if the file's end belongs to the next
-      segment of a longer one; None: all that fit.
+    note: what is missing of the file, as known so far: one line without its name; None: nothing.
+    starts: the number of crops that may start in the file, if its end overlaps the next segment of a longer
+      one; None: all that fit.
 
   Raises UserError: missing, a directory, not a regular file, no permission, empty, not audio, no
   samples, or no stated length.
@@ -163,8 +163,8 @@ class AudioReader:
   def read(self, *, start: int, frames: int, check_finite: bool = False) -> np.ndarray:
     """Exactly `frames` samples from `start` on, float32 [channels, frames].
 
-    Memory grows with what the file really gives, not with what its header claims. The array may be
-    a strided view (samples of a file are interleaved).
+    Memory grows with the audio that exists, not with what the header claims. The array may be a strided view (samples
+    of a file are interleaved).
 
     Raises UserError: the file ends earlier, cannot be decoded there, or (with check_finite) holds
     NaN or infinity.
@@ -185,10 +185,10 @@ class AudioReader:
 
   def blocks(self, *, block_samples: int, check_finite: bool = False,
              missing: int = 0) -> Iterator[np.ndarray]:
-    """The whole file, float32 [channels, block_samples] a time (the last may be shorter).
+    """The whole file in blocks, float32 [channels, block_samples] (the last may be shorter).
 
     Raises UserError as `read` does. A file that ends up to `missing` samples before its stated
-    length, and any MP3 (whose length may be an estimate), is taken as it is, with a warning in the log.
+    length, and any MP3 (whose length may be an estimate), is accepted, with a warning in the log.
     """
     start = 0
     self._seek(0)
@@ -225,12 +225,12 @@ class AudioReader:
     self.close()
 
   def _open_streams(self, contents) -> list[Stream]:
-    """Every stream of the file that is like the first; of a chain's others the log tells."""
+    """Opens every chained stream with the rate and channels of the first; the log reports the others."""
     parts, streams = contents.parts, []
     if parts and self._buffer is None:
       with open(self._path, 'rb') as file:
         self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if len(parts) < 2 and (not parts or parts[0].pieces == ((0, len(self._buffer)),)):  # as it is
+    if len(parts) < 2 and (not parts or parts[0].pieces == ((0, len(self._buffer)),)):  # unchanged
       return [Stream(self._source, parts[0] if parts else None)]
     for part in parts:
       try:
@@ -247,7 +247,7 @@ class AudioReader:
     return streams
 
   def _source(self, pieces):
-    """What soundfile opens for pieces of the file; for all of it the file itself, which is quicker."""
+    """The source that soundfile opens for pieces of the file; for all of it the path, which is faster."""
     if pieces and pieces != ((0, len(self._buffer)),):
       return containers.Joined(self._buffer, pieces)
     return io.BytesIO(self._buffer) if isinstance(self._buffer, bytes) else os.fsencode(self._path)
@@ -273,7 +273,7 @@ class AudioReader:
       raise self._truncated(position, e) from e
 
   def _decode_foreign(self, path) -> ffmpeg.Decoded:
-    """Opens, as raw samples, what FFmpeg decodes a file to."""
+    """Opens the raw samples that FFmpeg decodes a file to."""
     decoded = tempfile.TemporaryFile()
     foreign = ffmpeg.decode(os.fsdecode(path), decoded, name=self._name)
     if not decoded.tell():
@@ -284,14 +284,14 @@ class AudioReader:
     return foreign
 
   def _tags(self, foreign) -> dict[str, str]:
-    found = foreign.tags if foreign else texts(self._streams[0].file)
-    return {name: found[name] for name in TAGS if found.get(name)}
+    tags = foreign.tags if foreign else texts(self._streams[0].file)
+    return {name: tags[name] for name in TAGS if tags.get(name)}
 
   def _most(self) -> int:
     return max(1, _READ_VALUES // self.info.channels)
 
   def _read_on(self, position: int, frames: int) -> np.ndarray:
-    """At most `frames` samples [channels, n] from where the file stands."""
+    """At most `frames` samples [channels, n] from the current position."""
     try:
       audio = self._streams[self._current].read(frames)
       while not len(audio) and frames and self._current < len(self._streams) - 1:
@@ -316,7 +316,7 @@ class AudioReader:
 
 
 def probe(path) -> AudioInfo:
-  """What the header of an audio file says. Raises UserError as `AudioReader` does."""
+  """The AudioInfo of an audio file. Raises UserError as `AudioReader` does."""
   with AudioReader(path) as reader:
     return reader.info
 
@@ -347,9 +347,9 @@ def read(path, *, start: int = 0, frames: int | None = None,
 def read_blocks(path, *, block_samples: int, check_finite: bool = False) -> Iterator[np.ndarray]:
   """The whole file as float32 [channels, block_samples] blocks in bounded memory.
 
-  Every block has `block_samples` samples but the last, which may have fewer. Failures (UserError,
-  as `AudioReader` and `AudioReader.blocks`) come at the first `next`: call `probe` to meet those of
-  the header before work starts. Count the samples: an MP3 may hold fewer than `probe` says.
+  Every block has `block_samples` samples; the last may have fewer. Errors (UserError, as of `AudioReader` and
+  `AudioReader.blocks`) are raised at the first `next`: call `probe` to check the header before the work. Count the
+  samples: an MP3 may hold fewer than `probe` states.
   """
   if block_samples < 1:
     raise UserError(f'{shown(path)}: cannot be read in blocks of {block_samples} samples')

@@ -1,6 +1,6 @@
-"""Datasets of ArrayRecord shards as sources of crops: prepared ones, and other people's TFDS datasets.
+"""ArrayRecord datasets as sources of crops: prepared ones, and other TFDS datasets.
 
-Understood, without TensorFlow, is a TFDS dataset in the file format array_record whose features hold
+It reads, without TensorFlow, TFDS datasets in the file format array_record whose features are
 
   - an audio file as bytes (Text, a string Tensor, or Audio with lazy_decode): any format that
     audio_io reads; or
@@ -11,7 +11,7 @@ Understood, without TensorFlow, is a TFDS dataset in the file format array_recor
 The audio is the feature named 'audio'; else the only one with samples; else the only one with bytes.
 With integers [start, starts) of crops belong to an item if it has a feature 'starts', as segments do.
 
-Beside segments that `m2l2 prepare` wrote lies their index (index.py): then a crop is read without its record.
+Data of `m2l2 prepare` have an index (index.py), with which a crop is read without its whole record.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ _PREPARE = 'or prepare its audio with m2l2 prepare'
 
 @dataclasses.dataclass(frozen=True)
 class RecordFields:
-  """Where a record keeps its audio.
+  """The fields of a record that hold its audio.
 
   Attributes:
     audio: name of the feature.
@@ -73,7 +73,7 @@ class Records:
       raise UserError(f'{_shards(self._paths)}: hold no records')
 
   @functools.cached_property
-  def _records(self):  # with an index it is rarely asked for, and opens every shard
+  def _records(self):  # with an index it is rarely used, and it opens every shard
     try:
       return grain.sources.ArrayRecordDataSource(self._paths)
     except (OSError, RuntimeError, ValueError) as e:
@@ -84,7 +84,7 @@ class Records:
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits of the shards' names and sizes and of how many records they hold."""
+    """16 hex digits of the shards' names and sizes and of their numbers of records."""
     sizes = map(os.path.getsize, self._paths) if self._index is None else self._index.sizes
     lines = [f'{os.path.basename(path)} {size}' for path, size in zip(self._paths, sizes, strict=True)]
     return hashlib.sha256('\n'.join([*lines, str(len(self))]).encode('utf-8', 'surrogateescape')).hexdigest()[:16]
@@ -108,7 +108,7 @@ class Records:
       audio = _values(features, fields.audio)
       starts = int(_values(features, 'starts')[0]) if fields.starts else None
       rate = fields.rate if isinstance(fields.rate, int) else int(_values(features, fields.rate)[0])
-    except Exception as e:  # whatever a damaged shard makes the libraries raise
+    except Exception as e:  # any exception that a damaged shard causes in the libraries
       raise UserError(f'{name}: cannot be read ({in_one_line(e, most=200)})') from e
     if fields.kind == 'file':
       item = audio_io.AudioReader(name, data=audio[0])
@@ -126,7 +126,7 @@ class Records:
 
 
 class Samples:
-  """An item whose samples lie in memory, interleaved; the face of `audio_io.AudioReader`."""
+  """An item with interleaved samples in memory; same methods as `audio_io.AudioReader`."""
 
   starts = None
 
@@ -159,9 +159,9 @@ def find_dataset(folder: str) -> str | None:
   """The directory with a TFDS dataset's metadata: the folder, or the newest version in it; else None."""
   if os.path.isfile(os.path.join(folder, 'dataset_info.json')):
     return folder
-  found = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), '*', 'dataset_info.json'))]
-  found = [path for path in found if Version.is_valid(os.path.basename(path))]
-  return max(found, key=lambda path: Version(os.path.basename(path)), default=None)
+  versions = [os.path.dirname(path) for path in glob.glob(os.path.join(glob.escape(folder), '*', 'dataset_info.json'))]
+  versions = [path for path in versions if Version.is_valid(os.path.basename(path))]
+  return max(versions, key=lambda path: Version(os.path.basename(path)), default=None)
 
 
 def named_dataset(name: str) -> str:
@@ -169,16 +169,16 @@ def named_dataset(name: str) -> str:
   base = os.path.expanduser(os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets')
   name, _, version = name.partition(':')
   folder = os.path.join(base, *name.split('/'), *([version] if version else []))
-  found = find_dataset(folder) if name else None
-  if not found:
+  directory = find_dataset(folder) if name else None
+  if not directory:
     raise UserError(
         f'tfds:{name}: there is no such dataset with its metadata under {audio_io.shown(folder)}; write '
         'tfds:NAME/CONFIG:VERSION, set TFDS_DATA_DIR, or give its directory')
-  return found
+  return directory
 
 
 def open_dataset(folder: str, *, split: str) -> Records:
-  """A split of the TFDS dataset in a directory. Raises UserError: not one that is understood, or incomplete."""
+  """A split of the TFDS dataset in a directory. Raises UserError: another format, or incomplete."""
   shown = audio_io.shown(folder)
   info = _read_json(os.path.join(folder, 'dataset_info.json'))
   if info.get('fileFormat', 'tfrecord') != 'array_record':
@@ -194,7 +194,7 @@ def open_dataset(folder: str, *, split: str) -> Records:
       data_dir=folder, template=splits[split].get('filepathTemplate') or '', dataset_name=info.get('name'),
       split=split, filetype_suffix='array_record')
   paths = [os.fspath(path) for path in template.sharded_filepaths(count)] if count else []
-  there = set(os.listdir(folder))  # one call, not one a shard
+  there = set(os.listdir(folder))  # one call for all shards
   missing = [name for name in map(os.path.basename, paths) if name not in there]
   if missing or not paths:
     raise UserError(f'{shown}: {len(missing)} of the {count} shards of {split!r} are missing'
@@ -203,20 +203,20 @@ def open_dataset(folder: str, *, split: str) -> Records:
 
 
 def open_shards(paths: list[str]) -> Records:
-  """Shards by name: as the features.json beside them says, else as m2l2 prepare writes them."""
+  """Opens shards by name, in the format of the features.json beside them, else in that of m2l2 prepare."""
   beside = os.path.join(os.path.dirname(paths[0]), 'features.json')
   return Records(paths, find_fields(beside) if os.path.isfile(beside) else SEGMENTS)
 
 
 def _find_index(paths: list[str]) -> Index | None:
-  """The index beside the shards; None: there is none, or they are of several."""
-  found = {index_name(path) for path in paths}
-  path = found.pop()
-  return Index(path, paths) if not found and os.path.isfile(path) else None
+  """The index beside the shards; None: there is none, or the shards are of several datasets."""
+  index_files = {index_name(path) for path in paths}
+  path = index_files.pop()
+  return Index(path, paths) if not index_files and os.path.isfile(path) else None
 
 
 def find_fields(path: str) -> RecordFields:
-  """Where a dataset with this features.json keeps its audio. Raises UserError: nowhere that is understood."""
+  """Finds the fields of a features.json that hold audio. Raises UserError: there are none in a known format."""
   whole = _read_json(path)
   content = whole.get('featuresDict') or whole.get('content')  # the latter before TFDS 4.9
   features = content.get('features', {}) if isinstance(content, dict) else {}
@@ -279,6 +279,6 @@ def _read_json(path: str) -> dict:
 
 
 def _shards(paths: list[str]) -> str:
-  """The shards in a few words."""
+  """The shards in words, for messages."""
   more = f' and {len(paths) - 1} more' if len(paths) > 1 else ''
   return audio_io.shown(paths[0]) + more

@@ -1,4 +1,4 @@
-"""Resampling by soxr, at once or as a signal comes, and without delay."""
+"""Resampling by soxr, at once or in pieces, without delay."""
 
 from collections.abc import Iterable, Iterator
 import math
@@ -12,19 +12,19 @@ _MAX_RATE = 2**31 - 1
 
 
 def resampled_length(samples: int, *, from_rate: int, to_rate: int) -> int:
-  """How many samples `resample` and `StreamResampler` give: ceil(samples * to_rate / from_rate).
+  """The number of samples that `resample` and `StreamResampler` return: ceil(samples * to_rate / from_rate).
 
-  Rounding up, there and back never loses a sample: cut the way back at the source's own length.
+  It rounds up, so that resampling and resampling back loses no sample: cut the result at the source's length.
   """
   return -(-samples * to_rate // from_rate)
 
 
 class StreamResampler:
-  """Resamples a signal that comes in pieces, soxr HQ, without delay: sample 0 stays at time 0.
+  """Resamples a signal in pieces, by soxr HQ, without delay: sample 0 stays at time 0.
 
-  The pieces of `process` and the one of `finish`, put together, are exactly what `resample` gives
-  for the whole signal: `resampled_length` samples. Beyond its ends the signal counts as zero. The
-  memory held does not grow with the signal. Equal rates pass through untouched.
+  The results of `push` and that of `finish`, concatenated, equal those of `resample` for the whole signal:
+  `resampled_length` samples. The signal counts as zero beyond its ends. Memory does not grow with the signal. If the
+  rates are equal, samples pass unchanged.
   """
 
   def __init__(self, *, from_rate: int, to_rate: int, channels: int):
@@ -44,7 +44,7 @@ class StreamResampler:
       except (RuntimeError, ValueError) as e:
         raise UserError(f'cannot resample from {from_rate} Hz to {to_rate} Hz: {e}') from e
 
-  def process(self, audio: np.ndarray) -> np.ndarray:
+  def push(self, audio: np.ndarray) -> np.ndarray:
     """Takes [channels, samples]; returns what is ready, float32 [channels, any number]."""
     audio = np.asarray(audio, np.float32)
     if audio.ndim != 2 or audio.shape[0] != self._channels:
@@ -54,7 +54,7 @@ class StreamResampler:
     return self._run(audio, last=False)
 
   def finish(self) -> np.ndarray:
-    """The rest, float32 [channels, samples]. To be called once, at the end."""
+    """Returns the rest, float32 [channels, samples]. Call it once, at the end."""
     total = resampled_length(self._taken, from_rate=self._from_rate, to_rate=self._to_rate)
     # soxr by itself ends at the nearest sample; zeros worth one output sample carry it to the next.
     zeros = np.zeros((self._channels, math.ceil(self._from_rate / self._to_rate)), np.float32)
@@ -62,9 +62,9 @@ class StreamResampler:
     return self._run(zeros, last=True)[:, :total - given]
 
   def stream(self, blocks: Iterable) -> Iterator[np.ndarray]:
-    """The whole signal, block by block: `process` of each, then `finish`."""
+    """Resamples an iterable of blocks: yields `push` of each, then `finish`."""
     for block in blocks:
-      yield self.process(block)
+      yield self.push(block)
     yield self.finish()
 
   def _run(self, audio: np.ndarray, *, last: bool) -> np.ndarray:
@@ -84,4 +84,4 @@ def resample(audio: np.ndarray, *, from_rate: int, to_rate: int) -> np.ndarray:
   if audio.ndim != 2 or not audio.shape[0]:
     raise UserError(f'audio must be [channels, samples], not of shape {list(audio.shape)}')
   stream = StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=audio.shape[0])
-  return np.concatenate([stream.process(audio), stream.finish()], axis=1)
+  return np.concatenate([stream.push(audio), stream.finish()], axis=1)

@@ -14,13 +14,13 @@ from m2l2.data import audio_io
 
 
 def features() -> tfds.features.FeaturesDict:
-  """What a record holds. Text, not tfds.features.Audio: the latter cannot be made without TensorFlow.
+  """The fields of a record. Audio is Text, since tfds.features.Audio needs TensorFlow.
 
   audio           FLAC of the segment, 16 bits; `read_audio` decodes it, or a part
   source          name of the file, relative to the input; bytes that are no UTF-8 as backslash escapes
   offset          the segment's first sample within the source at `rate`
-  starts          how many crop starts are this segment's own: samples to the offset of the source's
-                  next segment; what follows is overlap. The last segment owns all its samples
+  starts          number of crop starts in this segment: samples to the offset of the source's next
+                  segment; the rest is overlap. In the last segment it is all its samples
   samples         length of the segment
   rate            Hz
   channels        count, the source's
@@ -39,7 +39,7 @@ def encode(record: Mapping) -> bytes:
   """A dict with the keys of `features()` -> the serialised example; equal records give equal bytes."""
   schema = features()
   serializer = tfds.core.example_serializer.ExampleSerializer(schema.get_serialized_info())
-  # Not schema.serialize_example: a map's entries come in an order that changes from process to process.
+  # Not schema.serialize_example: it orders the entries of a map differently in each process.
   return serializer.get_tf_example(schema.encode_example(dict(record))).SerializeToString(deterministic=True)
 
 
@@ -51,10 +51,10 @@ def decode(example: bytes) -> dict:
 def read_audio(record: Mapping, *, start: int = 0, frames: int | None = None) -> np.ndarray:
   """The samples [start, start + frames) of a record, all by default: float32 [channels, frames].
 
-  Only the FLAC frames that hold them are decoded. The values are multiples of 2**-15, the stored
-  16-bit integers exactly.
+  Decodes only the FLAC frames that contain them. The values are multiples of 2**-15, exactly the stored 16-bit
+  integers.
 
-  Raises UserError: no such samples in it, or damaged.
+  Raises UserError: the samples are out of range, or damaged.
   """
   frames = int(record['samples']) - start if frames is None else frames
   return audio_io.read_bytes(record['audio'], start=start, frames=frames, name=_name(record))

@@ -1,4 +1,4 @@
-"""A corpus as signals to be read one after another: the files of a folder, or the segments of prepared data."""
+"""A corpus as a sequence of signals: the files of a folder, or the segments of prepared data."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -24,7 +24,7 @@ class Signal:
     source: name of its file, as one printable line.
     rate, channels: Hz, count.
     offset: its first sample within the file, at `rate`.
-    starts: how many of its samples are not the next segment's too; None: all.
+    starts: number of samples before the overlap with the next segment; None: all.
     blocks: float32 [channels, some samples], once.
   """
   source: str
@@ -39,7 +39,7 @@ class Folder:
   """The audio files under a directory, matching a glob, or one file.
 
   Attributes:
-    lengths: {split: how many signals}; files are all of 'train'.
+    lengths: {split: number of signals}; all files belong to 'train'.
     fingerprint: of their names.
   """
 
@@ -57,7 +57,7 @@ class Folder:
     """Raises UserError, here or from the blocks: not audio, damaged, NaN or infinity."""
     with audio_io.AudioReader(self._files.path(number)) as reader:
       info = reader.info
-      # Resampling from 1 Hz would make gigabytes of some bytes.
+      # Resampling from 1 Hz would turn some bytes into gigabytes.
       if not audio_io.RATES[0] <= info.sample_rate <= audio_io.RATES[1]:
         raise UserError(f'{self.name(split, number)}: states a sample rate of {info.sample_rate} Hz')
       yield Signal(source=self.name(split, number), rate=info.sample_rate, channels=info.channels, offset=0,
@@ -91,7 +91,7 @@ class Prepared:
 def find_signals(source) -> Folder | Prepared:
   """A prepared dataset's directory -> its segments; another directory, a glob or a file -> the files.
 
-  Raises UserError: nothing there, or no audio.
+  Raises UserError: there are no files, or no audio.
   """
   if os.path.isfile(os.path.join(source, storage.METADATA)):
     return Prepared(os.fspath(source))

@@ -1,7 +1,7 @@
-"""Where crops come from: audio files in an order that depends on their names alone, records, mixtures.
+"""Sources of crops: audio files, records, and mixtures of sources.
 
-What a place is shows by what is there (`find_mixture`); the order of a source's items depends on
-their names alone, and what is drawn from them is order.py's and transforms.py's business.
+`find_mixture` recognises a source by the files at a place. The order of a source's items depends on their names alone;
+order.py and transforms.py draw from them.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ KINDS = ('auto', 'folder')
 EXTENSIONS = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aif', '.aiff')
 
 _SHARD = '.array_record'
-_MOST_SLOTS = 10_000  # the sum of a mixture's weights as whole numbers: samples to a block
+_MOST_SLOTS = 10_000  # limit of the sum of a mixture's weights as whole numbers: samples per block
 _PART = re.compile(r'\s*(\d+(?:\.\d+)?|\.\d+)\*')
 
 
 class Source(Protocol):
-  """Items from which crops are cut; it travels to worker processes.
+  """Items from which crops are cut. It is pickled to worker processes.
 
   Attributes:
-    fingerprint: 16 hex digits, equal where the items are.
-    place: where it is, for messages.
+    fingerprint: 16 hex digits, equal for equal items.
+    place: its path, for messages.
   """
 
   fingerprint: str
@@ -42,21 +42,21 @@ class Source(Protocol):
     ...
 
   def name(self, number: int) -> str:
-    """What errors call an item, one line."""
+    """The name of an item in errors, one line."""
 
   def open(self, number: int) -> AudioReader:
-    """An item's audio, a context manager: `info`, `read`, and `starts`, how many crop starts are this
-    item's own (None: all). Raises UserError, which names it."""
+    """The audio of an item, a context manager with `info`, `read`, and `starts`, the number of crop starts in
+    this item (None: all). Raises UserError, which names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Sources and their shares of the samples.
+  """Sources with their shares of the samples.
 
   Attributes:
     sources: one or more.
-    weights: whole numbers without a common divisor; of every sum(weights) samples in a row, from a
-      multiple of that on, so many come from each source.
+    weights: whole numbers without a common divisor: the number of samples of each source in every block of
+      sum(weights) samples.
   """
 
   sources: tuple[Source, ...]
@@ -68,7 +68,7 @@ class Mixture:
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits: equal where the order of training samples is equal. Of one source its own."""
+    """16 hex digits, equal if the order of training samples is equal. For one source its own."""
     if len(self.sources) == 1:
       return self.sources[0].fingerprint
     lines = [f'{weight}*{source.fingerprint}' for weight, source in zip(self.weights, self.sources, strict=True)]
@@ -105,23 +105,23 @@ class AudioFiles:
 
   @property
   def fingerprint(self) -> str:
-    """16 hex digits of the names: equal where the order of training samples is equal."""
+    """16 hex digits of the names, equal if the order of training samples is equal."""
     text = '\0'.join(self.names).encode('utf-8', 'surrogateescape')
     return hashlib.sha256(text).hexdigest()[:16]
 
 
 def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
-  r"""config.data.root -> what is there.
+  r"""config.data.root -> Mixture.
 
   Args:
     root: a place, or 'W*PLACE,W*PLACE,...', two or more places with their weights (as 3 or 0.25).
-      A new part begins only where a comma is followed by a number and '*', so places may hold commas
-      and digits; a comma that would begin a part but is of a place's name is written \, there. What
-      exists under the very name of the whole text is one place.
+      A new part begins only after a comma that is followed by a number and '*', so places may contain commas
+      and digits; a comma of a name that would begin a part is written \,. If a file of the name of the whole
+      text exists, it is that place.
     kind: 'auto', or 'folder' to take the whole text as one folder, glob or file of audio.
     split: of TFDS datasets.
 
-  Raises UserError: nothing there, or nothing that is understood.
+  Raises UserError: nothing exists there, or nothing in a known format.
   """
   if kind not in KINDS:
     raise UserError(f'data.source={kind!r} is not known: it is {" or ".join(KINDS)}')
@@ -143,7 +143,7 @@ def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
 
 
 def _parts(text: str) -> list[tuple[str | int, str]]:
-  """(weight, place) of each part of a mixture; a text that is none is one part."""
+  """(weight, place) of each part of a mixture; a text that is no mixture is one part."""
   parts = re.split(rf'(?<!\\),(?={_PART.pattern.replace("(", "(?:", 1)})', text)
   matches = [_PART.match(part) for part in parts]
   if len(parts) < 2 or not matches[0]:
@@ -153,7 +153,7 @@ def _parts(text: str) -> list[tuple[str | int, str]]:
 
 
 def find_source(place: str, *, split: str) -> Source:
-  """One place -> its items: 'tfds:NAME', a TFDS directory, ArrayRecord shards (a directory, a glob or
+  """Opens the source at a place: 'tfds:NAME', a TFDS directory, ArrayRecord shards (a directory, a glob or
   one file of them), else audio files. Raises UserError."""
   from m2l2.data import records  # here, so that listing files needs neither Grain nor TFDS
 
@@ -169,32 +169,32 @@ def find_source(place: str, *, split: str) -> Source:
   else:
     place_of_shards = place
   if _SHARD in os.path.basename(place_of_shards):
-    found = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
-    if len({os.path.basename(path).partition(_SHARD)[0] for path in found}) > 1:  # a glob over several splits
-      found = [path for path in found if os.path.basename(path).partition(_SHARD)[0].endswith(f'-{split}')]
-      if not found:
+    shards = [place] if os.path.isfile(place) else [path for path in glob.glob(place_of_shards) if os.path.isfile(path)]
+    if len({os.path.basename(path).partition(_SHARD)[0] for path in shards}) > 1:  # a glob over several splits
+      shards = [path for path in shards if os.path.basename(path).partition(_SHARD)[0].endswith(f'-{split}')]
+      if not shards:
         raise UserError(f'{shown(place)}: holds shards of several splits, but none of {shown(split)} (data.split)')
-    if found:
-      return records.open_shards(found)
+    if shards:
+      return records.open_shards(shards)
   return find_audio_files(place)
 
 
 def find_audio_files(root) -> AudioFiles:
   """The audio files under a directory (at any depth), matching a glob (** allowed), or one file.
 
-  Files are known by their extension (EXTENSIONS, in any case); whether one can be read shows when
-  it is read. Hidden files and directories are passed over. Links are followed (but not by **); a directory
-  that is reached twice (a loop of links) is taken once, where it is met first in sorted order.
+  Audio files are recognised by their extension (EXTENSIONS, in any case) and checked when they are read. Hidden files
+  and directories are skipped. Links are followed (but not by **); a directory that is reached twice (a loop of links)
+  is listed once, at its first place in sorted order.
 
-  Raises UserError: nothing there, or no audio among it.
+  Raises UserError: nothing exists there, or no audio.
   """
   root = os.path.expanduser(os.fsdecode(root))
   if not root:
     raise UserError('the root of the data is empty: give a directory, a glob or an audio file')
-  found = find_files(root, EXTENSIONS)
-  if not found:
+  audio_files = find_files(root, EXTENSIONS)
+  if not audio_files:
     raise UserError(f'{shown(root)}: there is no such directory or file')
-  base, audio = found
+  base, audio = audio_files
   if not audio:
     hint = "; a mixture is written 'W*PLACE,W*PLACE'" if _PART.match(root) else ''
     raise UserError(f'{shown(root)}: no audio files there (looked for *{", *".join(EXTENSIONS)}){hint}')
@@ -202,8 +202,8 @@ def find_audio_files(root) -> AudioFiles:
 
 
 def find_files(place: str, extensions: tuple[str, ...]) -> tuple[str, set[str]] | None:
-  """(directory, names relative to it) of the files that a directory, a glob or a file stands for and that end so; None:
-  there is nothing of that name, and it is no glob. What exists under the very name is no glob, also within a path."""
+  """(directory, names relative to it) of the files in a directory, of a glob or of a file, with these endings; None:
+  nothing of that name exists, and it is no glob. A path that exists literally is not taken for a glob."""
   if os.path.isdir(place):
     return place, set(walk(place, extensions))
   if os.path.isfile(place):
@@ -217,9 +217,9 @@ def find_files(place: str, extensions: tuple[str, ...]) -> tuple[str, set[str]] 
 
 
 def walk(root: str, extensions: tuple[str, ...]) -> list[str]:
-  """Relative names of the files under a directory that end so: one call a directory, and none a file but for links.
+  """Relative names of the files under a directory with these endings. Files that are not links cost no system call.
 
-  Hidden ones are passed over; a directory that is reached twice (a loop of links) is taken once.
+  Hidden ones are skipped; a directory that is reached twice (a loop of links) is listed once.
   """
   names, seen, waiting = [], set(), ['']
   while waiting:
@@ -230,7 +230,7 @@ def walk(root: str, extensions: tuple[str, ...]) -> list[str]:
     seen.add(real)
     try:
       entries = sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
-    except OSError as e:  # not to be read, or gone
+    except OSError as e:  # not readable, or deleted
       logging.warning('%s: cannot be listed (%s); passed over', shown(os.path.join(root, folder)), e.strerror)
       continue
     entries = [entry for entry in entries if not entry.name.startswith('.')]
@@ -241,7 +241,7 @@ def walk(root: str, extensions: tuple[str, ...]) -> list[str]:
 
 
 def _glob(pattern: str, base: str) -> list[str]:
-  """The files that match. pathlib's ** does not follow links: in a loop of two, glob's would not end."""
+  """The files that match. By pathlib, whose ** does not follow links: glob's would not end in a loop of two."""
   inner = os.path.relpath(pattern, base or '.')
   if os.path.basename(inner) == '**':  # of files, too: to pathlib, a last ** means directories
     inner = os.path.join(inner, '*')
@@ -261,7 +261,7 @@ def _is(question) -> bool:
 
 
 def _glob_base(pattern: str) -> str:
-  """The leading directories of a glob that hold no wildcard, or are there under that very name: 'Album [1999]'."""
+  """The leading directories of a glob without wildcards, or that exist literally: 'Album [1999]'."""
   base = os.path.dirname(pattern)
   while glob.has_magic(base) and not os.path.isdir(base):
     base = os.path.dirname(base)

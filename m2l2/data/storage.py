@@ -1,4 +1,4 @@
-"""Shards of records that TFDS reads without TensorFlow, written whole or not at all, equal bytes for equal records.
+"""Atomic writing of shards that TFDS reads without TensorFlow; equal records give equal bytes.
 
   with ShardWriter(path) as shard:
     shard.write(serialise(features, example))
@@ -21,11 +21,11 @@ from m2l2 import files
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 
-METADATA = 'dataset_info.json'  # is written last: where it is, the dataset is complete
+METADATA = 'dataset_info.json'  # is written last: if it exists, the dataset is complete
 
 
 def shard_name(name: str, *, split: str, number: int, count: int) -> str:
-  """As TFDS calls it."""
+  """The name that TFDS gives a shard."""
   return f'{name}-{split}.array_record-{number:05d}-of-{count:05d}'
 
 
@@ -36,12 +36,12 @@ def serialise(features: tfds.features.FeaturesDict, example: Mapping) -> bytes:
 
 
 class ShardWriter:
-  """An ArrayRecord file that appears under its name when the `with` block ends well; else nothing is left of it.
+  """An ArrayRecord file that gets its name when the `with` block ends without an error, and is deleted otherwise.
 
   Attributes:
-    records: how many were written.
+    records: number of records written.
 
-  Raises UserError: a full disk, a place that cannot be written.
+  Raises UserError: a full disk, a path that cannot be written.
   """
 
   def __init__(self, path):
@@ -81,12 +81,12 @@ class ShardWriter:
 
 
 def write_json(path, value):
-  """Writes JSON whole or not at all. Raises UserError where it cannot."""
+  """Writes JSON atomically. Raises UserError: it cannot be written."""
   write_file(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b'\n'))
 
 
 def write_file(path, write: Callable):
-  """`write(file)`, whole or not at all. Raises UserError where it cannot."""
+  """Writes a file atomically by `write(file)`. Raises UserError: it cannot be written."""
   temporary = _temporary(path)
   try:
     with open(temporary, 'wb') as file:
@@ -100,29 +100,29 @@ def write_file(path, write: Callable):
 
 
 def remove_leftovers(path):
-  """Removes what processes left that were killed while they wrote `path`; the last part of it may be '*'."""
+  """Deletes temporary files of `path` that killed processes left; the last part of `path` may be '*'."""
   folder, base = os.path.split(path)
   for leftover in glob.glob(os.path.join(glob.escape(folder), f'.{base}.*.part')):
     shutil.rmtree(leftover) if os.path.isdir(leftover) else os.unlink(leftover)
 
 
 def _temporary(path) -> str:
-  """A free hidden name beside it: hosts that write the same file do not meet."""
+  """A free hidden name beside it, different for hosts that write the same file."""
   folder, base = os.path.split(path)
   return os.path.join(folder, f'.{base}.{secrets.token_hex(4)}.part')
 
 
 def _replace(source, target):
-  """Renames, once the bytes are on the disk: after a crash the name never stands for half a file."""
+  """Renames a file after its data are on the disk, so that a crash leaves no half-written file of that name."""
   files.sync(source)
   os.replace(source, target)
 
 
 def write_metadata(directory, *, name: str, features: tfds.features.FeaturesDict, description: str,
                    splits: Mapping[str, Sequence[int]], num_bytes: Mapping[str, int]):
-  """Writes what `tfds.builder_from_directory` reads: features.json, then dataset_info.json.
+  """Writes the files that `tfds.builder_from_directory` reads: features.json, then dataset_info.json.
 
-  splits: for each split how many records each of its shards has; num_bytes: for each split.
+  splits: for each split the number of records of each shard. num_bytes: for each split.
   """
   directory = os.fspath(directory)
   info = tfds.core.DatasetInfo(

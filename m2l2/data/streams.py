@@ -1,6 +1,6 @@
-"""Sound as libsndfile decodes it: one stream of a file, with seeks that are exact, and files that lie in memory.
+"""Decoding by libsndfile: one stream of a file with exact seeks, and files in memory.
 
-Where libsndfile errs (chains, lengths, seeks), `containers` knows better; a `Stream` reads the pieces that it names.
+`containers` corrects libsndfile (chained streams, lengths, seeks); a `Stream` reads the pieces that it lists.
 """
 
 from collections.abc import Callable
@@ -24,32 +24,33 @@ FILE_ERRORS = (soundfile.SoundFileError, RuntimeError, OSError, TypeError, Value
 
 
 def reason(error: Exception) -> str:
-  """libsndfile's own words without the path, on one line."""
+  """The error message of libsndfile without the path, as one line."""
   text = getattr(error, 'error_string', None) or str(error) or type(error).__name__
   return ' '.join(text.split()).rstrip('.')
 
 
 def texts(file) -> dict[str, str]:
-  """Text by name. What is not UTF-8 is read as Windows' Latin 1, which its programs write; soundfile would lose it."""
-  found = file.copy_metadata()
-  for name, text in found.items():
+  """Tags by name. Text that is not UTF-8 is read as cp1252, which Windows programs write; soundfile would drop it."""
+  metadata = file.copy_metadata()
+  for name, text in metadata.items():
     if '\ufffd' in text:
-      with contextlib.suppress(AttributeError, KeyError):  # soundfile's own, which another version may call otherwise
+      # private to soundfile, so another version may name it differently
+      with contextlib.suppress(AttributeError, KeyError):
         raw = soundfile._ffi.string(soundfile._snd.sf_get_string(file._file, soundfile._str_types[name]))
-        found[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
-  return found
+        metadata[name] = text if raw.decode('utf-8', 'replace').encode() == raw else raw.decode('cp1252', 'replace')
+  return metadata
 
 
 class _Sound(soundfile.SoundFile):
-  """Reads on without a seek: after each read soundfile seeks to where it stands anyway, and an MP3 then lacks the bits
-  of frames before."""
+  """Reads without seeking: soundfile seeks to the current position after each read, and an MP3 then lacks the bits of
+  earlier frames."""
 
   def seekable(self) -> bool:
     return False
 
 
 class Stream:
-  """One stream of a file, as libsndfile reads it, but for its seeks.
+  """One stream of a file, read by libsndfile, with exact seeks.
 
   Args:
     open: pieces of the file, or None for all of it -> a source for soundfile.
@@ -83,12 +84,12 @@ class Stream:
     self._skip_to(position)
 
   def read(self, frames: int) -> np.ndarray:
-    """At most `frames` samples [n, channels] from where it stands."""
+    """At most `frames` samples [n, channels] from the current position."""
     if self._position < 0:
       self._skip_to(0)
     frames = max(0, min(frames, self.frames - self._position))
     audio = self._read(frames)
-    if len(audio) < frames and not self._is_whole:  # libsndfile took the end of a piece for that of the stream
+    if len(audio) < frames and not self._is_whole:  # libsndfile took the end of a piece for the end of the stream
       position = self._position - len(audio)
       self._reopen(0, self._part.pieces)
       self._skip_to(position)
@@ -108,13 +109,13 @@ class Stream:
   def _skip_to(self, position: int):
     while self._position < position and len(self._read(min(position - self._position, _SKIP))):
       pass
-    self._position = position  # beyond the end there is nothing to read
+    self._position = position  # nothing can be read beyond the end
 
 
 def read_bytes(data: bytes, *, start: int, frames: int, name: str) -> np.ndarray:
   """The samples [start, start + frames) of an audio file in memory, float32 [channels, frames].
 
-  Seeks, so that little else is decoded. `name` is what errors call it. Raises UserError: not audio,
+  Seeks, so that little else is decoded. `name` is used in errors. Raises UserError: not audio,
   damaged, or shorter than that.
   """
   try:
@@ -131,7 +132,7 @@ def read_bytes(data: bytes, *, start: int, frames: int, name: str) -> np.ndarray
 def decode_bytes(data: bytes, *, skip: int, frames: int, name: str) -> np.ndarray:
   """`frames` samples of an audio file in memory after its first `skip`, without a seek: float32 [channels, frames].
 
-  `name` is what errors call it. Raises UserError: not audio, damaged, or shorter than that.
+  `name` is used in errors. Raises UserError: not audio, damaged, or shorter than that.
   """
   try:
     with _Sound(io.BytesIO(data)) as file:

@@ -19,7 +19,7 @@ MAX_ATTEMPTS = 64
 # the middle falls to float32 rounding, 5e-7, there); twice that is read around a crop.
 _MARGIN = 256
 
-# A float file scaled to integers (peak 32768) would wreck a run; loud lossy files reach about 2.
+# A float file scaled to integers (peak 32768) would ruin a run; loud lossy files reach about 2.
 _MAX_PEAK = 100.0
 
 # A header may claim 255 channels at 4 GHz: values of one crop, before resampling (128 MB of float32).
@@ -28,13 +28,13 @@ _LEAST_RATE = 1000  # Hz
 
 # An item is named as silent when its first draws in this process were all silent.
 _SILENT_DRAWS = 4
-_GOOD, _NAMED = 8, 16  # further bits of an item's state
+_GOOD, _NAMED = 8, 16  # flags of an item's state
 _MOST_NAMED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class CropSpec:
-  """What a training crop is.
+  """The properties of training crops.
 
   Attributes:
     crop_samples: its length.
@@ -55,8 +55,8 @@ class CropSpec:
 
 @dataclasses.dataclass(frozen=True)
 class CropWindow:
-  """Where a crop lies: read [start, start + frames) of the file, drop `skip` samples after
-  resampling to `rate`, keep the crop."""
+  """The place of a crop: read [start, start + frames) of the file, resample to `rate`, drop `skip` samples, keep
+  the crop."""
 
   start: int
   frames: int
@@ -65,7 +65,7 @@ class CropWindow:
 
 
 class SilentCrop(UserError):
-  """A crop below the RMS floor: no fault of its file."""
+  """A crop below the RMS floor; its file is not faulty."""
 
 
 def root_mean_square(audio: np.ndarray) -> float:
@@ -87,7 +87,7 @@ def pick_channels(audio: np.ndarray, *, channels: int, bits: int) -> np.ndarray:
 def crop_window(*, frames: int, rate: int, spec: CropSpec, bits: int, starts: int | None = None) -> CropWindow:
   """A uniform random crop of an item with `frames` samples at `rate` Hz, placed by `bits`.
 
-  Only the first `starts` places are drawn: the others are the next segment's.
+  Only the first `starts` positions are drawn: the others belong to the next segment.
 
   Raises UserError when the item is shorter than the crop.
   """
@@ -111,7 +111,7 @@ def read_crop(item, *, spec: CropSpec, bits: DrawBits) -> np.ndarray:
   short, NaN or infinite or absurdly large samples, a silent crop.
   """
   info, name = item.info, audio_io.shown(item.info.path)
-  if info.sample_rate < _LEAST_RATE:  # the margins alone would become millions of samples
+  if info.sample_rate < _LEAST_RATE:  # the margins alone would be millions of samples
     raise UserError(f'{name}: states a sample rate of {info.sample_rate} Hz')
   try:
     window = crop_window(
@@ -137,21 +137,21 @@ def read_crop(item, *, spec: CropSpec, bits: DrawBits) -> np.ndarray:
 
 
 class FaultLog:
-  """Names each faulty item once in the log of this process. Threads may share it.
+  """Reports each faulty item once in the log of this process. Thread-safe.
 
-  Holds a byte an item; after _MOST_NAMED lines no more items are named.
+  Uses one byte per item; after _MOST_NAMED lines no more items are reported.
   """
 
   def __init__(self, mixture: Mixture):
     self._lock = threading.Lock()
     self._mixture = mixture
-    # Of each item: how many draws were silent, and whether it was good (_GOOD) or has been named (_NAMED).
+    # For each item: the number of silent draws, and whether it was good (_GOOD) or was reported (_NAMED).
     self._states = [np.zeros(count, np.uint8) for count in mixture.counts]
     self._named = 0
     self._closed = False
 
   def __reduce__(self):
-    return FaultLog, (self._mixture,)  # a worker process keeps its own
+    return FaultLog, (self._mixture,)  # a worker process has its own
 
   def good(self, source: int, item: int):
     self._states[source][item] |= _GOOD
@@ -160,7 +160,7 @@ class FaultLog:
     with self._lock:
       state = int(self._states[source][item])
       if isinstance(error, SilentCrop):
-        if state >= _SILENT_DRAWS:  # named already, or was good
+        if state >= _SILENT_DRAWS:  # already reported, or was good
           return
         self._states[source][item] = state = state + 1
         if state < _SILENT_DRAWS:
@@ -178,7 +178,7 @@ class FaultLog:
         logging.warning('training data: these are %d; further ones are not named', _MOST_NAMED)
 
   def close(self):
-    """Says no more: reads still under way may find their files gone."""
+    """Stops reporting: the files of running reads may be deleted now."""
     with self._lock:
       self._closed = True
 
@@ -208,22 +208,31 @@ class RandomCrop:
     self.faults = FaultLog(self.mixture)
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    source, item = self.order(index)
-    audio, rejected = self._draw(index, source, item)
+    (audio, rejected, _), *others = self._parts(index)
+    for other, more, _ in others:
+      audio, rejected = np.clip(audio + other, -1, 1), rejected + more
+    return {'audio': audio, 'rejected': np.int32(rejected)}
+
+  def origin(self, index: int) -> str:
+    """The name of the item that a sample is of; of two, where it is a sum."""
+    return ' + '.join(name for _, _, name in self._parts(index))
+
+  def _parts(self, index: int) -> list[tuple[np.ndarray, int, str]]:
+    """What `_draw` gives for the crop, and for the one that is added to it, if any."""
+    parts = [self._draw(index, *self.order(index))]
     if self.spec.mix:
       chance, which = partner_bits(seed=self.seed, index=index)
       if chance < self.spec.mix * 2**64:
-        other, more = self._draw(index, self.order.source_of(which), None, partner=True)
-        audio, rejected = np.clip(audio + other, -1, 1), rejected + more
-    return {'audio': audio, 'rejected': np.int32(rejected)}
+        parts.append(self._draw(index, self.order.source_of(which), None, partner=True))
+    return parts
 
   def check(self):
-    """Draws a crop of each source. Raises UserError where one has none to give."""
+    """Draws a crop of each source. Raises UserError if a source has no usable crop."""
     for source in range(len(self.mixture.sources)):
       self._draw(0, source, None)
 
-  def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int]:
-    """(crop, how many draws were rejected before): the first of `item`, all others of drawn ones."""
+  def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int, str]:
+    """(crop, number of rejected draws, its item's name): the first draw is of `item`, all others of random items."""
     items, reasons = self.mixture.sources[source], deque(maxlen=3)
     for attempt in range(MAX_ATTEMPTS):
       bits = draw_bits(seed=self.seed, index=index, attempt=attempt, partner=partner)
@@ -238,6 +247,6 @@ class RandomCrop:
           reasons.append(str(e))
         continue
       self.faults.good(source, item)
-      return crop, attempt
+      return crop, attempt, items.name(item)
     raise UserError(f'{items.place}: {MAX_ATTEMPTS} draws in a row gave no crop to train on; the last reasons: '
                     f'{"; ".join(reasons)}')

@@ -1,4 +1,4 @@
-"""Audio files out: WAV, FLAC and Ogg Vorbis, each whole under its name or not there at all."""
+"""Atomic writing of audio files: WAV, FLAC and Ogg Vorbis."""
 
 from collections.abc import Mapping
 import contextlib
@@ -17,7 +17,7 @@ from m2l2.data.paths import extension, shown
 from m2l2.data.streams import FILE_ERRORS, reason
 from m2l2.errors import UserError
 
-# 24 bits where there is a choice: every player reads them, and the quantisation noise (-146 dB)
+# 24 bits if the format allows: every player reads them, and the quantisation noise (-146 dB)
 # stays far below anything that is measured on a reconstruction. Vorbis is the one lossy target.
 WRITE_FORMATS = {
     '.wav': ('WAV', 'PCM_24'),
@@ -25,8 +25,8 @@ WRITE_FORMATS = {
     '.ogg': ('OGG', 'VORBIS'),
 }
 
-_WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack: never hand it a whole song
-_WAV_TEXT = 2000  # bytes; libsndfile reads no text of a WAV where one is longer than 2045
+_WRITE_SAMPLES = 2**14  # libvorbis keeps a block on its stack, so blocks must be short
+_WAV_TEXT = 2000  # bytes; libsndfile reads no tags of a WAV if one is longer than 2045
 _VORBIS_LIMITS = 200_000, 255  # Hz and channels; beyond them libsndfile crashes
 _WAV_LIMIT = 2**32 - 2**16  # bytes; a WAV's sizes are 32-bit
 
@@ -36,8 +36,8 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
 
   By default the path must name audio that can be written (.wav, .flac, .ogg); give the allowed
   `extensions` for another kind of file, or None for any. A file or directory without any write
-  bit counts as read-only for root too. The test itself leaves nothing behind, and takes away what processes of this
-  machine that were killed have left beside `path`.
+  bit counts as read-only for root too. The test leaves no file behind, and deletes temporary files that killed
+  processes of this machine left beside `path`.
   """
   name = shown(path)
   if extensions is not None and extension(path) not in extensions:
@@ -57,7 +57,7 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
   trial = files.temporary(target)
   try:
     with contextlib.suppress(FileNotFoundError):
-      os.lstat(target)  # says so of a name that is too long; the temporary one is not
+      os.lstat(target)  # fails for a name that is too long; the temporary name is shorter
     os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     os.unlink(trial)
   except OSError as e:
@@ -65,17 +65,17 @@ def check_writable(path, *, extensions: tuple[str, ...] | None = tuple(WRITE_FOR
 
 
 class AudioWriter:
-  """Writes audio piece by piece; the file appears under its name when the `with` block ends well.
+  """Writes audio in pieces; the file gets its name when the `with` block ends without an error.
 
   24-bit PCM for .wav and .flac, Vorbis for .ogg. Channels come in WAV's order. Samples outside [-1, 1] are clipped,
-  counted in `clipped`, and named once in the log; or, with `normalize`, all of the audio is scaled down until
-  none lies outside. After an exception nothing is left behind.
+  counted in `clipped`, and reported once in the log; or, with `normalize`, all of the audio is scaled down so that
+  none is outside. After an exception no file is left.
 
   Args:
     path, sample_rate, channels: of the file.
-    tags: text to keep in it by libsndfile's names, as far as the format has a place for it; a WAV has it for 2000 bytes
-      each, and the log says what is cut.
-    normalize: as above; the audio is held in a temporary file until its peak is known.
+    tags: text by libsndfile's names; those that the format cannot store are dropped. A WAV stores 2000 bytes of each,
+      and the log reports what is cut.
+    normalize: as above; the audio is in a temporary file until its peak is known.
 
   Raises UserError: as `check_writable`; a rate or a channel count that the format does not take;
   pieces that are not [channels, samples] or not finite; a WAV of more than 4 GiB; a full disk.
@@ -110,7 +110,7 @@ class AudioWriter:
       if self._format == 'WAV' and len(text.encode()) > _WAV_TEXT:
         text = text.encode()[:_WAV_TEXT].decode('utf-8', 'ignore')
         logging.warning('%s: the %s is cut to %d bytes, a WAV holds no more (FLAC does)', self._name, name, _WAV_TEXT)
-      with contextlib.suppress(*FILE_ERRORS):  # a format without a place for it
+      with contextlib.suppress(*FILE_ERRORS):  # the format cannot store it
         setattr(self._file, name, text)
 
   def write(self, audio: np.ndarray):

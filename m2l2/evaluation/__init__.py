@@ -1,1 +1,1 @@
-"""How good a reconstruction is."""
+"""Evaluation: the quality of reconstructions and latents."""

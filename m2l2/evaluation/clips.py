@@ -1,4 +1,4 @@
-"""Excerpts of a folder of music: the same ones each time, for measurements that are repeated."""
+"""Fixed excerpts of a folder of music, for repeated measurements."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -18,27 +18,27 @@ class Excerpt:
 
 
 def take_excerpts(root, *, seconds: float, most: int | None = None) -> tuple[list[Excerpt], list[str]]:
-  """The middle `seconds` (all, of shorter files) of files of a folder, glob or file: `most` of them, evenly over the
+  """The middle `seconds` (all, of shorter files) of up to `most` files of a folder, glob or file, evenly over the
   sorted names.
 
   Returns (excerpts, one warning for each file that cannot be read).
-  Raises UserError: no audio there, none that can be read, or sizes that are none.
+  Raises UserError: no audio, none that can be read, or invalid sizes.
   """
   if not seconds > 0 or (most is not None and most < 1):
     raise UserError(f'excerpts of {seconds} s of {most} files: both must be positive')
-  found, excerpts, warnings = sources.find_audio_files(root), [], []
-  for number in evenly(range(len(found)), most):
+  audio_files, excerpts, warnings = sources.find_audio_files(root), [], []
+  for number in evenly(range(len(audio_files)), most):
     try:
-      excerpts.append(take_excerpt(found.path(number), seconds=seconds, name=found.names[number]))
+      excerpts.append(take_excerpt(audio_files.path(number), seconds=seconds, name=audio_files.names[number]))
     except UserError as error:
-      warnings.append(f'{found.names[number]}: unreadable: {error}; left out')
+      warnings.append(f'{audio_files.names[number]}: unreadable: {error}; left out')
   if not excerpts:
     raise UserError(f'no excerpt can be had; the first: {warnings[0]}')
   return excerpts, warnings
 
 
 def evenly(items: Sequence, most: int | None) -> list:
-  """`most` of the items, evenly spaced; all where there are no more."""
+  """Up to `most` of the items, evenly spaced."""
   if most is None or len(items) <= most:
     return list(items)
   return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]

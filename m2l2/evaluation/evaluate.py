@@ -1,7 +1,7 @@
 """Metrics over many pairs: the report behind `m2l2 evaluate`, and behind evaluations in training.
 
-Signal metrics run in other processes, clip by clip, while this one embeds. A metric that a pair cannot have (silence,
-too short, mono) is left out of the mean and named in the report's warnings.
+Signal metrics run in other processes, clip by clip, while this process computes embeddings. A metric that is undefined
+for a pair (silent, too short, mono) is left out of the mean and named in the report's warnings.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """float32 [channels, samples] each, at one rate (the reference's); and what is wrong with them."""
+  """A pair as float32 [channels, samples] each, at one rate (the reference's), with warnings about it."""
   reference: np.ndarray
   estimate: np.ndarray
   sample_rate: int
@@ -42,7 +42,7 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
   """Pairs of the audio files in two folders, by relative name, else without its extension; two files are a pair.
 
   Returns (pairs in the order of their names, one warning for each file without a partner).
-  Raises UserError: a folder without audio, or nothing pairs.
+  Raises UserError: a folder without audio, or no pair.
   """
   if os.path.isfile(reference) and os.path.isfile(estimate):
     return [Pair(os.path.basename(reference), os.fspath(reference), os.fspath(estimate))], []
@@ -51,21 +51,21 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
   by_stem = {}
   for name in by_name:
     by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
-  found, warnings, used = [], [], set()
+  matched, warnings, used = [], [], set()
   for i, name in enumerate(references.names):
     partners = [name] if name in by_name else (
-        by_stem.get(name) or by_stem.get(os.path.splitext(name)[0], []))  # song.wav.flac, where there is a song.mp3 too
+        by_stem.get(name) or by_stem.get(os.path.splitext(name)[0], []))  # song.wav.flac, if there is a song.mp3 too
     if len(partners) == 1 and partners[0] not in used:
       used.add(partners[0])
-      found.append(Pair(name, references.path(i), by_name[partners[0]]))
+      matched.append(Pair(name, references.path(i), by_name[partners[0]]))
     else:
       why = f'several estimates ({", ".join(sorted(partners))})' if len(partners) > 1 else 'no estimate'
       warnings.append(f'{name}: partner: {why}; left out')
   warnings += [f'{name}: partner: an estimate without a reference; left out' for name in sorted(set(by_name) - used)]
-  if not found:
+  if not matched:
     raise UserError(f'no file of {audio_io.shown(estimate)} has the name of one in {audio_io.shown(reference)}: '
                     'nothing to compare')
-  return found, warnings
+  return matched, warnings
 
 
 def load_pair(pair: Pair, *, check: bool = True) -> Loaded:
@@ -91,7 +91,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
             seed: int = 0) -> tuple[dict[str, float], list[str]]:
   """The signal metrics of one pair that have a finite value, by name, and a warning for each that has none.
 
-  Metrics of stereo are left out without a warning where a side is not stereo.
+  Metrics of stereo are left out without a warning if a side is not stereo.
   """
   signals = pairs.Signals(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
   is_stereo = len(loaded.reference) == len(loaded.estimate) == 2
@@ -104,7 +104,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
       value = metric(signals)
     except UserError as error:
       warnings.append(str(error) if name in str(error) else f'{name}: {error}')
-    except Exception as error:  # one bad pair must not cost the others their report
+    except Exception as error:  # a bad pair must not end the report
       warnings.append(f'{name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
     else:
       if math.isfinite(value):
@@ -120,11 +120,11 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] | None = None,
   """The report on all pairs, a tree of JSON types.
 
   Args:
-    items: what to compare; names are unique.
+    items: pairs with unique names.
     metrics: names of the registry; None: its defaults. embedders: name -> function, see `embeddings.make_embedder`.
     workers: processes for the signal metrics; up to 1, they run in this one.
-    chunks: where the model's chunks meet, for seam_db. seed: of the noise in `ratio`, and of the bootstrap.
-    progress: called with the number of steps done since; `steps_of` says how many there are.
+    chunks: the model's chunk borders, for seam_db. seed: of the noise in `ratio`, and of the bootstrap.
+    progress: called with the number of steps done since the last call; `steps_of` is the total.
   Returns:
     {'pairs': n measured, 'metrics': {name: {'mean', 'sem', 'per_file'}},
      'frechet': {embedding: {'value', 'bootstrap_sd', 'clips', 'windows'}}, 'warnings': ['file: what: ...']}.
@@ -138,9 +138,9 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] | None = None,
   with _mapped(job, items, workers) as results:
     embedded, embedding_warnings = _embed_all(items, embedders, progress)
     per_file, warnings = {}, []
-    for item, (values, found) in zip(items, results):
+    for item, (values, pair_warnings) in zip(items, results):
       progress(1)
-      warnings += [f'{item.name}: {line}' for line in found]
+      warnings += [f'{item.name}: {line}' for line in pair_warnings]
       if values is not None:
         per_file[item.name] = values
   if not per_file:
@@ -158,7 +158,7 @@ def steps_of(items, embedders) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """Measures a pair; picklable, entries and all, since another process may have read a registry with fewer."""
+  """Measures a pair. Pickles the registry's entries with it, since another process may have registered fewer."""
   metrics: tuple[registry.Metric, ...]
   chunks: seams.Chunks
   seed: int
@@ -188,7 +188,8 @@ class _mapped:
     # Not forked: this process may hold JAX's threads.
     self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context('spawn'))
     before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, '1'))  # a worker a core: their matrix products must not fight for all
+    # one thread per worker: their matrix products would compete for the cores
+    os.environ.update(dict.fromkeys(_THREADS, '1'))
     try:
       futures = [self.pool.submit(self.job, item) for item in self.items]  # which starts the processes
     finally:
@@ -214,7 +215,7 @@ def _embed_all(items, embedders, progress):
   for item in items if embedders else ():
     try:
       loaded = load_pair(item, check=False)
-    except UserError:  # told by the worker
+    except UserError:  # reported by the worker
       progress(len(embedders))
       continue
     for name, embed in embedders.items():

@@ -34,7 +34,8 @@ from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.model.denoiser import NoiseEmbedding, noise_features
-from m2l2.model.layers import ZEROS, LayerNorm, Linear, draw_all, normal, param, traced
+from m2l2.model.layers import LayerNorm, Linear
+from m2l2.model.parameters import ZEROS, draw_all, normal, param, traced
 from m2l2.model.transformer import Transformer
 
 MOST_LOOKED_AT = 2000  # records of a corpus that tell its scale and its classes
@@ -266,7 +267,7 @@ def train(directory, workdir, recipe: Recipe) -> int:
     state = restored.state if restored else jax.jit(
         init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
     del restored
-    state = stored.pack(state)
+    state = stored.ravel(state)
     own, of = sharding.batch_blocks(mesh)
     rows = Ahead(batches(directory, recipe, facts, first=first, own=own, of=of),
                  lambda batch: sharding.put_batch(batch, mesh), ahead=2)
@@ -281,8 +282,8 @@ def train(directory, workdir, recipe: Recipe) -> int:
     while True:
       stopping = step < recipe.steps and stop.reached(step)
       if step > first and (step % recipe.checkpoint_every == 0 or step == recipe.steps or stopping):
-        checkpoints.save(step, stored.unpack(state), config=config, position={'step': step})
-        averaged = sharding.fetch(stored.unpack(state.ema), here=main)
+        checkpoints.save(step, stored.unravel(state), config=config, position={'step': step})
+        averaged = sharding.fetch(stored.unravel(state.ema), here=main)
         if main:
           save_snapshot(os.path.join(workdir, 'snapshot'), config=config, step=step,
                         params={'network': averaged, 'mean': facts['mean'], 'std': facts['std']})

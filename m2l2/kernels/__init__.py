@@ -1,1 +1,1 @@
-"""Chunk-causal attention: a reference and its fused twins, one signature."""
+"""Kernels: chunk-causal attention, convolutions and norms."""

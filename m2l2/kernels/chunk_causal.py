@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'pallas_tpu')
 _PLATFORMS = {'xla': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'pallas_tpu': ('tpu',)}
@@ -25,7 +26,7 @@ _target = contextvars.ContextVar('target', default=None)
 
 @contextlib.contextmanager
 def compiling_for(platform: str):
-  """What is traced inside is for "cpu", "gpu" or "tpu", whatever this process runs on: ahead-of-time compiling."""
+  """Traces inside the block for "cpu", "gpu" or "tpu", whatever this process runs on, for ahead-of-time compiling."""
   token = _target.set(platform)
   try:
     yield
@@ -34,13 +35,13 @@ def compiling_for(platform: str):
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what programs are traced for."""
+  """The platform that programs are traced for: 'cpu', 'gpu' or 'tpu'."""
   name = _target.get() or jax.default_backend()
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
 def check_implementation(impl: str, *, dtype=None):
-  """Raises ValueError, one line, for one that is unknown or does not run on this platform or in `dtype`."""
+  """Raises ValueError for an implementation that is unknown or does not run on this platform or in `dtype`."""
   if impl not in IMPLEMENTATIONS:
     raise ValueError(f'attention impl is {impl!r}; choose from {IMPLEMENTATIONS}')
   here = platform()
@@ -52,11 +53,13 @@ def check_implementation(impl: str, *, dtype=None):
     raise ValueError(f"attention 'cudnn' takes bfloat16 or float16, not {dtype}: set model.dtype, or take 'xla'")
 
 
-def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec: PartitionSpec | None = None):
+def chunk_causal_attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *, num_chunks: int,
+    impl: str = 'auto', spec: PartitionSpec | None = None) -> Float[Array, 'B L H K']:
   """Scaled dot-product attention under the chunk-level causal mask.
 
   Args:
-    q, k, v: [B, S*P, H, K], the tokens of chunk 0 first; q and k already normalised if they are to be.
+    q, k, v: [B, S*P, H, K], the tokens of chunk 0 first; q and k already normalised, if at all.
     num_chunks: S.
     impl: one of IMPLEMENTATIONS.
     spec: how [B, S*P, H, K] lies on the mesh of `jax.set_mesh` (batch and heads only), for the kernels that the
@@ -105,7 +108,7 @@ def _on_mesh(attention, spec):
 
 
 def _cudnn(q, k, v):
-  """cuDNN's flash attention; JAX differentiates it for even lengths only, so odd ones get a token that is masked."""
+  """cuDNN's flash attention. JAX differentiates it for even lengths only, so odd ones are padded by a masked token."""
   attention = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
   if q.shape[1] % 2 == k.shape[1] % 2 == 0:
     return attention(q, k, v)
@@ -115,8 +118,10 @@ def _cudnn(q, k, v):
   return out[:, :q.shape[1]]
 
 
-def masked_dense_attention(q, k, v, *, num_chunks: int):
-  """The same by one dense attention and a mask: the reference that the tests hold the others against."""
+def masked_dense_attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *,
+    num_chunks: int) -> Float[Array, 'B L H K']:
+  """The same by one dense attention and a mask: the reference of the tests."""
   chunk = jnp.arange(q.shape[1]) // (q.shape[1] // num_chunks)
   logits = jnp.einsum('bqhk,bphk->bhqp', q, k, preferred_element_type=jnp.float32)
   logits = logits * jnp.float32(q.shape[-1] ** -0.5)
@@ -131,7 +136,7 @@ def _xla(q, k, v, num_chunks):
 
 
 def _xla_forward(q, k, v, num_chunks):
-  # Heads first, said aloud: left to itself, XLA's CPU backend multiplies matrices whose rows lie apart.
+  # An explicit transposition to heads first: else XLA's CPU backend multiplies matrices with strided rows.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   weights, outputs = [], []
   for own, seen in _spans(q.shape[2], num_chunks):

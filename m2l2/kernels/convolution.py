@@ -1,21 +1,23 @@
-"""Convolution of stride 1, with a gradient of its kernel that is quick on CPUs.
+"""Convolution of stride 1, with a gradient of its kernel that is fast on CPUs.
 
-XLA computes that gradient as a convolution whose window is a whole map: on a CPU at a third to a half of the speed of
-the convolution itself. Summed over blocks of rows that stay in the cache, as one matrix product each, it costs about as
-much as the convolution.
+XLA computes that gradient as a convolution whose window is a whole map, on a CPU at a third to a half of the speed of
+the convolution itself. As a sum over blocks of rows that fit into the cache, one matrix product each, it is about as
+fast as the convolution.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2.kernels.chunk_causal import platform
 
-BLOCK = 1024  # places of a map in each product, at most; maps of a few are left to XLA
+BLOCK = 1024  # most positions of a map in each product; small maps are left to XLA
 
 
-def convolve(x, kernel, padding, *, exact=False, dilation=(1, 1)):
+def convolve(x: Float[Array, 'N F T I'], kernel: Float[Array, 'A B I O'], padding, *, exact=False,
+             dilation=(1, 1)) -> Float[Array, 'N F2 T2 O']:
   """[N, F, T, I] by [A, B, I, O] -> [N, F', T', O] in x's dtype.
 
   Args:
@@ -33,12 +35,12 @@ def convolve(x, kernel, padding, *, exact=False, dilation=(1, 1)):
 def split(x, dtype):
   """x, float32, as two numbers of a lower `dtype` whose sum it is up to 2^-16; gradients pass by the first alone."""
   info = jnp.finfo(dtype)
-  rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast to and fro XLA may leave out
+  rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # XLA may remove a cast and its inverse
   return x.astype(dtype), jax.lax.stop_gradient(x - rounded).astype(dtype)
 
 
 def _blocks_pay(x, dilation) -> bool:
-  """On one CPU device alone: split over several, each block would wait for all of them."""
+  """Whether blocks help: on a single CPU device. On several, each block would wait for all of them."""
   mesh = jax.sharding.get_abstract_mesh()
   return (platform() == 'cpu' and (mesh.empty or mesh.size == 1) and x.shape[1] * x.shape[2] >= BLOCK // 4
           and dilation == (1, 1))
@@ -58,7 +60,7 @@ def _forward(x, kernel, padding, exact, dilation):
   low = x.astype(kernel.dtype)
   out = _plain(low, kernel, padding, dilation, x.dtype)
   if exact and x.dtype != kernel.dtype:
-    # Not side by side in the channels of one convolution: of some maps the TPU's compiler then crashes.
+    # Not as channels of one convolution: the TPU compiler crashes for some sizes.
     low, rest = split(x, kernel.dtype)
     out = out + _plain(rest, kernel, padding, dilation, x.dtype)
   return out, (low, kernel)
@@ -82,7 +84,7 @@ def kernel_gradient(x, out_gradient, size, padding):
   """-> [A, B, I, O] for x [N, F, T, I], the result's gradient [N, F', T', O] and a kernel of size (A, B).
 
   The taps of a column are shifts of the gradient by rows, those of a row shifts of x by frames: A + B shifted copies
-  make all A x B sums in one product, whose sides are as long as can be.
+  give all A x B sums in one large product.
   """
   (a, b), (n, f, _, i), (frames, o) = size, x.shape, out_gradient.shape[2:]
   (before, after), columns = padding

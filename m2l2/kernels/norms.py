@@ -1,7 +1,7 @@
 """Norms and SiLU with gradients of their own: two reductions and one pass over the array each way.
 
-What JAX derives by itself keeps every intermediate for the backward pass and walks over the array several times. Here
-only the input and the moments are kept. All maths is float32; results have the input's dtype.
+JAX's own derivatives store every intermediate for the backward pass and read the array several times. Here only the
+input and the moments are stored. All maths is float32; results have the input's dtype.
 """
 
 import functools
@@ -9,11 +9,12 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 
-def silu(x, dtype=None):
-  """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is kept in `dtype`, its own by default."""
+def silu(x: Float[Array, '*shape'], dtype=None) -> Float[Array, '*shape']:
+  """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is stored in `dtype`, its own by default."""
   return _silu(x, jnp.dtype(dtype or x.dtype))
 
 
@@ -23,7 +24,7 @@ def _silu(x, dtype):
 
 
 def _silu_gradient(x, gradient):
-  """float32, of a gradient and an x of whatever dtypes."""
+  """float32, of a gradient and an x of any dtypes."""
   x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
   gate = jax.nn.sigmoid(x)
   return gradient * gate * (1 + x * (1 - gate))
@@ -33,7 +34,7 @@ _silu.defvjp(lambda x, dtype: (_silu(x, dtype), keep(x, dtype)),
              lambda dtype, x, gradient: (_silu_gradient(x, gradient).astype(gradient.dtype),))
 
 
-def swiglu(h, dtype=None):
+def swiglu(h: Float[Array, '*lead 2 M'], dtype=None) -> Float[Array, '*lead M']:
   """SiLU(a) b of h [..., 2, M], the halves a and b, in `dtype` (h's by default), in which h is kept too."""
   return _swiglu(h, jnp.dtype(dtype or h.dtype))
 
@@ -58,16 +59,16 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def keep(x, dtype=None):
-  """x in `dtype`, marked as what a rematerialised layer keeps ('product': model/layers.py)."""
+  """x in `dtype`, marked to be stored by a rematerialised layer ('product': model/layers.py)."""
   return checkpoint_name(x.astype(dtype or x.dtype), 'product')
 
 
-def layer_norm(x, scale, *, eps: float):
+def layer_norm(x: Float[Array, '*shape'], scale: Float[Array, '...'], *, eps: float) -> Float[Array, '*shape']:
   """(x - mean) / deviation * scale over the last axis; scale float32 of x's rank, broadcast where its size is 1."""
   return _row_norm(x, scale, eps, True)
 
 
-def rms_norm(x, scale, *, eps: float):
+def rms_norm(x: Float[Array, '*shape'], scale: Float[Array, '...'], *, eps: float) -> Float[Array, '*shape']:
   """x / root mean square * scale over the last axis; scale as of `layer_norm`."""
   return _row_norm(x, scale, eps, False)
 
@@ -101,11 +102,12 @@ def _row_norm_backward(eps, centred, saved, gradient):
 _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 
 
-def normalised_qkv(qkv, gains, eps, dtype=None):
+def normalised_qkv(qkv: Float[Array, 'B L 3 H K'], gains: Float[Array, '2 K'], eps: float, dtype=None) -> tuple[
+    Float[Array, 'B L H K'], Float[Array, 'B L H K'], Float[Array, 'B L H K']]:
   """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
 
-  Its gradient is put together at once, where that of three slices would be three padded arrays and their sum. `dtype`
-  as of `swiglu`.
+  Its gradient is computed as one array; that of three slices would be three padded arrays and their sum. `dtype` as of
+  `swiglu`.
   """
   return _normalised_qkv(qkv, gains, eps, jnp.dtype(dtype or qkv.dtype))
 
@@ -131,13 +133,14 @@ def _normalised_qkv_backward(eps, dtype, saved, gradients):
 _normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
 
 
-def group_norm(x, scale, *, groups: int, eps: float):
+def group_norm(x: Float[Array, 'N F T PC'], scale: Float[Array, '#N C'], *, groups: int,
+               eps: float) -> Float[Array, 'N F T PC']:
   """GroupNorm of maps [N, F, T, P C] with a gain and no bias.
 
   Args:
     scale: [1, C] or [N, C] float32.
-    groups: of neighbouring channels among the C. A map whose P > 1 places lie side by side in its channels
-      (model/packing.py) shares the groups over them.
+    groups: of neighbouring channels among the C. In a map with P > 1 positions packed into its channels
+      (variants/packing.py), the groups span them.
   """
   packed = x.shape[-1] // scale.shape[-1]
   return _group_norm(x, jnp.tile(scale, (1, packed)), groups, packed, eps)
@@ -151,7 +154,7 @@ def _group_norm(x, scale, groups, packed, eps):
 def _group_norm_forward(x, scale, groups, packed, eps):
   y = x.astype(jnp.float32)
   means = functools.partial(_group_means, groups=groups, packed=packed)
-  # Both moments in one pass, about the mean of the first row: without that shift the difference of squares would lose
+  # Both moments in one pass, relative to the mean of the first row: without that the difference of squares would lose
   # the digits of a group whose mean is large.
   shift = means(jnp.mean(y[:, 0], axis=1))
   shifted = y - shift[:, None, None]

@@ -1,8 +1,8 @@
-"""Chunk-causal attention as Pallas kernels for TPU: the whole sequence of one head lies in VMEM.
+"""Chunk-causal attention as Pallas kernels for TPU: the whole sequence of one head is in VMEM.
 
-A pair of chunks is some thousand tokens: keys and values of a head take 512 KiB in bfloat16, so nothing has to be
-streamed and the softmax is the plain one. Chunk s multiplies with the keys of chunks <= s only: no masked work. The
-backward kernel computes the probabilities again and holds all three gradients of its head.
+A pair of chunks is some thousand tokens: keys and values of a head take 512 KiB in bfloat16, so nothing is
+streamed and the softmax is a plain one. Chunk s multiplies with the keys of chunks <= s only: no masked work. The
+backward kernel recomputes the probabilities and holds all three gradients of its head.
 """
 
 import functools
@@ -11,16 +11,19 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 LANES = 128      # a chunk's tokens are padded to a multiple of it
 ROWS = 256       # queries at a time: the probabilities of 256 x 1280 take 1.3 MB
 _MASKED = -1e30  # logits of padding; finite, so that a row of nothing but padding gives no nan
 
 
-def attention(q, k, v, *, num_chunks: int, interpret: bool = False):
+def attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *, num_chunks: int,
+    interpret: bool = False) -> Float[Array, 'B L H K']:
   """q, k, v [B, S*P, H, K] -> [B, S*P, H, K], chunk-causal over S chunks; any P, softmax in float32.
 
-  interpret: runs on any platform, slowly: for tests.
+  interpret: run on any platform, slowly, for tests.
   """
   return _attention(q, k, v, num_chunks, interpret)
 
@@ -75,7 +78,7 @@ def _call(kernel, arrays, *, outputs, tokens, num_chunks, interpret):
 
 
 def _cost(arrays, outputs, num_chunks) -> pl.CostEstimate:
-  """What the compiler cannot see: FLOPs and exponentials of a call, and the bytes that it reads and writes."""
+  """The cost of a call for the compiler: FLOPs, exponentials, and bytes read and written."""
   b, h, n, d = arrays[0].shape
   pairs = b * h * sum(rows * keys for _, rows, keys in _blocks(n, num_chunks))
   products = 2 if outputs == 1 else 5
@@ -92,7 +95,7 @@ def _blocks(length, num_chunks):
 
 
 def _probabilities(q, k, *, tokens, chunk_size):
-  """softmax(q k^T / sqrt K) float32; keys that are padding get none."""
+  """softmax(q k^T / sqrt K) float32; zero for keys that are padding."""
   logits = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   logits = logits * jnp.float32(q.shape[-1] ** -0.5)
   if tokens < chunk_size:

@@ -1,4 +1,4 @@
-"""What a run costs before it is begun: FLOPs, a compiled program's cycles and bytes, chips and their peaks."""
+"""The cost of a run before it starts: FLOPs, a compiled program's cycles and bytes, chips and their peaks."""
 
 from m2l2 import lazy
 

@@ -1,6 +1,6 @@
 """Counting a program's matrix products from its jaxpr.
 
-XLA's own cost analysis counts the body of a loop once, so a scan over 12 layers counts as one; here trips count.
+XLA's own cost analysis counts the body of a loop once, a scan over 12 layers as one layer; here trips are counted.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import jax.extend
 
 @dataclasses.dataclass
 class Flops:
-  """FLOPs of matrix products by kind; `padded_...` is what a matrix unit of that width would do."""
+  """FLOPs of matrix products by kind; `padded_...` includes the padding of a matrix unit of that width."""
   products: float = 0.0
   convolutions: float = 0.0
   attention: float = 0.0
@@ -40,7 +40,7 @@ def count_flops(jaxpr, *, unit: int = 128, attention: bool = False) -> Flops:
   """FLOPs of all matrix products and convolutions of a jaxpr, branches at their most expensive.
 
   Args:
-    jaxpr: a ClosedJaxpr's `jaxpr`, traced without rematerialisation if that is not to count.
+    jaxpr: a ClosedJaxpr's `jaxpr`, traced without rematerialisation to leave that out.
     unit: width of the matrix unit: contracted and output features are padded to it in `padded`.
     attention: whether all of it belongs to attention, as the body of a kernel does.
   """
@@ -63,7 +63,7 @@ def count_flops(jaxpr, *, unit: int = 128, attention: bool = False) -> Flops:
 
 
 def _times(eqn) -> int:
-  """How often the jaxpr inside an equation runs."""
+  """The number of times that the jaxpr inside an equation runs."""
   if eqn.primitive.name == 'scan':
     return eqn.params['length']
   if eqn.primitive.name == 'pallas_call':

@@ -1,6 +1,6 @@
 """The text of a compiled HLO module: its instructions, their types and attributes, and how often its loops run.
 
-Trips of loops are printed by XLA's CPU compiler; the TPU's prints none, and they are read from the loop's condition.
+XLA's CPU compiler prints the trip counts of loops; the TPU's does not, so they are computed from the loop's condition.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import re
 
 from m2l2.errors import UserError
 
-MAX_TRIPS = 100_000  # of a loop whose condition has to be run
-SCOPE_DEPTH = 3      # named scopes that are told apart: 'student/denoiser/level0_block0'
+MAX_TRIPS = 100_000  # limit for loops whose condition is evaluated
+SCOPE_DEPTH = 3      # depth of the named scopes that are distinguished: 'student/denoiser/level0_block0'
 _CONTROL = ('while', 'body', 'cond', 'closed_call', 'checkpoint', 'rematted_computation')  # in the names of scopes
 _TYPE = re.compile(r'\b([a-z]+\d+|pred)\[([\d,]*)\](?:\{([^}]*)\})?')
 _BYTES = {'pred': 1, 's4': .5, 'u4': .5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
@@ -68,10 +68,10 @@ def _closing(text, start) -> int:
 
 
 def type_bytes(kind: str, *, anywhere: bool = False) -> float:
-  """Bytes in a device's main memory of an HLO type, tuples summed, with the padding to tiles that its layout tells.
+  """Bytes of an HLO type in a device's main memory, tuples summed, including the padding to tiles of its layout.
 
   bf16[8,64]{1,0:T(8,128)} takes 8 x 128 places: the last of its dimensions, in the layout's order, fill whole tiles.
-  What lies in on-chip memory (S(1) and the like) counts only with `anywhere`.
+  Arrays in on-chip memory (S(1) and others) count only with `anywhere`.
   """
   total = 0.0
   for dtype, shape, layout in _TYPE.findall(kind):
@@ -90,19 +90,19 @@ def type_bytes(kind: str, *, anywhere: bool = False) -> float:
 
 def arrays_of(kind: str) -> list:
   """The arrays of a (nested) tuple type, in order."""
-  return [found[0] for found in _TYPE.finditer(kind)]
+  return [match[0] for match in _TYPE.finditer(kind)]
 
 
 def shape_of(kind: str) -> list:
   """Sizes of the first array of a type."""
-  found = _TYPE.search(kind)
-  return [int(n) for n in found[2].split(',') if n] if found else []
+  match = _TYPE.search(kind)
+  return [int(n) for n in match[2].split(',') if n] if match else []
 
 
 def attribute(instruction: Instruction, name: str) -> str:
-  """What stands behind `name=`, braces included; empty where nothing does."""
-  found = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', instruction.attributes)
-  return found[1] if found else ''
+  """The value of `name=`, including braces; empty without one."""
+  match = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', instruction.attributes)
+  return match[1] if match else ''
 
 
 def callee(instruction: Instruction, name: str) -> str:
@@ -116,13 +116,13 @@ def parameters_of(body) -> dict:
 
 
 def find_scope(attributes: str, *, whole: bool = False) -> str:
-  """'student/denoiser' of an operation traced in nested named scopes; a gradient's is that of what it is of.
+  """The named scope of an operation: 'student/denoiser'. A gradient has the scope of its forward operation.
 
-  whole: with the rest of its name, which tells more than a table has room for.
+  whole: with the rest of the operation's name.
   """
-  found = re.search(r'op_name="([^"]*)"', attributes)
+  match = re.search(r'op_name="([^"]*)"', attributes)
   parts = []
-  for part in (found[1] if found else '').split('/')[1:None if whole else -1]:
+  for part in (match[1] if match else '').split('/')[1:None if whole else -1]:
     part = '' if part.startswith('jit(') or part in _CONTROL else re.sub(r'^(?:\w+\()+|\)+$', '', part)
     if re.fullmatch(r'[a-z]\w*', part) and part not in parts:
       parts.append(part)
@@ -130,16 +130,16 @@ def find_scope(attributes: str, *, whole: bool = False) -> str:
 
 
 def count_trips(loop: Instruction, computations: dict, numbers: 'Numbers') -> tuple[int, dict]:
-  """How often a `while` runs, and {place: number} of what it carries along unchanged.
+  """The trip count of a `while`, and {position: number} of its loop-invariant numbers.
 
-  Printed with the loop, or found by running what its condition reads: whole numbers that are told where it begins, and
-  that its body counts up or down.
+  Either printed with the loop, or computed from its condition on whole numbers with known initial values that the body
+  increments or decrements.
 
   Args:
-    numbers: of the computation that the loop stands in.
+    numbers: of the computation that contains the loop.
 
   Raises:
-    UserError: neither tells.
+    UserError: neither is possible.
   """
   condition, body = callee(loop, 'condition'), callee(loop, 'body')
   printed = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -162,9 +162,9 @@ def count_trips(loop: Instruction, computations: dict, numbers: 'Numbers') -> tu
 
 
 class Numbers:
-  """The whole numbers and truth values of a computation that its text tells; None for all others.
+  """The whole numbers and booleans of a computation that are constant in its text; None for all others.
 
-  given: what its parameters are: a number, {place: number} of a tuple, or None.
+  given: its parameters: a number, {position: number} of a tuple, or None.
   """
   _SAME = ('copy', 'bitcast', 'convert', 'reshape', 'opt-barrier')
   _OF_TWO = {'add': operator.add, 'subtract': operator.sub, 'multiply': operator.mul, 'minimum': min, 'maximum': max,
@@ -182,7 +182,7 @@ class Numbers:
 
   def number(self, name):
     if name not in self._found:
-      self._found[name] = None  # should it ever lead back to itself
+      self._found[name] = None  # in case of a cycle
       instruction = self._inner.get(name)
       if instruction is not None and re.match(r'(?:[su]\d+|pred)\[\]', instruction.type):
         self._found[name] = self._compute(instruction)
@@ -214,13 +214,13 @@ class Numbers:
     return Numbers(self._computations, called, [self.number(name) for name in instruction.operands])
 
   def elements(self, name=None) -> dict:
-    """{place: number} of a tuple, the root if no name is given; only of the numbers that are told."""
+    """{position: number} of a tuple, by default the root; only known numbers."""
     instruction = self._inner.get(self._root if name is None else name)
     if instruction is None:
       return {}
     if instruction.opcode == 'tuple':
-      found = enumerate(map(self.number, instruction.operands))
-      return {place: number for place, number in found if number is not None}
+      numbers = enumerate(map(self.number, instruction.operands))
+      return {place: number for place, number in numbers if number is not None}
     if instruction.opcode == 'parameter':
       place = int(instruction.operands[0])
       return (self._given[place] if place < len(self._given) else None) or {}

@@ -1,4 +1,4 @@
-"""What a training run would need on a TPU pod, from the TPU's own compiler, without the pod.
+"""Estimates the memory and time of a training run on a TPU pod by the TPU compiler, without the pod.
 
 The whole train step is compiled ahead of time for a named topology. Memory, traffic and collectives are the compiled
 program's; FLOPs are counted from the traced one. Neither of the two times is a measurement: the bound is from published
@@ -17,11 +17,11 @@ from m2l2.errors import UserError, first_line
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.planning import chips
 from m2l2.planning.traffic import Traffic, count_traffic
-from m2l2.training import programs, timing
+from m2l2.training import programs, scaling, timing
 
 MAX_COMPILES = 6
-FULL = 0.9  # of the memory: beyond, the compiler tries for half an hour and longer to compute things twice
-# Without these the TPU's library looks for a TPU on this machine, and says so at length.
+FULL = 0.9  # share of the memory above which the compiler spends half an hour and more on rematerialisation
+# Without these the TPU's library searches for a TPU on this machine, with long messages.
 _ENVIRONMENT = {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-256', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_WORKER_ID': '0', 'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -53,22 +53,22 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
         without: {kind of operation: count, bytes} of all others that it has none for, which are in no time
       parts: by named scope and kind of operation, most cycles first: scope, kind, cycles, bytes, flops (as executed,
         of products and convolutions), mfu (of these)
-      run: of train.steps at this batch: steps, crops, config_crops (at the config's own batch), and chip_hours of the
-        bound and of the estimate
+      run: of train.steps (as they follow this batch where config.scaling says so): steps, crops, config_crops (at the
+        config's own batch), and chip_hours of the bound and of the estimate
       crops_per_second_per_host: at the bound
 
   Raises:
     UserError: no TPU compiler, an unknown topology or preset, a batch that does not divide, or none that fits.
   """
   chip, devices = _topology(topology)
-  config = config.copy_and_resolve_references().unlock()
-  own_batch = config.train.batch_size
+  config = scaling.scaled(config).copy_and_resolve_references().unlock()
+  config_crops = config.train.steps * config.train.batch_size
   config.mesh.preset = preset or config.mesh.preset
   if config.model.tile == 'auto':
     config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
   unit = sharding.batch_shards(mesh) * config.train.accumulate
-  # A batch of the paper's size does not divide over a pod: one crop a chip then.
+  # A batch of the paper's size does not divide over a pod: then one crop per chip.
   config.train.batch_size = batch or -(-config.train.batch_size // unit) * unit
   if config.train.batch_size % unit:
     raise UserError(f'--batch={batch} must be a multiple of {unit}: microbatches times the chips that share a batch')
@@ -84,7 +84,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
     probe, error = _compile(config, mesh, say, probe=True)
     if probe is None:
       return {**report, 'fits': False, 'error': f'the probe that train.probe_every asks for: {error}'}
-  report |= _figures(config, compiled, probe, chip, report, own_batch=own_batch)
+  report |= _figures(config, compiled, probe, chip, report, config_crops=config_crops)
   sizes = report['bytes']
   if probe and sizes['arguments'] + sizes['probe'] > sizes['hbm']:  # the compiler knows of the probe's own alone
     return {**report, 'fits': False, 'error': 'the probe that train.probe_every asks for needs '
@@ -92,7 +92,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   return report
 
 
-def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
+def _figures(config, compiled, probe, chip, report, *, config_crops) -> dict:
   count, batch = report['devices'], report['batch']
   traffic = count_traffic(compiled.as_text())
   with compiling_for('tpu'):
@@ -105,7 +105,7 @@ def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
   by = max(seconds, key=seconds.get)
   mfu = lambda time: nominal.total / count / chip.bf16_flops / time
   estimate, parts = estimate_step(traffic, chip)
-  steps = config.train.steps
+  steps = scaling.scaled(config).train.steps
   return {
       'bytes': {**memory_of(compiled, probe), 'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
       'flops': {'step': nominal.total, 'products': nominal.products, 'convolutions': nominal.convolutions,
@@ -115,7 +115,7 @@ def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
       'bound': {'step_seconds': seconds[by], 'mfu': mfu(seconds[by]), 'by': by, 'seconds': seconds},
       'estimate': {'mfu': mfu(estimate['step_seconds']), **estimate},
       'parts': parts,
-      'run': {'steps': steps, 'crops': steps * batch, 'config_crops': steps * own_batch, 'chip_hours': {
+      'run': {'steps': steps, 'crops': steps * batch, 'config_crops': config_crops, 'chip_hours': {
           name: steps * time * count / 3600
           for name, time in (('bound', seconds[by]), ('estimate', estimate['step_seconds']))}},
       'crops_per_second_per_host': batch / seconds[by] / report['hosts']}
@@ -151,13 +151,13 @@ def estimate_step(traffic: Traffic, chip: chips.Chip) -> tuple[dict, list]:
                   'mfu': cost.flops / chip.bf16_flops * chip.clock / cycles if cycles else None})
   cycles = traffic.cycles + of_kernels
   without = {kind: {'count': cost.count, 'bytes': cost.accessed}
-             for kind, cost in sorted(traffic.unestimated.items(), key=lambda found: -found[1].accessed)}
+             for kind, cost in sorted(traffic.unestimated.items(), key=lambda entry: -entry[1].accessed)}
   return ({'step_seconds': cycles / chip.clock, 'cycles': cycles, 'clock': chip.clock, 'kernels': of_kernels,
            'without': without}, sorted(parts, key=lambda part: -part['cycles']))
 
 
 def _compile(config, mesh, say, *, probe=False):
-  """-> (compiled step, or probe, '') or (None, why it does not fit)."""
+  """-> (compiled step or probe, '') or (None, the reason why it does not fit)."""
   say(f'compiling{" the probe" if probe else ""} for a batch of {config.train.batch_size}')
   # An abstract mesh: with jax.set_mesh the few arrays made while tracing would go to the TPUs that are not there.
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -167,8 +167,9 @@ def _compile(config, mesh, say, *, probe=False):
     batch = programs.abstract_batch(functions, mesh, batch_size=config.train.batch_size)
     lowered = (programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed) if probe
                else programs.lower_step(functions, state, batch, mesh))
+    chip = chips.find_chip(mesh.devices.flat[0].device_kind)
     try:
-      return lowered.compile(), ''
+      return programs.compiled(lowered, chips.compiler_options(chip, config.train.compiler_options)), ''
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
@@ -178,7 +179,7 @@ def _compile(config, mesh, say, *, probe=False):
 def _largest_batch(config, mesh, unit, say):
   """-> `_compile` of the largest batch found to fit, which config.train.batch_size then is.
 
-  Memory grows linearly with the batch, nearly: two sizes tell where it ends, and the compiler has the last word.
+  Memory grows nearly linearly with the batch: two sizes give an estimate, which the compiler then checks.
   """
   known, best = {}, (0, None)  # {multiple of unit: bytes}
   limit = None                 # smallest multiple that does not fit
@@ -193,7 +194,7 @@ def _largest_batch(config, mesh, unit, say):
       memory = compiled.memory_analysis()
       known[guess] = memory.temp_size_in_bytes
       available = memory.argument_size_in_bytes
-      best = max(best, (guess, compiled), key=lambda found: found[0])
+      best = max(best, (guess, compiled), key=lambda candidate: candidate[0])
     guess = next_guess(known, hbm=_hbm(mesh) - available if known else 0, limit=limit)
     if guess is None:
       break
@@ -238,7 +239,7 @@ def _topology(name):
   for variable, value in _ENVIRONMENT.items():
     os.environ.setdefault(variable, value)
   from jax.experimental import topologies
-  if importlib.util.find_spec('libtpu') is None:  # jax would say so less clearly
+  if importlib.util.find_spec('libtpu') is None:  # a clearer message than JAX's
     raise UserError("planning needs the TPU's compiler: pip install 'm2l2[train,tpu]' (no TPU is needed)")
   cores = {'chip_config_name': 'megacore'} if kind == 'v4' else {}
   try:
@@ -250,7 +251,7 @@ def _topology(name):
 
 
 def as_text(report: dict) -> str:
-  """The report of `plan` as lines for people."""
+  """The report of `plan` as text."""
   gib = chips.GIB
   mesh = ' x '.join(f'{name} {size}' for name, size in report['mesh'].items())
   lines = [f'{report["topology"]}: {report["devices"]} chips, {report["hosts"]} hosts; {report["preset"]}, {mesh}; '

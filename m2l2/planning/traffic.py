@@ -1,6 +1,6 @@
-"""Counting what a compiled program does: cycles, memory traffic, FLOPs and collectives, from the text of its HLO.
+"""Counting the cycles, memory traffic, FLOPs and collectives of a compiled program, from the text of its HLO.
 
-XLA's own cost analysis counts the body of a loop once, so a scan over 12 layers counts as one; here trips count.
+XLA's own cost analysis counts the body of a loop once, a scan over 12 layers as one layer; here trips are counted.
 """
 
 import collections
@@ -25,14 +25,14 @@ from m2l2.planning.hlo import (
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id')
 _OWN_KIND = ('sort', 'gather', 'scatter', 'reduce-window', 'select-and-scatter', 'fft', 'rng-bit-generator')
-# Calls of the TPU compiler that move nothing.
+# Calls of the TPU compiler without memory traffic.
 _NO_WORK = ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound')
 
 
 @dataclasses.dataclass
 class OperationCost:
-  """What some operations take together: how often one of them runs, cycles by the TPU compiler's own estimate (0 where
-  it has none), bytes read and written, FLOPs of products and convolutions as they are executed."""
+  """The cost of some operations together: number of executions, cycles by the TPU compiler's own estimate (0 without
+  one), bytes read and written, FLOPs of products and convolutions as executed."""
   count: float = 0.0
   cycles: float = 0.0
   accessed: float = 0.0
@@ -49,15 +49,15 @@ def _costs():
 
 @dataclasses.dataclass
 class Traffic:
-  """Of one device and one run.
+  """The traffic of one device in one execution.
 
   Attributes:
     accessed: bytes read and written.
-    cycles: the TPU compiler's own estimate; nothing is in it of what it has none for.
+    cycles: the TPU compiler's own estimate, without operations that it has none for.
     collectives: bytes of their results, by kind.
     parts: {(named scope, kind of operation): OperationCost} of all operations. Pallas kernels are the kind 'kernel';
-      their FLOPs are those that they say of themselves (`cost_estimate`).
-    unestimated: {kind of operation: OperationCost} of those without an estimate, but for kernels that tell their FLOPs.
+      their FLOPs are those of their `cost_estimate`.
+    unestimated: {kind of operation: OperationCost} of those without an estimate, except kernels with a `cost_estimate`.
   """
   accessed: float = 0.0
   cycles: float = 0.0
@@ -67,14 +67,14 @@ class Traffic:
 
 
 def count_traffic(hlo_text: str) -> Traffic:
-  """Walks the text of a compiled HLO module; bodies of loops count as often as they run.
+  """Counts over the text of a compiled HLO module; bodies of loops count as often as they run.
 
   Each instruction outside of a fusion reads its operands and writes its output. A fusion that takes a slice of an
   operand, or updates a slice of its output in place, is charged for the slice.
 
   Raises:
-    UserError: a loop whose trips the text does not tell.
-    ValueError: no text of an HLO module.
+    UserError: a loop without a known trip count.
+    ValueError: not the text of an HLO module.
   """
   computations, entry = parse_hlo(hlo_text)
   traffic = Traffic()
@@ -113,8 +113,8 @@ def _charge(traffic, instruction, times, types, computations):
 
 
 def _cycles(instruction) -> int:
-  found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-  return int(found[1]) if found else 0
+  match = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  return int(match[1]) if match else 0
 
 
 def _kind(instruction, computations) -> str:
@@ -125,7 +125,7 @@ def _kind(instruction, computations) -> str:
   within = [instruction, *_within(instruction, computations)]
   multiplying = [i for i in within if i.opcode in ('convolution', 'dot')]
   if multiplying:
-    # The TPU's compiler writes products as convolutions; where they come from tells.
+    # The TPU's compiler writes products as convolutions; the name of their source distinguishes them.
     names = [i.attributes for i in multiplying] + [instruction.attributes]
     return 'convolution' if any('/conv_general_dilated"' in name for name in names) else 'product'
   if any(i.opcode.removesuffix('-start') in COLLECTIVES for i in within):
@@ -140,7 +140,7 @@ def _within(instruction, computations) -> list:
   if instruction.opcode != 'fusion':
     return []
   body = computations.get(callee(instruction, 'calls'), [])
-  return [found for inner in body for found in (inner, *_within(inner, computations))]
+  return [nested for inner in body for nested in (inner, *_within(inner, computations))]
 
 
 def _flops(instruction, types, computations) -> float:
@@ -152,7 +152,7 @@ def _flops(instruction, types, computations) -> float:
     left = shape_of(types.get(instruction.operands[0], ''))
     contracted = re.findall(r'\d+', attribute(instruction, 'lhs_contracting_dims'))
     return 2.0 * math.prod(shape_of(instruction.type)) * math.prod(left[int(axis)] for axis in contracted)
-  if instruction.opcode == 'custom-call':  # what a kernel says of itself, if it does
+  if instruction.opcode == 'custom-call':  # the kernel's own estimate, if given
     told = re.search(r'"flops":"?(\d+)', instruction.attributes)
     return float(told[1]) if told else 0.0
   return _convolution_flops(instruction, types) if instruction.opcode == 'convolution' else 0.0
@@ -210,7 +210,7 @@ def _accessed(instruction, types, computations) -> float:
   written, updated = 0.0, set()
   for part, kind in zip(parts, arrays_of(instruction.type)):
     update, buffer = _update_in_place(part, inner, computations)
-    if buffer:  # only what is new is written; where it comes from is read as other operands are
+    if buffer:  # only the new slice is written; its source is read like other operands
       written += type_bytes(update, anywhere=True) if type_bytes(kind) else 0.0
       updated.add(buffer)
     else:
@@ -225,7 +225,7 @@ def _accessed(instruction, types, computations) -> float:
 
 
 def _sliced(name, body, computations) -> float:
-  """Bytes that a fusion's body reads of `name` if it takes nothing but slices of it, in nested fusions too; else 0."""
+  """Bytes that a fusion's body reads of `name` if it uses only slices of it, in nested fusions too; else 0."""
   total = 0.0
   for user in body:
     if name not in user.operands:
@@ -260,8 +260,8 @@ def _update_in_place(part, inner, computations) -> tuple[str, str]:
     buffer = next((source.operands[n] for n, name in parameters_of(body).items() if name == place), '')
   else:
     return '', ''
-  found = _through_bitcasts(inner.get(buffer), inner)
-  return (kind, found.name) if found is not None and found.opcode == 'parameter' else ('', '')
+  producer = _through_bitcasts(inner.get(buffer), inner)
+  return (kind, producer.name) if producer is not None and producer.opcode == 'parameter' else ('', '')
 
 
 def _through_bitcasts(instruction, inner):
@@ -281,5 +281,5 @@ def _collectives(instruction, computations):
     return [(kind, type_bytes(output, anywhere=True))]
   if instruction.opcode == 'fusion':
     body = computations.get(callee(instruction, 'calls'), [])
-    return [found for inner in body for found in _collectives(inner, computations)]
+    return [collective for inner in body for collective in _collectives(inner, computations)]
   return []

@@ -1,4 +1,4 @@
-"""The training run: the loop, what a step is, and what keeps a run alive, honest and measured."""
+"""Training: the loop, the step, checkpoints, several hosts, and the measurements of a run."""
 
 from m2l2 import lazy
 

@@ -1,8 +1,8 @@
 """Checkpoints for resuming: (state, data position, config) as one unit, written in the background.
 
-A checkpoint is for going on with a run; a snapshot (m2l2/codec/snapshot.py: averaged weights only) is for
-users. Orbax gives a step its final name only when all of it is on disk, so a run killed at any
-moment finds either a whole checkpoint or none.
+A checkpoint is for resuming a run; a snapshot (m2l2/codec/snapshot.py: averaged weights only) is for using the model.
+Orbax gives a step its final name only when all of it is on disk, so after a kill at any moment each checkpoint is
+either complete or absent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """`step`, `state` as asked for, the data `position` and the `config` that were saved with it."""
+  """`step`, `state` in the requested layout, and the data `position` and `config` that were saved with it."""
   step: int
   state: Any
   position: dict
@@ -47,10 +47,17 @@ def config_differences(old: dict, new: dict) -> list[str]:
 
 
 def latest(directory) -> int | None:
-  """The step of the newest complete checkpoint in a directory, None without any; nothing is opened or made."""
+  """The step of the newest complete checkpoint in a directory, or None; by the names alone."""
   if not os.path.isdir(directory):
     return None
   return max((int(name) for name in os.listdir(directory) if name.isdecimal()), default=None)
+
+
+def before(directory, step: int) -> int | None:
+  """The newest complete checkpoint of a state that update `step` comes after; None where that is the first state."""
+  if not os.path.isdir(directory):
+    return None
+  return max((int(name) for name in os.listdir(directory) if name.isdecimal() and int(name) < step), default=None)
 
 
 def _flat_config(config, prefix=''):
@@ -65,7 +72,7 @@ def _flat_config(config, prefix=''):
 
 
 def _flatten(tree) -> dict:
-  """{'params/encoder/w': array, ...}: names that say in an error message what a reader can find."""
+  """{'params/encoder/w': array, ...}: names that are readable in error messages."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
@@ -81,12 +88,12 @@ def _on_every_process(ok: bool) -> bool:
 
 
 class Checkpoints:
-  """The checkpoints of one run under `directory`; every process of the run makes one of these.
+  """The checkpoints of one run under `directory`; every process of the run creates this object.
 
   Args:
-    directory: created if need be; on a file system that all processes share.
-    keep_last: how many of the newest are kept.
-    keep_every: steps that are multiples of it are kept for ever; 0 or None for none.
+    directory: created if missing; on a file system that all processes share.
+    keep_last: number of newest checkpoints that are kept.
+    keep_every: checkpoints at multiples of these steps are kept for good; 0 or None: none.
   """
 
   def __init__(self, directory, *, keep_last, keep_every=None):
@@ -101,7 +108,7 @@ class Checkpoints:
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(kept),
-        cleanup_tmp_directories=True))  # what a killed run left half-written
+        cleanup_tmp_directories=True))  # half-written checkpoints of a killed run
 
   def steps(self) -> list[int]:
     """The steps of the complete checkpoints, oldest first."""
@@ -125,10 +132,10 @@ class Checkpoints:
       state=ocp.args.StandardSave(flat), about=ocp.args.JsonSave(about)))
 
   def restore(self, abstract_state, *, config) -> Restored | None:
-    """The newest checkpoint that can be read, laid out like `abstract_state`; None without any.
+    """The newest readable checkpoint, laid out like `abstract_state`; None without any.
 
-    One that cannot be read is passed over with a warning and, once an older one has been read,
-    renamed to broken-STEP, so that the run can write that step again.
+    An unreadable checkpoint is skipped with a warning and, once an older one has been read, renamed to broken-STEP, so
+    that the run can write that step again.
 
     Args:
       abstract_state: tree of ShapeDtypeStruct with shardings, of any mesh.
@@ -144,7 +151,7 @@ class Checkpoints:
         restored = self._read(step, abstract_state, config)
       except UserError:
         raise
-      except Exception as e:  # damage shows as almost any error of Orbax, TensorStore or JSON
+      except Exception as e:  # damage causes almost any error of Orbax, TensorStore or JSON
         error = e
       if not _on_every_process(error is None):
         logging.warning('checkpoint %d in %s cannot be read (%s): trying the one before',
@@ -157,6 +164,15 @@ class Checkpoints:
       raise UserError(f'none of the checkpoints in {self.directory} can be read '
                       f'({_reason(error)}): move that directory away to start from scratch')
     return None
+
+  def restore_at(self, step: int, abstract_state, *, config) -> Restored:
+    """The checkpoint of `step`. Raises UserError: it cannot be read, or holds other arrays than this config's model."""
+    try:
+      return self._read(step, abstract_state, config)
+    except UserError:
+      raise
+    except Exception as error:  # as above
+      raise UserError(f'checkpoint {step} in {self.directory} cannot be read ({_reason(error)})') from error
 
   def _read(self, step, abstract_state, config) -> Restored:
     about = self._manager.restore(
@@ -196,7 +212,7 @@ class Checkpoints:
     self._manager.reload()
 
   def reached_preemption(self, step) -> bool:
-    """Whether a run of several processes was told to stop: true on all of them at the same step."""
+    """Whether a run of several processes is to stop: true on all of them at the same step."""
     return self._manager.reached_preemption(step)
 
   def wait(self):
@@ -204,7 +220,7 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def close(self):
-    """Waits, then lets go of the directory and the threads."""
+    """Waits for saves, then closes the directory and the threads."""
     self._manager.wait_until_finished()
     self._manager.close()
 
@@ -212,22 +228,22 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, unused_traceback):
-    # Where another process is gone, a save under way would wait for it.
+    # If another process has ended, a running save would wait for it.
     if error is None or isinstance(error, UserError) or jax.process_count() == 1:
       self.close()
 
 
 def _reason(error) -> str:
-  """What went wrong, short: the errors of Orbax run over many lines."""
+  """The first line of an error: those of Orbax have many."""
   return 'another process failed' if error is None else f'{type(error).__name__}: {first_line(error, most=200)}'
 
 
 class StopSignal:
-  """Turns SIGTERM (a preempted machine), Ctrl-C and SIGHUP (a closed terminal) into a question asked once a step.
+  """Turns SIGTERM (a preempted machine), Ctrl-C and SIGHUP (a closed terminal) into a flag that is read once per step.
 
-  With one process, a first signal is remembered and a second one acts as usual; but for SIGHUP, which a closing
+  With one process, the first signal sets the flag and a second one acts as usual, except SIGHUP, which a closing
   terminal and its shell both send. Under nohup SIGHUP stays ignored. With several processes, JAX's preemption service
-  has taken SIGTERM at start-up and makes the processes agree on the step.
+  handles SIGTERM and makes the processes agree on the step.
 
     with StopSignal(checkpoints) as stop:
       while not stop.reached(step): ...
@@ -263,10 +279,10 @@ class StopSignal:
         signal.signal(number, self._previous.pop(number))
 
   def reached(self, step) -> bool:
-    """Whether to save and stop now, after `step` updates; every process asks at every step."""
+    """Whether to save and stop now, after `step` updates; to be called by every process at every step."""
     if jax.process_count() == 1:
       return self._received
-    # JAX stops one step after the last that any process has asked about; for a SIGTERM that came
+    # JAX stops one step after the last step that any process has passed to it; for a SIGTERM that came
     # before the first question that is step 1, which a resumed run has long passed.
     first, self._asked = not self._asked, True
     if first and step > 1 and self._checkpoints.reached_preemption(1):

@@ -1,7 +1,7 @@
-"""Config files: where one is, what it gives, and what is wrong in it, in one line.
+"""Config files: finding and loading one, and errors in it as one line.
 
-A preset is known by its name, `tiny`, `tiny.py` or `configs/tiny.py`; any other path means that very file. A wrong one
-must not become a preset that happens to be called alike: that would train something else.
+A preset is known by its name: `tiny`, `tiny.py` or `configs/tiny.py`. Any other path means that very file. A wrong path
+must not become a preset of the same name: that would train something else.
 """
 
 from collections.abc import Iterable
@@ -21,13 +21,14 @@ from m2l2.errors import UserError
 _NAME = re.compile(r'(?:configs/)?(\w[\w-]*)(?:\.py)?')  # what may mean a preset
 _CAST = re.compile(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and "
                    r"cannot be casted to type <class '([\w.]+)'>", re.S)
+_RENAMED = {'tiny22': 'tiny (and what was tiny is nano)', 'mono': 'base'}
 _KINDS = {'int': 'a whole number', 'float': 'a number', 'bool': 'True or False', 'str': 'text', 'tuple': 'a tuple'}
 
 
 def find(value: str) -> str:
-  """'FILE[:WORDS]' with the path of the file that it means.
+  """'FILE[:WORDS]' with the path of the file that it stands for.
 
-  The file itself comes first; only a preset's name, bare or as configs/NAME, falls back to what is installed.
+  An existing file comes first; only the name of a preset, alone or as configs/NAME, falls back to an installed one.
 
   Raises UserError: there is no such file.
   """
@@ -40,14 +41,16 @@ def find(value: str) -> str:
   for candidate in candidates:
     if os.path.isfile(candidate):
       return candidate + colon + words
+  if name and name[1] in _RENAMED:
+    raise UserError(f'--config={value}: the preset {name[1]} is now {_RENAMED[name[1]]}')
   names = sorted(name for name in os.listdir(presets) if name.endswith('.py') and name != '__init__.py')
   raise UserError(f'--config={value}: there is no such file; the presets are {", ".join(names)}')
 
 
 def load(place: str) -> ml_collections.ConfigDict:
-  """The locked config that 'FILE[:WORDS]' gives: get_config(), or get_config('WORDS').
+  """The locked config of 'FILE[:WORDS]': get_config(), or get_config('WORDS').
 
-  Raises UserError: the file does not run, or sets what is no field or of another type; with its line.
+  Raises UserError: the file raises an error, or sets an unknown field or a value of another type; with its line.
   """
   path, colon, words = place.partition(':')
   try:
@@ -55,11 +58,11 @@ def load(place: str) -> ml_collections.ConfigDict:
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     if not hasattr(module, 'get_config'):
-      raise UserError(f'{path}: has no function get_config() (configs/tiny.py shows one)')
+      raise UserError(f'{path}: has no function get_config() (configs/nano.py shows one)')
     config = module.get_config(words) if colon else module.get_config()
   except UserError:
     raise
-  except (Exception, SystemExit) as error:  # it is the user's code: any at all
+  except (Exception, SystemExit) as error:  # the user's code may raise anything
     raise UserError(_told(error, path)) from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'{path}: get_config() returned {type(config).__name__}, not a ConfigDict; is a return missing?')
@@ -67,7 +70,7 @@ def load(place: str) -> ml_collections.ConfigDict:
 
 
 def _told(error, path) -> str:
-  """Where in the file, and what."""
+  """The place in the file, and the error."""
   if isinstance(error, SyntaxError):
     return f'{error.filename or path}, line {error.lineno}: {error.msg}'
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -83,7 +86,8 @@ def _told(error, path) -> str:
 
 
 def missing(name: str, *, near: str = '') -> str:
-  """That there is no such field, and which of base's is nearest. near: text that tells its group, as 'train.stepz'."""
+  """The message that there is no such field, with the nearest of base's. near: text with its group, such as
+  'train.stepz'."""
   known = field_names()
   close = difflib.get_close_matches(name, {path.rpartition('.')[2] for path in known}, n=1, cutoff=0.6)
   paths = [path for path in known if close and path.rpartition('.')[2] == close[0]]
@@ -98,7 +102,7 @@ def field_names() -> list[str]:
 
 
 def check(config: ml_collections.ConfigDict, overrides: Iterable[str]):
-  """Raises UserError: an override 'train.steps' of the command line that the config has no place for."""
+  """Raises UserError: an override of the command line, such as 'train.steps', of a field that the config lacks."""
   for path in overrides:
     place, parts = config, path.split('.')
     for depth, part in enumerate(parts):

@@ -1,9 +1,9 @@
-"""Known ways in which training goes wrong, told early, with the likely cure: one warning in the log for each.
+"""Warnings about known failures of training, early and with a likely cure, one line in the log for each.
 
-  latents that differ little from chunk to chunk, or in few directions: the decoder has nothing to go by
-  latents that grow before tanh, then saturated ones: tanh passes no gradient any more (stereo runs collapse so)
-  features at the cross connections that grow without bound, or are the same for all chunks
-  a denoiser that does not use the latents
+  latents differ little from chunk to chunk, or in few dimensions: they hold too little information for the decoder
+  latents grow before tanh and saturate: tanh passes no gradient any more (stereo runs collapse this way)
+  features at the cross connections grow without bound, or are the same for all chunks
+  the denoiser does not use the latents
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class Symptom:
   """A figure of the log on the wrong side of a limit.
 
   Attributes:
-    name: of the figure. limit: ill below it, or above it where `above`.
-    since: steps before which it says nothing. cure: what to do, for the log.
+    name: of the figure. limit: bad below it, or above it with `above`.
+    since: steps before which there is no warning. cure: advice for the log.
   """
   name: str
   limit: float
@@ -26,7 +26,7 @@ class Symptom:
   above: bool = False
   since: int = 100
 
-  def found(self, scalars: Mapping[str, float]) -> bool:
+  def is_present(self, scalars: Mapping[str, float]) -> bool:
     value = scalars.get(self.name)
     return value is not None and (value > self.limit if self.above else value < self.limit)
 
@@ -50,7 +50,7 @@ LASTING = 3  # logged steps in a row
 
 
 class Guard:
-  """A metrics writer that warns when a symptom lasts; again only after it was gone."""
+  """A metrics writer that warns when a symptom lasts, and again only after it has disappeared."""
 
   def __init__(self, symptoms=SYMPTOMS):
     self._lasted = dict.fromkeys(symptoms, 0)
@@ -59,7 +59,7 @@ class Guard:
     for symptom, lasted in self._lasted.items():
       if symptom.name not in scalars or step < symptom.since:
         continue
-      self._lasted[symptom] = lasted + 1 if symptom.found(scalars) else 0
+      self._lasted[symptom] = lasted + 1 if symptom.is_present(scalars) else 0
       if self._lasted[symptom] == LASTING:
         logging.warning('step %d: %s is %.3g: %s', step, symptom.name, float(scalars[symptom.name]), symptom.cure)
 

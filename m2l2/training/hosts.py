@@ -1,19 +1,18 @@
-"""Several processes as one run: finding each other, noticing that one is gone, ending together.
+"""Several processes as one run: connecting, detecting a lost process, ending together.
 
-JAX's own answer to a lost process is to abort the others from C++, long after, with a stack dump;
-Python cannot stop that. So here each process also raises a counter in JAX's key-value store and
-watches the others' counters, and a run ends with one line and status 1
+When a process is lost, JAX aborts the others from C++, long after, with a stack dump; Python cannot prevent that. So
+each process also increments a counter in JAX's key-value store and watches the others' counters, and a run ends with
+one line and status 1
 
   - at once, if a collective fails because of the lost process (CPU, mostly);
   - within a few seconds, if a process ended by itself and left its reason;
-  - within --peer_timeout seconds, if it was killed, its machine is gone or hangs;
+  - within --peer_timeout seconds, if it was killed, or its machine is lost or hangs;
   - within STALLED times --peer_timeout, if all live and the training loop of one stands still (a loader that hangs, a
     device, a collective): the counters carry what each main thread is at. Then WORKDIR/stalled gets the stacks of all
     threads of all processes.
 
-One case stays JAX's: when process 0 dies, which hosts the store, JAX aborts the others at once
-(SIGABRT, a stack dump). For that, and for `kill -9` of this very process, a shell holds its last
-words: it prints them once the process is gone.
+One case remains: when process 0 dies, which hosts the store, JAX aborts the others at once (SIGABRT, a stack dump).
+For that, and for `kill -9` of a process, a shell waits for its end and then prints its last words.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from m2l2.errors import UserError, first_line
 from m2l2.training.watchdog import STANDSTILL, Pace, Watchdog
 
 AGAIN = 'run the same command on all hosts to go on from the last checkpoint'
-LINGER = 3.0  # seconds that process 0 stays after its last line, so that others can end by themselves
+LINGER = 3.0  # seconds that process 0 waits after its last line, so that others can end by themselves
 DONE = 'done'
 STALLED = 6  # times --peer_timeout without progress in the loop, and the run is ended: a slow save or step is no reason
 COLLECTIVE_FAILED = re.compile(
@@ -49,19 +48,19 @@ _LAST_WORDS = 'while read -r line; do last=$line; done; [ -z "$last" ] || echo "
 
 
 class LastWords:
-  """A line that is printed to stderr when this process is gone, however it went."""
+  """A line that is printed to stderr when this process has ended, for whatever reason."""
 
   def __init__(self):
     self._shell = subprocess.Popen(
       ['/bin/sh', '-c', _LAST_WORDS], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-      text=True, start_new_session=True)  # Ctrl-C is not for it
+      text=True, start_new_session=True)  # it must ignore Ctrl-C
 
   def set(self, line):
     """Replaces the line; an empty one prints nothing."""
     try:
       self._shell.stdin.write(f'{line}\n')
       self._shell.stdin.flush()
-    except OSError:  # somebody killed the shell: the run does not depend on it
+    except OSError:  # the shell was killed: the run continues without it
       pass
 
   def close(self):
@@ -74,7 +73,7 @@ class LastWords:
 
 
 def check(*, multihost, coordinator, num_processes, process_id):
-  """Raises UserError on flags that do not go together."""
+  """Raises UserError for flags that exclude each other."""
   given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
   if not multihost:
     for name, value in given.items():
@@ -94,18 +93,18 @@ def check(*, multihost, coordinator, num_processes, process_id):
 
 def join(*, coordinator=None, num_processes=None, process_id=None, start_timeout=300,
          peer_timeout=100) -> Hosts:
-  """Connects this process to the others of its run; before anything touches a device.
+  """Connects this process to the others of its run; to be called before JAX uses a device.
 
   Args:
     coordinator: 'HOST:PORT' of process 0; this and the next two are found by JAX on TPU pods, GKE,
       Slurm, Open MPI and Kubernetes if they are None.
-    num_processes, process_id: how many, and which of them this is.
-    start_timeout: seconds within which all must have come.
-    peer_timeout: seconds of silence after which a process counts as lost.
+    num_processes, process_id: their number, and that of this process.
+    start_timeout: seconds within which all must have started.
+    peer_timeout: seconds without a sign of life after which a process counts as lost.
 
   Raises:
-    UserError: no cluster and no flags, or no coordinator at that address in time. When others do
-      not come in time, JAX aborts the process; its last words say so.
+    UserError: no cluster and no flags, or no coordinator at that address in time. If others do not start in time, JAX
+      aborts the process; its last words say so.
   """
   words = LastWords()
   words.set(f'not all processes of this run met within --start_timeout={start_timeout} s: start as many as '
@@ -115,7 +114,7 @@ def join(*, coordinator=None, num_processes=None, process_id=None, start_timeout
       _await_coordinator(coordinator, start_timeout)
     jax.distributed.initialize(
       coordinator, num_processes, process_id, initialization_timeout=start_timeout,
-      heartbeat_timeout_seconds=4 * peer_timeout)  # if our own watch fails; may strike at half
+      heartbeat_timeout_seconds=4 * peer_timeout)  # in case our own watch fails; may act at half the time
   except UserError:
     words.close()
     raise
@@ -147,7 +146,7 @@ def joined(args):
 
 
 def _await_coordinator(address, seconds):
-  """Waits until somebody listens there: JAX would abort the process instead of raising an error."""
+  """Waits until a process listens at the address: JAX would abort this process instead of raising an error."""
   host, port = address.rsplit(':', 1)
   end, error = time.monotonic() + seconds, None
   while time.monotonic() < end:
@@ -162,9 +161,9 @@ def _await_coordinator(address, seconds):
 
 
 def meet(name, *, seconds=3600):
-  """Waits for all processes of the run; each `name` once. No device takes part.
+  """A barrier of all processes of the run, once for each `name`, without devices.
 
-  Compiling takes some hosts far longer than others, and the first collective is less patient.
+  Compiling takes some hosts far longer than others, and the first collective would time out.
   """
   if jax.process_count() > 1:
     ocp.multihost.get_barrier_sync_fn()(key=f'm2l2/{name}', timeout_ms=seconds * 1000)
@@ -172,45 +171,45 @@ def meet(name, *, seconds=3600):
 
 @contextlib.contextmanager
 def watched(workdir):
-  """Within it the training loop must move. Gives `progress(step, doing)`, to be called wherever it begins with
-  something (`watchdog.Pace.set`). A run of one process is not watched.
+  """A block in which the training loop must progress. Yields `progress(step, doing)`, to be called at the beginning of
+  each activity (`watchdog.Pace.set`). A run of one process is not watched.
 
-  workdir: gets stalled/, with the stacks of all threads, where the loop stood still.
+  workdir: stalled/ is written there if the loop stalls, with the stacks of all threads.
   """
   here = Hosts.here
   if here is None:
     yield lambda step, doing: None
     return
   yield here.begin_watching(os.path.join(workdir, 'stalled'))
-  here.end_watching()  # not after an error: who waits for a process that fails is told by it
+  here.end_watching()  # not after an error: a failing process tells those that wait for it
 
 
 def exchange(topic: str, word: str) -> dict[int, str]:
-  """Leaves this process's word on a topic; nobody waits, and no device takes part.
+  """Publishes a word of this process on a topic, without waiting and without devices.
 
-  Returns on process 0 the newest word of each process that has left one, by its number; elsewhere its own.
+  Returns on process 0 the newest word of each process that has published one, by its number; elsewhere its own.
   """
   from jax._src import distributed  # as below
   state = distributed.global_state
-  found = {state.process_id: word}
+  words_by_process = {state.process_id: word}
   if state.client is not None:
     try:
       state.client.key_value_set(f'm2l2/{topic}/{state.process_id}', word, allow_overwrite=True)
       if state.process_id == 0:
         words = state.client.key_value_dir_get(f'm2l2/{topic}/')
-        found |= {int(key.rsplit('/', 1)[1]): value for key, value in words}
-    except Exception as error:  # a word is no reason to end a run; that the store is gone, others find out
+        words_by_process |= {int(key.rsplit('/', 1)[1]): value for key, value in words}
+    except Exception as error:  # no reason to end a run; a lost store is detected elsewhere
       logging.warning('could not exchange words on %s (%s)', topic, first_line(error))
-  return found
+  return words_by_process
 
 
 class Hosts:
-  """This process among the others, watched and watching, from `join` to `leave` or `fail`."""
+  """The state of this process among the others, from `join` to `leave` or `fail`."""
 
   here: Hosts | None = None
 
   def __init__(self, words, *, peer_timeout):
-    from jax._src import distributed  # the store has no public name yet; Orbax takes it from here too
+    from jax._src import distributed  # the store has no public name yet; Orbax uses this one too
     state = distributed.global_state
     self._store, self._id, self._count = state.client, state.process_id, state.num_processes
     self._words, self._timeout = words, peer_timeout
@@ -234,7 +233,7 @@ class Hosts:
     self._store.key_value_set(f'm2l2/alive/{self._id}', value, allow_overwrite=True)
 
   def _watch(self):
-    """Beats and listens. The clock is ours alone: what counts is when another's value last changed."""
+    """The thread of heartbeats. It uses only this process's clock: the time since another's value last changed."""
     seen = {i: ('', time.monotonic()) for i in range(self._count) if i != self._id}
     beat, answered = 0, time.monotonic()
     while not self._stop.wait(min(2.0, self._timeout / 5)):
@@ -242,7 +241,7 @@ class Hosts:
       try:
         self._say(json.dumps(self._heartbeat(beat)))
         values = dict(self._store.key_value_dir_get('m2l2/alive/'))
-      except Exception as error:  # mostly JAX itself ends the process then, see above
+      except Exception as error:  # usually JAX itself ends the process then, see above
         if time.monotonic() - answered > self._timeout:
           self._end(f'lost process 0 of {self._count} ({first_line(error)}): {AGAIN}', reason='lost process 0')
         continue
@@ -279,19 +278,19 @@ class Hosts:
 
   def _end(self, line, *, reason):
     """Prints the line and ends this process with status 1, waiting for nobody."""
-    if not self._ending.acquire(blocking=False):  # the other thread is at it
+    if not self._ending.acquire(blocking=False):  # another thread is ending the process
       time.sleep(60)
-    threading.Timer(LINGER, os._exit, [1]).start()  # whatever may hang below
+    threading.Timer(LINGER, os._exit, [1]).start()  # even if something below hangs
     self._words.close()
     print(f'm2l2: {line}', file=sys.stderr, flush=True)
     sys.stdout.flush()
     try:
       self._say(reason)
-    except Exception:  # there may be no store any more
+    except Exception:  # the store may be lost
       pass
-    if reason.startswith(STANDSTILL) and self._stacks:  # after it was said, so that the others write theirs meanwhile
+    if reason.startswith(STANDSTILL) and self._stacks:  # after the line, so that the others write theirs meanwhile
       self._write_stacks()
-    if self._id == 0:  # JAX aborts the others as soon as the store is gone
+    if self._id == 0:  # JAX aborts the others as soon as the store is lost
       time.sleep(2 * LINGER)
     os._exit(1)  # atexit would wait for the others, and saves in the background for ever
 
@@ -299,7 +298,7 @@ class Hosts:
     """Ends this process after an error that nothing caught."""
     if isinstance(error, UserError):
       self._end(str(error), reason=str(error))
-    if isinstance(error, SystemExit):  # what the command makes of a signal
+    if isinstance(error, SystemExit):  # raised by the command for a signal
       name = signal.Signals(error.code - 128).name
       self._end(f'stopped by {name}: {AGAIN}', reason=f'stopped by {name}')
     if isinstance(error, KeyboardInterrupt):
@@ -311,7 +310,7 @@ class Hosts:
     self._end(f'process {self._id} of {self._count} failed ({name})', reason=name)
 
   def leave(self):
-    """The end of a run that went well: waits for the others to get there, too."""
+    """Ends a successful run: waits for the others to reach this point."""
     try:
       Hosts.here = None
       self._say(DONE)
@@ -323,5 +322,5 @@ class Hosts:
 
 
 def _is_beat(value) -> bool:
-  """Whether a process lives, as its entry in the store says; any other text but DONE is why it ended."""
+  """Whether an entry in the store says that its process is alive; other text than DONE is the reason of its end."""
   return value.startswith('{"beat": ')

@@ -1,4 +1,4 @@
-"""What the weights make of sounds while they are trained: heard by the writers, measured on held-out clips."""
+"""Reconstructions during training: sounds for the writers, and metrics on held-out clips."""
 
 from collections.abc import Mapping
 from concurrent import futures
@@ -17,21 +17,21 @@ from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.studies import sweep
 from m2l2.training.metrics import METRICS
 
-SEED = 0  # of the noise that every decoding starts from, so that only the weights differ
+SEED = 0  # seed of the noise of every decoding, so that only the weights differ
 
 
 class Listener:
-  """Reconstructs sounds with weights of a run, and measures held-out clips where config.evaluate asks for it.
+  """Reconstructs sounds with weights of a run, and measures held-out clips if config.evaluate asks for it.
 
-  Works on this process's own devices, in a thread that knows nothing of the run's mesh: the other processes of the run
-  do not take part.
+  Works on this process's own devices, in a thread without the run's mesh: the other processes do not take part.
 
   Args:
     plain: the resolved config, JSON types.
-    sample_rate: of the model (Hz). workdir: gets best/, a snapshot. first: the step that the run goes on from.
+    sample_rate: of the model (Hz). workdir: best/, a snapshot, is written there. first: the step that the run resumes
+      from.
 
   Raises:
-    UserError: config.evaluate asks for what cannot be.
+    UserError: invalid fields of config.evaluate.
   """
 
   def __init__(self, plain: Mapping, *, sample_rate: int, workdir, first: int):
@@ -56,7 +56,7 @@ class Listener:
       logging.warning('evaluate.root: %s', line)
 
   def is_due(self, step: int, *, last: int) -> bool:
-    """Whether to measure after `step` updates: never twice, also where the run goes on from that step."""
+    """Whether to measure after `step` updates: never twice, also if the run resumes from that step."""
     return self.measures and step > self._measured and (step % self._fields['every'] == 0 or step == last)
 
   @property
@@ -64,14 +64,14 @@ class Listener:
     return self._fields['raw']
 
   def reconstruct(self, params, audio) -> dict:
-    """A sound [C, N] at the model's rate, and what is left of it."""
+    """A sound [C, N] at the model's rate -> its reconstruction."""
     return {'original': audio, 'reconstruction': self._alone(self._decode, params, audio, self._rate)}
 
   def measure(self, step: int, weights: Mapping[str, Mapping], log):
-    """Measures {'evaluate_ema': params, 'evaluate': params or None}; keeps the first as best/ where it is the best.
+    """Measures {'evaluate_ema': params, 'evaluate': params or None}; keeps the first as best/ if it is the best.
 
-    Writes 'evaluate_ema/NAME' and so on, and the first clip's reconstruction, to `log`, a `metrics.Writers`. What goes
-    wrong is logged: a broken evaluation must not end a run.
+    Writes 'evaluate_ema/NAME' and so on, and the first clip's reconstruction, to `log`, a `metrics.Writers`. Errors
+    are logged: a failed evaluation must not end a run.
     """
     try:
       self._measure_all(step, weights, log)
@@ -101,8 +101,8 @@ class Listener:
     items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
              for clip, sound in zip(self._clips, decoded)]
     chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
-    made = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
-    return sweep.means(made), decoded[0]
+    report = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
+    return sweep.means(report), decoded[0]
 
   def _decode(self, params, audio, sample_rate):
     self._codec = self._codec or Codec(config=self._plain, params=params, fingerprint='')
@@ -110,7 +110,7 @@ class Listener:
     return self._codec.decode(self._codec.encode(audio, sample_rate), SEED)
 
   def _alone(self, function, *args):
-    with futures.ThreadPoolExecutor(1) as thread:  # jax.set_mesh is a matter of the thread
+    with futures.ThreadPoolExecutor(1) as thread:  # jax.set_mesh is per thread
       return thread.submit(function, *args).result()
 
   def _keep_best(self, step, params, values):
@@ -128,14 +128,14 @@ class Listener:
 
 
 def _last_measured(workdir, *, most: int) -> int:
-  """The last step up to `most` that the run's log has measures of; 0 without any."""
+  """The last step up to `most` with measurements in the run's log; 0 without any."""
   path = os.path.join(workdir, METRICS)
   if not os.path.exists(path):
     return 0
-  found = [0]
+  steps = [0]
   with open(path, encoding='utf-8', errors='replace') as lines:
     for line in lines:
-      with contextlib.suppress(ValueError, KeyError, TypeError):  # the line during which a run was killed
+      with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
         if '"evaluate_ema/' in line and (step := json.loads(line)['step']) <= most:
-          found.append(step)
-  return max(found)
+          steps.append(step)
+  return max(steps)

@@ -1,27 +1,30 @@
-"""Trains a model; the same command goes on with a run that was stopped.
+"""Trains a model; the same command resumes a run that was stopped.
 
-  m2l2 train --config=configs/tiny.py --config.data.root=MUSIC --workdir=runs/tiny
+  m2l2 train --config=configs/nano.py --config.data.root=MUSIC --workdir=runs/nano
   python -m m2l2 train --config=configs/stereo.py --config.train.batch_size=512 \\
     --config.data.root=MUSIC --workdir=runs/stereo
 
   --config=FILE[:WORDS]  a file with get_config(); presets by name, tiny or configs/tiny.py, from any directory
   --config.FIELD=VALUE   changes one field; configs/base.py lists them all
   --workdir=DIR          gets config.json, metrics.jsonl, checkpoints/ and snapshot/
-  --check                says what would run, or what is wrong, and ends: nothing is compiled or written
-  --check=config         the same without a look at data, workdir and weights, which lie on another machine
+  --check                prints what would run, or what is wrong, and ends: nothing is compiled or written
+  --check=config         the same without checking data, workdir and weights, for those on another machine
+  --replay=STEP          runs one update of the run in WORKDIR again, from the nearest checkpoint before it, and says
+                         which item, noise level and tensor was not finite; writes nothing. Status 3
+                         if any was, 0 if all was finite
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-  --start_timeout=300    seconds within which all processes must have come
-  --peer_timeout=100     seconds of silence after which a process counts as lost: the others then end
-                         with status 1, and the same command on all hosts goes on with the run. Six
-                         times that without progress in the training loop of one, though all live,
+  --start_timeout=300    seconds within which all processes must have started
+  --peer_timeout=100     seconds without a sign of life after which a process counts as lost: the others
+                         then end with status 1, and the same command on all hosts resumes the run. Six
+                         times that without progress in a training loop, though all processes live,
                          ends the run likewise, with the stacks of all threads in WORKDIR/stalled
-  --stopped_exit_code=N  the exit code of a run that was told to stop and saved before its last step;
-                         0, as for one that is done, unless a script wants to tell them apart
+  --stopped_exit_code=N  the exit code of a run that was stopped and saved before its last step
+                         (default 0, as for a completed run), for scripts that need to tell them apart
 
-Compiled programs are kept, so that a restart does not compile again: where JAX_COMPILATION_CACHE_DIR says, without it
-in ~/.cache/m2l2 or, of several processes on accelerators, in WORKDIR/compiled.
+Compiled programs are cached, so that a restart does not compile again: in JAX_COMPILATION_CACHE_DIR or, without it, in
+~/.cache/m2l2; for several processes on accelerators in WORKDIR/compiled.
 """
 
 import logging as python_logging
@@ -33,7 +36,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from m2l2.errors import UserError, first_line, in_one_line, printable, told
-from m2l2.training import config_file, hosts
+from m2l2.training import config_file, hosts, scaling
+
+NOT_FINITE = 3  # the exit status of a replay that found something
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
@@ -45,7 +50,7 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
     config = config_file.load(places[0])
     logging.info('config: %s', places[0])
     config_file.check(config, overrides)
-    # The words that named the file are done with; config_flags sees to --config.FIELD=VALUE.
+    # --config=FILE is handled above; config_flags handles --config.FIELD=VALUE.
     argv = [arg for arg in argv if not re.match('--?config=', arg)]
     config_flags.DEFINE_config_dict('config', config, flag_values=values, sys_argv=argv)
   elif 'config' in required or overrides:
@@ -55,14 +60,17 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
     flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
+  flags.DEFINE_integer('replay', None, '', flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
   flags.DEFINE_enum('check', None, ['all', 'config'], '', flag_values=values)
   argv = ['--check=all' if re.fullmatch('--?check', arg) else arg for arg in argv]
   try:
     rest = values(argv)[1:]
-  except Exception as error:  # of absl or of ml_collections: any at all
+  except Exception as error:  # absl and ml_collections raise errors of many types
     raise UserError(in_one_line(error)) from error
   config_file.check_given(values.config)
+  if values.config is not None and 'scaling' in values.config:
+    values.config.update_from_flattened_dict(scaling.follow_batch(values.config, given=overrides))
   for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
@@ -74,7 +82,7 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
 
 
 def _places(argv) -> list[str]:
-  """The path of the config file that is asked for, if any."""
+  """The path of --config, if given."""
   asked = [arg.partition('=')[2] for arg in argv[1:] if re.match('--?config=', arg)]
   for arg in argv[1:]:
     if arg in ('--config', '-config'):
@@ -87,10 +95,10 @@ def _places(argv) -> list[str]:
 
 
 def _is_for_users(record: python_logging.LogRecord) -> bool:
-  """Warnings, and what m2l2 itself says: the folder above may be called m2l2 too, and hold all libraries.
+  """A log filter: passes warnings, and all messages of m2l2 (by path: a parent folder may be called m2l2, too).
 
-  An error that a library logs with its traceback (Orbax, of what it writes in the background) becomes one line: what
-  ends the run is told at its end.
+  An error that a library logs with its traceback (Orbax, of writes in the background) becomes one line: an error that
+  ends the run is reported at its end.
   """
   own = os.path.dirname(os.path.dirname(os.path.abspath(hosts.__file__))) + os.sep
   if os.path.abspath(record.pathname).startswith(own):
@@ -102,12 +110,12 @@ def _is_for_users(record: python_logging.LogRecord) -> bool:
 
 
 def main(argv=None) -> int:
-  """The command: 0 when the run is done (see --stopped_exit_code), 1 after one line for the user."""
+  """The command. Returns 0 when the run is done (see --stopped_exit_code), 1 after a line of error, 3 see --replay."""
   argv = list(sys.argv if argv is None else argv)
   if {'--help', '-h'} & set(argv):
     print(__doc__)
     return 0
-  flags.FLAGS(argv[:1])  # absl's own flags keep their defaults; logging and grain want them read
+  flags.FLAGS(argv[:1])  # absl's own flags keep their defaults; logging and grain need them parsed
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
@@ -120,17 +128,26 @@ def main(argv=None) -> int:
                 num_processes=values.num_processes, process_id=values.process_id)
     if values.check and values.multihost:
       raise UserError('--check is for one process: leave --multihost out')
+    if values.check and values.replay is not None:
+      raise UserError('--check tells of a run and --replay of a step: give one of them')
     if values.check:
       from m2l2.training import preflight
       lines = preflight.report(values.config, values.workdir, places=values.check == 'all')
       print('\n'.join([f'config      {_places(argv)[0]}', *lines]))
       return 0
-    if values.multihost:  # before anything touches a device
+    if values.multihost:  # before JAX uses a device
       several = hosts.join(
         coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
         start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
-    from m2l2.training.loop import train
-    done = train(values.config, values.workdir)
+    if values.replay is not None:
+      from m2l2.training.replay import replay
+      finite, lines = replay(values.config, values.workdir, values.replay)
+      print('\n'.join(lines), flush=True)
+      status = 0 if finite else NOT_FINITE
+    else:
+      from m2l2.training.loop import train
+      done = train(values.config, values.workdir)
+      status = values.stopped_exit_code if done < values.config.train.steps else 0
     if several:
       several.leave()
   except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -146,4 +163,4 @@ def main(argv=None) -> int:
       raise
     print('m2l2:', printable(in_one_line(line)), file=sys.stderr)
     return 1
-  return values.stopped_exit_code if done < values.config.train.steps else 0
+  return status

@@ -1,4 +1,4 @@
-"""What a run says about itself: JSON lines, console, TensorBoard, any writer of yours; the guard against NaN.
+"""The log of a run: JSON lines, console, TensorBoard, or any other writer; and the guard against NaN.
 
 Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second': ..}.
 """
@@ -28,7 +28,7 @@ HEADLINE = (
 
 
 class Writer(Protocol):
-  """Where scalars go: `write(step, {name: number})` once per logged step, `close()` at the end."""
+  """A destination of scalars: `write(step, {name: number})` once per logged step, `close()` at the end."""
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     ...
@@ -38,7 +38,7 @@ class Writer(Protocol):
 
 
 def as_number(value):
-  """A float32 as the shortest decimal that reads back as itself; NaN and infinity as None."""
+  """A float32 as the shortest decimal that rounds to it; NaN and infinity as None."""
   value = np.asarray(value)
   if np.issubdtype(value.dtype, np.integer) or value.dtype == bool:
     return int(value)
@@ -46,9 +46,9 @@ def as_number(value):
 
 
 def cut_back(path, *, step):
-  """Drops the lines of a metrics file after `step`, and any half-written one, in one atomic move.
+  """Deletes the lines of a metrics file after `step`, and any half-written one, atomically.
 
-  A run that goes on from `step` writes those lines again. A missing file is left missing.
+  A run that resumes from `step` writes those lines again. A missing file stays missing.
   """
   if not os.path.exists(path):
     return
@@ -59,30 +59,31 @@ def cut_back(path, *, step):
         if json.loads(line)['step'] <= step and line.endswith('\n'):
           kept.append(line)
       except (ValueError, KeyError, TypeError):
-        continue  # the line during which the run was killed
+        continue  # a line cut short by a kill
   files.write_text(path, ''.join(kept))
 
 
 def latent_scale(workdir, *, step: int) -> dict:
-  """What a snapshot of `step` tells of its latents, from the run's last probe up to there: {'latents': {'mean', 'std'}}
-  over all numbers of all its chunks; {} before the first. What was logged is read back, so that a run that was killed
-  tells the same."""
-  path, found = os.path.join(workdir, METRICS), {}
+  """The statistics of latents for a snapshot at `step`, from the run's last probe until then: {'latents': {'mean',
+  'std'}} over all numbers of all its chunks; {} before the first. They are read from the log, so that a resumed run '
+  'has the
+  same."""
+  path, latest = os.path.join(workdir, METRICS), {}
   with open(path, encoding='utf-8') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
     for line in lines:
-      if f'"{_MEAN}"' in line and line.endswith('\n'):  # the last one may be under way
+      if f'"{_MEAN}"' in line and line.endswith('\n'):  # the last line may be incomplete
         told = json.loads(line)
-        found = told if told['step'] <= step else found
-  moments = {'mean': found.get(_MEAN), 'std': found.get(_STD)}
+        latest = told if told['step'] <= step else latest
+  moments = {'mean': latest.get(_MEAN), 'std': latest.get(_STD)}
   return {'latents': moments} if None not in moments.values() else {}
 
 
 class JsonlWriter:
-  """One JSON object a line, {"step": 3, "loss": 41.25, ...}, flushed; a non-finite number is null.
+  """One JSON object per line, {"step": 3, "loss": 41.25, ...}, flushed; a non-finite number is null.
 
   Args:
-    path: the file; made if missing.
-    resume_step: lines after this step are cut away first.
+    path: the file; created if missing.
+    resume_step: lines after this step are deleted first.
   """
 
   def __init__(self, path, *, resume_step):
@@ -99,7 +100,7 @@ class JsonlWriter:
 
 
 class ConsoleWriter:
-  """One log line a step: the headline numbers, the speed and the time that is left."""
+  """One log line per logged step: the main numbers, the speed and the remaining time."""
 
   def __init__(self, *, total_steps):
     self._total = total_steps
@@ -156,9 +157,9 @@ def tensorboard_writer(logdir) -> TensorBoardWriter | None:
 
 
 class ForeignWriter:
-  """A writer from outside: a `Writer`, or just a function of (step, {name: float}).
+  """A user's writer: a `Writer`, or a function of (step, {name: float}).
 
-  Whatever it raises is warned of once, and then it is left out: a broken log must not end a run.
+  An exception of it is logged once, and it is not called again: a failing writer must not end a run.
   """
 
   def __init__(self, writer: Writer | Callable[[int, dict], object]):
@@ -183,14 +184,14 @@ class ForeignWriter:
 
 
 class Writers:
-  """All writers of a run as one; without any (other processes than the first) it does nothing."""
+  """All writers of a run as one. Does nothing without any (in other processes than the first)."""
 
   def __init__(self, writers=()):
     self._writers = tuple(writers)
 
   @property
   def shows_media(self) -> bool:
-    """Whether sounds and pictures go anywhere, so that nobody makes them in vain."""
+    """Whether any writer takes sounds and pictures."""
     return any(hasattr(w, 'write_audio') for w in self._writers)
 
   def write(self, step, scalars):
@@ -247,4 +248,4 @@ def check_skipped(step, scalars, *, limit):
       f'stopped: gradients were not finite at steps {step - skipped + 1} to {step} '
       f'(loss {loss if math.isfinite(loss) else "not finite"}); those updates were skipped. Lower '
       'train.learning_rate or set train.clip_norm, and run the same command to go on from the '
-      'last checkpoint')
+      f'last checkpoint; with --replay={step - skipped + 1} it says which item and tensor it was')

@@ -1,4 +1,4 @@
-"""What can be told of a training run before anything is compiled or initialised; `m2l2 train --check` tells it all."""
+"""Checks of a training run before anything is compiled or initialised; `m2l2 train --check` runs them all."""
 
 from collections.abc import Mapping
 import json
@@ -13,7 +13,7 @@ from m2l2.codec.snapshot import Snapshot, load_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError
-from m2l2.training import checkpoint, timing
+from m2l2.training import checkpoint, reduction, scaling, timing
 from m2l2.training.listening import Listener
 
 LOCK = '.lock'  # in the workdir
@@ -32,9 +32,9 @@ def local(workdir) -> str:
 
 
 def check(config, *, shards: int):
-  """Raises UserError on fields that cannot work, alone or together.
+  """Raises UserError for invalid fields or combinations of fields.
 
-  shards: how many devices share a batch.
+  shards: number of devices that share a batch.
   """
   fields = config.train
   if config.data.source not in KINDS:
@@ -45,6 +45,7 @@ def check(config, *, shards: int):
     if not math.isfinite(value):
       raise UserError(f'{name}={value}: it must be a finite number')
   timing.trace_range(fields.profile)
+  reduction.check(fields.reduction, tensor=config.mesh.tensor)
   for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
     if fields[name] < 1:
       raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
@@ -67,12 +68,12 @@ def _numbers(fields: Mapping, prefix=''):
 
 
 def find_data(config) -> Mixture:
-  """What is at data.root. Raises UserError: nothing, or nothing that is understood."""
+  """The sources at data.root. Raises UserError: there are none, or of an unknown format."""
   return find_mixture(config.data.root, kind=config.data.source, split=config.data.split)
 
 
 def make_workdir(workdir: str):
-  """Raises UserError: it cannot be made."""
+  """Creates the workdir. Raises UserError: it cannot be created."""
   try:
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
@@ -80,12 +81,12 @@ def make_workdir(workdir: str):
 
 
 def locked(workdir: str):
-  """A context that holds the workdir for this run. Raises UserError: another one writes there."""
+  """A context that locks the workdir for this run. Raises UserError: another run writes there."""
   return files.locked(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
 
 
 def load_weights(path: str, params) -> Snapshot:
-  """The snapshot that a new run starts from. params: shapes of this config's.
+  """The snapshot that a new run starts from. params: shapes of this config's parameters.
 
   Raises UserError: there is none, or it is of another model.
   """
@@ -98,12 +99,13 @@ def load_weights(path: str, params) -> Snapshot:
 
 
 def report(config, workdir, *, places: bool = True) -> list[str]:
-  """What `train(config, workdir)` would do, a line each; nothing is compiled, and nothing is written.
+  """What `train(config, workdir)` would do, in lines of text; nothing is compiled or written.
 
-  places: whether data, workdir and weights are looked at, too; they may lie on the machine that is to train.
+  places: whether data, workdir and weights are checked, too; they may be on another machine.
 
-  Raises UserError: what that would raise before its first step.
+  Raises UserError: those that `train` would raise before its first step.
   """
+  config = scaling.scaled(config)
   workdir, fields = local(workdir), config.train
   if places:
     _check_place(workdir)
@@ -139,11 +141,11 @@ def report(config, workdir, *, places: bool = True) -> list[str]:
 
 
 def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[str]:
-  """A run in a few lines, for its user: devices, model, data, batch.
+  """A run in a few lines of text: devices, model, data, batch.
 
-  functions: `train_step.StepFunctions`. params: shapes. mixture: None where nobody looked.
+  functions: `train_step.StepFunctions`. params: shapes. mixture: None if data were not checked.
   """
-  found = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
+  places = [f'{len(source):,} items at {source.place}' for source in mixture.sources] if mixture else [config.data.root]
   fields, shards = config.train, sharding.batch_shards(mesh)
   kinds = sorted({device.device_kind for device in mesh.devices.flat})
   sizes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
@@ -156,12 +158,23 @@ def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[s
     f'preset {config.mesh.preset}',
     f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
     f'{functions.sample_rate} Hz',
-    f'data        {", ".join(found)}',
-    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
+    f'data        {", ".join(places)}',
+    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}',
+    *_recipe(config)]
+
+
+def _recipe(config) -> list[str]:
+  """What follows the batch (scaling.py), where anything does."""
+  fields, rules = config.train, config.scaling
+  average = f', average with a half-life of {rules.ema_half_life:,} crops' if rules.ema_half_life else ''
+  if not rules.batch:
+    return [f'recipe      {average[2:]}'] if average else []
+  return [f'recipe      for this batch: {fields.steps:,} steps, {fields.warmup_steps:,} of them warm-up to a rate of '
+          f'{fields.learning_rate:.3g}{average}']
 
 
 def _check_place(workdir):
-  """Raises UserError: the workdir could not be made or written, or another run writes there."""
+  """Raises UserError: the workdir cannot be created or written, or another run writes there."""
   there = workdir
   while not os.path.lexists(there):
     there = os.path.dirname(there)

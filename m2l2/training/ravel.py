@@ -1,8 +1,8 @@
-"""A tree of arrays as one vector: what is done alike to every number then takes one loop instead of one an array.
+"""A tree of arrays as one vector, so that element-wise work takes one loop instead of one per array.
 
 On a CPU the optimizer, the moving average and the guard of a small model were two thirds of the step's kernels: some
-eight loops for each of a hundred arrays, each compiled by itself. Runs on several devices keep their arrays apart,
-because each has a place of its own on the mesh.
+eight loops for each of a hundred arrays, each compiled separately. Runs on several devices keep separate arrays,
+because each has its own sharding.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Ravel:
-  """Between a tree of arrays of one dtype and the vector of all their numbers, in the order of the tree's leaves.
+  """Converts between a tree of arrays of one dtype and the vector of all their numbers, in the order of its leaves.
 
   Args:
     tree: arrays or ShapeDtypeStructs of the tree's structure and shapes.
@@ -31,14 +31,15 @@ class Ravel:
     return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
 
   def tree(self, vector):
-    """[size], of numpy or of JAX -> the tree; numpy's arrays are views of the vector."""
+    """[size], of numpy or JAX -> the tree; numpy arrays are views of the vector."""
     starts = [0, *self._ends]
     return self._structure.unflatten([
         vector[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes)])
 
-  def pack(self, state):
-    """A state of jax arrays, or of ShapeDtypeStructs -> the same with a vector for each subtree built like the tree."""
-    def pack(part):
+  def ravel(self, state):
+    """A state of jax arrays, or of ShapeDtypeStructs -> the same with a vector for each subtree of the tree's
+    structure."""
+    def ravel(part):
       if not self._is_tree(part):
         return part
       leaves = jax.tree.leaves(part)
@@ -48,10 +49,10 @@ class Ravel:
       if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=place)
       return jax.device_put(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves]), place)
-    return jax.tree.map(pack, state, is_leaf=self._is_tree)
+    return jax.tree.map(ravel, state, is_leaf=self._is_tree)
 
-  def unpack(self, state):
-    """The inverse of `pack`; the trees are of numpy's arrays, copies that the next step cannot overwrite."""
+  def unravel(self, state):
+    """The inverse of `ravel`; the trees are of numpy arrays, copied so that the next step cannot overwrite them."""
     return jax.tree.map(lambda x: self.tree(np.array(x)) if x.shape == (self.size,) else x, state)
 
   def _is_tree(self, part):
@@ -59,9 +60,9 @@ class Ravel:
 
 
 class Apart:
-  """The same calls where every array stays by itself."""
+  """The same interface, without joining arrays."""
 
   def vector(self, tree):
     return tree
 
-  tree = pack = unpack = vector
+  tree = ravel = unravel = vector

@@ -1,10 +1,9 @@
-"""Where a run's time goes: speed between two logged steps, FLOPs and MFU, goodput over restarts, profiler traces."""
+"""Speed of a run between logged steps, FLOPs and MFU, profiler traces. (Goodput over restarts: goodput.py.)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
-import json
 import re
 import socket
 import time
@@ -13,12 +12,12 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, files
+from m2l2 import build
 from m2l2.errors import UserError
 from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
 
-_STARVED = 0.1  # share of the time in which a process waits for its data, above which the log names it
+_STARVED = 0.1  # share of time that a process waits for its data, above which the log names it
 _SILENCE = 60  # seconds between two such lines
 
 
@@ -28,11 +27,11 @@ class Throughput:
   Args:
     samples_per_step: crops in a global batch.
     seconds_per_sample: seconds of sound in a crop.
-    flops_until: the FLOPs of the first n steps, as `model_flops` gives it; None leaves these rates out.
-    devices: how many share them.
-    peak: FLOP/s that one device can do at most; None where nobody knows.
-    exchange: takes a word of this process and gives those of all processes by number, as each left it last.
-    clock: seconds, rising.
+    flops_until: n -> the FLOPs of the first n steps (`model_flops`); None leaves these rates out.
+    devices: number of devices that share them.
+    peak: peak FLOP/s of one device; None if unknown.
+    exchange: takes a word of this process and returns the last words of all processes by number.
+    clock: monotonic seconds.
   """
 
   def __init__(self, *, samples_per_step, seconds_per_sample, flops_until=None, devices=1, peak=None,
@@ -56,9 +55,9 @@ class Throughput:
   def rates(self, step) -> dict:
     """Rates since the last call.
 
-    `time/input_wait` is the share of time spent waiting for data: of several processes the largest, that of the one
-    whose number is `time/input_wait_process`, and the log names its host. `time/tflops_per_second` is of one device,
-    and `time/mfu` is that over the device's peak.
+    `time/input_wait` is the share of time spent waiting for data, of several processes the largest; then
+    `time/input_wait_process` is the number of that process, and the log names its host. `time/tflops_per_second` is per
+    device, and `time/mfu` is that over the device's peak.
     """
     elapsed = max(self._clock() - self._since, 1e-9)
     rate = (step - self._step) / elapsed
@@ -77,10 +76,10 @@ class Throughput:
     return out
 
   def _input_wait(self, own) -> dict:
-    told = {process: word.split(maxsplit=1) for process, word in self._exchange(f'{own!r} {self._host}').items()}
-    worst = max(told, key=lambda process: float(told[process][0]))
+    told = {index: word.split(maxsplit=1) for index, word in self._exchange(f'{own!r} {self._host}').items()}
+    worst = max(told, key=lambda index: float(told[index][0]))
     wait, host = float(told[worst][0]), told[worst][1]
-    if len(told) > 1 and wait > _STARVED and self._warm:  # the first batch of all is waited for everywhere
+    if len(told) > 1 and wait > _STARVED and self._warm:  # every process waits for the very first batch
       logging.log_every_n_seconds(
           logging.WARNING, 'all wait for the data of process %d on %s: %.0f %% of its time', _SILENCE, worst, host,
           100 * wait)
@@ -88,8 +87,8 @@ class Throughput:
     return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
 
 
-# Fields of config.model for counting: nothing computed twice, no packed maps, attention as matrix products. What a step
-# needs, so that MFU compares machines and settings; not what a setting makes of it.
+# Fields of config.model for counting FLOPs: no recomputation, no packed maps, attention as matrix products. These are
+# the FLOPs that a step needs, so that MFU compares machines and settings.
 PLAIN_MODEL = {'remat': 'none', 'tile': '0', 'attention': 'xla', 'dtype': 'float32'}
 
 
@@ -110,88 +109,35 @@ def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flo
 
 
 def parameters(functions) -> int:
-  """Numbers in the weights of `build.step_functions`."""
+  """Number of parameters of `build.step_functions`."""
   return sum(x.size for x in jax.tree.leaves(jax.eval_shape(functions.init, jax.random.key(0)).params))
 
 
 def model_flops(config) -> Callable[[int], float]:
   """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
-  head_start = functions.head_start
-  step = step_flops(functions, batch).total
-  head = step_flops(functions, batch, head=True).total if head_start else 0.0
-  return lambda n: head * min(n, head_start) + step * max(n - head_start, 0)
+  ends = [end for _, end in functions.phases]
+  costs = [step_flops(functions, batch, phase=name).total for name, _ in functions.phases]
+
+  def until(n):
+    total, begin = 0.0, 0
+    for cost, end in zip(costs, [*ends[:-1], n]):
+      total += cost * max(min(n, end) - begin, 0)
+      begin = end
+    return total
+  return until
 
 
 def peak_flops(config) -> float | None:
-  """Published peak FLOP/s of a device at the dtype of this run's activations; None where it is not known."""
+  """Published peak FLOP/s of a device at the dtype of this run's activations; None if unknown."""
   chip = find_chip(jax.devices()[0].device_kind)
   return chip and chip.flops(build.activation_dtype(config.model.dtype))
 
 
 def demand(config, flops_until: Callable[[int], float]) -> float | None:
-  """Crops a second that this process's devices would take at their peak; None where nobody knows that."""
+  """Crops per second that this process's devices would use at their peak; None if unknown."""
   fields, peak = config.train, peak_flops(config)
   return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
-
-
-class Goodput:
-  """Counts starts, and how much of the time since the first of them went into updates that last.
-
-  `time/goodput` is the time in the loop (updates, and waiting for their data, but not saving) whose updates are part
-  of the present state, over all time since the run first began. So it loses by start-up and compiling, by saving, by
-  the time between a stop and the next start, and by updates that were lost with a killed process and done again.
-  `time/restarts` counts starts after the first.
-
-  Args:
-    path: a JSON file, made if missing; it holds the seconds that count up to each saved step. None writes nothing.
-    step: the step that this start goes on from.
-    began: when this start began, in seconds since the epoch.
-    clock: seconds since the epoch.
-  """
-
-  def __init__(self, path, *, step, began, clock=time.time):
-    self._path, self._clock = path, clock
-    saved = (path and _read(path)) or {'began': began, 'starts': 0, 'seconds': {}}
-    self._began, self._starts = saved['began'], saved['starts'] + 1
-    self._seconds = {int(n): s for n, s in saved['seconds'].items() if int(n) <= step}
-    self._counted, self._since = max(self._seconds.values(), default=0.0), None
-    self._write()
-
-  def start(self):
-    """The loop begins."""
-    self._since = self._clock()
-
-  @contextlib.contextmanager
-  def saving(self, step, state):
-    """Wraps saving the state after `step` updates; waits for these first, since they are dispatched ahead."""
-    jax.block_until_ready(state)
-    self._counted = self._now()
-    yield
-    self._since = self._clock()
-    self._seconds[step] = self._counted
-    self._write()
-
-  def rates(self) -> dict:
-    total = max(self._clock() - self._began, 1e-9)
-    return {'time/goodput': min(self._now() / total, 1.0), 'time/restarts': self._starts - 1}
-
-  def _now(self):
-    return self._counted + (self._clock() - self._since)
-
-  def _write(self):
-    if self._path:
-      files.write_json(self._path, {'began': self._began, 'starts': self._starts, 'seconds': self._seconds})
-
-
-def _read(path):
-  """A file of `Goodput`; None if there is none that can be read: the count is no reason to stop a run."""
-  try:
-    with open(path, encoding='utf-8') as f:
-      saved = json.load(f)
-    return saved if {'began', 'starts', 'seconds'} <= set(saved) else None
-  except (OSError, ValueError, TypeError):
-    return None
 
 
 class Trace:
@@ -199,10 +145,10 @@ class Trace:
 
   Args:
     steps: 'FIRST:LAST', both included; '' for none.
-    directory: where it goes.
+    directory: for the trace.
 
   Raises:
-    UserError: a range that is none.
+    UserError: an invalid range.
   """
 
   def __init__(self, steps: str, directory):
@@ -210,7 +156,7 @@ class Trace:
     self._first, self._last = trace_range(steps)
 
   def begin(self, step):
-    """Before update `step` (1, 2, ...) is dispatched. A run that goes on amid the range traces the rest of it."""
+    """Before update `step` (1, 2, ...) is dispatched. A run that resumes within the range traces the rest of it."""
     if self._first <= step <= self._last and not self._running:
       jax.profiler.start_trace(self._directory)
       self._running = True
@@ -229,7 +175,7 @@ class Trace:
 
 
 def trace_range(steps: str) -> tuple[int, int]:
-  """'100:110' -> (100, 110); '' -> (0, 0), which no step is in. Raises UserError."""
+  """'100:110' -> (100, 110); '' -> (0, 0), which contains no step. Raises UserError."""
   if not steps:
     return 0, 0
   match = re.fullmatch(r'(\d+):(\d+)', steps)

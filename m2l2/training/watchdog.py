@@ -1,6 +1,6 @@
-"""What the heartbeats of several processes tell together: who stands still, and who holds the others up.
+"""Judges the heartbeats of several processes: which one stalls, and which one delays the others.
 
-No I/O and no clock of its own: hosts.py sends and reads the heartbeats.
+It has no I/O and no clock: hosts.py sends and reads the heartbeats.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ import statistics
 import time
 
 WAITING, COMPUTING, SAVING, MEASURING = 'waiting for data', 'computing', 'saving', 'measuring'
-STANDSTILL = 'no progress'  # how the reason of a process begins that ended the run for that
-FAR = 0.2                   # of its time more than the others' is spent waiting for data: that one holds them up
-REMIND = 10                 # the same process is named again after so many windows
+STANDSTILL = 'no progress'  # prefix of the reason of a process that ended the run because of a stall
+# excess share of time that a process waits for data, compared with the others: then it delays them
+FAR = 0.2
+REMIND = 10                 # windows after which the same process is named again
 
 
 class Pace:
-  """Where the main thread of a process is, and how long it has waited for data: set by it, read by another."""
+  """The activity of a process's main thread, and its time of waiting for data; written by it, read by another
+  thread."""
 
   def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock = clock
-    self._at: tuple = (None, '', clock(), 0.0)  # replaced as a whole, so that the reader sees one moment
+    self._at: tuple = (None, '', clock(), 0.0)  # replaced as a whole, so that the reader sees a consistent state
 
   def set(self, step: int, doing: str):
-    """It begins with something: WAITING, SAVING or MEASURING after `step` updates, or COMPUTING number `step`."""
+    """Begins an activity: WAITING, SAVING or MEASURING after `step` updates, or COMPUTING update `step`."""
     now = self._clock()
     self._at = (int(step), doing, now, self._waited(now))
 
   def told(self) -> dict:
-    """For the heartbeat: step, doing, and of this process's own clock the seconds now and those spent WAITING."""
+    """For the heartbeat: step, activity, and by this process's clock the seconds now and those spent WAITING."""
     now = self._clock()
     step, doing, _, _ = self._at
     return {} if step is None else {
@@ -40,13 +42,13 @@ class Pace:
 
 
 class Watchdog:
-  """Judges the heartbeats {process: what `Pace.told` gives, and its 'host'} of the processes that are in the loop.
+  """Judges the heartbeats {process: `Pace.told`, with its 'host'} of the processes that are in the loop.
 
-  In a collective program all wait for the slowest: where one stands still, all do. While one measures held-out clips,
-  which lasts as long as it lasts, nobody is judged.
+  In a collective program all processes wait for the slowest: if one stalls, all do. While one measures held-out clips,
+  which may take any time, none is judged.
 
   Args:
-    limit: seconds within which each must move.
+    limit: seconds within which each must progress.
     window: seconds over which shares of time are compared.
   """
 
@@ -57,7 +59,8 @@ class Watchdog:
     self._named, self._since_named = None, 0
 
   def look(self, beats: Mapping[int, Mapping], now: float) -> tuple[str | None, str | None]:
-    """-> (who stands still, who holds the others up): parts of a line, or None. now: seconds, of any one clock."""
+    """-> (the stalled process, the process that delays the others): parts of a line, or None. now: seconds, of any one
+    clock."""
     beats = {i: beat for i, beat in beats.items() if 'step' in beat}
     if any(beat['doing'] == MEASURING for beat in beats.values()):
       self._moved, self._began = {}, None

@@ -26,17 +26,17 @@ CLIP = ROOT / 'm2l2' / 'assets' / 'clips' / 'train' / 'maxstack-through-space.og
 def made_weights(shapes):
   """{name: float32 array} that depend on the names' order and the shapes alone; of the size that trained ones have."""
   rng = np.random.default_rng(0)
-  made = {}
+  weights = {}
   for name in sorted(shapes):
     shape = tuple(shapes[name])
     values = rng.standard_normal(shape, np.float32)
     if name.endswith(('running_var', 'melW')):
-      made[name] = np.abs(values) + np.float32(.01)
+      weights[name] = np.abs(values) + np.float32(.01)
     elif len(shape) == 1 and name.endswith('weight'):  # of norms
-      made[name] = 1 + values / 10
+      weights[name] = 1 + values / 10
     else:
-      made[name] = values / np.float32(np.sqrt(np.prod(shape[1:]) if len(shape) > 1 else 10))
-  return made
+      weights[name] = values / np.float32(np.sqrt(np.prod(shape[1:]) if len(shape) > 1 else 10))
+  return weights
 
 
 def resampled(rate):
@@ -57,8 +57,8 @@ def shapes_of(module):
 
 def load_made(module, torch):
   shapes = shapes_of(module)
-  made = {name: torch.from_numpy(values) for name, values in made_weights(shapes).items()}
-  missing, unexpected = module.load_state_dict(made, strict=False)
+  weights = {name: torch.from_numpy(values) for name, values in made_weights(shapes).items()}
+  missing, unexpected = module.load_state_dict(weights, strict=False)
   assert not unexpected
   module.eval()
   return shapes

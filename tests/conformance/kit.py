@@ -155,23 +155,24 @@ def noisy_pair(seed, levels):
 
 def cases():
   """Name -> what a port has to compute. Shapes have chunks first; maps are [chunks, F, T, C]."""
-  made = {}
+  outputs = {}
   for seed in SEEDS:
-    made[f'{seed}/representation'] = f'compressed spectrogram of audio({seed}), zero-padded to whole chunks'
-    made[f'{seed}/latents'] = f'continuous latents [2, 128, 4] of audio({seed})'
-    made[f'{seed}/latents_mono'] = f'the same of audio({seed}, channels=1)'
-    made[f'{seed}/tokens'] = f'tokens int [2, 128] of audio({seed})'
+    outputs[f'{seed}/representation'] = f'compressed spectrogram of audio({seed}), zero-padded to whole chunks'
+    outputs[f'{seed}/latents'] = f'continuous latents [2, 128, 4] of audio({seed})'
+    outputs[f'{seed}/latents_mono'] = f'the same of audio({seed}, channels=1)'
+    outputs[f'{seed}/tokens'] = f'tokens int [2, 128] of audio({seed})'
     for level in range(10):
-      made[f'{seed}/features/{level}'] = f'decoder features of latents({seed}, chunks=2), level {level}, finest first'
+      outputs[f'{seed}/features/{level}'] = (
+          f'decoder features of latents({seed}, chunks=2), level {level}, finest first')
     for i, pair in enumerate(LEVEL_PAIRS):
-      made[f'{seed}/denoiser/{i}'] = f'denoised noisy_pair({seed}, {pair}) given latents({seed}, chunks=2)'
+      outputs[f'{seed}/denoiser/{i}'] = f'denoised noisy_pair({seed}, {pair}) given latents({seed}, chunks=2)'
   for decoder, steps in DECODERS.items():
     for chunks in CHUNKS:
       samples = chunks * FRAMES * HOP + (0 if decoder == 'live' else HOP)
-      made[f'0/{decoder}/{chunks}/waveform'] = (
+      outputs[f'0/{decoder}/{chunks}/waveform'] = (
           f'waveform [2, {samples}] of {decoder} decoding in {steps} steps of latents(0, chunks={chunks}) with '
           'noise(0, chunk, role)')
-  return made
+  return outputs
 
 
 RAW = ('latents', 'latents_mono', 'tokens')  # stored whole, as they are small

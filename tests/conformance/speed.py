@@ -92,14 +92,14 @@ def main():
     assert sides[side].stdout.readline() == 'ready\n'
   for _ in range(args.rounds):
     for name in seconds['ours']:
-      for side, process in sides.items():
-        print(name, file=process.stdin, flush=True)
-        seconds[side][name].append(float(process.stdout.readline()))
+      for side, popen in sides.items():
+        print(name, file=popen.stdin, flush=True)
+        seconds[side][name].append(float(popen.stdout.readline()))
         print(f'{side} {name}: {seconds[side][name][-1]:.1f} s', file=sys.stderr, flush=True)
   peaks = {}
-  for side, process in sides.items():
-    process.stdin.close()
-    peaks[side] = float(process.stdout.readline())
+  for side, popen in sides.items():
+    popen.stdin.close()
+    peaks[side] = float(popen.stdout.readline())
   report = {'audio_seconds': args.seconds, 'threads': args.threads, 'peak_mib': peaks,
             'peak_ratio': peaks['ours'] / peaks['theirs']}
   for name in seconds['ours']:

@@ -240,9 +240,9 @@ def _difference(audio, expected, *, chained=False) -> str | None:
   power = np.abs(np.fft.rfft(audio)), np.abs(np.fft.rfft(expected))
   power = [p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-9) for p in power]
   likeness = power[0] @ power[1].T
-  found = np.argmax(likeness, axis=1)
+  nearest = np.argmax(likeness, axis=1)
   if np.any(np.max(likeness, axis=1) > np.diagonal(likeness) + .01):  # equal channels, as of silence, have no order
-    return f'channels in the order {found.tolist()}'
+    return f'channels in the order {nearest.tolist()}'
   error = np.abs(audio - expected)
   if np.quantile(error, .99) > 2e-3:
     return f'samples: 99 of 100 within {np.quantile(error, .99):.2g}, all within {error.max():.2g}'
@@ -347,17 +347,17 @@ def main():
   for number in range(args.first, args.first + args.files):
     with tempfile.TemporaryDirectory() as folder:
       try:
-        found = _fuzz_one(random.Random(args.seed * 10**6 + number), pathlib.Path(folder), counts)
+        outcome = _fuzz_one(random.Random(args.seed * 10**6 + number), pathlib.Path(folder), counts)
       except subprocess.CalledProcessError:  # the writer does not take such a sound
         refused += 1
         continue
       except KeyboardInterrupt:  # enough: the figures so far
         number -= 1
         break
-      for fault in found:
+      for fault in outcome:
         print(f'{number}: {fault}', flush=True)
-      faults += [fault.partition(': ')[2][:40] for fault in found[:1]]
-      if found and args.keep:
+      faults += [fault.partition(': ')[2][:40] for fault in outcome[:1]]
+      if outcome and args.keep:
         shutil.copytree(folder, os.path.join(args.keep, str(number)), dirs_exist_ok=True)
   read = number + 1 - args.first - refused
   print(f'{read} files read ({refused} not taken by their writers), {len(faults)} with faults; '

@@ -106,8 +106,8 @@ def soak(base, *, kills, seed):
   for processes, count in ((1, kills), (2, max(1, kills // 3))):
     output = base / f'killed-{processes}'
     statuses, text = killed(base, output, processes=processes, kills=count, rng=rng)
-    found = digest(output)
-    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    digests = digest(output)
+    differing = sorted(name for name in digests.keys() | expected.keys() if digests.get(name) != expected.get(name))
     good = statuses == [0] * processes and not differing
     print(f'{processes} process(es): {"equal, byte by byte" if good else f"differs: {differing}, {statuses} {text}"}')
     passed &= good
@@ -144,12 +144,12 @@ def speed(base, *, folder, checkpoint, count, rounds, more):
   for number in range(rounds):
     each = sum(timed(*m2l2, 'encode', name, base / f'{i}.safetensors', f'--checkpoint={checkpoint}', '--quiet')
                for i, name in enumerate(names))
-    one = timed(sys.executable, '-c', ALL_IN_ONE, checkpoint, base, *names)
+    single = timed(sys.executable, '-c', ALL_IN_ONE, checkpoint, base, *names)
     bulk = timed(*m2l2, 'encode-dataset', f'--source={base / "songs"}', f'--checkpoint={checkpoint}',
                  f'--output={base / f"out-{number}"}', '--quiet', *more)
     print(f'round {number + 1}: encode, file by file {seconds / each:.1f}x real time; encode, one process '
-          f'{seconds / one:.1f}x; encode-dataset {seconds / bulk:.1f}x: {each / bulk:.2f} and {one / bulk:.2f} times '
-          'as fast', flush=True)
+          f'{seconds / single:.1f}x; encode-dataset {seconds / bulk:.1f}x: {each / bulk:.2f} and {single / bulk:.2f} '
+          'times as fast', flush=True)
 
 
 def main():

@@ -82,16 +82,16 @@ def different_bytes(straight, other):
 
 def different_runs(straight, other):
   """Of two workdirs: metrics, weights and, number for number, the last checkpoint."""
-  found = soak_resume.differences(straight, other)
+  differences = soak_resume.differences(straight, other)
   try:
     (a, b), (first, second) = zip(*map(last_checkpoint, (straight, other)))
   except Exception as error:  # whatever Orbax makes of damage
-    return [*found, f'the checkpoints cannot be read: {error!r}']
+    return [*differences, f'the checkpoints cannot be read: {error!r}']
   if a != b:
-    found.append(f'the last checkpoint is of step {b}, not {a}')
+    differences.append(f'the last checkpoint is of step {b}, not {a}')
   elif first.keys() != second.keys() or any(first[name].tobytes() != second[name].tobytes() for name in first):
-    found.append(f'the arrays of checkpoint {a} differ')
-  return found
+    differences.append(f'the arrays of checkpoint {a} differ')
+  return differences
 
 
 def last_checkpoint(workdir):
@@ -139,10 +139,10 @@ class Disk:
     self.mounted = hasattr(os, 'geteuid') and os.geteuid() == 0 and not subprocess.run(
       ['mount', *options], check=False, capture_output=True).returncode
 
-  def fill(self, process):
+  def fill(self, popen):
     """From here on nothing can be written there; `top` keeps it so."""
     if not self.mounted:
-      resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))  # Python ignores SIGXFSZ
+      resource.prlimit(popen.pid, resource.RLIMIT_FSIZE, (0, 0))  # Python ignores SIGXFSZ
       return
     self._filler = open(self.folder / 'filler', 'ab', buffering=0)
     self.top()
@@ -173,12 +173,12 @@ def run(name, place, *, env, disk, fault=None, delay=0.0, merged=False):
   """
   argv = COMMANDS[name].argv(place)
   began, texts = time.monotonic(), collections.defaultdict(bytes)
-  process = subprocess.Popen(argv, cwd=REPOSITORY, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT if merged else subprocess.PIPE, bufsize=0)
+  popen = subprocess.Popen(argv, cwd=REPOSITORY, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT if merged else subprocess.PIPE, bufsize=0)
   struck = False
   with selectors.DefaultSelector() as pipes, contextlib.ExitStack() as stack:
-    stack.callback(process.kill)  # where this script is stopped
-    for stream in filter(None, (process.stdout, process.stderr)):
+    stack.callback(popen.kill)  # where this script is stopped
+    for stream in filter(None, (popen.stdout, popen.stderr)):
       pipes.register(stream, selectors.EVENT_READ)
 
     def read(seconds):
@@ -190,26 +190,26 @@ def run(name, place, *, env, disk, fault=None, delay=0.0, merged=False):
       if not pipes.get_map():
         time.sleep(seconds)
 
-    while process.poll() is None or pipes.get_map():
+    while popen.poll() is None or pipes.get_map():
       read(0.005)
-      if fault and not struck and time.monotonic() - began >= delay and process.poll() is None:
+      if fault and not struck and time.monotonic() - began >= delay and popen.poll() is None:
         struck = True
         if fault == 'kill':
-          process.kill()
+          popen.kill()
         elif fault == 'hangup':
-          process.send_signal(signal.SIGHUP)
+          popen.send_signal(signal.SIGHUP)
         elif fault == 'full disk':
-          disk.fill(process)
+          disk.fill(popen)
         else:
           read(0)  # what was said before
-          pipes.unregister(process.stdout)
-          process.stdout.close()
+          pipes.unregister(popen.stdout)
+          popen.stdout.close()
       disk.top()
-  for stream in filter(None, (process.stdout, process.stderr)):
+  for stream in filter(None, (popen.stdout, popen.stderr)):
     stream.close()
   disk.free()
-  status = process.returncode
-  said, errors = (texts[stream].decode().replace(str(place), 'OUT') for stream in (process.stdout, process.stderr))
+  status = popen.returncode
+  said, errors = (texts[stream].decode().replace(str(place), 'OUT') for stream in (popen.stdout, popen.stderr))
   return Outcome(128 - status if status < 0 else status, said, errors, time.monotonic() - began, struck)
 
 
@@ -239,14 +239,14 @@ def wrong_words(fault, outcome, straight):
   lines = [line for line in plain_lines(text) if line not in usual]
   odd = [line for line in lines if not line.startswith('m2l2: ') and not LOGGED.match(line)]
   ours = [line for line in lines if line.startswith('m2l2: ')]
-  found = [f'it said: {line[:300]}' for line in odd[:5]]
+  complaints = [f'it said: {line[:300]}' for line in odd[:5]]
   if 'Traceback' in text:
-    found.append('a traceback')
+    complaints.append('a traceback')
   if len(ours) > 1:
-    found += [f'{len(ours)} lines: {ours[0]} ... {ours[-1]}']
+    complaints += [f'{len(ours)} lines: {ours[0]} ... {ours[-1]}']
   if outcome.status == 1 and not ours:
-    found.append('status 1 without a word')
-  return found
+    complaints.append('status 1 without a word')
+  return complaints
 
 
 def plain_lines(text):

@@ -47,9 +47,9 @@ def write_noise(path, *, seconds, rate):
 def call(*arguments):
   """Seconds and MiB of one call of the program."""
   begun = time.monotonic()
-  process = subprocess.Popen([sys.executable, '-m', 'm2l2', *map(str, arguments), '--quiet'],
-                             env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY)})
-  _, status, usage = os.wait4(process.pid, 0)
+  popen = subprocess.Popen([sys.executable, '-m', 'm2l2', *map(str, arguments), '--quiet'],
+                           env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY)})
+  _, status, usage = os.wait4(popen.pid, 0)
   if status:
     sys.exit(f'soak_lengths: m2l2 {arguments[0]} ended with status {os.waitstatus_to_exitcode(status)}')
   return {'seconds': time.monotonic() - begun, 'peak_mib': usage.ru_maxrss / 1024}

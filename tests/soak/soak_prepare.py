@@ -42,14 +42,14 @@ def run(source, output, *flags):
   """A run from start to end: exit code, what it printed, seconds, of the processor, and peak MiB in all."""
   with tempfile.TemporaryFile('w+') as log:
     begun, before, peak = time.monotonic(), os.times(), 0
-    process = start(source, output, *flags, log=log)
-    while process.poll() is None:
-      peak = max(peak, memory_of_tree(process.pid))
+    popen = start(source, output, *flags, log=log)
+    while popen.poll() is None:
+      peak = max(peak, memory_of_tree(popen.pid))
       time.sleep(0.05)
     seconds, after = time.monotonic() - begun, os.times()
     busy = after.children_user + after.children_system - before.children_user - before.children_system
     log.seek(0)
-    return process.returncode, log.read(), seconds, busy, peak
+    return popen.returncode, log.read(), seconds, busy, peak
 
 
 def memory_of_tree(pid):
@@ -59,8 +59,8 @@ def memory_of_tree(pid):
     children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
     for task in pathlib.Path(f'/proc/{pid}/task').iterdir():
       children += (task / 'children').read_text().split()
-    for one in {str(pid), *children}:
-      for line in pathlib.Path(f'/proc/{one}/smaps_rollup').read_text().splitlines():
+    for child in {str(pid), *children}:
+      for line in pathlib.Path(f'/proc/{child}/smaps_rollup').read_text().splitlines():
         total += int(line.split()[1]) if line.startswith('Pss:') else 0
   except OSError:
     pass  # one of them has just ended
@@ -92,14 +92,14 @@ def killed_run(source, output, *flags, delay=0.0, after=None, number=signal.SIGK
 
   Returns the exit code: -9 of a killed one; 0 of one that was done before.
   """
-  process = start(source, output, *flags)
-  while after and process.poll() is None and not list(pathlib.Path(output).glob(after)):
+  popen = start(source, output, *flags)
+  while after and popen.poll() is None and not list(pathlib.Path(output).glob(after)):
     time.sleep(0.002)
   try:
-    process.wait(delay)
+    popen.wait(delay)
   except subprocess.TimeoutExpired:
-    process.send_signal(number)
-  return process.wait()
+    popen.send_signal(number)
+  return popen.wait()
 
 
 def kills(args, directory):
@@ -132,11 +132,11 @@ def kills(args, directory):
 def write_originals(directory, *, music=None, seconds=3.0):
   """One file in each format; of `music` where given, of tones otherwise. {format: bytes}"""
   directory.mkdir(parents=True, exist_ok=True)
-  found = sorted(path for path in pathlib.Path(music).rglob('*.ogg')) if music else []
+  ogg_files = sorted(path for path in pathlib.Path(music).rglob('*.ogg')) if music else []
   originals = {}
   for number, kind in enumerate(FORMATS):
-    if found:
-      path = found[number * len(found) // len(FORMATS)]
+    if ogg_files:
+      path = ogg_files[number * len(ogg_files) // len(FORMATS)]
       rate = soundfile.info(path).samplerate
       audio = soundfile.read(path, start=10 * rate, frames=round(seconds * rate), always_2d=True)[0]
     else:

@@ -25,7 +25,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 # The shipped config, small. All programs are the same, so they are compiled once and then found in
 # the cache; optimising a program that runs for a second does not pay.
-CONFIG = 'configs/tiny.py:debug'
+CONFIG = 'configs/nano.py:debug'
 SMALL = {
   'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
   'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
@@ -78,15 +78,15 @@ def stopped_run(workdir, number, *, music, cache, fields=None, devices=1, after_
   """
   log = pathlib.Path(f'{workdir}.log')
   with open(log, 'w') as f:
-    process = subprocess.Popen(
+    popen = subprocess.Popen(
       command(workdir, music=music, fields=fields), env=environment(cache, devices=devices),
       cwd=REPOSITORY, stdout=f, stderr=subprocess.STDOUT)
-    while process.poll() is None and len(LOGGED.findall(log.read_text())) < after_lines:
+    while popen.poll() is None and len(LOGGED.findall(log.read_text())) < after_lines:
       time.sleep(0.005)
     time.sleep(delay)
-    if process.poll() is None:
-      process.send_signal(number)
-    code = process.wait()
+    if popen.poll() is None:
+      popen.send_signal(number)
+    code = popen.wait()
   return code, log.read_text()
 
 
@@ -134,15 +134,15 @@ def fingerprint(workdir):
 def differences(straight, other):
   """What differs between two workdirs, as lines; none if the runs are the same digit for digit."""
   a, b = trace(straight), trace(other)
-  found = []
+  lines = []
   if [line['step'] for line in a] != [line['step'] for line in b]:
-    found.append(f'steps {[line["step"] for line in a]} against {[line["step"] for line in b]}')
+    lines.append(f'steps {[line["step"] for line in a]} against {[line["step"] for line in b]}')
   for x, y in zip(a, b):
-    found += [f'step {x["step"]} {name}: {x.get(name)!r} against {y.get(name)!r}'
+    lines += [f'step {x["step"]} {name}: {x.get(name)!r} against {y.get(name)!r}'
               for name in x.keys() | y.keys() if x.get(name) != y.get(name)]
   if fingerprint(straight) != fingerprint(other):
-    found.append('the weights differ')
-  return found
+    lines.append('the weights differ')
+  return lines
 
 
 def main():
@@ -169,11 +169,11 @@ def main():
     for x, y in zip(trace(straight), trace(killed)):
       print(f'step {x["step"]:3d}  loss {x["loss"]!r:>20} {y["loss"]!r:>20}  '
             f'{"equal" if x == y else "DIFFERENT"}')
-    found = differences(straight, killed)
-    print(*found, sep='\n')
-    print(f'{"FAIL" if found else "PASS"}: {len(trace(killed))} steps, {args.kills} kills, '
+    different = differences(straight, killed)
+    print(*different, sep='\n')
+    print(f'{"FAIL" if different else "PASS"}: {len(trace(killed))} steps, {args.kills} kills, '
           f'weights {fingerprint(straight)} against {fingerprint(killed)}')
-    return 1 if found else 0
+    return 1 if different else 0
 
 
 if __name__ == '__main__':

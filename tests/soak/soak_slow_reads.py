@@ -75,23 +75,23 @@ def measure(args) -> dict:
     wall, cpu = time.perf_counter() - began, core_seconds() - cpu
     reads, fetched = counts[0] - before[0], counts[1] - before[1]
   own = needed(mixture, range(12 * BATCH, 12 * BATCH + taken))
-  found = {'crops_per_second': taken / wall, 'cpu_ms_per_crop': 1e3 * cpu / taken, 'reads_per_crop': reads / taken,
-           'bytes_fetched_over_crops': fetched / own}
-  problems = [f'{name} is {found[name]:.3g}, {word} {limit:g}' for name, word, limit, bad in (
-      ('crops_per_second', 'below', args.rate, found['crops_per_second'] < args.rate),
-      ('cpu_ms_per_crop', 'above', args.cpu_ms, found['cpu_ms_per_crop'] > args.cpu_ms),
-      ('bytes_fetched_over_crops', 'above', args.excess, found['bytes_fetched_over_crops'] > args.excess)) if bad]
+  figures = {'crops_per_second': taken / wall, 'cpu_ms_per_crop': 1e3 * cpu / taken, 'reads_per_crop': reads / taken,
+             'bytes_fetched_over_crops': fetched / own}
+  problems = [f'{name} is {figures[name]:.3g}, {word} {limit:g}' for name, word, limit, bad in (
+      ('crops_per_second', 'below', args.rate, figures['crops_per_second'] < args.rate),
+      ('cpu_ms_per_crop', 'above', args.cpu_ms, figures['cpu_ms_per_crop'] > args.cpu_ms),
+      ('bytes_fetched_over_crops', 'above', args.excess, figures['bytes_fetched_over_crops'] > args.excess)) if bad]
   return {'crops': taken, 'ms_a_read': args.ms, 'reads_to_open': opened[0],
-          **{name: round(value, 2) for name, value in found.items()}, 'problems': problems}
+          **{name: round(value, 2) for name, value in figures.items()}, 'problems': problems}
 
 
 def core_seconds() -> float:
   """Of this process and of its workers: those that run, too."""
   ticks = 0
-  for process in os.listdir('/proc'):
-    if process.isdecimal() and process != str(os.getpid()):
+  for pid in os.listdir('/proc'):
+    if pid.isdecimal() and pid != str(os.getpid()):
       try:
-        with open(f'/proc/{process}/stat') as file:
+        with open(f'/proc/{pid}/stat') as file:
           fields = file.read().rpartition(')')[2].split()
       except OSError:  # ended
         continue

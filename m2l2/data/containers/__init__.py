@@ -1,9 +1,10 @@
-"""What the bytes of a file say where libsndfile does not look: its parts, its true length, safe places to decode from.
+"""Parsing of headers: the parts of a file, its true length, and positions from which decoding is exact.
 
-libsndfile reads the first of chained streams, believes an estimate of the length of an MP3 without a Xing header, knows
-no length of a FLAC or WAV that went through a pipe, and misses by up to a block where it seeks in Vorbis. All of that
-can be told from headers, without decoding. `inspect` does, and says which bytes to hand to libsndfile instead. All
-functions are pure; offsets are in bytes of the file, positions and lengths in samples.
+libsndfile reads only the first of chained streams, estimates the length of an MP3 without a Xing header, knows no
+length of a FLAC or WAV that was written to a pipe, and misses by up to a block when it seeks in Vorbis. Headers tell
+all of
+that without decoding: `inspect` reads them and lists the bytes to pass to libsndfile instead. All functions are pure;
+offsets are in bytes of the file, positions and lengths in samples.
 """
 
 import dataclasses
@@ -11,20 +12,20 @@ import struct
 
 from m2l2.data.containers import chunks, flac, mp3, ogg
 from m2l2.data.containers.flac import flac_frames, flac_header
-from m2l2.data.containers.parts import Buffer, Contents, Joined, Part, Piece, XIPH_ORDER
+from m2l2.data.containers.parts import XIPH_ORDER, Buffer, Contents, Joined, Part, Piece
 
 __all__ = ['Buffer', 'Contents', 'Joined', 'Part', 'Piece', 'XIPH_ORDER', 'flac_frames', 'flac_header', 'inspect']
 
 
 def inspect(buffer: Buffer, *, whole: bool = True) -> Contents:
-  """What is in a file. Without `whole` it is not searched for a second one behind it where that takes all of its
-  bytes. Never raises for what a file holds: what is not understood is libsndfile's affair."""
+  """The Contents of a file. Without `whole`, it is not searched for chained streams if that takes reading all of its
+  bytes. Raises no error for the contents of a file: unknown formats are left to libsndfile."""
   contents = _inside(buffer, whole)
   return dataclasses.replace(contents, foreign=_foreign(buffer)) if whole else contents
 
 
 def _foreign(buffer) -> int:
-  """Where a WAV, FLAC or Ogg begins that is of another kind than the beginning; 0: nowhere."""
+  """The offset of an appended WAV, FLAC or Ogg of another kind than the beginning; 0: there is none."""
   for magic, after, more in ((b'RIFF', 8, b'WAVE'), (b'fLaC', 4, bytes(3)), (b'OggS', 4, b'\0\2')):
     if buffer[:4] == magic:
       continue
@@ -49,6 +50,6 @@ def _inside(buffer, whole) -> Contents:
       return flac.contents(buffer, whole=whole)
     if magic[:3] == b'ID3' or magic[:1] == b'\xff':
       return mp3.contents(buffer)
-  except (IndexError, struct.error, ZeroDivisionError):  # a header cut short, or a lie in it
+  except (IndexError, struct.error, ZeroDivisionError):  # a truncated or false header
     pass
   return Contents()

@@ -1,10 +1,10 @@
-"""Checksums as Ogg and FLAC have them: the most significant bit first, from 0 on, nothing turned around."""
+"""The checksums of Ogg and FLAC: most significant bit first, initial value 0, nothing reversed."""
 
 _TABLES: dict[tuple[int, int], list[int]] = {}
 
 
 def crc(data: bytes, width: int, polynomial: int) -> int:
-  """Of `width` bits; the polynomial without its highest."""
+  """A CRC of `width` bits; `polynomial` is without its highest bit."""
   value, top, mask = 0, 1 << width - 1, (1 << width) - 1
   table = _TABLES.get((width, polynomial))
   if not table:

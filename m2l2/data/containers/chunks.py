@@ -1,4 +1,4 @@
-"""WAV and AIFF: files of chunks, of which a header may state less or more than there is."""
+"""WAV and AIFF: files of chunks, whose headers may state a wrong length."""
 
 import struct
 
@@ -9,7 +9,7 @@ _GSM_BYTES, _GSM_SAMPLES = 65, 320  # of a block
 
 
 def contents(buffer, order) -> Contents:
-  """A length that is 0 though samples follow, or one that promises more than there is."""
+  """Corrects a length that is 0 although samples follow, or that is longer than the file."""
   at, size, width, name = 12, len(buffer), 0, b'data' if order == '<' else b'SSND'
   is_gsm = False
   while at + 8 <= size:
@@ -18,7 +18,7 @@ def contents(buffer, order) -> Contents:
       width, = struct.unpack_from('<H', buffer, at + 20)
       codec, = struct.unpack_from('<H', buffer, at + 8)
       is_gsm = codec == 0x31
-      if codec == 0x55:  # MP3, of which libsndfile guesses the length here
+      if codec == 0x55:  # MP3, whose length libsndfile estimates here
         place = buffer.find(b'data', at)
         return mp3.contents(buffer, place + 8) if place > 0 else Contents()
     elif kind == b'COMM':
@@ -30,10 +30,11 @@ def contents(buffer, order) -> Contents:
         patch = bytes(buffer[12:at + 4]) + struct.pack(f'{order}I', there)
         return Contents((Part((bytes(buffer[:4]) + struct.pack(f'{order}I', size - 8) + bytes(buffer[8:12]) + patch,
                                (at + 8, size))),))
-      # What a writer to a pipe states, who cannot know: 2^31 or 2^32 less some bytes.
+      # A writer to a pipe does not know the length and states 2^31 or 2^32 less some bytes.
       if there < length < 2**31 - 2**16 and width:
         return Contents(stated=(length - there) // width)
-      if is_gsm and 0 < length % _GSM_BYTES < length <= there:  # sox counts the pad byte, libsndfile plays it as a block
+      # sox counts the pad byte, libsndfile plays it as a block
+      if is_gsm and 0 < length % _GSM_BYTES < length <= there:
         return Contents((Part(((0, size),), frames=length // _GSM_BYTES * _GSM_SAMPLES),))
       return Contents()
     at += 8 + length + length % 2
@@ -41,7 +42,7 @@ def contents(buffer, order) -> Contents:
 
 
 def _ends_well(buffer, at, order) -> bool:
-  """Whether further chunks, and nothing else, go from here to the end."""
+  """Whether the rest of the file consists of further chunks."""
   while at + 8 <= len(buffer):
     kind, length = struct.unpack_from(f'{order}4sI', buffer, at)
     if not kind.isascii() or not kind.decode().isprintable():

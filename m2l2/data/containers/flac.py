@@ -1,9 +1,9 @@
-"""FLAC: streams one after the other, the length of one that states none, and where its frames begin."""
+"""FLAC: chained streams, the length of a stream that states none, and positions of frames."""
 
 import re
 
 from m2l2.data.containers.checksum import crc
-from m2l2.data.containers.parts import Contents, MOST_PARTS, Part
+from m2l2.data.containers.parts import MOST_PARTS, Contents, Part
 
 _TAIL = 2**17  # bytes at the end of a FLAC in which its last frame begins
 _START = re.compile(rb'fLaC[\x00\x80]\x00\x00\x22')
@@ -11,7 +11,7 @@ _FRAME = re.compile(rb'\xff[\xf8\xf9]')
 
 
 def contents(buffer, *, whole) -> Contents:
-  """Each stream with its length; nothing where the first states its own and is, for all that is seen, the only one."""
+  """Each stream with its length; none if the first states its length and no other is seen."""
   stated = int.from_bytes(buffer[21:26], 'big') & 2**36 - 1
   if stated and not whole and next(_ends(buffer, 0, len(buffer)), 0) == stated:
     return Contents()
@@ -23,7 +23,7 @@ def contents(buffer, *, whole) -> Contents:
 
 
 def _part(buffer, begin, end) -> Part:
-  """One stream; where it states no length, with the one that its last frame gives away."""
+  """One stream; if it states no length, with that of its last frame."""
   head = bytearray(buffer[begin:begin + 26])
   if not int.from_bytes(head[21:], 'big') & 2**36 - 1:
     length = next(_ends(buffer, begin, end, sure=True), 0)
@@ -32,19 +32,19 @@ def _part(buffer, begin, end) -> Part:
 
 
 def _ends(buffer, begin, end, *, sure=False):
-  """Where frames at the end of a stream end, in samples: the last first. With `sure`, only frames that are whole."""
+  """The ends of frames at the end of a stream, in samples, the last first. With `sure`, only of complete frames."""
   low = max(begin + 42, end - _TAIL)
   tail = bytes(buffer[low:end])
   block, channels = int.from_bytes(buffer[begin + 8:begin + 10], 'big'), (buffer[begin + 20] >> 1 & 7) + 1
   for match in reversed(list(_FRAME.finditer(tail))):
     at = match.start()
-    found = _frame_end(tail[at:at + 17], block, channels)
-    if found and not (sure and crc(tail[at:], 16, 0x8005)):
-      yield found
+    frame_end = _frame_end(tail[at:at + 17], block, channels)
+    if frame_end and not (sure and crc(tail[at:], 16, 0x8005)):
+      yield frame_end
 
 
 def _frame_end(head, block, channels) -> int | None:
-  """The sample after a frame, by its header; None: it is none."""
+  """The sample after a frame, by its header; None: not a frame."""
   code, layout = head[2] >> 4, head[3] >> 4
   if not code or layout > 10 or head[3] & 1 or head[2] & 15 == 15 or (layout + 1 if layout < 8 else 2) != channels:
     return None
@@ -64,9 +64,9 @@ def _frame_end(head, block, channels) -> int | None:
 
 
 def flac_frames(data: bytes, *, channels: int) -> tuple[int, list[int]]:
-  """(samples of each frame but the last, where in the bytes each begins) of a FLAC with frames of one length.
+  """(samples per frame, offset of each frame) of a FLAC whose frames, but the last, have equal lengths.
 
-  Raises ValueError: it is none, or its frames are not found.
+  Raises ValueError: not such a FLAC.
   """
   if not _START.match(data):
     raise ValueError('it is no FLAC')
@@ -80,12 +80,12 @@ def flac_frames(data: bytes, *, channels: int) -> tuple[int, list[int]]:
     number = (end - 1) // block
     if number == len(offsets):
       offsets.append(place)
-    elif number == len(offsets) - 1 and number:  # bytes that look like the same frame's beginning: one of the two is
+    elif number == len(offsets) - 1 and number:  # two places look like the start of the same frame: one of them is
       offsets[-1:] = [place if crc(data[offsets[-2]:offsets[-1]], 16, 0x8005) else offsets[-1]]
   return block, offsets
 
 
 def flac_header(*, block: int, rate: int, channels: int, samples: int) -> bytes:
-  """What must stand before frames of 16 bits for them to be a FLAC."""
+  """The header that makes a FLAC of frames of 16 bits."""
   facts = rate << 44 | channels - 1 << 41 | 15 << 36 | samples
   return b'fLaC\x80\0\0\x22' + 2 * block.to_bytes(2, 'big') + bytes(6) + facts.to_bytes(8, 'big') + bytes(16)

@@ -1,20 +1,20 @@
-"""MP3: runs of frames, and the true length of one whose header states none, or more than is there."""
+"""MP3: runs of frames, and the true length if the header states none or a longer one."""
 
 import re
 import struct
 
-from m2l2.data.containers.parts import Contents, MOST_PARTS, Part
+from m2l2.data.containers.parts import MOST_PARTS, Contents, Part
 
 _KBIT = {True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
          False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)}
 _RATES = (44100, 48000, 32000)
 _FRAME = re.compile(rb'\xff[\xe2\xe3\xf2\xf3\xfa\xfb]')
 _PADDING = 100  # frames
-_SURE = 4  # frames in a row that are no accident
+_SURE = 4  # frames in a row that are no coincidence
 
 
 def _frame_bytes(header: bytes) -> int:
-  """The length of a Layer III frame by its 4 bytes of header; 0: it is none, or its length is not stated."""
+  """The length in bytes of a Layer III frame, by its header of 4 bytes; 0: not a frame, or no stated length."""
   version, layer = header[1] >> 3 & 3, header[1] >> 1 & 3
   kbit, rate = header[2] >> 4, header[2] >> 2 & 3
   if header[0] != 0xff or header[1] < 0xe0 or version == 1 or layer != 1 or kbit in (0, 15) or rate == 3:
@@ -29,12 +29,12 @@ def _side_info(header) -> int:
 
 
 def _alike(header: bytes) -> tuple[int, int]:
-  """What frames of one stream have in common: version, layer and rate."""
+  """The fields that are equal in all frames of a stream: version, layer and rate."""
   return header[1] & 0xfe, header[2] & 0x0c
 
 
 def contents(buffer, at=0) -> Contents:
-  """Each run of frames from the offset on; nothing where the header of the only one tells all that is needed."""
+  """Each run of frames from the offset on; none if there is one run and its header states everything."""
   helped, unended, parts, lacking, at = bool(at), False, [], 0, _next_run(buffer, at)
   while at is not None and len(parts) <= MOST_PARTS:
     stated = _xing(buffer, at)
@@ -42,13 +42,13 @@ def contents(buffer, at=0) -> Contents:
       end = min(len(buffer), at + stated[1]) if stated[1] else len(buffer)
       frames = 0
       if at + stated[1] > len(buffer):
-        found, size = _run(buffer, at)[0] - 1, _frame_samples(buffer, at)
-        if found < stated[0]:
-          frames, lacking = max(1, found * size - _lead(buffer, at)), (stated[0] - found) * size
+        frame_count, size = _run(buffer, at)[0] - 1, _frame_samples(buffer, at)
+        if frame_count < stated[0]:
+          frames, lacking = max(1, frame_count * size - _lead(buffer, at)), (stated[0] - frame_count) * size
       helped |= lacking > 0
       parts.append(Part(((at, end),), frames=frames))
     else:
-      begin = at + _frame_bytes(buffer[at:at + 4]) if stated else at  # a Xing or VBRI header without what is needed
+      begin = at + _frame_bytes(buffer[at:at + 4]) if stated else at  # a Xing or VBRI header without a length
       frames, end = _run(buffer, begin)
       rest = bytes(buffer[end:end + 4])
       unended = len(buffer) < end + _frame_bytes(rest) if len(rest) == 4 else (
@@ -66,7 +66,7 @@ def contents(buffer, at=0) -> Contents:
 
 
 def _next_run(buffer, at) -> int | None:
-  """Where the next frames begin, _SURE of them or all until the end."""
+  """The offset of the next run of at least _SURE frames, or of fewer until the end."""
   while buffer[at:at + 3] == b'ID3' and at + 10 <= len(buffer):
     size = bytes(buffer[at + 6:at + 10])
     at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
@@ -100,7 +100,7 @@ def _run(buffer, at) -> tuple[int, int]:
 
 
 def _xing(buffer, at) -> tuple[int, int] | None:
-  """(frames, bytes) by the header in a frame, 0 where it does not say; None: there is none."""
+  """(frames, bytes) stated by a Xing header in a frame, 0 if not stated; None: no such header."""
   header = buffer[at:at + 4]
   place = at + 4 + _side_info(header)
   if buffer[place:place + 4] in (b'Xing', b'Info'):
@@ -117,12 +117,13 @@ def _frame_samples(buffer, at) -> int:
 
 
 def _lead(buffer, at) -> int:
-  """The samples that a decoder drops at the beginning, by LAME's and FFmpeg's header; 529 are the decoder's own."""
+  """The samples that a decoder drops at the beginning, by LAME's and FFmpeg's header, of which 529 are its own
+  delay."""
   place = at + 4 + _side_info(buffer[at:at + 4]) + 141
   return (int.from_bytes(buffer[place:place + 3], 'big') >> 12) + 529
 
 
 def _silent_frame(header: bytes) -> bytes:
-  """The shortest frame of a stream like that of `header`, of silence."""
+  """The shortest silent frame of a stream with this header."""
   mine = bytes([header[0], header[1] | 1, 1 << 4 | header[2] & 0x0c, header[3]])
   return mine.ljust(_frame_bytes(mine), b'\0')

@@ -1,11 +1,11 @@
-"""Ogg: chained streams of Vorbis, Opus or FLAC, in pages; and places in Vorbis from which decoding is exact."""
+"""Ogg: chained streams of Vorbis, Opus or FLAC, in pages; and positions in Vorbis from which decoding is exact."""
 
 from array import array
 import dataclasses
 import struct
 
 from m2l2.data.containers.checksum import crc
-from m2l2.data.containers.parts import Contents, MOST_PARTS, Part, XIPH_ORDER
+from m2l2.data.containers.parts import MOST_PARTS, XIPH_ORDER, Contents, Part
 
 _APART = 2**16  # samples from one place of a Vorbis stream to the next
 _OPUS_RATE = (48000).to_bytes(4, 'little')
@@ -13,7 +13,7 @@ _OPUS_RATE = (48000).to_bytes(4, 'little')
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-  """The header of a page, as far as it is needed."""
+  """The needed fields of a page's header."""
   offset: int
   body: int  # where its packets begin
   flags: int  # 1: begins inside a packet, 2: first of a stream, 4: its last
@@ -23,7 +23,7 @@ class Page:
 
 
 def pages_of(buffer) -> list[Page]:
-  """The whole pages, in order; what lies between them is passed over."""
+  """The complete pages, in order; other bytes are skipped."""
   at, pages = 0, []
   while at >= 0 and at + 27 <= len(buffer):
     magic, _, flags, granule, serial, _, _, count = struct.unpack_from('<4sBBqIIIB', buffer, at)
@@ -40,7 +40,7 @@ def pages_of(buffer) -> list[Page]:
 
 
 def contents(buffer) -> Contents:
-  """Each of chained streams; nothing of streams beside each other."""
+  """Each chained stream; none for interleaved streams."""
   pages, streams = pages_of(buffer), []
   for number, page in enumerate(pages):
     if page.flags & 2 and (not number or not pages[number - 1].flags & 2):
@@ -49,7 +49,7 @@ def contents(buffer) -> Contents:
       return Contents()
     streams[-1].append(page)
   if not 1 <= len(streams) <= MOST_PARTS or any(len({page.serial for page in stream}) > 1 for stream in streams):
-    return Contents()  # streams beside each other, as in a film
+    return Contents()  # interleaved streams, as in a film
   ends = [stream[0].offset for stream in streams[1:]] + [len(buffer)]
   parts = tuple(_ogg_part(buffer, stream, end) for stream, end in zip(streams, ends, strict=True))
   return Contents(parts, unended=not pages[-1].flags & 4)
@@ -101,7 +101,7 @@ def _ogg_part(buffer, pages, end) -> Part:
       offsets.append(page.offset)
     whole = page.lacing and page.lacing[-1] < 255
     if number == first and 0 <= page.granule < position and not page.flags & 4 and whole:
-      # The encoder's lead, which decoders drop, but no more of it than the last packet gives: of what was cut out
+      # The encoder's delay, which decoders drop, but at most as much as the last packet adds: in audio cut out
       # without decoding the rest is read, and the end would be missing.
       late = max(0, position - page.granule - step)
       position = page.granule + late
@@ -114,8 +114,8 @@ def _ogg_part(buffer, pages, end) -> Part:
 
 
 def _flac_of_ogg(buffer, pages) -> Part:
-  """Its packets one after the other are a FLAC, which soundfile's library reads without Ogg alone. The pages know the
-  length, which FFmpeg does not write into the header."""
+  """The packets, concatenated, are a FLAC, which libsndfile reads without Ogg only. The pages state the length, which
+  FFmpeg does not write into the header."""
   bodies = [(page.body, page.body + sum(page.lacing)) for page in pages]
   head = bytearray(buffer[bodies[0][0] + 9:bodies[0][1]])
   length = max(0, *(page.granule for page in pages))
@@ -124,15 +124,15 @@ def _flac_of_ogg(buffer, pages) -> Part:
 
 
 def _opus_page(buffer, page) -> bytes:
-  """The first page of an Opus stream, at 48 kHz: libsndfile decodes at a rate near the one that was encoded, as 24 kHz
-  of what was at 32 kHz, and with it half of the sound."""
+  """The first page of an Opus stream, changed to 48 kHz: libsndfile decodes at a rate near that of the source, such as
+  24 kHz for 32 kHz, and would lose the higher frequencies."""
   body = bytearray(buffer[page.body:page.body + sum(page.lacing)])
   body[12:16] = _OPUS_RATE
   return changed_page(buffer, page, body=body)
 
 
 def changed_page(buffer, page, *, granule: int | None = None, body: bytes | None = None) -> bytes:
-  """A page with another granule or another body of the same length."""
+  """A page with another granule position, or another body of the same length."""
   data = bytearray(buffer[page.offset:page.body + sum(page.lacing)])
   if granule is not None:
     data[6:14] = granule.to_bytes(8, 'little')
@@ -160,8 +160,8 @@ def _starts(page) -> list[tuple[int, int, bool]]:
 
 
 def _modes(setup: bytes) -> list[int]:
-  """Of each mode whether its blocks are long. They are the last of the setup header, so they are read from its end:
-  a bit that is 1, then modes of (8 bits mapping, 16 + 16 bits zero, 1 bit size), before them 6 bits count - 1."""
+  """For each mode, whether its blocks are long. Modes end the setup header, so they are read from its end: a bit that
+  is 1, then modes of (8 bits mapping, 16 + 16 bits zero, 1 bit size), before them 6 bits count - 1."""
   bits = int.from_bytes(setup, 'little')
   at = bits.bit_length() - 1
   modes: list[int] = []

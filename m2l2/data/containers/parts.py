@@ -1,4 +1,4 @@
-"""What is found in a file: its parts, each as pieces of the file that libsndfile can be handed."""
+"""The contents of a file: its parts, each as pieces of the file that libsndfile can read."""
 
 import bisect
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import mmap
 Buffer = bytes | mmap.mmap
 Piece = bytes | tuple[int, int]  # bytes of our own, or [begin, end) of the file
 
-MOST_PARTS = 1000  # beyond them a file is damaged, not chained
+MOST_PARTS = 1000  # a file of more is damaged, not chained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Part:
   """One stream of a file.
 
   Attributes:
-    pieces: what to hand to libsndfile for it, in order.
-    order: where the channels of WAV's order are among the stream's; empty: they are in that order.
-    skip: samples at the beginning that are not the file's.
-    frames: samples after them that are, 0: as libsndfile finds.
-    positions, offsets: of Vorbis: pages; who decodes from the one at the offset on gets the sample at the position
-      first. Ascending.
-    header: of Vorbis: the piece that must stand before such a page.
-    end: of Vorbis: where the part ends.
+    pieces: the bytes to pass to libsndfile, in order.
+    order: for each channel of WAV's order its index in the stream; empty: the stream has that order.
+    skip: samples at the beginning to drop.
+    frames: samples after them; 0: as many as libsndfile decodes.
+    positions, offsets: of Vorbis: decoding from the page at the offset begins with the sample at the position.
+      Ascending.
+    header: of Vorbis: the piece to put before such a page.
+    end: of Vorbis: the end of the part.
   """
   pieces: tuple[Piece, ...]
   order: Sequence[int] = ()
@@ -40,7 +40,7 @@ class Part:
     return bool(self.end)
 
   def before(self, position: int) -> tuple[int, tuple[Piece, ...]]:
-    """(position of its first sample, pieces) of a short way to a sample."""
+    """(position of the first sample, pieces) of a short part of the stream that leads to a sample."""
     number = bisect.bisect_right(self.positions, position) - 1
     if number < 0:
       return 0, self.pieces
@@ -49,9 +49,9 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-  """Attributes: parts, in order, none where libsndfile needs no help; stated: samples that the header of a file
-  promises beyond those that are there; unended: whether the last stream lacks its end mark, or ends inside a frame;
-  foreign: where a file of another kind begins behind this one, which nobody reads; 0: none does."""
+  """Attributes: parts, in order, empty if libsndfile reads the file correctly; stated: samples that the header states
+  beyond those that exist; unended: whether the last stream lacks its end mark, or ends inside a frame; foreign: the
+  offset of an appended file of another kind, which is not read; 0: none."""
   parts: tuple[Part, ...] = ()
   stated: int = 0
   unended: bool = False
@@ -65,7 +65,7 @@ XIPH_ORDER = {3: (0, 2, 1), 5: (0, 2, 1, 3, 4), 6: (0, 2, 1, 4, 5, 3), 7: (0, 2,
 
 
 class Joined(io.RawIOBase):
-  """Pieces of a file as one file, to be read only. The buffer must outlive it."""
+  """Pieces of a file as one read-only file object. The buffer must outlive it."""
 
   def __init__(self, buffer: Buffer, pieces: Sequence[Piece]):
     self._views = [memoryview(piece) if isinstance(piece, bytes) else memoryview(buffer)[piece[0]:piece[1]]

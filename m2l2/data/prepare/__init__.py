@@ -6,14 +6,14 @@ Three stages, each a Beam pipeline over small work items (names of files, never 
   hash    a block of files whose first samples are not theirs alone: a hash of all samples
   write   one shard: decode, resample, cut, encode and store its files; its index (m2l2.data.index)
 
-An item ends by writing one JSON file under DIR/.prepare, so a job that was stopped at any moment goes on
-with the items that lack theirs, and its output is the same bytes. What is planned between the stages is a
-pure function of the files found and of these JSON files. manifest.json comes last: with it, DIR is done.
-Data of format 1, which had no index, get one when they are prepared again; their shards stay as they are.
+Each item ends by writing one JSON file under DIR/.prepare, so a job that was stopped at any moment continues with the
+items that lack theirs, and its output has the same bytes. The plans between the stages are pure functions of the input
+files and of these JSON files. manifest.json is written last: with it, DIR is complete. Data of format 1, which had no
+index, get one when they are prepared again; their shards do not change.
 
-`options`, `plan`, `inputs` and `place` say what is to be made of which files and where; `child` decodes, `items` does
-one item, `stages` has Beam do them all, `command` goes from stage to stage. Nothing is imported before it is asked
-for: the children that decode live in this package, too, and have no room for Beam.
+`options`, `plan`, `inputs` and `place` define the job, its files and its output; `child` decodes, `items` processes one
+item, `stages` runs all items by Beam, `command` runs the stages. Imports are lazy: the child processes that decode
+import this package, too, and must stay small.
 """
 
 from m2l2 import lazy

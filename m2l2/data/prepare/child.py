@@ -1,9 +1,9 @@
 """Decoding in a child process, bounded in time and in memory: a codec that hangs or crashes costs one file.
 
-A `DecodingProcess` is the parent's end of one child, which lives for many files (starting one takes longer
-than decoding a song). Requests and replies are lines of JSON through pipes; segments go through an
-unlinked file, so that what a file gave counts only when all of it was decoded, memory stays flat, and
-a kill leaves nothing behind. This module is what the child runs: it imports no more than decoding needs.
+A `DecodingProcess` is the parent's side of one child, which decodes many files (starting one takes longer than decoding
+a song). Requests and replies are lines of JSON through pipes; segments are passed through an unlinked file, so that
+those of a file count only when all of it is decoded, memory does not grow, and a kill leaves no file. The child runs
+this module, so it imports no more than decoding needs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,23 +24,23 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 
 _BLOCK = 2**18  # samples decoded at once: 6 s
-_HEAD = 2**16  # samples that stand for a file while possible duplicates are looked for
-_MAX_PEAK = 100.0  # as in training: a float file scaled to integers is no audio
-_MISSING = 1.  # seconds: what music in the wild (Ogg, mostly) may lack of its stated length
-_CHANNELS = 8  # FLAC takes no more
+_HEAD = 2**16  # samples that are compared in the search for possible duplicates
+_MAX_PEAK = 100.0  # as in training: a float file scaled to integers is refused
+_MISSING = 1.  # seconds that a file may be shorter than its stated length, as many Ogg files are
+_CHANNELS = 8  # the limit of FLAC
 _READY = 60.  # seconds for a child to start
 
 
 class FileFault(UserError):
-  """Why one file cannot be used; the others can."""
+  """The reason why one file cannot be used."""
 
 
 # ---- in the child: files to numbers and segments ----------------------------------------------
 
 
 def probe(path) -> dict:
-  """What tells at little cost: 'seconds' by the header, 'format', and 'head', a hash of the rate, the channels and
-  the first block that is not all zero. Files of equal audio have equal heads."""
+  """Cheap facts: 'seconds' by the header, 'format', and 'head', a hash of the rate, the channels and the first block
+  that is not all zero. Files of equal audio have equal heads."""
   with _open(path) as reader:
     digest = hashlib.sha256(f'{reader.info.sample_rate} {reader.info.channels}'.encode())
     for number, block in enumerate(reader.blocks(block_samples=_HEAD, missing=_missing(reader))):
@@ -64,8 +64,8 @@ def content_hash(path) -> dict:
 def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: float) -> dict:
   """Decodes, resamples (to the first of `rates`, unless the file has one of them), cuts and encodes a file.
 
-  Writes the FLAC of one segment after the other to the file descriptor `spool`; returns the source's facts, for each
-  segment [offset, starts, samples, loudness, bytes], and under 'note' what is missing of the file, or None.
+  Writes the FLACs of the segments to the file descriptor `spool`; returns the source's facts, for each segment
+  [offset, starts, samples, loudness, bytes], and as 'note' what is missing of the file, or None.
   """
   with _open(path) as reader:
     info, taken, segments = reader.info, 0, []
@@ -79,7 +79,7 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
         taken += block.shape[1]
         if (peak := np.abs(block).max()) > _MAX_PEAK:
           raise UserError(f'reaches {peak:.4g}; float samples must be scaled to [-1, 1]')
-        yield stream.process(block)
+        yield stream.push(block)
       yield stream.finish()
 
     stated = audio_io.resampled_length(info.frames, from_rate=info.sample_rate, to_rate=rate)
@@ -94,7 +94,8 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
 
 
 def even_length(samples: int, *, longest: int, overlap: int) -> int:
-  """The length of segments that cut `samples` evenly: training takes each as often as any other, so none is short."""
+  """The length of segments that cut `samples` evenly: training draws segments equally often, so none should be
+  short."""
   count = max(1, -(-(samples - overlap) // (longest - overlap)))
   return min(longest, overlap + max(1, -(-(samples - overlap) // count)))
 
@@ -102,9 +103,9 @@ def even_length(samples: int, *, longest: int, overlap: int) -> int:
 def split(blocks: Iterable[np.ndarray], *, length: int, overlap: int) -> Iterator[tuple[int, int, np.ndarray]]:
   """Blocks [channels, any] of one signal -> (offset, starts, segment [channels, length]), all in samples.
 
-  Segments begin every length - overlap samples; each owns the starts up to the next one's offset, so
-  that every piece of up to `overlap` samples lies wholly in the segment that owns its start. The last
-  one owns all of itself and may be shorter, but is longer than `overlap` unless it is the only one.
+  Segments begin every length - overlap samples; the crop starts of each end at the next one's offset, so that every
+  piece of up to `overlap` samples is wholly inside the segment that has its start. In the last segment crops may start
+  anywhere; it may be shorter, but is longer than `overlap` unless it is the only one.
   """
   held, offset, step = None, 0, length - overlap
   for block in blocks:
@@ -117,7 +118,7 @@ def split(blocks: Iterable[np.ndarray], *, length: int, overlap: int) -> Iterato
 
 
 def to_int16(audio: np.ndarray) -> np.ndarray:
-  """Float audio -> 16 bits: rounded, clipped at full scale; 16-bit sources come back as they were."""
+  """Float audio -> 16 bits: rounded, clipped at full scale; the samples of 16-bit sources are unchanged."""
   scaled = audio * np.float32(2**15)
   return np.clip(np.rint(scaled, out=scaled), -2**15, 2**15 - 1, out=scaled).astype(np.int16)
 
@@ -157,11 +158,11 @@ def _write_all(number: int, data: bytes):
 
 
 def _serve(spool: int, memory: int):
-  """The child: answers one request a line until its parent is gone."""
+  """The main loop of the child: answers one request per line until its parent ends."""
   global _replies
   _replies = os.dup(1)
-  os.dup2(2, 1)  # what codecs print is no reply
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+  os.dup2(2, 1)  # so that prints of codecs are not taken for replies
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
   signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without a parent there is no work
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then an error like that of a full disk
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -180,9 +181,9 @@ def _serve(spool: int, memory: int):
       reply = {'error': str(e).removeprefix(f'{audio_io.shown(path)}: ')}
     except MemoryError:
       reply = {'error': f'needs more than {memory >> 20} MiB to decode'}
-    except OSError as e:  # not of the file: audio_io makes those UserErrors
+    except OSError as e:  # not an error of the file: audio_io raises UserError for those
       reply = {'fatal': e.strerror or str(e)}
-    except Exception as e:  # a fault of ours, or of a library: it too costs one file, and is named
+    except Exception as e:  # a bug in m2l2 or a library: it skips one file, and is reported
       reply = {'error': f'cannot be decoded ({type(e).__name__}: {" ".join(str(e).split())})'}
     _write_all(_replies, json.dumps(reply).encode() + b'\n')
 
@@ -191,12 +192,12 @@ def _serve(spool: int, memory: int):
 
 
 class DecodingProcess:
-  """One child, started when it is first needed and again after it died. Not for two threads at once.
+  """One child process, started at first use and restarted after it died. Not thread-safe.
 
   Args:
-    timeout: seconds that may pass without a further block of audio (6 s of it).
-    memory: bytes of address space that the child may have.
-    folder: where the encoded segments of the file under way are kept, on a file without a name.
+    timeout: seconds within which the next block of audio (6 s of it) must come.
+    memory: limit of the child's address space in bytes.
+    folder: folder of the unnamed file that holds the encoded segments of the current file.
   """
 
   def __init__(self, *, timeout: float, memory: int, folder=None):
@@ -205,20 +206,20 @@ class DecodingProcess:
     self._child, self._closed = None, False
 
   def call(self, name: str, path, **options) -> dict:
-    """What the function `name` of this module returns. After 'segment' see `audio`.
+    """Calls the function `name` of this module in the child. After 'segment' see `audio`.
 
-    Raises FileFault: the file cannot be used, hangs or crashes the decoder (twice: the first time might
-    have been somebody else's doing). UserError: the job cannot go on (no child, no room for its output).
+    Raises FileFault: the file cannot be used, or hangs or crashes the decoder (twice: the first crash might have
+    another cause). UserError: the job cannot continue (no child, a full disk).
     """
     request = json.dumps({'call': name, 'path': os.fsdecode(path), 'options': options}).encode() + b'\n'
-    for attempt in range(2):
+    for _ in range(2):
       if self._child is None:
         self._start()
       try:
         self._child.stdin.write(request)
         self._child.stdin.flush()
       except BrokenPipeError:
-        pass  # `_receive` tells
+        pass  # `_receive` reports it
       reply = self._receive(self._timeout)
       if 'died' not in reply:
         break
@@ -241,7 +242,7 @@ class DecodingProcess:
       yield data
 
   def close(self):
-    """Ends the child, also from another thread, whose call then raises."""
+    """Ends the child. May be called from another thread; a running call then raises."""
     self._closed = True
     self._kill()
 
@@ -259,7 +260,7 @@ class DecodingProcess:
       raise UserError(f'the process that decodes does not start ({reply.get("died") or reply.get("error")})')
 
   def _receive(self, timeout: float) -> dict:
-    """The next reply; {'died': how} or {'error': ...} where none came."""
+    """The next reply, or {'died': how} or {'error': ...} without one."""
     child, text = self._child, b''
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN)
@@ -284,7 +285,7 @@ class DecodingProcess:
       try:
         child.wait(10)
       except subprocess.TimeoutExpired:
-        pass  # stuck in the kernel, on a file system that does not answer
+        pass  # blocked in the kernel, on a file system that does not answer
 
 
 if __name__ == '__main__':

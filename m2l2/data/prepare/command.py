@@ -1,4 +1,4 @@
-"""`m2l2 prepare`: one stage after the other, then report, index, what TFDS reads and, last of all, the manifest."""
+"""`m2l2 prepare`: runs the stages, then writes report, index, metadata of TFDS and, last, the manifest."""
 
 import dataclasses
 import json
@@ -14,14 +14,14 @@ from m2l2.data.index import index_name, join
 from m2l2.data.prepare.inputs import find
 from m2l2.data.prepare.items import part_name
 from m2l2.data.prepare.options import Limits, Options, Preparation
-from m2l2.data.prepare.place import Place, WORK
-from m2l2.data.prepare.plan import blocks, duplicates, fingerprint, merge, NAME, plan_shards, suspects_of
+from m2l2.data.prepare.place import WORK, Place
+from m2l2.data.prepare.plan import NAME, blocks, duplicates, fingerprint, merge, plan_shards, suspects_of
 from m2l2.data.prepare.stages import run_stage
 from m2l2.errors import UserError
 
 FORMAT = 2  # 1 lacked the index
 MANIFEST, REPORT, JOB = 'manifest.json', 'report.json', f'{WORK}/job.json'
-_LEAST_BYTES = 500  # a second, for planning: a header that states more samples is not believed
+_LEAST_BYTES = 500  # bytes a second, for planning: a header that states more samples is wrong
 
 
 def prepare(source: str, output: str, *, options: Options = Options(), limits: Limits = Limits(),
@@ -31,20 +31,20 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
 
   Args:
     source, output: `output` is a new, an empty or a half-prepared directory.
-    options: what to make.
+    options: those of the output.
     limits: of decoding one file.
-    runner: Beam's name of one; by default the embedded runner.
-    processes: that decode at once, in each worker of the runner; default: one a core for the embedded
-      runner, else one (the runner has workers of its own).
+    runner: the name of a runner of Beam; by default the embedded one.
+    processes: number of decoding processes in each worker of the runner; default: one per core for the embedded
+      runner, else one (other runners have several workers).
     beam_arguments: further options for the runner.
     quiet: no progress bar.
 
   Returns:
-    The manifest. A directory that was prepared from the same files with the same options is left as it is, but for
-    an index that it lacks.
+    The manifest. A directory that was prepared from the same files with the same options is not changed, except that
+    a missing index is added.
 
   Raises:
-    UserError: nothing to prepare; `output` holds something else; it cannot be written; the pipeline failed.
+    UserError: nothing to prepare; `output` has other files; it cannot be written; the pipeline failed.
   """
   if processes is not None and processes < 1:
     raise UserError(f'--processes={processes}: it must be 1 or more')
@@ -89,7 +89,7 @@ def _refuse_foreign(place):
 
 
 def _begin(place, identity):
-  """Goes on with what a stopped run of this job left, refuses that of another, or notes what is being made."""
+  """Continues an interrupted run of this job, refuses the output of another job, or records the new job."""
   if begun := place.read_json(JOB):
     _refuse_other(place, begun, identity)
     place.clear_parts()
@@ -117,7 +117,7 @@ def _finish(place, identity, shards, written, skipped) -> dict:
     silent |= result['silent']
     splits.setdefault(shard['split'], []).append({'file': shard['file'], **result['counts']})
   for split in list(splits):
-    if not any(shard['records'] for shard in splits[split]):  # nothing in it could be decoded
+    if not any(shard['records'] for shard in splits[split]):  # none of it could be decoded
       for shard in splits.pop(split):
         place.remove(shard['file'])
   place.write(REPORT, _report(identity['files'], skipped, silent))
@@ -139,7 +139,7 @@ def _finish(place, identity, shards, written, skipped) -> dict:
 
 
 def _add_index(place, manifest, run) -> dict:
-  """Gives data of format 1 their index; returns the new manifest."""
+  """Adds the index to data of format 1; returns the new manifest."""
   shards = [{'number': f'{split}-{number:05d}', 'split': split, 'file': shard['file']}
             for split, of in manifest['splits'].items() for number, shard in enumerate(of['shards'])]
   place.make()
@@ -159,7 +159,7 @@ def _write_indices(place, shards, splits):
 
 
 def _report(count, skipped, silent) -> bytes:
-  """JSON with one line for each file that is not there, and for each with silent segments left out."""
+  """JSON with one line for each file that was skipped, and for each whose silent segments were left out."""
   def lines(rows):
     return ',\n'.join(['    ' + json.dumps(row) for row in rows])
   faults = lines({'file': shown(name), 'reason': skipped[name]} for name in sorted(skipped))
@@ -169,7 +169,7 @@ def _report(count, skipped, silent) -> bytes:
 
 
 def _write_metadata(place, splits):
-  """What TFDS reads a directory by; written without TensorFlow."""
+  """Writes the metadata that TFDS reads, without TensorFlow."""
   with tempfile.TemporaryDirectory() as folder:
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(name=NAME, version=tfds.core.Version('1.0.0'), data_dir=folder,

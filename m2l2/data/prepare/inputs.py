@@ -1,4 +1,4 @@
-"""The files to prepare, local or of a file system that fsspec knows: found, measured, and fetched."""
+"""The input files, local or on a file system of fsspec: listing and fetching."""
 
 from collections.abc import Iterator
 import contextlib
@@ -22,15 +22,15 @@ def find(source: str) -> tuple[str, list[str], list[int]]:
   try:
     if glob.has_magic(path):
       base = path[:min(path.find(c) for c in '*?[' if c in path)].rpartition('/')[0]
-      found = fs.glob(path, detail=True)
+      infos = fs.glob(path, detail=True)
     elif fs.isfile(path):
-      base, found = path.rpartition('/')[0], {path: fs.info(path)}
+      base, infos = path.rpartition('/')[0], {path: fs.info(path)}
     else:
-      base, found = path, fs.find(path, detail=True)
+      base, infos = path, fs.find(path, detail=True)
   except Exception as e:
     raise UserError(f'{shown(source)}: cannot be listed: {" ".join(str(e).split()) or type(e).__name__}') from e
   base = base.rstrip('/')
-  sizes = {name[len(base):].lstrip('/'): info.get('size') or 0 for name, info in found.items()
+  sizes = {name[len(base):].lstrip('/'): info.get('size') or 0 for name, info in infos.items()
            if info.get('type') == 'file' and name.lower().endswith(sources.EXTENSIONS)}
   sizes = {name: size for name, size in sizes.items() if not any(part.startswith('.') for part in name.split('/'))}
   if not sizes:
@@ -50,7 +50,7 @@ def file_system(url: str):
   """fsspec's file system of a URL, and the path in it."""
   try:
     import fsspec
-    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # others write there, too
+    return fsspec.core.url_to_fs(url, use_listings_cache=False)  # no cache: other processes write there, too
   except (ImportError, ValueError) as e:
     raise UserError(f'{shown(url)}: cannot be reached ({" ".join(str(e).split())})') from e
 
@@ -62,7 +62,7 @@ def remote_size(base, name) -> int:
 
 @contextlib.contextmanager
 def fetched(base: str, name: str, *, most: int | None = None) -> Iterator[str]:
-  """A file by a local path: itself, or a temporary copy (of the first `most` bytes) of a remote one."""
+  """Yields a local path of a file: its own, or of a temporary copy (of the first `most` bytes) of a remote one."""
   if '://' not in base:
     yield os.path.join(base, name)
     return
@@ -77,7 +77,7 @@ def fetched(base: str, name: str, *, most: int | None = None) -> Iterator[str]:
         fs.get_file(path, copy.name)
     except (FileNotFoundError, PermissionError) as e:
       raise FileFault(f'cannot be fetched ({type(e).__name__})') from e
-    except Exception as e:  # of the way there, not of the file: all others would fail as it did
+    except Exception as e:  # an error of the connection, not of the file: all other files would fail, too
       raise UserError(f'{shown(base)}/{shown(name)}: cannot be fetched: {" ".join(str(e).split())}; run the '
                       'command again to go on') from e
     yield copy.name

@@ -1,4 +1,4 @@
-"""One work item, done by a child process that decodes: some files looked at, or one shard written."""
+"""One work item, decoded by a child process: probing some files, or writing one shard."""
 
 from collections.abc import Callable
 import contextlib
@@ -12,15 +12,15 @@ from m2l2.data.index import index_shard
 from m2l2.data.prepare.child import DecodingProcess, FileFault
 from m2l2.data.prepare.inputs import fetched, remote_size
 from m2l2.data.prepare.options import Preparation
-from m2l2.data.prepare.place import Place, WORK
+from m2l2.data.prepare.place import WORK, Place
 from m2l2.errors import UserError
 
 _HEAD_BYTES = 2**22  # of a remote file, for the probe
-_SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the bytes that are there
+_SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the size of the file
 
 
 def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advance: Callable):
-  """Does an item and leaves its result, for good: nothing of it is visible before it is done."""
+  """Processes an item and writes its result atomically."""
   place = Place(job.output)
   if stage == 'write':
     result = _write_shard(job, place, item, decoder, advance)
@@ -41,10 +41,10 @@ def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advan
 
 
 def _probe(job, name, decoder) -> dict:
-  if '://' in job.base:  # the beginning mostly does
+  if '://' in job.base:  # the beginning is usually enough
     with contextlib.suppress(FileFault), fetched(job.base, name, most=_HEAD_BYTES) as path:
       facts = decoder.call('probe', path)
-      if facts['format'] in _SIZED:  # else the header told the whole length
+      if facts['format'] in _SIZED:  # else the header states the length
         facts['seconds'] *= max(1, remote_size(job.base, name) / _HEAD_BYTES)
       return facts
   with fetched(job.base, name) as path:
@@ -57,45 +57,45 @@ def _hash(job, name, decoder) -> dict:
 
 
 def _write_shard(job, place, item, decoder, advance) -> dict:
-  """Writes a shard. A file's segments go in once all of it has been decoded, or not at all."""
+  """Writes a shard. The segments of a file are added when all of it is decoded, or not at all."""
   options = job.options
   counts = {'records': 0, 'sources': 0, 'seconds': 0., 'bytes': 0}
   result = {'counts': counts, 'faults': {}, 'silent': {}}
   with place.new(item['file']) as path:
-    # Uncompressed: FLAC does not shrink. A group of one: any record is read alone.
+    # Uncompressed: FLAC does not shrink. Groups of one record, so that each can be read alone.
     writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
     try:
       for name in item['files']:
         try:
           with fetched(job.base, name) as local:
-            found = decoder.call('segment', local, rates=options.rates, seconds=options.segment_seconds,
-                                 overlap=options.overlap_seconds)
+            decoded = decoder.call('segment', local, rates=options.rates, seconds=options.segment_seconds,
+                                   overlap=options.overlap_seconds)
         except FileFault as e:
           result['faults'][name] = str(e)
           continue
-        if found['note']:
-          logging.warning('%s: %s; taken as it is', shown(name), found['note'])
-        wanted = [segment for segment in found['segments'] if segment[3] >= options.silence_dbfs]
-        if len(wanted) < len(found['segments']):
-          result['silent'][name] = len(found['segments']) - len(wanted)
-        for segment, audio in zip(found['segments'], decoder.audio([size for *_, size in found['segments']])):
+        if decoded['note']:
+          logging.warning('%s: %s; taken as it is', shown(name), decoded['note'])
+        wanted = [segment for segment in decoded['segments'] if segment[3] >= options.silence_dbfs]
+        if len(wanted) < len(decoded['segments']):
+          result['silent'][name] = len(decoded['segments']) - len(wanted)
+        for segment, audio in zip(decoded['segments'], decoder.audio([size for *_, size in decoded['segments']])):
           offset, starts, samples, loudness, _ = segment
           if loudness < options.silence_dbfs:
             continue
           record = segments.encode({
               'audio': audio, 'source': shown(name), 'offset': offset, 'starts': starts, 'samples': samples,
-              'rate': found['rate'], 'channels': found['channels'], 'loudness': loudness,
-              'source_rate': found['source_rate'], 'source_samples': found['source_samples'],
-              'source_channels': found['channels']})
+              'rate': decoded['rate'], 'channels': decoded['channels'], 'loudness': loudness,
+              'source_rate': decoded['source_rate'], 'source_samples': decoded['source_samples'],
+              'source_channels': decoded['channels']})
           writer.write(record)
           counts['bytes'] += len(record)
-          counts['seconds'] += starts / found['rate']
+          counts['seconds'] += starts / decoded['rate']
         counts['records'] += len(wanted)
         counts['sources'] += bool(wanted)
-        advance(found['source_samples'] / found['source_rate'])
+        advance(decoded['source_samples'] / decoded['source_rate'])
       writer.close()
       place.write(part_name(item), index_shard(path, item['file']))
-    except RuntimeError as e:  # the writer's only kind of error
+    except RuntimeError as e:  # the only type of error of the writer
       raise UserError(f'{shown(place.root)}: cannot be written: {" ".join(str(e).split())}') from e
     finally:
       with contextlib.suppress(RuntimeError):
@@ -104,7 +104,7 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
 
 
 def part_name(shard) -> str:
-  """The index of one shard, until all are joined."""
+  """The name of the index of one shard, before all are joined."""
   return f'{WORK}/{shard["number"]}.index'
 
 

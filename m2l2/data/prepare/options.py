@@ -1,4 +1,4 @@
-"""What a job is made of: its options, the limits of decoding, and what its work items need to know."""
+"""The options of a job, the limits of decoding, and the data that its work items need."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ from m2l2.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What decides the bytes of the output, beside the files.
+  """The options that determine the output, together with the files.
 
   Attributes:
     segment_seconds: length of a segment, at its rate.
-    overlap_seconds: the longest crop that lies in one segment wherever it begins.
+    overlap_seconds: the longest crop that is inside one segment, wherever it begins.
     rates: Hz; files at these are stored as they are, others resampled to the first.
     validation_fraction: of the files, by a hash of their names.
-    silence_dbfs: segments below are left out. At -72, nothing that training's rms_floor of 1e-3 takes is
-      lost: a crop of 1.5 s at -60 dBFS raises 20 s of silence to -71.3.
+    silence_dbfs: segments below are left out. At -72 no crop above training's rms_floor of 1e-3 is lost: a crop of
+      1.5 s at -60 dBFS raises 20 s of silence to -71.3.
     shard_minutes: of audio, about.
   """
 
@@ -40,7 +40,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Of decoding: seconds without a block of audio; bytes of address space."""
+  """Limits of decoding: seconds without a block of audio; bytes of address space."""
 
   timeout: float = 60.
   memory: int = 2**30
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-  """What a work item needs beside itself; it travels to the workers."""
+  """The data that work items need; pickled to the workers."""
 
   base: str
   output: str

@@ -1,4 +1,4 @@
-"""The output directory, local or remote, in which files appear whole or not at all."""
+"""The output directory, local or remote, with atomic writes."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,11 +13,11 @@ from m2l2.data.audio_io import shown
 from m2l2.data.prepare.inputs import file_system
 from m2l2.errors import UserError
 
-WORK = '.prepare'  # in it, for work under way
+WORK = '.prepare'  # in it, for work in progress
 
 
 class Place:
-  """The output directory, local or a URL of fsspec's. Files appear in it whole or not at all.
+  """The output directory, a local path or a URL of fsspec, with atomic writes.
 
   Every failure is a UserError of one line.
   """
@@ -27,7 +27,7 @@ class Place:
     self._fs, self._path = file_system(root) if '://' in root else (None, os.path.expanduser(self.root))
 
   def make(self):
-    """Makes the directory, and in it the one for work under way."""
+    """Creates the directory, and in it the one for work in progress."""
     with self._told():
       if self._fs:
         self._fs.makedirs(self._at(WORK), exist_ok=True)
@@ -45,17 +45,17 @@ class Place:
       raise UserError(f'{shown(self.root)}: cannot be written: {e.strerror or e}') from e
 
   def names(self, folder: str = '') -> list[str]:
-    """What is in the directory, sorted; nothing where there is none."""
-    found = []
+    """The names in the directory, sorted; empty if it does not exist."""
+    entries = []
     with self._told(), contextlib.suppress(FileNotFoundError):
-      found = self._fs.ls(self._at(folder), detail=False) if self._fs else os.listdir(self._at(folder))
-    return sorted(name.rstrip('/').rpartition('/')[2] for name in found)
+      entries = self._fs.ls(self._at(folder), detail=False) if self._fs else os.listdir(self._at(folder))
+    return sorted(name.rstrip('/').rpartition('/')[2] for name in entries)
 
   def results(self, stage: str) -> set[str]:
     return {f'{WORK}/{name}' for name in self.names(WORK) if name.startswith(f'{stage}-') and name.endswith('.json')}
 
   def read_json(self, name: str):
-    """The contents of a JSON file; None where there is none."""
+    """The contents of a JSON file; None if it does not exist."""
     try:
       with self._fs.open(self._at(name), 'rb') if self._fs else open(self._at(name), 'rb') as file:
         return json.loads(file.read())
@@ -80,7 +80,7 @@ class Place:
 
   @contextlib.contextmanager
   def new(self, name: str) -> Iterator[str]:
-    """A local path to write to; what is there after the block gets its name in one step."""
+    """Yields a local path to write to; after the block the file gets its name in one step."""
     with self._told():
       folder = tempfile.gettempdir() if self._fs else self._at(WORK)
       part = os.path.join(folder, f'{os.path.basename(name)}.{os.getpid()}.{threading.get_ident()}.part')
@@ -102,7 +102,7 @@ class Place:
       self._fs.rm_file(self._at(name)) if self._fs else os.unlink(self._at(name))
 
   def clear_parts(self):
-    """Removes what a killed run left half-written."""
+    """Deletes half-written files of a killed run."""
     for name in self.names(WORK):
       if name.endswith('.part'):
         self.remove(f'{WORK}/{name}')
@@ -113,7 +113,7 @@ class Place:
 
   @contextlib.contextmanager
   def locked(self):
-    """One run at a time in a local directory; a killed run's lock is gone with it."""
+    """Allows one run at a time in a local directory; the lock of a killed run ends with it."""
     if self._fs:
       yield
       return

@@ -1,25 +1,25 @@
-"""What is planned between the stages: pure functions of the files found and of what was found out about them."""
+"""Plans between the stages: pure functions of the input files and of the results of earlier stages."""
 
 from collections.abc import Iterator
 import hashlib
 import itertools
 
 from m2l2.data.audio_io import shown
-from m2l2.data.order import digest, split_of, SPLITS
+from m2l2.data.order import SPLITS, digest, split_of
 from m2l2.data.prepare.options import Options
 
-NAME = 'audio'  # of the dataset, as TFDS says it
+NAME = 'audio'  # of the dataset, for TFDS
 
 
 def blocks(names) -> Iterator[dict]:
-  """Work items of some files each: enough items to share out, few enough to keep."""
+  """Groups files into work items: enough to distribute, few enough to store a result of each."""
   size = max(8, min(1024, len(names) // 64))
   for number, start in enumerate(range(0, len(names), size)):
     yield {'number': number, 'files': names[start:start + size]}
 
 
 def merge(results) -> tuple[dict, dict]:
-  """What a stage found out: facts by name, faults by name."""
+  """Merges the results of a stage: facts by name, faults by name."""
   facts, faults = {}, {}
   for result in results:
     facts |= result['facts']
@@ -28,24 +28,24 @@ def merge(results) -> tuple[dict, dict]:
 
 
 def suspects_of(probed) -> Iterator[str]:
-  """The files whose audio begins as another one's does, sorted."""
+  """The files whose audio begins like that of another file, sorted."""
   head = lambda name: (probed[name]['head'], name)
   groups = [list(group) for _, group in itertools.groupby(sorted(probed, key=head), key=lambda n: probed[n]['head'])]
   return iter(sorted(name for group in groups if len(group) > 1 for name in group))
 
 
 def duplicates(hashed) -> dict:
-  """{name: reason} of the files whose audio an earlier name (in sorted order) has, too."""
-  first, found = {}, {}
+  """{name: reason} of the files with the same audio as one of an earlier name (in sorted order)."""
+  first, copies = {}, {}
   for name in sorted(hashed):
     kept = first.setdefault(hashed[name]['content'], name)
     if kept != name:
-      found[name] = f'holds the same audio as {shown(kept)}'
-  return found
+      copies[name] = f'holds the same audio as {shown(kept)}'
+  return copies
 
 
 def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
-  """Files with their seconds -> work items, one a shard: files in an order by hash, cut in about equal parts."""
+  """Files with their seconds -> work items, one per shard: files in an order by hash, cut into about equal parts."""
   shards = []
   for split in SPLITS:
     names = sorted((n for n in weights if split_of(n, options.validation_fraction) == split),
@@ -57,7 +57,7 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
       middle = (passed + weights[name] / 2) / total if total else 0
       parts.setdefault(min(count - 1, int(middle * count)), []).append(name)
       passed += weights[name]
-    for number, key in enumerate(sorted(parts)):  # a part that one long file passes over is left out
+    for number, key in enumerate(sorted(parts)):  # a part that lies within one long file is left out
       file = f'{NAME}-{split}.array_record-{number:05d}-of-{len(parts):05d}'
       shards.append({'number': f'{split}-{number:05d}', 'split': split, 'file': file, 'files': parts[key],
                      'seconds': sum(weights[name] for name in parts[key])})
@@ -65,8 +65,8 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
 
 
 def fingerprint(names, sizes) -> str:
-  """Of the input: of all names and sizes."""
-  found = hashlib.sha256()
+  """The fingerprint of the input: of all names and sizes."""
+  digest = hashlib.sha256()
   for name, size in zip(names, sizes):
-    found.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
-  return found.hexdigest()[:16]
+    digest.update(f'{name}\0{size}\0'.encode('utf-8', 'surrogateescape'))
+  return digest.hexdigest()[:16]

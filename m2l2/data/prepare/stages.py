@@ -1,8 +1,8 @@
 """A stage of the job as a Beam pipeline over its items.
 
-Beam's own parallel local modes hand out items beforehand and start a gRPC service for each process (3 s
-more, and the slowest share decides). Here the embedded runner's one worker puts the items of its bundle to
-a pool of threads, each with a child process that decodes (`child`): whoever is free takes the next item.
+Beam's own parallel local modes assign items beforehand and start a gRPC service for each process (3 s more, and the
+slowest process decides). Here the embedded runner has one worker, which passes the items of its bundle to a pool of
+threads, each with a child process that decodes (`child`); a free thread takes the next item.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from m2l2.errors import UserError
 
 
 class _Session:
-  """What the embedded runner's workers, threads of this process, share with `prepare`."""
+  """Data that the embedded runner's workers, which are threads of this process, share with `prepare`."""
 
   def __init__(self, advance: Callable):
     self.advance, self.decoders = advance, []
-    self.fault = None  # what ended it, before Beam wrapped it
+    self.fault = None  # the exception that ended it, before Beam wrapped it
 
   def stop(self):
     for decoder in self.decoders:
@@ -49,7 +49,7 @@ def _note(error: BaseException):
 
 
 class _Work(beam.DoFn):
-  """Does the items of a bundle in a pool of threads with a decoder each; gives nothing but files."""
+  """Processes the items of a bundle in a pool of threads with a decoder each; the results are files."""
 
   def __init__(self, job: Preparation, stage: str, processes: int):
     self._job, self._stage, self._processes = job, stage, processes
@@ -57,13 +57,13 @@ class _Work(beam.DoFn):
   def setup(self):
     folder = None if '://' in self._job.output else os.path.join(self._job.output, WORK)
     limits = self._job.limits
-    made = [DecodingProcess(timeout=limits.timeout, memory=limits.memory, folder=folder)
-            for _ in range(self._processes)]
-    self._decoders, self._free = made, queue.SimpleQueue()
-    for decoder in made:
+    decoders = [DecodingProcess(timeout=limits.timeout, memory=limits.memory, folder=folder)
+                for _ in range(self._processes)]
+    self._decoders, self._free = decoders, queue.SimpleQueue()
+    for decoder in decoders:
       self._free.put(decoder)
     if _session:
-      _session.decoders += made
+      _session.decoders += decoders
     self._threads = futures.ThreadPoolExecutor(self._processes)
 
   def start_bundle(self):
@@ -73,12 +73,13 @@ class _Work(beam.DoFn):
     self._items.append(json.loads(item))
 
   def finish_bundle(self):
-    self._items.sort(key=lambda item: -item.get('seconds', 0))  # the longest first: all are done at about the same time
+    # the longest first, so that all threads end at about the same time
+    self._items.sort(key=lambda item: -item.get('seconds', 0))
     try:
       for done in futures.as_completed([self._threads.submit(self._one, item) for item in self._items]):
         done.result()
     except BaseException as e:
-      _note(e)  # Ctrl-C and SIGTERM come here, too
+      _note(e)  # also for Ctrl-C and SIGTERM
       self._stop()
       raise
 
@@ -115,12 +116,13 @@ def run_stage(place, job, stage, items, *, total, unit, runner, processes, beam_
         options = PipelineOptions([f'--runner={runner}', *beam_arguments] if runner else [])
         with _quiet_beam(), contextlib.ExitStack() as stack:
           pipeline = beam.Pipeline(runner=None if runner else FnApiRunner(), options=options)
-          stack.callback(shutil.rmtree, pipeline.local_tempdir, ignore_errors=True)  # Beam does so only where it is run
+          # Beam calls it only in the process that runs the item
+          stack.callback(shutil.rmtree, pipeline.local_tempdir, ignore_errors=True)
           stack.enter_context(pipeline)
-          # As JSON, for names may hold bytes that no coder of Beam's takes. Reshuffle: here runners spread them.
+          # As JSON, since names may contain bytes that Beam's coders refuse. Reshuffle: runners distribute items here.
           keys = pipeline | beam.Create([json.dumps(item) for item in todo])
           keys | beam.Reshuffle() | beam.ParDo(work)
-      except BaseException as e:  # Beam wraps what a worker raised, each runner in its own way
+      except BaseException as e:  # each runner of Beam wraps the exceptions of workers differently
         if session.fault:
           raise session.fault from e
         if not isinstance(e, Exception):
@@ -144,7 +146,7 @@ def _last_line(error) -> str:
 
 @contextlib.contextmanager
 def _quiet_beam():
-  """What Beam logs of a failure is told by us, in one line."""
+  """Silences Beam's log of a failure, which m2l2 reports in one line."""
   log = logging.getLogger('apache_beam')
   level = log.level
   log.setLevel(logging.CRITICAL)

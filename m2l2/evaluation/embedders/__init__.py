@@ -1,1 +1,1 @@
-"""Networks that hear: the embeddings that Frechet distances and probes are taken over."""
+"""Embedding networks of audio, for Frechet distances and probes."""

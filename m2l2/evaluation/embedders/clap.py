@@ -1,9 +1,9 @@
 """LAION-CLAP's audio embedding (Wu et al., 2023), without fusion, as in the published CLAP distances: 512 numbers of
 unit length a clip.
 
-The weights are the user's: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of
+The user provides the weights: 630k-audioset-best.pt of laion_clap, or its tensors as .safetensors. The audio encoder of
 that file is HTS-AT "tiny" (width 96, depths 2 2 6 2); the music checkpoints hold "base" (width 128, depths 2 2 12 2).
-Which one it is, is read from the shapes.
+The shapes tell which one it is.
 
 A clip is 10 s at 48 kHz. Longer ones are cropped in their middle (the original crops at random), shorter ones repeated
 as often as they fit and filled with zeros.
@@ -51,23 +51,23 @@ def load(path) -> dict[str, jax.Array]:
 
 def shapes(*, width: int = 96, depths=(2, 2, 6, 2)) -> dict[str, tuple[int, ...]]:
   """Shapes of all tensors behind the audio embedding, by laion_clap's names; the defaults are 630k-audioset's."""
-  made = {'logmel_extractor.melW': (N_FFT // 2 + 1, BANDS),
-          **{f'bn0.{name}': (BANDS,) for name in ('weight', 'bias', 'running_mean', 'running_var')},
-          'patch_embed.proj.weight': (width, 1, PATCH, PATCH), 'patch_embed.proj.bias': (width,),
-          **_norm('patch_embed.norm', width)}
+  shape_of = {'logmel_extractor.melW': (N_FFT // 2 + 1, BANDS),
+              **{f'bn0.{name}': (BANDS,) for name in ('weight', 'bias', 'running_mean', 'running_var')},
+              'patch_embed.proj.weight': (width, 1, PATCH, PATCH), 'patch_embed.proj.bias': (width,),
+              **_norm('patch_embed.norm', width)}
   for layer, (depth, heads) in enumerate(zip(depths, HEADS)):
     d = width * 2 ** layer
     for block in range(depth):
       at = f'layers.{layer}.blocks.{block}'
-      made |= {**_norm(f'{at}.norm1', d), **_norm(f'{at}.norm2', d),
-               f'{at}.attn.relative_position_bias_table': ((2 * WINDOW - 1) ** 2, heads),
-               **_linear(f'{at}.attn.qkv', d, 3 * d), **_linear(f'{at}.attn.proj', d, d),
-               **_linear(f'{at}.mlp.fc1', d, 4 * d), **_linear(f'{at}.mlp.fc2', 4 * d, d)}
+      shape_of |= {**_norm(f'{at}.norm1', d), **_norm(f'{at}.norm2', d),
+                   f'{at}.attn.relative_position_bias_table': ((2 * WINDOW - 1) ** 2, heads),
+                   **_linear(f'{at}.attn.qkv', d, 3 * d), **_linear(f'{at}.attn.proj', d, d),
+                   **_linear(f'{at}.mlp.fc1', d, 4 * d), **_linear(f'{at}.mlp.fc2', 4 * d, d)}
     if layer < len(HEADS) - 1:
-      made |= {**_norm(f'layers.{layer}.downsample.norm', 4 * d),
-               f'layers.{layer}.downsample.reduction.weight': (2 * d, 4 * d)}
-  made |= _norm('norm', 8 * width)
-  return {**{f'audio_branch.{name}': shape for name, shape in made.items()},
+      shape_of |= {**_norm(f'layers.{layer}.downsample.norm', 4 * d),
+                   f'layers.{layer}.downsample.reduction.weight': (2 * d, 4 * d)}
+  shape_of |= _norm('norm', 8 * width)
+  return {**{f'audio_branch.{name}': shape for name, shape in shape_of.items()},
           **_linear('audio_projection.0', 8 * width, WIDTH), **_linear('audio_projection.2', WIDTH, WIDTH)}
 
 

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from m2l2.errors import UserError
 
-if TYPE_CHECKING:  # for the rest the names are to be had without a library
+if TYPE_CHECKING:  # so that the names can be read without importing a library
   import numpy as np
 
 IN_THE_BOX = ('musicnn_mtt', 'musicnn_msd')
-BY_FILE = ('vggish', 'clap')  # their weights are the user's to bring
+BY_FILE = ('vggish', 'clap')  # the user provides their weights
 EMBEDDINGS = IN_THE_BOX + BY_FILE
 
 
@@ -36,9 +36,9 @@ def make_embedder(name: str, weights_file=None) -> Callable[..., 'np.ndarray']:
 
 
 def remembering(embed: Callable[..., 'np.ndarray'], *, most: int = 1024) -> Callable[..., 'np.ndarray']:
-  """The same function, which embeds equal audio once: references are met again with every setting that is compared.
+  """The same function with a cache: the references are embedded again for every setting that is compared.
 
-  most: how many results are kept; those asked for least lately go first.
+  most: number of cached results; the least recently used are dropped.
   """
   import hashlib
 

@@ -23,7 +23,7 @@ SAMPLE_RATE = 16000
 N_FFT, HOP, BANDS = 512, 256, 96
 WINDOW_FRAMES, WINDOW_HOP = 187, 62  # 3 s of sound every second
 WIDTH = 200
-BATCH = 4  # windows a call: one compiled shape for clips of all lengths
+BATCH = 4  # windows per call: one compiled shape for clips of all lengths
 _BATCH_NORM_EPSILON = 1e-3  # TensorFlow's
 
 

@@ -1,8 +1,8 @@
-"""VGGish (Hershey et al., 2017) as in the published Frechet audio distances: 128 numbers a .96 s, no PCA, no activation
-after the last layer.
+"""VGGish (Hershey et al., 2017) as in the published Frechet audio distances: 128 numbers per .96 s, no PCA, no
+activation after the last layer.
 
-The weights are the user's: the state dict of torchvggish (vggish-10086976.pth, or its tensors as .safetensors), which
-holds Google's.
+The user provides the weights: the state dict of torchvggish (vggish-10086976.pth, or its tensors as .safetensors),
+which holds Google's.
 """
 
 import functools
@@ -22,7 +22,7 @@ BANDS, MIN_HZ, MAX_HZ = 64, 125., 7500.
 LOG_OFFSET = .01
 FRAMES = 96  # of an example; they do not overlap
 BATCH = 4
-# torchvggish's places of the convolutions, and 'M' for 2 x 2 max pooling.
+# torchvggish's indices of the convolutions, and 'M' for 2 x 2 max pooling.
 _LAYERS = (0, 'M', 3, 'M', 6, 8, 'M', 11, 13, 'M')
 _CHANNELS = {0: (1, 64), 3: (64, 128), 6: (128, 256), 8: (256, 256), 11: (256, 512), 13: (512, 512)}
 _DENSE = {0: (512 * 4 * 6, 4096), 2: (4096, 4096), 4: (4096, WIDTH)}

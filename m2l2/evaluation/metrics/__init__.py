@@ -1,1 +1,1 @@
-"""What is measured: of a pair of signals, of two sets of embeddings, at the seams of chunks."""
+"""Metrics of pairs of signals, of two sets of embeddings, and at chunk borders."""

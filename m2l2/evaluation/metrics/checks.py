@@ -1,9 +1,9 @@
-"""Mix-ups that make metrics lie, each told by name: a delay, a flipped polarity, swapped channels, another level,
+"""Checks for mistakes that make metrics meaningless: a delay, inverted polarity, swapped channels, another level,
 44.1 kHz taken for 48 kHz, unequal lengths, silence.
 
-Nothing is corrected: a warning says what was found, and the metrics are computed as the files are. What is found by
-correlation needs an estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about
--5 dB); of others only headers, lengths and levels are checked.
+Nothing is corrected: there is a warning, and the metrics are computed from the files as they are. Checks by correlation
+need an estimate that follows the waveform (coefficient of .5 or more at the best lag: an SI-SDR of about -5 dB); for
+others only headers, lengths and levels are checked.
 """
 
 import numpy as np
@@ -12,51 +12,51 @@ import scipy.signal
 
 from m2l2.evaluation.metrics import pairs
 
-FOLLOWS = .5  # correlation from which on one signal is a version of the other
-# Smaller lags are told only of near copies: models that follow the phase alone are found off by one or two samples.
+FOLLOWS = .5  # correlation above which one signal is a version of the other
+# Smaller lags are reported only for near copies: models that follow only the phase may be off by one or two samples.
 MIN_LAG = 3
 NEAR_COPY = .9
 MAX_LAG_SECONDS = 2.
-SIDE_FOLLOWS = .2  # of the side signal, which in music is weak and drowns in an error first
+SIDE_FOLLOWS = .2  # of the side signal, which is weak in music and masked by errors first
 GAIN_DB = 3.
 SILENCE = 10 ** (-90 / 20)
 RATE_RATIO = 48000 / 44100
 
 
 def check_pair(reference, estimate, *, reference_rate: int, estimate_rate: int) -> list[str]:
-  """What is wrong with a pair, one line each, 'name: what'; the names are silence, rate, length, channels, delay,
+  """The problems of a pair, one line each, 'name: text'; the names are silence, rate, length, channels, delay,
   polarity and gain.
 
   Args:
     reference, estimate: float [channels, samples] in [-1, 1].
     reference_rate, estimate_rate: as the files' headers say (Hz).
   """
-  found = []
+  problems = []
   for audio, what in ((reference, 'reference'), (estimate, 'estimate')):
     if audio.size and np.sqrt(np.mean(np.square(audio, dtype=np.float64))) < SILENCE:
-      found.append(f'silence: the {what} is silent')
-  found += _differing_headers(reference, estimate, reference_rate, estimate_rate)
-  if any(line.startswith('silence') for line in found) or not (reference.size and estimate.size):
-    return found
+      problems.append(f'silence: the {what} is silent')
+  problems += _differing_headers(reference, estimate, reference_rate, estimate_rate)
+  if any(line.startswith('silence') for line in problems) or not (reference.size and estimate.size):
+    return problems
   r, x = _at_44100(reference, reference_rate), _at_44100(estimate, estimate_rate)
   if len(r) != len(x):
     r, x = r.mean(axis=0, keepdims=True), x.mean(axis=0, keepdims=True)
-  # By the channel that is followed best: the mean of two vanishes where one of them is upside down.
+  # By the channel with the highest correlation: the mean of two channels cancels if one is inverted.
   candidates = zip([*r, r.mean(axis=0), r[0]], [*x, x.mean(axis=0), x[-1]])
   lag, peak = max((_best_lag(a, b) for a, b in candidates), key=lambda best: abs(best[1]))
   if abs(peak) < FOLLOWS:
-    found += _wrong_rate(r, x)
+    problems += _wrong_rate(r, x)
   else:
     if abs(lag) >= MIN_LAG or (lag and abs(peak) >= NEAR_COPY):
       milliseconds = abs(lag) / pairs.SAMPLE_RATE * 1e3
-      found.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({milliseconds:.2f} ms) '
-                   f'{"late" if lag > 0 else "early"}')
-    found += _polarity_and_channels(r[:, max(-lag, 0):], x[:, max(lag, 0):])
+      problems.append(f'delay: the estimate is {abs(lag)} samples at 44.1 kHz ({milliseconds:.2f} ms) '
+                      f'{"late" if lag > 0 else "early"}')
+    problems += _polarity_and_channels(r[:, max(-lag, 0):], x[:, max(lag, 0):])
   length = min(r.shape[1], x.shape[1])
   gain = 10 * np.log10(np.mean(x[:, :length] ** 2) / max(np.mean(r[:, :length] ** 2), 1e-30) + 1e-30)
   if abs(gain) >= GAIN_DB:
-    found.append(f'gain: the estimate is {abs(gain):.1f} dB {"louder" if gain > 0 else "softer"} than the reference')
-  return found
+    problems.append(f'gain: the estimate is {abs(gain):.1f} dB {"louder" if gain > 0 else "softer"} than the reference')
+  return problems
 
 
 def _at_44100(audio, sample_rate) -> np.ndarray:
@@ -64,25 +64,25 @@ def _at_44100(audio, sample_rate) -> np.ndarray:
 
 
 def _differing_headers(reference, estimate, reference_rate, estimate_rate) -> list[str]:
-  found = []
+  problems = []
   seconds = max(reference.shape[1], 1) / reference_rate, max(estimate.shape[1], 1) / estimate_rate
   if reference_rate != estimate_rate:
-    found.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at '
-                 '44100 Hz')
+    problems.append(f'rate: the reference is at {reference_rate} Hz, the estimate at {estimate_rate} Hz; compared at '
+                    '44100 Hz')
   difference = round((seconds[1] - seconds[0]) * reference_rate)
   if any(abs(seconds[1] / seconds[0] * ratio - 1) < 1e-3 for ratio in (RATE_RATIO, 1 / RATE_RATIO)):
-    found.append('rate: the lengths are as 44.1 to 48 kHz: one was taken for the other')
+    problems.append('rate: the lengths are as 44.1 to 48 kHz: one was taken for the other')
   elif abs(difference) > (reference_rate != estimate_rate):
-    found.append(f'length: the estimate is {abs(difference)} samples ({abs(difference) / reference_rate:.3f} s) '
-                 f'{"longer" if difference > 0 else "shorter"} than the reference; compared over what both have')
+    problems.append(f'length: the estimate is {abs(difference)} samples ({abs(difference) / reference_rate:.3f} s) '
+                    f'{"longer" if difference > 0 else "shorter"} than the reference; compared over what both have')
   if len(reference) != len(estimate):
-    found.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo '
-                 'metrics are left out')
-  return found
+    problems.append(f'channels: the reference has {len(reference)} channels, the estimate {len(estimate)}; stereo '
+                    'metrics are left out')
+  return problems
 
 
 def _wrong_rate(r, x) -> list[str]:
-  """A line when the estimate follows the reference once it is played at 48/44.1 or 44.1/48 of its speed."""
+  """A line if the estimate follows the reference after resampling by 48/44.1 or 44.1/48."""
   r, x = r.mean(axis=0), x.mean(axis=0)
   for up, down, line in (
       (160, 147, 'rate: the estimate sounds as if samples of 44.1 kHz were played at 48 kHz (too high and too fast)'),
@@ -115,7 +115,7 @@ def _correlation(a, b) -> float:
 
 
 def _best_lag(r, x, *, max_lag=int(MAX_LAG_SECONDS * pairs.SAMPLE_RATE)) -> tuple[int, float]:
-  """How many samples x is late, and the correlation there, signed."""
+  """The delay of x in samples, and the signed correlation at it."""
   energy = np.sqrt(np.sum(r ** 2) * np.sum(x ** 2))
   if not energy > 0:
     return 0, 0.

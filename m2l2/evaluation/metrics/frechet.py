@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of embeddings, each taken for a normal distribution.
+"""Frechet distance between two sets of embeddings, as of normal distributions.
 
   |mean_a - mean_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a^1/2 C_b C_a^1/2)^1/2)
 
@@ -6,7 +6,7 @@ in float64. The last trace is the sum of the roots of that symmetrised product's
 centred rows over sqrt(n - 1)) these roots are the singular values of X_a X_b^T, which is how they are computed: no root
 of a small eigenvalue is taken, so fewer windows than dimensions (singular covariances) are as exact as many.
 
-Over few clips it means something only paired: the same clips on both sides.
+Over few clips it is meaningful only if paired: the same clips on both sides.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ DRAWS = 40
 
 
 def frechet_distance(a, b) -> float:
-  """Of two sets of embeddings, float [n, d] and [m, d]; 0 for equal sets.
+  """The distance of two sets of embeddings, float [n, d] and [m, d]; 0 for equal sets.
 
   Raises:
     UserError: fewer than two embeddings on a side, not finite, or of different widths.
@@ -34,13 +34,13 @@ def frechet_distance(a, b) -> float:
 
 
 def bootstrap_sd(a: Sequence, b: Sequence, *, draws: int = DRAWS, seed: int = 0) -> float | None:
-  """Standard deviation of the distance when the clips are drawn anew, the same ones on both sides.
+  """Bootstrap standard deviation of the distance: clips are resampled, the same ones on both sides.
 
   Args:
     a, b: one array [windows, d] a clip, in the same order on both sides.
-    draws: sets of clips drawn, each as many clips as there are, with replacement.
+    draws: number of resampled sets, each of as many clips as given, with replacement.
   Returns:
-    None with fewer than two clips, where it is unknown.
+    None with fewer than two clips.
   """
   if len(a) != len(b):
     raise UserError(f'{len(a)} clips cannot be paired with {len(b)}')
@@ -54,13 +54,13 @@ def bootstrap_sd(a: Sequence, b: Sequence, *, draws: int = DRAWS, seed: int = 0)
 
 def paired_difference(
     a: Sequence, b: Sequence, reference: Sequence, *, draws: int = 400, seed: int = 0) -> dict[str, float]:
-  """How much further a is from the reference than b, and the 95 % interval when the clips are drawn anew.
+  """The distance of a from the reference less that of b, with its 95 % bootstrap interval.
 
-  The same clips are drawn for all three, so what makes a clip easy or hard for both cancels; below 0 a is the nearer.
+  The same clips are resampled for all three, so the difficulty of a clip cancels; below 0, a is nearer.
 
   Args:
     a, b, reference: one array [windows, d] a clip, in the same order.
-    draws: sets of clips drawn, each as many clips as there are, with replacement.
+    draws: number of resampled sets, each of as many clips as given, with replacement.
   Returns:
     {'mean': the difference of the two distances, 'low', 'high'}.
   Raises:

@@ -1,13 +1,13 @@
 """Metrics of one pair: a reference signal and an estimate of it (a reconstruction).
 
 All are computed on the mean of the channels, at 44.1 kHz, both sides cropped to the common length.
-Waveforms lie in [-1, 1]; spectra are plain sums over a Hann window, without normalisation, which is
-what the floors below refer to. Frames are centred: `n_fft // 2` zeros before and after the signal.
+Waveforms are in [-1, 1]; spectra are plain sums over a Hann window, without normalisation; the floors
+below refer to these. Frames are centred: `n_fft // 2` zeros before and after the signal.
 
-`ratio` is the one to watch in short trainings: the log-mel distance of the estimate over that of
-stationary noise with the reference's own mean spectrum and level. 1 = "a hiss of the right colour";
-recognisable from about .85 downwards. Even the exact magnitudes keep .4 to .8, by clip, when their
-phases are random, and silence scores 3 to 7.
+`ratio` is the metric for short trainings: the log-mel distance of the estimate divided by that of
+stationary noise with the reference's own mean spectrum and level. 1 means as good as such noise; music
+becomes recognisable below about .85. Exact magnitudes with random phases score .4 to .8, by clip, and
+silence 3 to 7.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,8 @@ import scipy.fft
 import scipy.signal
 import soxr
 
-from m2l2 import representation
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import registry
+from m2l2.evaluation.metrics import phases, registry
 
 SAMPLE_RATE = 44100
 MAX_HZ = 16000.
@@ -128,16 +127,16 @@ def ratio(reference, estimate, *, sample_rate: int, seed: int = 0) -> float:
   `mel_l1_db`; `seed` draws the noise.
 
   Raises:
-    UserError: nothing in common, not finite, or the reference is silent, but for dither at most.
+    UserError: nothing in common, not finite, or the reference is silent (or only dither).
   """
   r, x = _prepared_pair(reference, estimate, sample_rate=sample_rate)
   return _ratio(mel_l1_db(r, x, sample_rate=SAMPLE_RATE), r, seed=seed)
 
 
 def _ratio(distance: float, r: np.ndarray, *, seed: int) -> float:
-  """The distance over that of noise like r, float64 [samples] at 44.1 kHz."""
+  """The distance divided by that of noise like r, float64 [samples] at 44.1 kHz."""
   noise = shaped_noise_mel_l1_db(r, sample_rate=SAMPLE_RATE, seed=seed)
-  if not noise > 0:  # both lie below the floor in every band: silence with dither
+  if not noise > 0:  # both are below the floor in every band: silence with dither
     raise UserError('ratio is undefined: the reference is nearly silent; leave this pair out')
   return distance / noise
 
@@ -190,11 +189,11 @@ def log_mel_db(audio, *, sample_rate: int) -> np.ndarray:
 
 
 def coherence(audio, *, sample_rate: int) -> float:
-  """How far partials carry their phase along, 0 to 1: `representation.coherence`, mean over blocks of 64 frames.
+  """How well partials keep their phase from frame to frame, 0 to 1: `phases.coherence`, mean over blocks of 64 frames.
 
   Of spectra with |c|^0.65 up to 11 kHz (window 2048, hop 512 at 44.1 kHz, which are 1024 and 256 at half that rate),
   blocks without sound left out. Music has .5 to .8, a steady tone 1, white noise .18, exact magnitudes with random
-  phases .2 to .28: a model whose phases are noise stays there, one that sounds like music comes near its source.
+  phases .2 to .28. A model whose phases are noise stays there; one that sounds like music is near its source.
 
   Raises:
     UserError: empty, not finite, silent, or too short for one difference of phases (6 frames).
@@ -203,8 +202,8 @@ def coherence(audio, *, sample_rate: int) -> float:
 
 
 def _whole_frames(mono: np.ndarray) -> Iterator[np.ndarray]:
-  """Blocks of 64 frames [frames, bins up to 11 kHz] that lie in the signal whole; of a short one what there is."""
-  outside = N_FFT // HOP // 2  # frames at either end that reach beyond it
+  """Blocks of 64 frames [frames, bins up to 11 kHz] inside the signal; for a short signal one shorter block."""
+  outside = N_FFT // HOP // 2  # frames at either end that extend beyond it
   held, short = None, True
   for frames in spectra(mono, bins=N_FFT // 4):
     held = frames[outside:] if held is None else np.concatenate([held, frames])
@@ -220,24 +219,24 @@ def _coherence(mono: np.ndarray, *, what: str) -> float:
   for block in _whole_frames(mono):
     block = block * np.maximum(np.abs(block), 1e-9) ** (0.65 - 1)
     if len(block) > 5 and np.abs(block).sum() > 1e-2 * len(block):
-      values.append(representation.coherence(np.stack([block.T.real, block.T.imag], axis=-1)))
+      values.append(phases.coherence(np.stack([block.T.real, block.T.imag], axis=-1)))
   if not values:
     raise UserError(f'coherence is undefined: the {what} is silent or shorter than 6 frames; leave this pair out')
   return float(np.mean(values))
 
 
-# ---- as registry.py lists them -------------------------------------------------------------------
+# ---- as used by registry.py -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Signals:
-  """What a metric is computed of; what several metrics need is computed once.
+  """The input of a metric; intermediate results that several metrics need are cached.
 
   Fields:
     reference, estimate: float [channels, samples] or [samples] in [-1, 1], both at `sample_rate` (Hz);
       channels and lengths may differ.
-    chunks: a `seams.Chunks`, where the model's chunks meet; None: as the paper's model has them.
-    seed: of what a metric draws.
+    chunks: a `seams.Chunks`, the model's chunk borders; None: those of the paper's model.
+    seed: of random numbers of metrics.
   """
   reference: np.ndarray
   estimate: np.ndarray
@@ -247,7 +246,7 @@ class Signals:
 
   @functools.cached_property
   def mono(self) -> tuple[np.ndarray, np.ndarray]:
-    """Both checked, mixed down, at 44.1 kHz and equally long: float64 [samples] each, not to be written to.
+    """Both signals checked, mixed down, at 44.1 kHz and equally long: float64 [samples] each, read-only.
 
     Raises UserError: nothing in common, or not finite.
     """
@@ -260,7 +259,7 @@ class Signals:
 
 
 def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int = 0) -> dict[str, float]:
-  """The metrics called `names` of one pair; by default all that need no stereo, no chunks and no further package.
+  """The metrics `names` of one pair; by default all that need no stereo, no chunks and no further package.
 
   Args:
     reference, estimate, seed: see `Signals`; float32.
@@ -270,7 +269,7 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int
     UserError: unknown name, nothing in common, not finite, or a metric undefined by silence.
   """
   if names is None:
-    names = [name for name, one in registry.METRICS.items() if not (one.stereo or one.chunks or one.package)]
+    names = [name for name, entry in registry.METRICS.items() if not (entry.stereo or entry.chunks or entry.package)]
   signals = Signals(reference, estimate, sample_rate, seed=seed)
   return {metric.name: metric(signals) for metric in registry.named(names)}
 
@@ -307,7 +306,7 @@ def coherence_of_reference(signals: Signals) -> float:
 
 
 def mel_edges(*, bands: int = MEL_BANDS, max_hz: float = MAX_HZ) -> np.ndarray:
-  """Where the triangles of Slaney's mel scale begin, peak and end: float64 [bands + 2] in Hz.
+  """The edges of the triangles of Slaney's mel scale: float64 [bands + 2] in Hz.
 
   The scale (Auditory Toolbox, 1998) is linear below 1 kHz, 200/3 Hz a mel, and logarithmic above, 27 mels for a factor
   of 6.4.
@@ -379,7 +378,7 @@ def _common(r: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepared(audio, *, sample_rate: int, what: str, to_rate: int = SAMPLE_RATE) -> np.ndarray:
-  """Checked, mixed down, at `to_rate` (Hz): float64 [samples]."""
+  """A signal checked, mixed down, at `to_rate` (Hz): float64 [samples]."""
   mono = _mono(audio, what=what)
   if not sample_rate > 0:
     raise UserError(f'sample rate of the {what} is {sample_rate}: it must be a positive number')

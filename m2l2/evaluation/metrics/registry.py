@@ -1,7 +1,7 @@
 """The metrics of a pair of signals, one entry each at the end of this file.
 
-From an entry `evaluate`, reports, the sweep, evaluations in training, the command's help and its refusals take all they
-need. Functions are named and imported when they are first called: to read the names imports no library.
+`evaluate`, reports, the sweep, evaluation in training, --help and error messages use these entries. Functions are
+imported when they are first called, so that reading the names imports no library.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from m2l2.errors import UserError
 
-# What values are good.
+# Which values are good.
 HIGHER, LOWER = 'higher', 'lower'
-ZERO = 'near 0'  # as far above 0 as below it is as bad
-REFERENCE = "near the reference's"  # of a figure of one side: neither its high nor its low values are good
+ZERO = 'near 0'  # deviations to both sides are equally bad
+REFERENCE = "near the reference's"  # for a figure of the estimate alone: neither high nor low values are good
 
 
 class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` would wait for
@@ -21,12 +21,12 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
 
   Fields:
     name: in lists of metrics, reports and tables.
-    function: (pairs.Signals) -> float; or where it is, 'module:name'. What it raises costs the pair this metric alone.
+    function: (pairs.Signals) -> float, or its place, 'module:name'. If it raises, the pair lacks this metric only.
     better: HIGHER, LOWER, ZERO or REFERENCE. unit: of the values; '' has none.
-    stereo: only pairs of two channels each have it; others do without, and without a warning.
-    chunks: it asks where the model's chunks meet, `Signals.chunks`.
-    package: what it imports beyond the eval extra; extra: of setup.cfg, which brings that.
-    default: whether it is measured where no metrics are named; never without its package.
+    stereo: only for pairs of two channels each; others lack it without a warning.
+    chunks: needs the model's chunk borders, `Signals.chunks`.
+    package: the package it needs beyond the eval extra; extra: the one of setup.cfg that installs it.
+    default: whether it is measured if no metrics are named; never without its package.
   """
   name: str
   function: Callable | str
@@ -61,28 +61,32 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
     return True
 
   def badness(self, value: float) -> float:
-    """Grows as the value gets worse; of REFERENCE, the value."""
+    """Grows as the value gets worse; for REFERENCE, the value itself."""
     return {HIGHER: -value, ZERO: abs(value)}.get(self.better, value)
 
   @property
-  def described(self) -> str:
-    """'dB, higher is better'."""
-    good = f'{self.better} is better' if self.better in (HIGHER, LOWER) else f'good {self.better}'
-    return ', '.join(filter(None, [self.unit, good]))
+  def good(self) -> str:
+    """Which values are good, in words: 'higher is better', 'good near 0'."""
+    return good_values(self.better)
+
+
+def good_values(better: str) -> str:
+  """'higher is better' for HIGHER, 'good near 0' for ZERO, and so on."""
+  return f'{better} is better' if better in (HIGHER, LOWER) else f'good {better}'
 
 
 METRICS: dict[str, Metric] = {}  # by name, in the order of reports
 
 
 def register(name: str, function: Callable | str, **fields):
-  """Adds an entry; `fields` are Metric's. One of a known name takes its place."""
+  """Adds an entry with the `fields` of Metric; an entry of the same name is replaced."""
   METRICS[name] = Metric(name, function, **fields)
 
 
 def named(names: Iterable[str], *, beside: Sequence[str] = ()) -> list[Metric]:
   """The entries of the names.
 
-  Raises UserError: an unknown name; says all that are known, and those `beside` them.
+  Raises UserError: an unknown name; the message lists all known names, and those in `beside`.
   """
   names = list(names)
   for name in names:
@@ -92,17 +96,17 @@ def named(names: Iterable[str], *, beside: Sequence[str] = ()) -> list[Metric]:
 
 
 def by_default() -> list[str]:
-  """What is measured where nothing is asked for: that is on by default, and installed."""
+  """The names of the default metrics that are installed."""
   return [name for name, metric in METRICS.items() if metric.default and metric.is_available()]
 
 
 def badness(name: str, value: float) -> float:
-  """`Metric.badness` of a metric; of an embedding the Frechet distance itself."""
+  """`Metric.badness` of a metric; for an embedding the Frechet distance itself."""
   return METRICS[name].badness(value) if name in METRICS else value
 
 
 def is_ordered(name: str) -> bool:
-  """Whether values of a metric or an embedding's distance can be told good from bad by themselves."""
+  """Whether a value of a metric or an embedding's distance is good or bad without that of the reference."""
   return name not in METRICS or METRICS[name].better != REFERENCE
 
 

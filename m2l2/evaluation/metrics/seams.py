@@ -1,4 +1,4 @@
-"""Does one hear where the chunks meet? The error at chunk borders against that in the middle of chunks."""
+"""The error at chunk borders less that in the middle of chunks."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ REACH = 2  # frames of 512 samples on either side of a border or a centre
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-  """Where a model's chunks lie: border k at `first + k * period` seconds of the signal, k = 1, 2, ..."""
+  """The chunk borders of a model: border k at `first + k * period` seconds of the signal, k = 1, 2, ..."""
   period: float = 32768 / 44100
   first: float = 0.
 
 
 def of_model(representation, *, sample_rate: int) -> Chunks:
-  """The `Chunks` of an m2l2 model: a border lies midway between the centres of the two frames that it separates.
+  """The `Chunks` of an m2l2 model: a border is midway between the centres of the two frames that it separates.
 
   Args:
     representation: m2l2.representation.Representation. sample_rate: of the model's own processing (Hz).
@@ -31,7 +31,7 @@ def of_model(representation, *, sample_rate: int) -> Chunks:
 
 def seam_db(reference, estimate, *, sample_rate: int, chunks: Chunks = Chunks()) -> float:
   """Mean |log-mel difference| (dB, as in `pairs.mel_l1_db`) of the frames within 2 of a chunk border, less that of
-  those within 2 of a chunk's centre: 0 where borders are no worse.
+  those within 2 of a chunk's centre: 0 if borders are no worse.
 
   Args:
     reference, estimate: float [channels, samples] or [samples], both at `sample_rate` (Hz).

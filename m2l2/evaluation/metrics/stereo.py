@@ -1,10 +1,10 @@
-"""What the mono metrics do not see of a stereo pair."""
+"""Metrics of stereo pairs."""
 
 import numpy as np
 
 from m2l2.evaluation.metrics import pairs
 
-# Side over mid is held within these, so that a mono file has a level too.
+# Side over mid is limited to these, so that a mono file has a finite value.
 LEVEL_LIMIT_DB = 60.
 
 

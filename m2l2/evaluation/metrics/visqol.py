@@ -1,6 +1,6 @@
 """ViSQOL: predicted listening quality of an estimate, MOS-LQO from 1 to about 4.7, by the package visqol-python.
 
-Audio mode: mono downmix at 48 kHz, float64. Seconds of computation per clip; callers spread clips over processes.
+Audio mode: mono downmix at 48 kHz, float64. It takes seconds per clip; callers distribute clips over processes.
 """
 
 import functools

@@ -1,1 +1,1 @@
-"""What was measured, for people: tables, pages, pictures."""
+"""Reports: tables, pages, pictures."""

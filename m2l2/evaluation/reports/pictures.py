@@ -15,10 +15,11 @@ from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS
 from m2l2.evaluation.metrics.pairs import log_mel_db, mel_edges
 
-# What tells whether a run learns: README, "Train".
+# The figures that show whether a run learns: m2l2/training/README.md.
 CURVES = ('loss', 'probe_ema/swap', 'latent/saturated', 'latent/spread')
 WIDTH = 11  # inches
-HZ = (100, 200, 500, 1000, 2000, 5000, 10_000)  # that spectrograms name
+HZ = (200, 500, 1000, 2000, 5000, 10_000)  # frequencies that spectrograms label
+DB = (-70, 20)  # range of the colours of spectrograms
 
 
 def spectrograms(sounds) -> Figure:
@@ -28,18 +29,28 @@ def spectrograms(sounds) -> Figure:
     sounds: {title: (float [channels, samples], sample rate in Hz)}.
   """
   figure, axes = _panels(rows=len(sounds), height=2.3)
-  edges = mel_edges()
-  band = lambda hz: np.interp(hz, edges, np.arange(len(edges)) - .5)  # a band's peak is in the middle of its row
   top = max(rate for _, rate in sounds.values()) / 2
   for axis, (title, (audio, rate)) in zip(axes, sounds.items(), strict=True):
-    axis.imshow(log_mel_db(audio, sample_rate=rate), origin='lower', aspect='auto', vmin=-70, vmax=20, cmap='magma',
-                extent=(0, audio.shape[1] / rate, 0, 128))
+    draw_spectrogram(axis, audio, rate, top=top)
     axis.set_title(title, fontsize=10)
-    axis.set_ylim(0, min(band(top), 128))
-    axis.set_yticks(band([hz for hz in HZ if hz <= top]), [f'{hz:,}' for hz in HZ if hz <= top])
-    axis.set_ylabel('Hz')
   axes[-1].set_xlabel('seconds')
   return figure
+
+
+def draw_spectrogram(axis, audio, sample_rate: int, *, top: float):
+  """Draws a log-mel spectrogram, coloured from DB[0] to DB[1] dB, its rows labelled in Hz up to `top`.
+
+  Args:
+    axis: of matplotlib. audio: float [channels, samples].
+  """
+  edges = mel_edges()
+  band = lambda hz: np.interp(hz, edges, np.arange(len(edges)) - .5)  # a band's peak is in the middle of its row
+  low, high = DB
+  axis.imshow(log_mel_db(audio, sample_rate=sample_rate), origin='lower', aspect='auto', vmin=low, vmax=high,
+              cmap='magma', extent=(0, audio.shape[1] / sample_rate, 0, 128))
+  axis.set_ylim(0, min(band(top), 128))
+  axis.set_yticks(band([hz for hz in HZ if hz <= top]), [f'{hz:,}' for hz in HZ if hz <= top])
+  axis.set_ylabel('Hz')
 
 
 def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
@@ -60,7 +71,7 @@ def latent_map(latents: Latents, *, stream: int = 0) -> Figure:
 
 
 def curves(workdir, names=CURVES) -> Figure:
-  """The named figures of a run over its steps, read from its metrics.jsonl; empty before the first line.
+  """Curves of a run over its steps, read from its metrics.jsonl; empty before the first line.
 
   Raises UserError: the workdir has no metrics.jsonl.
   """
@@ -75,7 +86,7 @@ def curves(workdir, names=CURVES) -> Figure:
 
 
 def read_metrics(workdir) -> list[dict]:
-  """The lines of a workdir's metrics.jsonl; one that is still being written is left out.
+  """The lines of a workdir's metrics.jsonl; a line that is still being written is left out.
 
   Raises UserError: there is no such file.
   """
@@ -87,7 +98,7 @@ def read_metrics(workdir) -> list[dict]:
 
 
 def change_map(change, *, seconds: float) -> Figure:
-  """What each embedding carries, over frequency (left) and over time (right): mean |change| in dB.
+  """What each embedding contributes, over frequency (left) and over time (right): mean |change| in dB.
 
   Args:
     change: float [K, mel bands, frames], of `edits.carried`.
@@ -108,9 +119,9 @@ def change_map(change, *, seconds: float) -> Figure:
 
 
 def sweep_curves(report) -> Figure:
-  """What `sweep.sweep` measured, a panel a metric, against sigma_cond: one curve for each way of decoding, with errors.
+  """The results of `sweep.sweep` against sigma_cond: a panel per metric, a curve per way of decoding, with errors.
 
-  The best setting has a ring.
+  A ring marks the best setting.
   """
   settings, best = report['settings'], report['best']
   names = list(dict.fromkeys(name for setting in settings for name in setting['values']))
@@ -134,7 +145,7 @@ def sweep_curves(report) -> Figure:
 
 
 def learning_curves(runs) -> Figure:
-  """What runs came to, against what they had cost: above over hours of audio seen, below over PFLOP.
+  """The results of runs against their cost: above over hours of audio seen, below over PFLOP.
 
   Args:
     runs: {name: [{'hours': x, 'pflop': y, metric: value, ...}, ...]}, in order; all have the same metrics.
@@ -152,10 +163,10 @@ def learning_curves(runs) -> Figure:
 
 
 def rate_distortion(points, embedding: str) -> Figure:
-  """Distortion against numbers a second: ratio, log-mel L1 and, where it is known, the Frechet distance.
+  """Distortion against numbers per second: ratio, log-mel L1 and, if known, the Frechet distance.
 
   Args:
-    points: a mapping a rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
+    points: a mapping per rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
   """
   points = list(points)
   curves = {name: [(p['numbers_per_second'], p[name]) for p in points] for name in ('ratio', 'mel_l1_db')}
@@ -170,7 +181,7 @@ def rate_distortion(points, embedding: str) -> Figure:
 
 
 def bars(table) -> Figure:
-  """A panel a metric, a bar a row with its error.
+  """A panel per metric, with a bar and its error per row.
 
   Args:
     table: {row: {metric: {'mean': x, 'error': x or None}}}; a row may lack metrics.
@@ -191,7 +202,7 @@ def bars(table) -> Figure:
 
 
 def save(figure: Figure, path):
-  """Writes a PNG; nothing half-written is left. Raises UserError where it cannot."""
+  """Writes a PNG atomically. Raises UserError: it cannot be written."""
   with files.whole(path) as aside:
     figure.savefig(aside, dpi=90, format='png')
 

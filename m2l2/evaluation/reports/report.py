@@ -1,6 +1,7 @@
-"""A report of `evaluate` for people: a table in the terminal, CSV, and a page of HTML that needs no other file."""
+"""Reports of `evaluate`: a table for the terminal, CSV, and a page of HTML that needs no other file."""
 
 import base64
+from collections.abc import Mapping
 import csv
 import html
 import io
@@ -13,17 +14,36 @@ import numpy as np
 from m2l2 import files
 from m2l2.data import audio_io
 from m2l2.evaluation.evaluate import load_pair
-from m2l2.evaluation.metrics import pairs, registry
+from m2l2.evaluation.metrics import registry
+from m2l2.evaluation.reports import pictures
 
 PAGE_FILES = 6  # pairs with spectrograms and players
 EXCERPT_SECONDS = 10.
+PLOTTED_FILES = 10  # for fewer, the table of files is enough
 _STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left }
-img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem } .pair audio { width: 100% }
+th:first-child, td:first-child { text-align: left } th small { font-weight: normal; color: #555 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem } dd { margin: 0; overflow-wrap: anywhere }
+img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto } .credits { white-space: pre-wrap }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem } .pair audio { width: 100% }
+.pair button { grid-column: 1 / -1; justify-self: start; font: inherit }
+'''
+# One player of a pair plays at a time; starting the other continues at the same place.
+_SCRIPT = '''
+for (const pair of document.querySelectorAll('.pair')) {
+  const players = [...pair.querySelectorAll('audio')];
+  let current = 0;
+  players.forEach((player, i) => player.addEventListener('play', () => {
+    if (i === current) return;
+    const other = players[current];
+    current = i;
+    player.currentTime = other.currentTime;
+    other.pause();
+  }));
+  pair.querySelector('button').addEventListener('click', () => players[1 - current].play());
+}
 '''
 
 
@@ -44,7 +64,7 @@ def write_json(path, report):
 
 
 def write_csv(path, report):
-  """One row a file, one column a metric; empty where a pair has none."""
+  """One row per file, one column per metric; empty if undefined for the pair."""
   metrics = report['metrics']
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
@@ -54,30 +74,42 @@ def write_csv(path, report):
   files.write_text(path, text.getvalue())
 
 
-def write_html(path, report, items, *, title: str = 'm2l2 evaluate'):
-  """The page: tables, a plot of every metric over the files, spectrograms and players of PAGE_FILES pairs.
+def write_html(path, report, items, *, title: str = 'm2l2 evaluate', about: Mapping[str, str] | None = None,
+               credits: str = ''):
+  """Writes the page: tables, plots of the metrics over the files if there are PLOTTED_FILES or more, and spectrograms
+  and players of up to PAGE_FILES pairs.
 
-  items: the `evaluate.Pair`s of the report.
+  Args:
+    items: the `evaluate.Pair`s of the report.
+    about: what made the page, by name: {'command': 'm2l2 evaluate ...', 'date': ...}.
+    credits: plain text about the audio, such as its licence, shown at the end.
   """
   shown = _from_best_to_worst(report, items)
-  body = [f'<h1>{html.escape(title)}</h1><p>{report["pairs"]} pairs</p>',
-          _html_table(('metric', 'mean +- standard error (Frechet: bootstrap sd)', 'pairs'),
-                      [(_described(name), *cells) for name, *cells in table(report)])]
+  facts = {**(about or {}), 'pairs': str(report['pairs'])}
+  body = [f'<h1>{html.escape(title)}</h1>',
+          f'<dl>{"".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())}</dl>',
+          _html_table(('metric', 'unit', 'which values are good', 'mean +- standard error (Frechet: bootstrap sd)',
+                       'pairs'), [(name, *_unit_and_good(name), *cells) for name, *cells in table(report)])]
   if report['warnings']:
     lines = ''.join(f'<li>{html.escape(line)}</li>' for line in report['warnings'])
     body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
-  if report['metrics']:
+  if report['metrics'] and report['pairs'] >= PLOTTED_FILES:
     body.append(f'<h2>Over the files</h2>{_image(_plot_metrics(report), "every metric over the files")}')
-  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from best to worst by {_ranking(report)}; '
-              f'{EXCERPT_SECONDS:.0f} s of each.</p>')
+  low, high = pictures.DB
+  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from best to worst by {_ranking(report)}; up to '
+              f'{EXCERPT_SECONDS:.0f} s of each. Starting one player stops the other and continues at the same place. '
+              f'Spectrograms: log-mel, colours from {low} dB (dark) to {high} dB.</p>')
   body += [_listen(item) for item in shown]
   names = list(report['metrics'])
   values = {name: report['metrics'][name]['per_file'] for name in names}
   rows = [(file, *(f'{values[name][file]:.4g}' if file in values[name] else '-' for name in names))
           for file in _files(report)]
-  body.append(f'<h2>Files</h2><div class="scroll">{_html_table(("file", *names), rows)}</div>')
+  head = ('file', *(f'{name} ({", ".join(filter(None, _unit_and_good(name)))})' for name in names))
+  body.append(f'<h2>Files</h2><div class="scroll">{_html_table(head, rows)}</div>')
+  if credits:
+    body.append(f'<h2>Credits</h2><p class="credits">{html.escape(credits.strip())}</p>')
   files.write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-               f'<style>{_STYLE}</style><body>{"".join(body)}</body></html>\n')
+               f'<style>{_STYLE}</style><body>{"".join(body)}<script>{_SCRIPT}</script></body></html>\n')
 
 
 def _files(report) -> list[str]:
@@ -86,7 +118,7 @@ def _files(report) -> list[str]:
 
 
 def _from_best_to_worst(report, items):
-  """PAGE_FILES pairs, evenly over the ranking by the mel distance (by another metric where there is none)."""
+  """Up to PAGE_FILES pairs, evenly over the ranking by the mel distance (or the first metric, without it)."""
   if not report['metrics']:
     return items[:PAGE_FILES]
   name = _ranking(report)
@@ -101,9 +133,11 @@ def _ranking(report) -> str:
   return 'mel_l1_db' if 'mel_l1_db' in report['metrics'] else next(iter(report['metrics']), 'name')
 
 
-def _described(name) -> str:
-  """A metric's name with its unit and what is good of it; another name as it is."""
-  return f'{name} ({registry.METRICS[name].described})' if name in registry.METRICS else name
+def _unit_and_good(name) -> tuple[str, str]:
+  """The unit of a metric or a distance ('' without one), and which of its values are good, in words."""
+  if name in registry.METRICS:
+    return registry.METRICS[name].unit, registry.METRICS[name].good
+  return '', registry.good_values(registry.LOWER)  # a Frechet distance
 
 
 def _html_table(head, rows) -> str:
@@ -120,13 +154,14 @@ def _listen(item) -> str:
       f'<div>{name}<br><audio controls src="data:audio/flac;base64,{_flac(audio, loaded.sample_rate)}"></audio>'
       f'{_image(_plot_spectrogram(audio, loaded.sample_rate), f"spectrogram of the {name}")}</div>'
       for name, audio in sides)
-  return f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}</div>'
+  return (f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}'
+          '<button type="button">Switch between reference and estimate</button></div>')
 
 
 def _flac(audio, sample_rate) -> str:
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, 'audio.flac')
-    # 16 bits' worth, which FLAC packs into half the size; and within them, which is no news worth a log line.
+    # Rounded to 16 bits, which halves the FLAC, and clipped, which would be logged otherwise.
     audio_io.write(path, np.clip(np.round(audio * 2 ** 15), -2 ** 15, 2 ** 15 - 1) / 2 ** 15, sample_rate)
     with open(path, 'rb') as file:
       return base64.b64encode(file.read()).decode()
@@ -147,16 +182,13 @@ def _figure(size):
 def _plot_spectrogram(audio, sample_rate):
   figure = _figure((5.2, 2.6))
   axes = figure.subplots()
-  log_mel = pairs.log_mel_db(audio, sample_rate=sample_rate)
-  seconds = log_mel.shape[1] * pairs.HOP / pairs.SAMPLE_RATE
-  axes.imshow(log_mel, origin='lower', aspect='auto', extent=(0, seconds, 0, len(log_mel)), cmap='magma',
-              vmin=-50, vmax=30)
-  axes.set(xlabel='s', ylabel='mel band')
+  pictures.draw_spectrogram(axes, audio, sample_rate, top=sample_rate / 2)
+  axes.set_xlabel('seconds')
   return figure
 
 
 def _plot_metrics(report):
-  """A panel a metric: the files' values, sorted, and their mean."""
+  """A panel per metric: the files' values, sorted, and their mean."""
   metrics = report['metrics']
   columns = min(3, len(metrics))
   rows = -(-len(metrics) // columns)

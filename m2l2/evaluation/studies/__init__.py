@@ -1,1 +1,1 @@
-"""Questions to a model that take many measurements: sweeps, probes of the latents, edits, baselines, excerpts."""
+"""Studies of a model that take many measurements: sweeps, probes of the latents, edits, baselines, excerpts."""

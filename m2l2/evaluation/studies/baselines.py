@@ -1,6 +1,6 @@
-"""What a model has to beat: codecs of the same rate that have learned little or nothing.
+"""Baselines: codecs of the same rate that have learned little or nothing.
 
-All take and give float32 [1, samples] at a sample rate.
+All take and return float32 [1, samples] at a sample rate.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from m2l2.errors import UserError
 def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, bands: int = 16, seed: int = 0):
   """White noise in `bands` bands of equal width on the mel scale, each with the RMS of its band of `audio`.
 
-  The RMS is taken over blocks as long as parameters_per_second / bands of them make a second, and runs in straight
-  lines between their middles.
+  The RMS is taken over parameters_per_second / bands blocks per second, and interpolated linearly between their
+  centres.
   """
   samples = audio.shape[1]
   block = max(1, round(sample_rate * bands / parameters_per_second))
@@ -24,7 +24,7 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
   hz = np.fft.rfftfreq(samples, 1 / sample_rate)
   starts = np.arange(0, samples, block)
   lengths = np.diff([*starts, samples])
-  made = np.zeros(samples)
+  output = np.zeros(samples)
   for low, high in zip(edges, edges[1:]):
     inside = (hz >= low) & (hz < high)
     if not inside.any():
@@ -32,8 +32,8 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
     band, carrier = (np.fft.irfft(np.where(inside, x, 0), samples) for x in (spectrum, noise))
     rms = np.sqrt(np.add.reduceat(np.square(band), starts) / lengths)
     gain = np.interp(np.arange(samples), starts + lengths / 2, rms)
-    made += gain * carrier / np.sqrt(np.mean(np.square(carrier)))
-  return made[None].astype(np.float32)
+    output += gain * carrier / np.sqrt(np.mean(np.square(carrier)))
+  return output[None].astype(np.float32)
 
 
 def _mel_edges(bands, nyquist):
@@ -51,7 +51,7 @@ class PCA:
   basis: np.ndarray
 
   def __call__(self, blocks):
-    """[m, n] -> what is left of them after a projection on the k components."""
+    """[m, n] -> their projection on the k components."""
     return (blocks - self.mean) @ self.basis.T @ self.basis + self.mean
 
 
@@ -73,7 +73,7 @@ def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 4) -> P
 
 
 def paired_bootstrap(differences, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
-  """Mean of paired differences [n], and the 95 % interval of the mean when the pairs are drawn anew."""
+  """Mean of paired differences [n], and the 95 % bootstrap interval of the mean."""
   values = np.asarray(differences, np.float64)
   picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
   low, high = np.quantile(values[picks].mean(axis=1), [.025, .975])

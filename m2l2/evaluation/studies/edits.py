@@ -1,6 +1,6 @@
-"""Latents mixed and taken apart: what lies between two sounds, and what each summary embedding carries.
+"""Edits of latents: interpolation, exchanging and removing embeddings, and what each embedding contributes.
 
-Embeddings are counted 0 ... K - 1. Latents of tokens are refused: they have no numbers to mix.
+Embeddings are numbered 0 ... K - 1. Tokens are refused: they cannot be mixed.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def interpolate(first: Latents, second: Latents, weight: float) -> Latents:
     first, second: of one model, sample rate and number of channels.
     weight: 0 (first) to 1 (second).
 
-  Raises UserError: the two do not go together, tokens, or another weight.
+  Raises UserError: latents that do not match, tokens, or another weight.
   """
   if not 0 <= weight <= 1:
     raise UserError(f'weight is {weight}; it must lie in 0..1')
@@ -33,13 +33,13 @@ def interpolate(first: Latents, second: Latents, weight: float) -> Latents:
 
 
 def swap(first: Latents, second: Latents, embeddings) -> tuple[Latents, Latents]:
-  """Both, as long as the shorter, with the named embeddings of every chunk exchanged.
+  """Both, cut to the shorter, with the given embeddings of every chunk exchanged.
 
   Args:
     first, second: of one model, sample rate and number of channels.
     embeddings: numbers of embeddings, each in 0 ... K - 1.
 
-  Raises UserError: the two do not go together, tokens, or no such embedding.
+  Raises UserError: latents that do not match, tokens, or no such embedding.
   """
   first, second = _paired(first, second)
   chosen = np.isin(np.arange(first.z.shape[2]), _checked(first, embeddings))[:, None]
@@ -48,9 +48,9 @@ def swap(first: Latents, second: Latents, embeddings) -> tuple[Latents, Latents]
 
 
 def without(latents: Latents, embeddings, *, fill: str = 'zero') -> Latents:
-  """The same latents, the named embeddings of every chunk set to 0, or to their mean over the chunks.
+  """Sets the given embeddings of every chunk to 0, or to their mean over the chunks.
 
-  The mean takes away what an embedding tells of the single chunk and keeps what it says of the whole signal.
+  The mean removes what an embedding says about a single chunk and keeps what it says about the whole signal.
 
   Raises UserError: tokens, no such embedding, or another fill than zero and mean.
   """
@@ -91,11 +91,11 @@ def inpaint(latents: Latents, start: int, stop: int, *, fill: str = 'line') -> L
 
 
 def carried(codec: Codec, latents: Latents, *, fill: str = 'zero', seed: int = 0) -> np.ndarray:
-  """What each embedding carries: how the sound changes without it, decoded in one step from the same noise.
+  """What each embedding contributes: the change of the sound without it, decoded in one step from the same noise.
 
   Returns:
     float64 [K, 128, frames]: log-mel spectrogram (`pairs.log_mel_db`) without the embedding, minus that of
-    the whole, in dB. Where nothing changes, the embedding carries nothing.
+    the whole, in dB.
 
   Raises UserError: tokens, latents of another model, or another fill than zero and mean.
   """
@@ -106,7 +106,7 @@ def carried(codec: Codec, latents: Latents, *, fill: str = 'zero', seed: int = 0
 
 
 def _paired(first, second):
-  """Both, as long as the shorter of them."""
+  """Both, cut to the shorter."""
   for latents in (first, second):
     _check_continuous(latents)
   for what in ('model', 'sample_rate', 'channels'):

@@ -1,4 +1,4 @@
-"""Fixed excerpts of music, and what a model makes of them: what learning is judged by.
+"""Fixed excerpts of music and their reconstructions, by which training is judged.
 
 A list of excerpts is a text file: lines of start in seconds, a tab and the file's name under the root; # begins a
 comment.
@@ -20,7 +20,7 @@ SATURATED = 0.99
 
 
 def read_list(path) -> list[tuple[float, str]]:
-  """(start in seconds, name) of each excerpt. Raises UserError: no such file, or not such a list."""
+  """(start in seconds, name) of each excerpt. Raises UserError: no such file, or another format."""
   try:
     with open(path, encoding='utf-8') as file:
       lines = [line.rstrip('\n') for line in file if line.strip() and not line.startswith('#')]
@@ -53,17 +53,17 @@ def encode(codec: Codec, sounds: Mapping[str, np.ndarray], sample_rate: int) -> 
 
 
 def decode(codec: Codec, latents: Mapping[str, Latents], *, seed: int = 0, **how) -> dict[str, np.ndarray]:
-  """`Codec.decode` of each; the excerpts have their own noise each."""
+  """`Codec.decode` of each, with different noise for each excerpt."""
   return {name: codec.decode(z, seed=seed + number, **how) for number, (name, z) in enumerate(latents.items())}
 
 
 def away(names: list) -> list:
-  """For each the one that lies half the list away."""
+  """For each excerpt the one half the list away."""
   return names[len(names) // 2:] + names[:len(names) // 2]
 
 
 def exchanged(latents: Mapping[str, Latents]) -> dict[str, Latents]:
-  """Each excerpt with the latents of the one that lies half the list away: of another piece, all being as long."""
+  """Each excerpt with the latents of the one half the list away, of another piece. All have equal lengths."""
   names = list(latents)
   return {name: dataclasses.replace(latents[name], z=latents[other].z)
           for name, other in zip(names, away(names), strict=True)}
@@ -71,8 +71,8 @@ def exchanged(latents: Mapping[str, Latents]) -> dict[str, Latents]:
 
 def judge(sounds, estimates, sample_rate: int, *, metrics=('ratio', 'mel_l1_db', 'si_sdr'), embedders=None,
           workers: int = 1) -> dict:
-  """`evaluate.evaluate` of two equally named sets of sounds; and how much louder the estimates are, in dB: mean, and
-  mean size."""
+  """`evaluate.evaluate` of two sets of sounds with equal names, and how much louder the estimates are in dB: the mean,
+  and the mean of the absolute value."""
   pairs = [evaluate.Pair(name, audio, estimates[name], sample_rate) for name, audio in sounds.items()]
   report = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers)
   levels = np.array([level_db(estimates[name]) - level_db(audio) for name, audio in sounds.items()])
@@ -91,7 +91,7 @@ def change(own: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> fl
 
 
 def latent_health(latents: Mapping[str, Latents]) -> dict[str, float]:
-  """How much the latents of all chunks differ, and in how many directions.
+  """How much the latents of chunks differ, and in how many dimensions.
 
   spread: standard deviation over chunks, mean over the numbers; saturated: share with |z| > 0.99; rank: the effective
   rank (Roy and Vetterli, 2007), exp of the entropy of the normalised singular values of the centred chunks.

@@ -1,9 +1,9 @@
-"""Probes: what do the latents know? Small classifiers on frozen, time-averaged features (the paper's section 5.5).
+"""Probes of the latents: small classifiers on frozen, time-averaged features (the paper's section 5.5).
 
 Each probe is an MLP without hidden layers or with two (256, 128), trained with Adam (1e-3, L2 penalty 1e-5) for at most
 100 epochs, stopped after 10 without a lower validation loss. Features are standardised by the training files' mean and
-deviation. Batches are of 1083 files, as others do it, or an eighth of the training files where that is fewer: small
-sets would end their epochs before they have learned anything.
+deviation. Batches have 1083 files, as in earlier work, or an eighth of the training files if that is fewer, since small
+sets would have too few updates.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,8 +40,8 @@ def features_of(codec: Codec) -> Callable[..., np.ndarray]:
 
 
 def untrained(codec: Codec, *, seed: int = 0) -> Codec:
-  """The same network with random weights: its initial ones, but for the zeros among the kernels, which are drawn too
-  (by their fan-in), since at its very beginning the network says nothing at all."""
+  """The same network with its initial random weights, where kernels that begin at zero are drawn too (by their fan-in),
+  as otherwise the output would be zero."""
   rng = np.random.default_rng(seed)
 
   def draw(value, name):
@@ -60,14 +60,14 @@ def log_mel_statistics(audio, sample_rate) -> np.ndarray:
 
 
 def musicnn_mean(audio, sample_rate) -> np.ndarray:
-  """float32 [200]: musicnn's embedding, mean over its windows; shorter sounds are filled up to 3 s with silence."""
+  """float32 [200]: musicnn's embedding, mean over its windows; shorter sounds are padded to 3 s with silence."""
   needed = -(-musicnn.WINDOW_FRAMES * musicnn.HOP * sample_rate // musicnn.SAMPLE_RATE)
   audio = np.pad(audio, ((0, 0), (0, max(0, needed - audio.shape[1]))))
   return musicnn.embed(audio, sample_rate=sample_rate, name='mtt').mean(axis=0)
 
 
 def extractors(codec: Codec, *, baselines: bool = True, seed: int = 0) -> dict[str, Callable]:
-  """Name -> features of a sound: the model's and, with `baselines`, what they have to beat."""
+  """Name -> features of a sound: the model's and, with `baselines`, those of the baselines."""
   if not baselines:
     return {'model': features_of(codec)}
   return {'model': features_of(codec), 'random weights': features_of(untrained(codec, seed=seed)),
@@ -81,7 +81,7 @@ def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: f
   Returns ({name: float32 [files read, width]}, which files they are, a warning for each that cannot be read).
   Raises UserError: no file can be read.
   """
-  found, read, warnings = {name: [] for name in functions}, [], []
+  features, read, warnings = {name: [] for name in functions}, [], []
   for number, path in enumerate(music.paths):
     try:
       clip = take_excerpt(path, seconds=seconds)
@@ -91,11 +91,11 @@ def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: f
     else:
       read.append(number)
       for name, row in rows.items():
-        found[name].append(row)
+        features[name].append(row)
     progress(1)
   if not read:
     raise UserError(f'{music.name}: no file can be read; the first: {warnings[0]}')
-  return {name: np.stack(rows) for name, rows in found.items()}, np.array(read), warnings
+  return {name: np.stack(rows) for name, rows in features.items()}, np.array(read), warnings
 
 
 # ---- the probes ----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _epoch(params, optimizer_state, x, y, order):
 
 
 def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 3) -> dict:
-  """Trains probes of `seeds` beginnings and scores the test files.
+  """Trains probes from `seeds` initialisations and scores the test files.
 
   Args:
     x: float32 [n, d], features of the task's files.
@@ -169,11 +169,11 @@ def run(task: tasks.Task, x: np.ndarray, *, hidden: Sequence[int], seeds: int = 
   x = ((x - mean) / np.maximum(deviation, 1e-6)).astype(np.float32)
   sides = [part[chosen[split]] for split in ('train', 'valid') for part in (x, task.targets)]
   probes = [fit(*sides, hidden=hidden, outputs=len(task.classes), seed=seed) for seed in range(seeds)]
-  return scored(task.kind, [one(x[chosen['test']]) for one in probes], task.targets[chosen['test']])
+  return scored(task.kind, [classifier(x[chosen['test']]) for classifier in probes], task.targets[chosen['test']])
 
 
 def majority(task: tasks.Task) -> dict:
-  """What saying always the same gives: the most frequent class of the training files, or each tag's share of them."""
+  """The scores of a constant prediction: the most frequent class of the training files, or each tag's share of them."""
   train, test = task.targets[task.splits == 'train'], task.targets[task.splits == 'test']
   counts = train.mean(axis=0) if task.kind == 'tags' else np.bincount(train, minlength=len(task.classes))
   return scored(task.kind, [np.broadcast_to(np.float32(counts), (len(test), len(task.classes)))], test)
@@ -186,13 +186,13 @@ def scored(kind, scores: Sequence[np.ndarray], targets: np.ndarray, *, seed: int
   """{metric: {'mean', 'error'}} of the scores [n, classes] of each seed."""
   rng = np.random.default_rng(seed)
   picks = rng.integers(len(targets), size=(DRAWS, len(targets)))
-  made = {}
+  results = {}
   for name in METRICS[kind]:
     measure = _MEASURES[name]
-    over_seeds = lambda rows: np.mean([measure(one[rows], targets[rows]) for one in scores])
+    over_seeds = lambda rows: np.mean([measure(predicted[rows], targets[rows]) for predicted in scores])
     error = np.nanstd([over_seeds(pick) for pick in picks], ddof=1) if len(targets) > 1 else None
-    made[name] = {'mean': float(over_seeds(slice(None))), 'error': None if error is None else float(error)}
-  return made
+    results[name] = {'mean': float(over_seeds(slice(None))), 'error': None if error is None else float(error)}
+  return results
 
 
 def accuracy(scores, targets) -> float:
@@ -221,7 +221,7 @@ def average_precision(scores, targets) -> float:
 
 
 def _over_tags(scores, targets, measure) -> float:
-  """Mean over the tags that some files have and some have not; nan where there is none."""
+  """Mean over the tags that some files have and some lack; nan if there is none."""
   has = np.asarray(targets) > 0
   told = has.any(axis=0) & ~has.all(axis=0)
   if not told.any():
@@ -239,36 +239,37 @@ _MEASURES = {'accuracy': accuracy, 'key_score': key_score, 'roc_auc': roc_auc, '
 
 def probe(music: Sequence[tasks.Music], functions: Mapping[str, Callable], *, seconds: float = 30., seeds: int = 3,
           progress: Callable[[int], None] = lambda files: None) -> dict:
-  """Every task of every set of music, by every kind of features, with every probe.
+  """Runs every task of every data set, with every kind of features and every probe.
 
   Args:
-    functions: see `extractors`. seconds: from the middle of each file. seeds: beginnings of each probe.
-    progress: called with the number of files done since.
+    functions: see `extractors`. seconds: from the middle of each file. seeds: initialisations of each probe.
+    progress: called with the number of files done since the last call.
   Returns:
     JSON types: {'seconds', 'seeds', 'tasks': {'MUSIC/TASK': {'kind', 'classes': n, 'files': {split: n}, 'rows':
     {features: {probe: {metric: {'mean', 'error'}}}}}}, 'warnings'}. The row 'majority' has one probe, 'none'.
   Raises:
     UserError: a set without files that can be read, or a task that cannot be trained.
   """
-  made, warnings = {}, []
-  for one in music:
-    prepared = {name: tasks.task(one, name) for name in one.labels}  # mistakes are told before the long work
-    features, read, unreadable = extract(one, functions, seconds=seconds, progress=progress)
+  report, warnings = {}, []
+  for dataset in music:
+    # mistakes are reported before the long work
+    prepared = {name: tasks.task(dataset, name) for name in dataset.labels}
+    features, read, unreadable = extract(dataset, functions, seconds=seconds, progress=progress)
     warnings += unreadable
     for name, (task, unseen) in prepared.items():
       task, rows = tasks.only(task, read)
       warnings += unseen
-      found = {kind: {label: run(task, x[rows], hidden=hidden, seeds=seeds) for label, hidden in HIDDEN.items()}
-               for kind, x in features.items()}
-      made[f'{one.name}/{name}'] = {
+      scores = {kind: {label: run(task, x[rows], hidden=hidden, seeds=seeds) for label, hidden in HIDDEN.items()}
+                for kind, x in features.items()}
+      report[f'{dataset.name}/{name}'] = {
           'kind': task.kind, 'classes': len(task.classes),
           'files': {split: int((task.splits == split).sum()) for split in tasks.SPLITS},
-          'rows': {**found, MAJORITY: {'none': majority(task)}}}
-  return {'seconds': seconds, 'seeds': seeds, 'tasks': made, 'warnings': warnings}
+          'rows': {**scores, MAJORITY: {'none': majority(task)}}}
+  return {'seconds': seconds, 'seeds': seeds, 'tasks': report, 'warnings': warnings}
 
 
 def table(report) -> str:
-  """Markdown: a row for each kind of features and probe, a column for each task's first metric."""
+  """A table in Markdown: a row per kind of features and probe, a column for each task's first metric."""
   columns = {name: METRICS[task['kind']][0] for name, task in report['tasks'].items()}
   rows = dict.fromkeys((kind, label) for task in report['tasks'].values() for kind, labels in task['rows'].items()
                        for label in labels)
@@ -286,7 +287,7 @@ def table(report) -> str:
 
 
 def bars(report) -> dict:
-  """The same numbers as `pictures.bars` takes them."""
+  """The same numbers in the format of `pictures.bars`."""
   rows = {}
   for name, task in report['tasks'].items():
     metric = METRICS[task['kind']][0]

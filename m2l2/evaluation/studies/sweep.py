@@ -1,7 +1,7 @@
-"""Quality against sigma_cond, the noise put back on a chunk before the next is decoded (the paper's figure 3).
+"""Quality against sigma_cond, the noise added to a chunk before the next is decoded (the paper's figure 3).
 
-Too little of it, and the errors of each chunk are handed on to the next; too much, and the next chunk learns nothing
-from the one before. Every setting decodes the same latents from the same noise: settings are compared clip by clip.
+With too little noise, errors propagate from chunk to chunk; with too much, the next chunk gets no information from the
+one before. Every setting decodes the same latents from the same noise: settings are compared clip by clip.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from m2l2.evaluation.metrics import registry, seams
 VALUES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0)
 METRICS = ('si_sdr', 'mel_l1_db', 'mrstft', 'ratio', 'seam_db')
 EMBEDDED = ('musicnn_mtt', 'musicnn_msd')
-# One-step decoding keeps each chunk as it was first sampled, two-step refines it beside the next one.
+# One-step decoding keeps the first sample of each chunk; two-step refines it together with the next chunk.
 STEPS = {'one_step': False, 'two_step': True}
 
 
@@ -29,10 +29,9 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
 
   Args:
     metrics, embedders, workers: as for `evaluate.evaluate`.
-    by: what tells the best setting: a metric or an embedding that is measured; by default the first embedding, else the
-      first metric.
+    by: the metric or embedding that chooses the best setting; by default the first embedding, else the first metric.
     seed: of the noise that decoding starts from.
-    progress: called with the number of steps done since; `steps_of` says how many there are.
+    progress: called with the number of steps done since the last call; `steps_of` is the total.
   Returns:
     JSON types: {'clips', 'seed', 'settings': [{'sigma_cond', 'steps', 'values': {name: {'mean', 'error'}}}, ...],
     'best': {'by', 'sigma_cond', 'steps', 'value'}, 'warnings'}; 'steps' is 'one_step' or 'two_step', 'error' the
@@ -57,10 +56,10 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
       pairs = [evaluate.Pair(clip.name, clip.audio, codec.decode(latents, seed, sigma_cond=value, refine=refine),
                              clip.sample_rate) for clip, latents in zip(clips, encoded)]
       progress(len(clips))
-      made = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers, chunks=chunks, seed=seed)
-      settings.append({'sigma_cond': float(value), 'steps': steps, 'values': means(made)})
-      # Levels differ from setting to setting; what cannot be measured is the same in all.
-      warnings += [line for line in made['warnings'] if line not in warnings and ': gain: ' not in line]
+      report = evaluate.evaluate(pairs, metrics=metrics, embedders=embedders, workers=workers, chunks=chunks, seed=seed)
+      settings.append({'sigma_cond': float(value), 'steps': steps, 'values': means(report)})
+      # Warnings about levels differ between settings; those about undefined metrics are the same.
+      warnings += [line for line in report['warnings'] if line not in warnings and ': gain: ' not in line]
   return {'clips': len(clips), 'seed': seed, 'settings': settings, 'best': _best(settings, by), 'warnings': warnings}
 
 
@@ -71,12 +70,12 @@ def steps_of(clips, values) -> int:
 def means(report) -> dict:
   """A report of `evaluate.evaluate` without its files: {metric or embedding: {'mean', 'error'}}."""
   return {**{name: {'mean': metric['mean'], 'error': metric['sem']} for name, metric in report['metrics'].items()},
-          **{name: {'mean': found['value'], 'error': found['bootstrap_sd']}
-             for name, found in report['frechet'].items()}}
+          **{name: {'mean': distance['value'], 'error': distance['bootstrap_sd']}
+             for name, distance in report['frechet'].items()}}
 
 
 def is_better(name: str, new: float, old: float) -> bool:
-  """Whether a value of a metric or an embedding's distance beats another."""
+  """Whether a value of a metric or an embedding's distance is better than another."""
   return registry.badness(name, new) < registry.badness(name, old)
 
 
@@ -95,8 +94,8 @@ def _best(settings, by):
 def write_best(checkpoint, best: Mapping) -> str:
   """Makes the best setting the default of a snapshot's decoding: consistency.sigma_cond and .refine of its config.
 
-  Weights and fingerprint stay, so latents remain of this model. Training that goes on in a workdir writes its own
-  config again with the next snapshot.
+  Weights and fingerprint do not change, so existing latents still match. Training that continues in a workdir writes
+  its own config again with the next snapshot.
 
   Args:
     checkpoint: snapshot or workdir. best: of the report.
@@ -112,7 +111,7 @@ def write_best(checkpoint, best: Mapping) -> str:
 
 
 def names_of(text: str | None) -> tuple[list[str], list[str]]:
-  """As `evaluate.split_names`, with the sweep's own choice where nothing is asked for."""
+  """As `evaluate.split_names`, with the sweep's own defaults."""
   return (list(METRICS), list(EMBEDDED)) if text is None else evaluate.split_names(text)
 
 

@@ -1,10 +1,10 @@
 """Labelled music for probes: any folder with a labels.csv, and the data sets of the paper's section 5.5.
 
-labels.csv has a header and a row a file: `path` (relative to the folder), `split` (train, valid, test), and a column
-for each task, empty where a file has no label. A column called `tags` holds several labels with semicolons between, one
-called `key` 'C major' ... 'B minor'; any other column is a class a file.
+labels.csv has a header and a row per file: `path` (relative to the folder), `split` (train, valid, test), and a column
+for each task, empty if a file has no label. A column called `tags` holds several labels with semicolons between, one
+called `key` 'C major' ... 'B minor'; any other column is one class per file.
 
-The data sets are the user's to fetch. TinySOL and Beatport key are read through mirdata (pip install 'm2l2[mir]').
+The user downloads the data sets. TinySOL and Beatport key are read through mirdata (pip install 'm2l2[mir]').
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ TOP_TAGS = 50  # of MagnaTagATune
 
 @dataclasses.dataclass(frozen=True)
 class Music:
-  """Files with labels: `labels[task]` has a string a file, '' where it has none; `splits` one of SPLITS a file."""
+  """Files with labels: `labels[task]` has a string per file, '' if unlabelled; `splits` one of SPLITS per file."""
   name: str
   paths: tuple[str, ...]
   splits: tuple[str, ...]
@@ -40,7 +40,7 @@ class Task:
   """One task's targets.
 
   Attributes:
-    kind: 'class', 'key' or 'tags'. classes: what the targets count.
+    kind: 'class', 'key' or 'tags'. classes: their names, which the targets index.
     files: int [n], the files that have a label. splits: str [n].
     targets: int32 [n], or for tags float32 [n, classes] of 0 and 1.
   """
@@ -54,7 +54,7 @@ class Task:
 def read(place: str) -> Music:
   """'DIR' with a labels.csv, 'tinysol:DIR', 'beatport:DIR' or 'magnatagatune:DIR'.
 
-  Raises UserError: not there, damaged, or mirdata is missing.
+  Raises UserError: no such data, damaged, or mirdata is not installed.
   """
   kind, colon, folder = place.partition(':')
   if colon and kind in DATASETS:
@@ -104,7 +104,7 @@ def beatport(folder) -> Music:
 def magnatagatune(folder) -> Music:
   """The 50 most frequent tags; folders 0-b train, c validates, d-f test, clips with none of the tags left out.
 
-  `folder` holds annotations_final.csv and the mp3 files as they come: 0/, 1/, ... f/.
+  `folder` holds annotations_final.csv and the mp3 files in their folders 0/, 1/, ... f/.
   """
   path = os.path.join(folder, 'annotations_final.csv')
   if not os.path.isfile(path):
@@ -140,11 +140,11 @@ def _mirdata(name, folder):
 
 
 def key_of(text: str) -> str:
-  """'Bb minor', 'A# Minor', 'Bbm' -> 'A# minor'; '' for what is no major or minor key."""
-  found = re.fullmatch(r'([A-G])([#b]?)(m| minor| major|)', text.strip(), re.IGNORECASE)
-  if not found:
+  """'Bb minor', 'A# Minor', 'Bbm' -> 'A# minor'; '' for other text."""
+  match = re.fullmatch(r'([A-G])([#b]?)(m| minor| major|)', text.strip(), re.IGNORECASE)
+  if not match:
     return ''
-  tonic, accidental, mode = found.groups()  # a bare letter is major, an m minor, as MIDI files say it
+  tonic, accidental, mode = match.groups()  # a bare letter is major, an m minor, as MIDI files say it
   number = PITCH_CLASSES.index(tonic.upper()) + {'': 0, '#': 1, 'b': -1}[accidental.lower()]
   return f'{PITCH_CLASSES[number % 12]} {"minor" if mode.strip().lower() in ("m", "minor") else "major"}'
 
@@ -156,7 +156,7 @@ def split_of(name: str) -> str:
 
 
 def task(music: Music, name: str) -> tuple[Task, list[str]]:
-  """A task's targets, and warnings for labels that are left out: those that training never shows.
+  """A task's targets, and warnings for labels that are left out because no training file has them.
 
   Raises UserError: a split has no file, or there are fewer than two classes.
   """
@@ -197,7 +197,7 @@ def only(task: Task, read: np.ndarray) -> tuple[Task, np.ndarray]:
 
 
 def write_table(folder, rows: Sequence[dict]):
-  """labels.csv of `rows`, dicts with path, split and the tasks; whole or not at all."""
+  """Writes labels.csv of `rows`, dicts with path, split and the tasks, atomically."""
   path = os.path.join(folder, 'labels.csv')
   with files.whole(path) as aside, open(aside, 'w', encoding='utf-8', newline='') as file:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')

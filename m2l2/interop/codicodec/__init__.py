@@ -1,9 +1,9 @@
 """CoDiCodec's published weights as an m2l2 snapshot, and its public form of latents.
 
 CoDiCodec (PyPI `codicodec`, by the authors of Music2Latent2; its code and weights are CC BY-NC 4.0) is a point of
-m2l2's config space: configs/codicodec.py. Here its state dict is read (`reading`), checked tensor by tensor and renamed
-(`weights`), and written (`importing`); the numbers stay as they are. `verification` runs the original beside m2l2, and
-tests/conformance holds the result against the original's outputs. `exchange` is for latents and tokens.
+m2l2's config space: configs/codicodec.py. Its state dict is read (`reading`), checked tensor by tensor and renamed
+(`weights`), and written (`importing`) without changing numbers. `verification` runs the original and m2l2 on one input;
+tests/conformance compares with the original's outputs. `exchange` converts latents and tokens.
 """
 
 from m2l2 import lazy

@@ -1,4 +1,4 @@
-"""Latents and tokens between m2l2 and the torch package, in the form that its public functions take and give."""
+"""Latents and tokens between m2l2 and the torch package, in the form of its public functions."""
 
 import numpy as np
 
@@ -10,15 +10,15 @@ LATENT_WIDTH = 64   # and 16 embeddings of 4 numbers make one of 64
 
 
 def to_public(latents: Latents, *, width: int = LATENT_WIDTH) -> np.ndarray:
-  """Latents -> what `EncoderDecoder.encode` of the torch package returns and its `decode` takes.
+  """Latents -> the form that `EncoderDecoder.encode` of the torch package returns and its `decode` takes.
 
   Args:
     latents: one stream: continuous z [1, chunks, K, d], or tokens [1, chunks, K].
     width: numbers that one public latent holds; a multiple of d.
 
   Returns:
-    float32 [chunks, K d / width, width]: atanh(z) / 0.8, neighbouring embeddings side by side; tokens come back as
-    they are, int32 [chunks, K].
+    float32 [chunks, K d / width, width]: atanh(z) / 0.8, neighbouring embeddings side by side; tokens are
+    unchanged, int32 [chunks, K].
 
   Raises UserError: several streams, or a width that does not fit.
   """
@@ -37,7 +37,7 @@ def from_public(public, codec, *, sample_rate: int, num_samples: int | None = No
   """The inverse of `to_public`, for a Codec with CoDiCodec's weights.
 
   Args:
-    public: float [chunks, any, any] as `to_public` makes it, or int tokens [chunks, K].
+    public: float [chunks, any, any] as of `to_public`, or int tokens [chunks, K].
     sample_rate, num_samples: of the signal. Without num_samples, at a native rate, all that the chunks decode to is
       the signal, as in the torch package: chunks * 32768 + 1024 samples.
 

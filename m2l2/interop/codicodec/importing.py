@@ -21,10 +21,10 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
     verify: first run both implementations on one input (needs torch and codicodec); see `verify_against_torch`.
 
   Returns:
-    {'fingerprint', 'parameters', 'unused': names of tensors that nothing uses, 'errors'?: of `verify`}
+    {'fingerprint', 'parameters', 'unused': names of unused tensors, 'errors'?: of `verify`}
 
-  Raises UserError: the source is not what it should be, the two implementations differ, or the target cannot be
-  written. Nothing is written then.
+  Raises UserError: the source is not such a file, the two implementations differ, or the target cannot be written.
+  Nothing is written then.
   """
   from m2l2.configs import codicodec as recipe
 

@@ -1,4 +1,4 @@
-"""Tensors by name out of somebody's file: .safetensors, or a torch checkpoint, of which nothing is executed."""
+"""Reading tensors from untrusted files: .safetensors, or a torch checkpoint, without executing code in it."""
 
 from collections.abc import Mapping
 import os
@@ -62,7 +62,7 @@ def _read_torch(path, nested, of):
       raise UserError(f'{shown}: holds more than tensors ({refused}), which could run code; nothing of it was '
                       'executed. If you trust its source, save its tensors as .safetensors and import those') from error
     raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint; nothing of it was executed') from error
-  except Exception as error:  # whatever a damaged archive makes torch raise
+  except Exception as error:  # any exception that a damaged archive causes in torch
     raise UserError(f'{shown}: is damaged, cut short or not a torch checkpoint '
                     f'({first_line(error, most=200)})') from error
   if isinstance(checkpoint, Mapping) and nested in checkpoint:
@@ -77,7 +77,7 @@ def _read_torch(path, nested, of):
 
 
 def _is_plain(torch, tensor) -> bool:
-  """Dense numbers, all of them there: an expanded tensor of a few bytes can claim terabytes."""
+  """Whether a tensor is dense with all its numbers stored: an expanded tensor of some bytes can claim terabytes."""
   if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != 'cpu':
     return False
   return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -89,11 +89,11 @@ def _as_numpy(tensor):
 
 
 def _refused_global(message) -> str:
-  """The name that torch's loader refused, from its message; '' where it refused none."""
-  found = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
-  return found[1] if found else ''
+  """The name that torch's loader refused, from its message; '' if none."""
+  match = re.search(r'[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)', message)
+  return match[1] if match else ''
 
 
 def shown_name(name: str) -> str:
-  """A name out of somebody's file, fit for a terminal."""
+  """A name from an untrusted file, safe to print."""
   return audio_io.shown(name if len(name) <= 80 else f'{name[:77]}...')

@@ -1,4 +1,4 @@
-"""The original beside m2l2: one input through both, with the same weights; needs torch and the package codicodec."""
+"""Compares the original with m2l2 on one input and the same weights; needs torch and the package codicodec."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   """Runs one input through the original and through m2l2, float32, on the CPU.
 
   Args:
-    state: the state dict; config, params: what was made of it.
+    state: the state dict; config, params: the converted model.
     tolerance: largest relative error ||a - b|| / ||b||.
 
   Returns:
@@ -32,13 +32,13 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   import jax
   import torch
 
-  net, process = build.network(config['model']), build.consistency(config['consistency'])
+  net, consistency = build.network(config['model']), build.consistency(config['consistency'])
   rep = build.representation(config['model'])
   rng = np.random.default_rng(0)
   shape = (1, 2, rep.bins, rep.frames, rep.spec_channels)
   spec, noise = (rng.standard_normal(shape, np.float32) for _ in range(2))
   spec *= np.float32(0.3)
-  levels = np.float32([[process.sigma_cond, process.sigma_max]])
+  levels = np.float32([[consistency.sigma_cond, consistency.sigma_max]])
   noisy = spec + levels[:, :, None, None, None] * noise
 
   original = UNet().eval()
@@ -54,8 +54,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   def run(params, spec, z, noisy, levels):
     pre = net.encode(params, spec)
     features = net.decode(params, z)
-    return net.arch.make_bottleneck()(pre), features['maps'], process.denoise(
-        lambda x, sigma: net.denoise(params, x, sigma, features), noisy, levels)
+    return net.arch.make_bottleneck()(pre), features['maps'], consistency.bind(net, params, features)(noisy, levels)
 
   try:
     cpu = jax.devices('cpu')[0]

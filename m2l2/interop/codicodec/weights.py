@@ -1,4 +1,4 @@
-"""Every tensor of CoDiCodec's state dict, and what becomes of it here."""
+"""The table of CoDiCodec's tensors: shapes, and the parameters they become here."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -11,14 +11,14 @@ from m2l2.interop.codicodec.reading import shown_name
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """One tensor of the state dict and what becomes of it.
+  """One tensor of the state dict and its parameter here.
 
   Attributes:
     shape: in the state dict.
-    path: of the parameter here; empty where there is none.
+    path: of the parameter here; empty without one.
     layer: its place in a stack of layers, or None.
     convert: from the stored layout to ours (without the layers' axis).
-    value: what a tensor that was never trained holds throughout; None for others.
+    value: the constant value of an untrained tensor; None for others.
   """
   shape: tuple
   path: tuple = ()
