@@ -62,7 +62,7 @@ def get_config(arg=''):
   model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # recomputed in the backward pass: none; products: all but those; blocks; full
-  model.tile = any_type('auto')        # maps narrower than this are packed (model/packing.py): 0, 128, 256
+  model.tile = any_type('auto')        # maps narrower than this are packed (variants/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 
@@ -92,6 +92,7 @@ def get_config(arg=''):
   train.steps = 800_000
   train.batch_size = 16                # crops of two chunks, over all devices
   train.accumulate = 1                 # microbatches an update
+  train.reduction = 'activations'      # what devices sum gradients in: the dtype of activations, or float32
   train.optimizer = 'radam'            # radam or adam
   train.learning_rate = 1e-4
   train.final_learning_rate = 1e-6     # end of the cosine
@@ -113,6 +114,27 @@ def get_config(arg=''):
   train.max_skipped_in_a_row = 20      # that many non-finite gradients in a row end the run
   train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
   train.init_from = ''                 # snapshot, workdir or model in the box whose weights a new run starts from
+
+  # How the recipe follows the batch: k is train.batch_size over `batch`, for which the numbers of `train` were written.
+  # A field that the command line gives stays as it is given. None of these rules was tried here at pods' batches.
+  scaling = config.scaling = ml_collections.ConfigDict()
+  scaling.batch = 0                    # 0: off, the numbers hold for any batch; the paper's are for 16
+  # Learning rates x k^this. 1/2: Adam and its kind (arXiv 2205.10287, whose 1 - b1 and 1 - b2 would grow by k as well:
+  # from k = 10 on they cannot); 1: plain SGD (arXiv 1706.02677).
+  scaling.rate_power = 0.5
+  # Steps / k^this. 1: as many samples (arXiv 1706.02677); 0: as many updates (arXiv 1705.08741). Beyond the critical
+  # batch the steps that a loss takes fall ever less (arXiv 1812.06162): 1/2 keeps rate x steps.
+  scaling.steps_power = 0.5
+  # Warm-up / k^this. 1: as many samples (arXiv 1706.02677), but no fewer updates than least_warmup, about 2 / (1 - b2)
+  # (arXiv 1910.04209), or than were written.
+  scaling.warmup_power = 1.0
+  scaling.least_warmup = 2000
+  # Half-life of the average in samples, in place of ema_decay (arXiv 2206.00364; as decay^k, arXiv 2307.13813); 0: off.
+  # 0.9999 at a batch of 16 is 110,898.
+  scaling.ema_half_life = 0
+  # The index step shrinks over the run, by the share of its steps done (arXiv 2310.14189), so it follows by itself.
+  # The last one / k^this, on top: a smaller step has less bias and more variance, which a large batch averages out.
+  scaling.step_power = 0.0
 
   data = config.data = ml_collections.ConfigDict()
   data.source = 'auto'                 # auto: root is what is there; folder: one folder, glob or file, commas and all
@@ -205,6 +227,7 @@ def debug(config):
   model.linear_sketch = (32, 4) if model.linear_sketch else ()
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
+  config.scaling.batch = min(config.scaling.batch, train.batch_size)
   train.envelope_bands = min(train.envelope_bands, 32)
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
   config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

@@ -10,12 +10,13 @@ import dataclasses
 from absl import logging
 import jax
 
-from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
-from m2l2.model.autoencoder import Architecture, Network, make_network
+from m2l2.model.autoencoder import Network, make_network
 from m2l2.planning.chips import find_chip
 from m2l2.representation import Representation
+from m2l2.variants.autoencoder import Variant
+from m2l2.variants.consistency import VariantConsistency
 
 # Runs of so many steps are compiled without optimisation on CPUs: in half the time, for steps twice as long.
 FEW_STEPS = 10
@@ -33,13 +34,13 @@ def representation(model: Mapping) -> Representation:
 
 def network(model: Mapping) -> Network:
   """config.model -> Network. Raises UserError for unknown or missing fields and for bad values."""
-  known = _names(Representation) | _names(Architecture) | set(_MODEL_EXTRA)
+  known = _names(Representation) | _names(Variant) | set(_MODEL_EXTRA)
   unknown = set(model) - known
   if unknown:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
-  fields = _select({**_ADDED, **model}, Architecture)
+  fields = _select({**_ADDED, **model}, Variant)
   fields |= {'dtype': activation_dtype(fields['dtype']), 'tile': tile_width(fields['tile'])}
-  arch = _make(Architecture, fields, where='model')
+  arch = _make(Variant, fields, where='model')
   try:
     check_implementation(arch.attention)
     return make_network(arch)
@@ -101,13 +102,13 @@ def _compute_capability(device) -> tuple:
     return (float('inf'),)
 
 
-def consistency(fields: Mapping) -> Consistency:
-  """config.consistency -> Consistency."""
-  unknown = set(fields) - _names(Consistency)
+def consistency(fields: Mapping) -> VariantConsistency:
+  """config.consistency -> VariantConsistency."""
+  unknown = set(fields) - _names(VariantConsistency)
   if unknown:
-    known = ', '.join(sorted(_names(Consistency)))
+    known = ', '.join(sorted(_names(VariantConsistency)))
     raise UserError(f'consistency.{sorted(unknown)[0]} is not a field; there are {known}')
-  return _make(Consistency, dict(fields), where='consistency')
+  return _make(VariantConsistency, dict(fields), where='consistency')
 
 
 def native_rates(model: Mapping) -> tuple:
@@ -124,6 +125,7 @@ def step_functions(config, *, ravel=False, data=None):
   ravel: see ravel.py. data: what stands in the place of the config's Representation, for data that are no sound.
   """
   from m2l2.training import optim, train_step  # here, so that inference never imports optax
+  from m2l2.variants import objective as objectives
 
   train = config['train']
   net, process = network(config['model']), consistency(config['consistency'])
@@ -132,9 +134,9 @@ def step_functions(config, *, ravel=False, data=None):
                     'train.envelope_weight > 0 trains')
   if not 0 <= train['head_start'] <= 1:
     raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 to 1")
-  if train['head_start_on'] not in train_step.HEAD_STARTS:
+  if train['head_start_on'] not in objectives.HEAD_STARTS:
     raise UserError(f"train.head_start_on={train['head_start_on']!r} is not known: choose from "
-                    f'{", ".join(train_step.HEAD_STARTS)}')
+                    f'{", ".join(objectives.HEAD_STARTS)}')
   if (train['head_start'] and train['head_start_on'] == 'envelope'
       and not (net.arch.envelope and train['envelope_weight'] > 0)):
     raise UserError("train.head_start with train.head_start_on='envelope' trains the envelope alone: it needs "
@@ -153,13 +155,14 @@ def step_functions(config, *, ravel=False, data=None):
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
       clip_norm=train['clip_norm'])
-  objective = train_step.Objective(
+  objective = objectives.VariantObjective(
       network=net, representation=data or representation(config['model']), consistency=process, steps=train['steps'],
       head_start=int(train['head_start'] * train['steps']), head_start_on=train['head_start_on'],
       envelope_weight=train['envelope_weight'], envelope_bands=train['envelope_bands'], nested=train['nested'])
   return train_step.make_step_functions(
       objective, optimizer=optimizer, schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'],
-      accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel)
+      accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel,
+      reduction=train['reduction'])
 
 
 def _names(cls) -> set:

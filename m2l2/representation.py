@@ -4,13 +4,10 @@ A chunk is `frames` STFT frames. Spectrograms are `[B, S, F, T, C]`: batch, chun
 and the real and imaginary parts of each audio channel in the order L_re, L_im, R_re, R_im. Magnitudes are
 compressed by beta * |c|^alpha (Music2Latent, section 3), either of the complex number (`polar`: the phase
 stays) or of its two parts apart (`component`: as CoDiCodec does).
-
-Everything here is pure jnp and runs inside jit; nothing here knows a model.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +79,11 @@ class Representation:
   def spec_channels(self) -> int:
     return 2 * self.channels
 
+  @property
+  def chunk_shape(self) -> tuple:
+    """(F, T, 2C) of a chunk's spectrogram."""
+    return self.bins, self.frames, self.spec_channels
+
   def crop_samples(self, chunks: int) -> int:
     """Samples that make exactly `chunks` chunks without padding: 2 chunks of 64 x 512 take 67072."""
     return chunks * self.chunk_samples + self.overlap
@@ -90,12 +92,8 @@ class Representation:
     """Frames and chunks of a signal of `num_samples` >= 1 samples."""
     if num_samples < 1:
       raise ValueError('a signal needs at least one sample')
-    if self.edges == 'pad':
-      lead = self.overlap
-      frames = -(-(num_samples + lead) // self.hop)
-    else:
-      lead = 0
-      frames = max(1, (num_samples - self.window) // self.hop + 1)
+    lead = self.overlap if self.edges == 'pad' else 0
+    frames = -(-(num_samples + lead) // self.hop) if lead else max(1, (num_samples - self.window) // self.hop + 1)
     return SignalLayout(num_samples, lead, frames, -(-frames // self.frames))
 
   def analyse(self, audio):
@@ -138,46 +136,6 @@ class Representation:
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (1 / self.alpha - 1) / 2) * gain
     return jnp.sign(parts) * _safe_power(jnp.square(parts), 0.5 / self.alpha) * gain
-
-  def noise(self, key, chunks: int, *, kind: str):
-    """Noise of unit variance for diffusion, float32 [chunks, F, T, 2C].
-
-    'bins': every number by itself. 'signal': the spectrogram of white noise, each chunk's its own. Overlapping frames
-    of that agree with each other, so what is made of it by a smooth gain is a signal's spectrogram, too: `synthesise`
-    keeps its level and its magnitudes, where of 'bins' three quarters cancel out (window / hop = 4).
-    """
-    if kind == 'bins':
-      return jax.random.normal(key, (chunks, self.bins, self.frames, self.spec_channels))
-    white = jax.random.normal(key, (chunks, self.channels, self.crop_samples(1)))
-    return self.analyse(white)[:, 0] / self._noise_deviation
-
-  @property
-  def _noise_deviation(self):
-    """Of each part of the compressed spectrum of white noise of variance 1."""
-    variance = np.sum(np.square(_hann(self.window))) / 2  # of each part, before the compression
-    # E r^(2 alpha) of a Rayleigh magnitude, shared by two parts; of a Gaussian part.
-    moment = math.gamma(1 + self.alpha) / 2 if self.transform == 'polar' else (
-        math.gamma(self.alpha + .5) / math.sqrt(math.pi))
-    return self.beta * math.sqrt((2 * variance) ** self.alpha * moment)
-
-  def magnitude(self, spec):
-    """Compressed magnitudes of each audio channel: [..., 2C] -> [..., C]; its gradient at 0 is 0."""
-    parts = spec.reshape(*spec.shape[:-1], self.channels, 2)
-    return _safe_power(_square_sum(parts), 0.5)[..., 0]
-
-
-def coherence(spec, *, lag: int = 4):
-  """How far partials carry their phase along: of a spectrogram [..., F, T, 2C], of numpy or of JAX -> [...] in [0, 1].
-
-  sum_f |sum_t X[f, t + lag] conj(X[f, t])| / sum_f sum_t |X[f, t + lag]| |X[f, t]|, over all frames given: figures here
-  are of 64 at a hop of a quarter of the window; frames 4 apart do not overlap then. A steady tone has 1, music .5 to
-  .8, exact magnitudes with random phases .2 to .28, white noise .18. Silence has no phase: 0.
-  """
-  (a, b), (c, d) = ((part[..., 0::2], part[..., 1::2]) for part in (spec[..., lag:, :], spec[..., :-lag, :]))
-  real, imaginary = a * c + b * d, b * c - a * d
-  size = lambda x, y: (x * x + y * y) ** 0.5
-  total = size(real, imaginary).sum(axis=(-3, -2, -1))
-  return size(real.sum(axis=-2), imaginary.sum(axis=-2)).sum(axis=(-2, -1)) / (total + 1e-12)
 
 
 def stft(audio, *, window: int, hop: int):

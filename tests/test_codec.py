@@ -27,7 +27,7 @@ from m2l2.codec.sampler import FIRST, REFINE, Sampler
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.model import envelope
+from m2l2.variants import envelope
 
 CODICODEC_LIKE = dict(
     bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
@@ -309,7 +309,7 @@ def _one_noise(codec):
   @jax.jit
   def noise(seed, chunk, role):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), chunk), role)
-    return codec.representation.noise(key, 1, kind=codec.consistency.noise)[0]
+    return codec.consistency.unit_noise(key, codec.representation, 1)[0]
   return noise
 
 

@@ -25,6 +25,7 @@ from m2l2.configs import base, nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.training import timing
+from m2l2.variants.consistency import VariantConsistency
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.
@@ -193,7 +194,7 @@ def test_every_field_of_the_classes_is_in_base():
   arch = type(_functions('base')[0].network.arch)
   names = {field.name for cls in (arch, build.Representation) for field in dataclasses.fields(cls)}
   assert set(config.model) == names | {'native_rates'}
-  assert dict(config.consistency) == dataclasses.asdict(build.Consistency())
+  assert dict(config.consistency) == dataclasses.asdict(VariantConsistency())
 
 
 # --- words after the colon ---

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from m2l2.consistency import Consistency
+from m2l2.variants.consistency import VariantConsistency
+from m2l2.variants.staggered import sample_staggered
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
@@ -46,7 +48,7 @@ def test_official_sampling_has_the_official_quantiles():
 
 
 def test_lognormal_sampling_is_one():
-  log_sigma = _log_sigma(Consistency(sampling='lognormal'))
+  log_sigma = _log_sigma(VariantConsistency(sampling='lognormal'))
   np.testing.assert_allclose([log_sigma.mean(), log_sigma.std()], [-1.1, 2], atol=.02)
   np.testing.assert_allclose(np.exp(np.median(log_sigma)), .333, rtol=.02)
 
@@ -69,7 +71,7 @@ def test_levels_of_a_pair_are_independent_and_a_step_apart():
 @pytest.mark.parametrize('exponent, steps', [
   (3., [.1, .0316, .01, .00316, .001]), (2., [.1, .0562, .0316, .0178, .01])])
 def test_step_schedule(exponent, steps):
-  consistency = Consistency(step_exponent=exponent)
+  consistency = VariantConsistency(step_exponent=exponent)
   got = [consistency.step(progress) for progress in (0., .25, .5, .75, 1.)]
   np.testing.assert_allclose(got, steps, rtol=2e-3)
   np.testing.assert_allclose([consistency.step(1.5), consistency.step(-1.)], [steps[-1], .1],
@@ -77,7 +79,7 @@ def test_step_schedule(exponent, steps):
 
 
 def test_easy_training_begins_with_plain_denoising():
-  easy = Consistency(easy=.5)
+  easy = VariantConsistency(easy=.5)
   _, low = _levels(easy, progress=0.)
   np.testing.assert_array_equal(low, np.float32(.002))  # the teacher's answer is the data itself
   steps = [easy.step(progress) for progress in np.linspace(0, 1, 21)]
@@ -105,7 +107,7 @@ def _sigma_data(settings, shape):
 
 @pytest.mark.parametrize('settings', SETTINGS)
 def test_at_sigma_min_the_output_is_the_input_bit_for_bit(settings):
-  consistency = Consistency(**settings)
+  consistency = VariantConsistency(**settings)
   x = jnp.asarray(np.random.normal(size=(2, 2, 8, 4, 2)) * 20, jnp.float32)
   sigma = consistency.sigma(jnp.zeros((2, 2)))
   run = jax.jit(lambda x, sigma: consistency.denoise(
@@ -116,7 +118,7 @@ def test_at_sigma_min_the_output_is_the_input_bit_for_bit(settings):
 
 @pytest.mark.parametrize('settings', SETTINGS)
 def test_preconditioned_input_and_target_have_unit_size(settings):
-  consistency = Consistency(**settings)
+  consistency = VariantConsistency(**settings)
   data = _sigma_data(settings, (1000,))
   data = jnp.full((1000,), .5) if data is None else data
   _, c_out, c_in = consistency.scalings(jnp.geomspace(.003, 80, 1000), data)
@@ -127,7 +129,7 @@ def test_preconditioned_input_and_target_have_unit_size(settings):
 
 @pytest.mark.parametrize('data', [.5, .07, 2.])
 def test_flow_skip_is_exact_for_gaussian_data(data):
-  consistency = Consistency(skip='flow', local=True)
+  consistency = VariantConsistency(skip='flow', local=True)
   sigma = jnp.geomspace(.002, 80, 7)[:, None]
   start = jnp.asarray(np.random.normal(size=16), jnp.float32)
   # The probability flow of N(0, data^2) + noise: each point moves with the spread of the whole.
@@ -199,7 +201,7 @@ class _Recorder:
 
 @pytest.mark.parametrize('renoise', ['add', 'variance'])
 def test_multi_step_sampling(renoise):
-  consistency, denoise = Consistency(renoise=renoise), _Recorder()
+  consistency, denoise = VariantConsistency(renoise=renoise), _Recorder()
   noises = [jnp.asarray(np.random.normal(size=(3, 2, 4)), jnp.float32) for _ in range(2)]
   out = consistency.sample(denoise, noises, (80., 2.5))
   (first, sigma0), (second, sigma1) = denoise.calls
@@ -215,7 +217,7 @@ def test_multi_step_sampling(renoise):
 
 def test_re_noising_rules_differ_near_sigma_min():
   x, noise = jnp.zeros(3), jnp.ones(3)
-  add, variance = (Consistency(renoise=rule).add_noise for rule in ('add', 'variance'))
+  add, variance = (VariantConsistency(renoise=rule).add_noise for rule in ('add', 'variance'))
   np.testing.assert_allclose(add(x, noise, .0025), .0025)
   np.testing.assert_allclose(variance(x, noise, .0025), .0015, rtol=1e-6)
   np.testing.assert_array_equal(variance(x, noise, .002), 0)
@@ -223,7 +225,7 @@ def test_re_noising_rules_differ_near_sigma_min():
 
 @pytest.mark.parametrize('renoise', ['add', 'variance'])
 def test_a_step_of_two_step_decoding(renoise):
-  consistency, denoise = Consistency(renoise=renoise), _Recorder()
+  consistency, denoise = VariantConsistency(renoise=renoise), _Recorder()
   previous, left, right = (jnp.asarray(np.random.normal(size=(3, 8, 4, 2)), jnp.float32)
                            for _ in range(3))
   refined, current = consistency.sample_pair(
@@ -240,7 +242,7 @@ def test_a_step_of_two_step_decoding(renoise):
 
 def test_further_steps_keep_the_left_and_renoise_the_right():
   """CoDiCodec's autoregressive decoding: the noisy neighbour is the same in every step."""
-  consistency, denoise = Consistency(renoise='variance'), _Recorder()
+  consistency, denoise = VariantConsistency(renoise='variance'), _Recorder()
   previous, left, first, second = (jnp.asarray(np.random.normal(size=(2, 4)), jnp.float32)
                                    for _ in range(4))
   _, current = consistency.sample_pair(
@@ -280,7 +282,7 @@ def _pairs(chunks, step):
 @pytest.mark.parametrize('chunks', [1, 2, 3, 6, 11])
 @pytest.mark.parametrize('steps', [1, 2, 3, 4])
 def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
-  consistency, lag = Consistency(renoise='variance'), steps - 1
+  consistency, lag = VariantConsistency(renoise='variance'), steps - 1
   noise, features = np.float32(np.random.normal(size=(steps, 2, chunks, 3))), np.float32(
     np.random.normal(size=(2, chunks, 3)))
   sigmas = consistency.schedule(steps)
@@ -305,8 +307,8 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
   for start in range(0, chunks + lag, width):
     window = jnp.concatenate(
       [around(features, start - lag)[:, :lag], around(features, start)], axis=1)
-    x, carried = consistency.sample_staggered(
-      lambda features: lambda x, sigma: _mix(x, sigma, features), window,
+    x, carried = sample_staggered(
+      consistency, lambda features: lambda x, sigma: _mix(x, sigma, features), window,
       [around(eps, start - k) for k, eps in enumerate(noise)], sigmas, carried=carried,
       first=jnp.asarray(start == 0))
     done.append(x)
@@ -321,5 +323,5 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
   dict(parallel_steps=0)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:
-    Consistency(**fields)
+    VariantConsistency(**fields)
   assert '\n' not in str(error.value) and next(iter(fields)) in str(error.value)

@@ -9,7 +9,8 @@ import pytest
 from launch.research import ladder, piano
 from m2l2 import build
 from m2l2.errors import UserError
-from m2l2.representation import Representation, coherence
+from m2l2.evaluation.metrics.phases import coherence
+from m2l2.representation import Representation
 
 pytestmark = pytest.mark.usefixtures('full_optimization')
 
@@ -48,7 +49,8 @@ def test_every_rung_is_a_network_and_a_recipe():
   for make_config, _ in ladder.RUNGS.values():
     for quick in (False, True):
       config = make_config(quick)
-      assert build.step_functions(config).head_start == int(config.train.head_start * config.train.steps)
+      assert build.step_functions(config).phases[-2:][0][1] == (
+          int(config.train.head_start * config.train.steps) or config.train.steps)
   assert not build.network(ladder.corpus_config(False).model).arch.cramped
 
 

@@ -23,7 +23,7 @@ FLOORS = {
     'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
     'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
                    'm2l2.consistency', 'm2l2.sharding'),
-    'm2l2.compiling': ('jax',),
+    'm2l2.compiling': ('jax', 'm2l2.no_collection'),
     'm2l2.errors': (),
     'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2.errors', 'm2l2.files'),
 }
@@ -46,6 +46,9 @@ KEEPERS = {
     'codicodec': ('m2l2.interop.codicodec.verification',),
     # What turns a config into networks is called by build alone.
     'm2l2.model.autoencoder': ('m2l2.build', 'm2l2.model'),
+    # The paper's part of the house does not know what departs from it.
+    'm2l2.variants': ('m2l2.build', 'm2l2.codec', 'm2l2.evaluation', 'm2l2.interop', 'm2l2.training.probe',
+                      'm2l2.variants'),
 }
 # Its result, the bundle of functions, is what these two stand on: they may name the type.
 INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.train_step')}
@@ -54,7 +57,7 @@ INTERFACE = {'m2l2.model.autoencoder.Network': ('m2l2.codec', 'm2l2.training.tra
 # by itself, so optax is forbidden to our files but may be in memory.
 INFERENCE = ('m2l2', 'm2l2.build', 'm2l2.cli', 'm2l2.codec.codec', 'm2l2.codec.latents', 'm2l2.codec.snapshot',
              'm2l2.consistency', 'm2l2.data.audio_io', 'm2l2.errors', 'm2l2.kernels', 'm2l2.model',
-             'm2l2.model.autoencoder', 'm2l2.representation')
+             'm2l2.model.autoencoder', 'm2l2.representation', 'm2l2.variants')
 TRAINING = ('clu', 'grain', 'mir_eval', 'ml_collections', 'optax', 'orbax', 'sklearn', 'tensorboard', 'tensorflow',
             'tensorflow_datasets', 'torch')
 # These also serve training or an extra, from inside functions that inference without them never calls.
@@ -64,6 +67,13 @@ LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings'
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
+# The paper alone: what a reader who comes for the method has to read, and what is to be found in none of it.
+PAPER = (*(f'm2l2/model/{name}.py' for name in (
+    'layers', 'transformer', 'patchify', 'encoder', 'decoder', 'denoiser', 'autoencoder')),
+         'm2l2/representation.py', 'm2l2/consistency.py')
+LONGEST_PAPER = 1050
+MOST_ARGUMENTS = 12  # of a module's __init__
+DEPARTURES = ('envelope', 'sketch', 'shortcut', 'latent_norm', 'magnitude_input', 'head_start', 'nested', 'pack')
 MOST_AT_THE_TOP = 9
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 80  # lines from def to end, but for the docstring
@@ -220,6 +230,20 @@ def test_no_file_is_long():
 
 def test_the_top_of_the_package_is_short():
   assert len(list((ROOT / 'm2l2').glob('*.py'))) <= MOST_AT_THE_TOP
+
+
+def test_the_paper_is_read_in_one_sitting():
+  texts = {path: (ROOT / path).read_text(encoding='utf-8') for path in PAPER}
+  assert sum(len(text.splitlines()) for text in texts.values()) <= LONGEST_PAPER
+  texts |= {path: (ROOT / path).read_text(encoding='utf-8')
+            for path in ('m2l2/training/loop.py', 'm2l2/training/train_step.py')}
+  assert [(path, word) for path, text in texts.items() for word in DEPARTURES if word in text] == []
+
+
+def test_a_network_is_made_of_few_arguments():
+  many = {module: len(node.args.args) + len(node.args.kwonlyargs) for module, node in read_definitions()
+          if module.startswith('m2l2.model.') and not isinstance(node, ast.ClassDef) and node.name == '__init__'}
+  assert many and max(many.values()) <= MOST_ARGUMENTS, many
 
 
 def test_names_say_something():

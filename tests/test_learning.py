@@ -19,8 +19,8 @@ from m2l2.errors import UserError
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import baselines, excerpts
-from m2l2.model import envelope
 from m2l2.training import timing
+from m2l2.variants import envelope
 
 RATE = 22050
 SMALL = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]

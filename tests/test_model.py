@@ -14,12 +14,16 @@ import pytest
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.consistency import Consistency
-from m2l2.model import autoencoder, decoder, envelope, layers, patchify
-from m2l2.model.bottleneck import FSQ, Tanh
-from m2l2.model.denoiser import noise_features, token_grid
-from m2l2.model.envelope import deviation, envelope_loss, log_magnitude
+from m2l2.errors import UserError
+from m2l2.model import autoencoder, layers, parameters, patches, patchify
+from m2l2.model.architecture import Tanh
+from m2l2.model.denoiser import noise_features
 from m2l2.model.layers import GroupNorm
 from m2l2.planning.flops import count_flops
+from m2l2.variants import envelope
+from m2l2.variants.envelope import deviation, envelope_loss, log_magnitude
+from m2l2.variants.fsq import FSQ
+from m2l2.variants.slots import join_slots, split_slots
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
@@ -278,14 +282,14 @@ def test_output_is_the_skip_path_at_init_for_every_sigma(opening):
 def test_shapes_alone_are_told_without_a_draw():
   """To trace a generator for each parameter was most of the time that loading a model takes."""
   draws = []
-  init = layers.Init('any', lambda key, shape: draws.append(shape) or jnp.ones(shape))
+  init = parameters.Init('any', lambda key, shape: draws.append(shape) or jnp.ones(shape))
 
   def shapes():
     make = lambda: nnx.split(layers.Linear(3, 4, axes=('a', 'b'), init=init, rngs=nnx.Rngs(params=jax.random.key(0))))
     return jax.tree.map(jnp.shape, jax.eval_shape(make)[1])  # of a new function: what was traced is not again
 
   drawn = shapes()
-  with layers.shapes_only():
+  with parameters.shapes_only():
     assert shapes() == drawn and draws == [(3, 4)]
   assert shapes() == drawn and len(draws) == 2
 
@@ -293,9 +297,9 @@ def test_shapes_alone_are_told_without_a_draw():
 def test_networks_are_made_so(monkeypatch):
   arch, shown = _network(**PAPER).arch, []
   monkeypatch.setattr(autoencoder, 'Autoencoder',
-                      lambda arch, *, rngs: shown.append(layers._shapes_only.get()) or nnx.Module())
+                      lambda arch, *, rngs: shown.append(parameters._shapes_only.get()) or nnx.Module())
   autoencoder.make_network.__wrapped__(arch)
-  assert shown == [True] and not layers._shapes_only.get()
+  assert shown == [True] and not parameters._shapes_only.get()
 
 
 def test_initial_values_are_what_their_names_say(opening):
@@ -445,19 +449,19 @@ def test_upsample_is_replication_plus_a_transposed_conv():
 @pytest.mark.parametrize('stem', [(1, 1), (4, 2)])
 def test_stem_folds_patches_and_unfolds_them(stem):
   x = jnp.arange(2 * 8 * 4 * 3, dtype=jnp.float32).reshape(2, 8, 4, 3)
-  folded = patchify.space_to_depth(x, stem)
+  folded = patches.space_to_depth(x, stem)
   assert folded.shape == (2, 8 // stem[0], 4 // stem[1], 3 * math.prod(stem))
-  np.testing.assert_array_equal(patchify.depth_to_space(folded, stem), x)
+  np.testing.assert_array_equal(patches.depth_to_space(folded, stem), x)
   patch = x[0, :stem[0], :stem[1]].reshape(-1)
   np.testing.assert_array_equal(folded[0, 0, 0], patch)
 
 
 def test_token_grids():
-  strides = ((2, 2), (4, 2), (2, 2))
-  assert token_grid(1024, 64, (1, 1), strides) == (64, 8)
-  assert token_grid(1024, 32, (1, 1), ((2, 2), (4, 1), (2, 2))) == (64, 8)
-  with pytest.raises(ValueError, match='does not divide 1000 x 64'):
-    token_grid(1000, 64, (1, 1), strides)
+  grid = lambda **fields: build.network({**base.get_config().model.to_dict(), **fields}).arch.grid
+  assert grid() == (64, 8)
+  assert grid(frames=32, strides=((2, 2), (4, 1), (2, 2))) == (64, 8)
+  with pytest.raises(UserError, match='does not divide 1000 x 64'):
+    grid(bins=1000)
 
 
 def test_envelope_of_two_channels_and_of_silence():
@@ -494,7 +498,7 @@ def test_band_means_and_their_spreading():
 
 
 def test_a_linear_sketch_undoes_the_tanh():
-  sketch = decoder.EnvelopeSketch((2, 3), (5, 2, 1), bins=16, frames=4, rngs=nnx.Rngs(params=0))
+  sketch = envelope.EnvelopeSketch((2, 3), (5, 2, 1), bins=16, frames=4, rngs=nnx.Rngs(params=0))
   pre = np.float32(np.random.default_rng(0).normal(size=(4, 2, 3)))
   graph, state = nnx.split(sketch)
   run = _jit(lambda z: nnx.merge(graph, state)(z))
@@ -625,10 +629,10 @@ def test_local_embeddings_belong_to_their_slot_of_frames():
 
 def test_slots_are_split_and_joined():
   x = jnp.arange(2 * 12 * 3.).reshape(2, 12, 3)
-  slots = patchify.split_slots(x, (2, 6), 3)
+  slots = split_slots(x, (2, 6), 3)
   assert slots.shape == (6, 4, 3)
   np.testing.assert_array_equal(slots[1], x[0, jnp.asarray([2, 3, 8, 9])])  # frames 2 and 3 of both rows
-  np.testing.assert_array_equal(patchify.join_slots(slots, (2, 6), 3), x)
+  np.testing.assert_array_equal(join_slots(slots, (2, 6), 3), x)
 
 
 def test_without_cross_connections_only_the_latents_tell_the_denoiser():

@@ -12,8 +12,8 @@ from test_codec import make_params
 from m2l2 import build
 from m2l2.configs import base
 from m2l2.errors import UserError
-from m2l2.model import packing
-from m2l2.model.patchify import DePatchifier, OutputHead, Patchifier
+from m2l2.model.patches import depth_to_space, space_to_depth
+from m2l2.variants import packing
 
 PACKS = [(1, 2), (2, 1), (2, 2)]
 
@@ -31,12 +31,12 @@ def test_two_convolutions_of_packed_places_are_two_of_plain_ones(pack):
   @jax.jit  # op by op, each would be a program
   def both(x, first, second):
     plain = conv(conv(x, first, 'SAME'), second, 'SAME')
-    packed = packing.space_to_depth(x, pack)
+    packed = space_to_depth(x, pack)
     between = conv(packed, packing.packed_kernel(first, pack), ((1, 1), (1, 1)))
     between = packing.clear_edges(between, pack)
     inward = [(0, 0) if p > 1 else (1, 1) for p in pack]
     out = conv(between, packing.packed_kernel(second, pack), inward)
-    return packing.depth_to_space(out, pack), plain
+    return depth_to_space(out, pack), plain
 
   packed_output, plain = both(draw(2, 6, 8, 5), draw(3, 3, 5, 4), draw(3, 3, 4, 3))
   np.testing.assert_allclose(packed_output, plain, rtol=1e-5, atol=1e-4)
@@ -49,8 +49,8 @@ def test_from_plain_to_packed_and_between_aligned_places(pack):
     plain = conv(x, kernel, 'SAME')
     windows = packing.windows(x, pack)
     entered = windows @ packing.window_kernel(kernel, pack).reshape(windows.shape[-1], -1)
-    aligned = conv(packing.space_to_depth(x, pack), packing.packed_kernel(kernel, pack, aligned=True), ((1, 1), (1, 1)))
-    return plain, packing.depth_to_space(entered, pack), packing.depth_to_space(aligned, pack)
+    aligned = conv(space_to_depth(x, pack), packing.packed_kernel(kernel, pack, aligned=True), ((1, 1), (1, 1)))
+    return plain, depth_to_space(entered, pack), depth_to_space(aligned, pack)
 
   plain, *others = all_three(draw(2, 6, 8, 5), draw(3, 3, 5, 4))
   for output in others:
@@ -95,9 +95,11 @@ def test_gradients_through_both_ladders():
   shape = dict(widths=(16, 32, 64), blocks=(1, 1, 1), strides=((2, 2), (4, 2)), remat='none')
 
   def gradients(tile):
-    up = DePatchifier(grid=(2, 2), tile=tile, rngs=nnx.Rngs(1), **shape)
-    down = Patchifier(2, stem=(1, 1), tile=tile, rngs=nnx.Rngs(0), **shape)
-    graph, params = nnx.split((down, up, OutputHead(16, 2, stem=(1, 1), pack=up.packs[0], rngs=nnx.Rngs(2))))
+    packs = packing.ladder_packs(shape['widths'], shape['strides'], tile=tile)
+    up = packing.PackedDePatchifier(grid=(2, 2), packs=packs, rngs=nnx.Rngs(1), **shape)
+    down = packing.PackedPatchifier(2, stem=(1, 1), packs=packs, rngs=nnx.Rngs(0), **shape)
+    head = packing.PackedOutputHead(16, 2, stem=(1, 1), pack=packs[0], rngs=nnx.Rngs(2))
+    graph, params = nnx.split((down, up, head))
 
     def loss(params, x):
       down, up, head = nnx.merge(graph, params)

@@ -24,15 +24,15 @@ def test_states_are_packed_and_unpacked():
   params = jax.tree.map(jax.numpy.asarray, TREE)
   state = (jax.numpy.int32(3), params, optimizer.init(params))
   ravel = Ravel(params)
-  packed = ravel.pack(state)
+  packed = ravel.ravel(state)
   assert sorted(x.shape for x in jax.tree.leaves(packed)) == [(), (), (11,), (11,), (11,)]
-  back = ravel.unpack(packed)
+  back = ravel.unravel(packed)
   assert jax.tree.structure(back) == jax.tree.structure(state)
   jax.tree.map(np.testing.assert_array_equal, back, state)
   assert not np.shares_memory(back[1]['a'], np.asarray(packed[1]))
-  shapes = ravel.pack(jax.eval_shape(lambda: state))
+  shapes = ravel.ravel(jax.eval_shape(lambda: state))
   assert all((x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(*map(jax.tree.leaves, (shapes, packed))))
-  assert Apart().pack(state) is state and Apart().unpack(state) is state
+  assert Apart().ravel(state) is state and Apart().unravel(state) is state
 
 
 def test_an_optimizer_makes_the_same_update():

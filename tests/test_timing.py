@@ -1,6 +1,5 @@
-"""Speed, FLOPs, goodput and traces, by clocks that the tests turn."""
+"""Speed, FLOPs and traces, by clocks that the tests turn."""
 
-import json
 import types
 
 import jax
@@ -73,13 +72,13 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
   def step_functions(config):
     assert (config.model.attention, config.model.tile) == ('xla', '0')
 
-    def train_step(state, batch, *, head=False):
+    def train_step(state, batch, *, phase):
       product = batch['audio'][:, 0] @ state['w']
-      return product if head else product @ state['w'] if config.model.remat == 'none' else None
+      return product if phase == 'head_start' else product @ state['w'] if config.model.remat == 'none' else None
 
     return types.SimpleNamespace(
         init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,
-        head_start=4)
+        phases=(('head_start', 4), ('consistency', config.train.steps)))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)
   until = timing.model_flops(nano.get_config('debug'))  # which has model.remat = 'blocks'
@@ -103,45 +102,6 @@ def test_the_flops_of_a_step_are_those_that_xla_counts():
 
 def test_a_cpu_has_no_known_peak():
   assert timing.peak_flops(nano.get_config()) is None
-
-
-class Goodput(timing.Goodput):
-  """With a clock to turn, beginning at 1000 s."""
-
-  def __init__(self, path, *, step, now):
-    super().__init__(path, step=step, began=now[0], clock=lambda: now[0])
-
-
-def test_goodput_counts_what_lasts_over_kills(tmp_path):
-  path, now = tmp_path / 'goodput.json', [1000.0]
-  first = Goodput(path, step=0, now=now)
-  now[0] += 10                      # compiling
-  first.start()
-  now[0] += 20                      # steps 1 to 2
-  assert first.rates() == {'time/goodput': pytest.approx(20 / 30), 'time/restarts': 0}
-  with first.saving(2, ()):
-    now[0] += 5
-  now[0] += 30                      # steps 3 and 4 are lost: killed, and down for 15 s
-  now[0] += 15
-  second = Goodput(path, step=2, now=now)
-  now[0] += 10
-  second.start()
-  now[0] += 10
-  assert second.rates() == {'time/goodput': pytest.approx((20 + 10) / 100), 'time/restarts': 1}
-  with second.saving(4, ()):
-    pass
-  # Checkpoint 4 turns out to be unreadable: only the seconds up to 2 last.
-  third = Goodput(path, step=2, now=now)
-  third.start()
-  assert third.rates() == {'time/goodput': pytest.approx(20 / 100), 'time/restarts': 2}
-
-
-@pytest.mark.parametrize('text', ['', '{"began": 1}', '[]', '{"beg'])
-def test_an_unreadable_file_begins_a_new_count(tmp_path, text):
-  path = tmp_path / 'goodput.json'
-  path.write_text(text)
-  Goodput(path, step=5, now=[7.0])
-  assert json.loads(path.read_text()) == {'began': 7.0, 'starts': 1, 'seconds': {}}
 
 
 @pytest.mark.parametrize('begin,expected', [(0, [(3, 5)]), (4, [(5, 5)]), (5, [])])

@@ -70,7 +70,7 @@ def small_functions(config, ravel=False):
     return {'norm': jnp.sum(params['layer']['w'] ** 2), 'draw': jax.random.uniform(key)}
 
   return types.SimpleNamespace(
-    init=init, pack=lambda state: state, unpack=lambda state: state, train_step=step, probe_step=probe, head_start=0,
+    init=init, train_step=step, probe_step=probe, phases=(('consistency', 10**9),),
     crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 
@@ -191,9 +191,13 @@ def test_speed_and_waiting_are_logged(small, again):
   assert line['time/tflops_per_second'] == pytest.approx(steps * flops / 8 / 1e12, rel=1e-5)
   assert 'time/mfu' not in line
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 0
+  assert line['time/lost_compile'] > 0 and line['time/lost_restart'] == 0
   small(again, **{'train.steps': 7})
   line = json.loads((again / 'metrics.jsonl').read_text().splitlines()[-1])
   assert 0 < line['time/goodput'] < 1 and line['time/restarts'] == 1
+  assert line['time/lost_restart'] > 0  # from the end of the first start to the second
+  shares = [value for name, value in line.items() if name == 'time/goodput' or name.startswith('time/lost_')]
+  assert len(shares) == 7 and sum(shares) == pytest.approx(1)
 
 
 def test_nothing_is_compiled_after_the_first_step_and_writers_of_ones_own_are_told(

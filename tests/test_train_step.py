@@ -18,11 +18,12 @@ import pytest
 from m2l2 import build
 from m2l2.configs import nano
 from m2l2.consistency import Consistency
-from m2l2.model import envelope
+from m2l2.model.architecture import Tanh
 from m2l2.model.autoencoder import Network
-from m2l2.model.bottleneck import Tanh
 from m2l2.representation import Representation
-from m2l2.training import train_step
+from m2l2.training import probe, train_step
+from m2l2.variants import envelope, objective
+from m2l2.variants.consistency import VariantConsistency
 
 # Compiling is what these tests cost, and this halves it.
 _jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -61,8 +62,8 @@ TOY = Network(arch=types.SimpleNamespace(chunks=2, make_bottleneck=Tanh), init=_
 def _functions(*, network=TOY, **fields):
   run = {'optimizer': optax.sgd(1.), 'schedule': lambda n: jnp.float32(1), 'ema_max': .9999, 'seed': 0,
          'accumulate': 1, 'native_rates': (44100,)}
-  run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel')}
-  return train_step.make_step_functions(train_step.Objective(**{
+  run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel', 'reduction')}
+  return train_step.make_step_functions(objective.VariantObjective(**{
     'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(), 'steps': 10,
     'envelope_weight': 1., 'head_start_on': 'envelope', **fields}), **run)
 
@@ -236,7 +237,7 @@ def test_bands_of_the_loss_hold_all_of_it():
 
 def test_latent_metrics_tell_a_common_mode_from_spread():
   signs = np.float32(np.random.default_rng(0).choice([-1., 1.], (64, 2, 1, 8)))
-  metrics = _jit(train_step.latent_metrics)
+  metrics = _jit(probe.latent_metrics)
   spread = metrics(signs * 3, np.tanh(signs * .5))
   common = metrics(np.repeat(signs[:1] * 3, 64, axis=0), np.broadcast_to(np.tanh(signs[:1, :1] * 3), signs.shape))
   assert spread['latent/spread'] > .4 and common['latent/spread'] < 1e-5
@@ -272,7 +273,7 @@ def test_one_bad_microbatch_shows_in_the_loss(toy):
 def test_teacher_and_levels_pass_no_gradient(toy):
   # With both levels at sigma_min there is nothing to learn but the envelope.
   state = toy.state
-  still = Consistency(p_mean=-60., p_std=.1, sampling='lognormal')
+  still = VariantConsistency(p_mean=-60., p_std=.1, sampling='lognormal')
   after, metrics = _jit(_functions(consistency=still).train_step)(state, _batch())
   assert metrics['loss/consistency'] == 0 and metrics['loss/envelope'] > 0
   _same(after.params['denoiser'], state.params['denoiser'])
@@ -282,19 +283,20 @@ def test_teacher_and_levels_pass_no_gradient(toy):
 def test_nested_latents_lose_a_suffix():
   z = jnp.ones((500, 2, 4, 3))
   keys = jax.random.split(jax.random.key(0), 500)
-  short = np.asarray(train_step.shorten(z, keys, chance=.5))
+  short = np.asarray(objective.shorten(z, keys, chance=.5))
   kept = short.sum(axis=(2, 3)) / 3
   np.testing.assert_array_equal(short[..., 0], np.arange(4) < kept[..., None])  # a prefix, whole embeddings
   share = np.bincount(kept.astype(int).ravel(), minlength=5) / 1000
   np.testing.assert_allclose(share, [0, .125, .125, .125, .625], atol=.04)
   assert np.any(kept[:, 0] != kept[:, 1])  # each chunk by itself
-  np.testing.assert_array_equal(train_step.shorten(z, keys, chance=0.), z)
+  np.testing.assert_array_equal(objective.shorten(z, keys, chance=0.), z)
 
 
 def test_head_start_trains_the_envelope_alone(toy):
   functions = _functions(head_start=2)
-  assert functions.head_start == 2
-  first = _jit(functools.partial(functions.train_step, head=True))
+  assert functions.phases == (('head_start', 2), ('consistency', 10))
+  assert [functions.phase(step) for step in (0, 1, 2, 99)] == ['head_start'] * 2 + ['consistency'] * 2
+  first = _jit(functools.partial(functions.train_step, phase='head_start'))
   step = _jit(functions.train_step)
   state, losses = toy.state, []
   for n in range(3):
@@ -309,7 +311,7 @@ def test_head_start_trains_the_envelope_alone(toy):
 @pytest.mark.parametrize('kind', ['data', 'magnitudes'])
 def test_head_start_regresses_one_step_from_sigma_max(toy, kind):
   functions = _functions(head_start=2, head_start_on=kind, envelope_weight=0.)
-  state, metrics = _jit(functools.partial(functions.train_step, head=True))(toy.state, toy.batch)
+  state, metrics = _jit(functools.partial(functions.train_step, phase='head_start'))(toy.state, toy.batch)
   consistency, params = Consistency(), toy.state.params
   spec = REPRESENTATION.analyse(toy.batch['audio'])
   keys = jax.vmap(lambda item: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), item))(jnp.arange(16))

@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
-from m2l2.model.layers import REMATS  # noqa: E402
+from m2l2.model.remat import REMATS  # noqa: E402
 from m2l2.planning.chips import find_chip  # noqa: E402
 from m2l2.training import timing  # noqa: E402
 

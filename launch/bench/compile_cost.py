@@ -116,14 +116,16 @@ def lower(config, program):
     return codec_program(config, program)
   try:
     steps = build.step_functions(config, ravel=True)
-    state = steps.pack(jax.eval_shape(steps.init, key))
+    # `pack` and `head=` are what checkouts of before 30 Nov 2026 have.
+    state = (steps.ravel if hasattr(steps, 'ravel') else steps.pack)(jax.eval_shape(steps.init, key))
   except TypeError:  # a checkout from before states were ravelled
     steps = build.step_functions(config)
     state = jax.eval_shape(steps.init, key)
   batch = {'audio': jax.ShapeDtypeStruct((config.train.batch_size, steps.channels, steps.crop_samples), jnp.float32)}
   if program == 'probe':
     return jax.jit(steps.probe_step).lower(state.params, batch, key)
-  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(*a, head=True)
+  step = steps.train_step if program == 'train' else lambda *a: steps.train_step(
+      *a, **({'phase': 'head_start'} if hasattr(steps, 'phases') else {'head': True}))
   return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 

@@ -33,8 +33,9 @@ from m2l2.errors import UserError  # noqa: E402
 from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
 from m2l2.evaluation.studies import excerpts  # noqa: E402
 from m2l2.evaluation.studies.baselines import fit_pca  # noqa: E402
-from m2l2.model import envelope  # noqa: E402
 from m2l2.training import main as command  # noqa: E402
+from m2l2.variants import envelope  # noqa: E402
+from m2l2.variants.consistency import signal_noise  # noqa: E402
 
 EMBEDDING = 'musicnn_mtt'
 SIGMAS = (.2, 1.)
@@ -99,7 +100,7 @@ def judged(code, sounds, specs, rep, rate, embedders, *, floor, power) -> dict[s
   estimates, signal, errors = {}, 0.0, {(kind, sigma): 0.0 for kind in ('flow', 'wiener') for sigma in SIGMAS}
   for number, (name, (spec, lead)) in enumerate(specs.items()):
     scale = np.asarray(envelope.deviation(jnp.asarray(code(np.asarray(envelope.log_magnitude(spec)))), floor=floor))
-    noise = np.asarray(rep.noise(jax.random.key(number), len(spec), kind='signal'))
+    noise = np.asarray(signal_noise(jax.random.key(number), rep, len(spec)))
     signal += float(np.sum(np.square(spec)))
     for (kind, sigma), error in errors.items():
       part = np.square(scale) / (np.square(scale) + sigma ** 2)

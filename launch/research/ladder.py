@@ -24,7 +24,7 @@
 
 Figures: SNR in dB of the compressed spectrogram, of one step from sigma_max with the right latents and with another
 crop's (`own`, `wrong`), of denoising at lower levels (`own_1`, `wrong_1`: sigma 1); `left_1`, `left_2`: of the left
-chunk after one step and after the second denoising; `coherence`: representation.coherence, beside the source's;
+chunk after one step and after the second denoising; `coherence`: evaluation/metrics/phases.py, beside the source's;
 `log_magnitude`: mean error of log-magnitudes from sigma_max, with right and wrong latents.
 """
 
@@ -51,12 +51,11 @@ from m2l2.configs import base, clip
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
+from m2l2.evaluation.metrics.phases import coherence
 from m2l2.evaluation.studies import excerpts
-from m2l2.model import envelope
-from m2l2.representation import coherence
 from m2l2.training import timing
 from m2l2.training.loop import train
-from m2l2.training.train_step import denoise, local_deviation
+from m2l2.variants import envelope
 
 EMBEDDING = 'musicnn_mtt'
 SIGMA_CONDS = (0.1, 0.3, 0.965, 2.0, 5.0, 15.0)  # the curve of the paper's figure 3
@@ -163,8 +162,9 @@ class Gaussian:
   def analyse(self, audio):
     return audio.reshape(audio.shape[0], -1, self.bins, self.frames, 2)
 
-  def noise(self, key, chunks, *, kind):
-    return jax.random.normal(key, (chunks, self.bins, self.frames, 2))
+  @property
+  def chunk_shape(self):
+    return self.bins, self.frames, 2
 
 
 def read_mono(path, rate):
@@ -184,22 +184,22 @@ def crops(audio, starts, samples):
 def fit(functions, config, batches, *, output):
   """config.train.steps steps on what `batches(step)` gives -> the averaged weights, which m2l2.load(output) reads too,
   and the processor seconds of the steps."""
-  jitted = {head: jax.jit(functools.partial(functions.train_step, head=head), donate_argnums=0)
-            for head in (True, False)}
-  state = functions.pack(jax.jit(functions.init)(jax.random.key(config.seed)))
+  jitted = {name: jax.jit(functools.partial(functions.train_step, phase=name), donate_argnums=0)
+            for name, _ in functions.phases}
+  state = functions.ravel(jax.jit(functions.init)(jax.random.key(config.seed)))
   compiled, began = {}, None
   for step in range(config.train.steps):
     batch = {'audio': jnp.asarray(batches(step))}
-    head = step < functions.head_start
-    if head not in compiled:
-      compiled[head] = jitted[head].lower(state, batch).compile(compiler_options=build.compiler_options(config))
+    phase = functions.phase(step)
+    if phase not in compiled:
+      compiled[phase] = jitted[phase].lower(state, batch).compile(compiler_options=build.compiler_options(config))
     began = began or time.process_time()
-    state, metrics = compiled[head](state, batch)
+    state, metrics = compiled[phase](state, batch)
     if (step + 1) % max(1, config.train.steps // 10) == 0:
       show(f'step {step + 1}', {name: float(metrics[name]) for name in (
           'loss', 'norm/gradients', 'latent/spread', 'latent/pre_rms')})
   seconds = time.process_time() - began
-  params = functions.unpack(state).ema
+  params = functions.unravel(state).ema
   save_snapshot(output, params=params, config=json.loads(json.dumps(config.to_dict())), step=config.train.steps)
   return jax.device_put(params), seconds
 
@@ -215,15 +215,15 @@ def judge(functions, config, params, audio, seed=5):
   network, process = functions.network, build.consistency(config.consistency)
   representation = build.representation(config.model)
   bottleneck = network.arch.make_bottleneck()
-  run = jit(lambda x, noise, sigma, features: denoise(
-      network, process, params, x, noise, sigma, features, local_deviation(process, features)))
+  run = jit(lambda x, noise, sigma, features: process.bind(network, params, features)(
+      x + sigma[:, :, None, None, None] * noise, sigma))
 
   spec = jit(representation.analyse)(audio)
   z = bottleneck(jit(network.encode)(params, spec))
   decode, coherent = jit(network.decode), jit(lambda x: coherence(x).mean())
   own, wrong = decode(params, z), decode(params, jnp.roll(z, len(z) // 2, axis=0))
   keys = jax.random.split(jax.random.key(seed), 2 * len(audio)).reshape(2, len(audio))
-  draw = jit(jax.vmap(lambda k: representation.noise(k, 2, kind=process.noise)))
+  draw = jit(jax.vmap(lambda k: process.unit_noise(k, representation, 2)))
   noise, second = draw(keys[0]), draw(keys[1])
   level = lambda sigma: jnp.full(spec.shape[:2], sigma, jnp.float32)
   figures = {'coherence_source': coherent(spec), 'spread': jnp.std(z, axis=(0, 1)).mean()}
@@ -272,8 +272,8 @@ def gaussian(config, args):
   spec = representation.analyse(jnp.asarray(representation.draw(np.random.default_rng(999), 16)))
   features = jit(network.decode)(params, network.arch.make_bottleneck()(jit(network.encode)(params, spec)))
   noise = jax.random.normal(jax.random.key(5), spec.shape)
-  run = jit(lambda x, sigma: denoise(
-      network, process, params, x, noise, jnp.full(spec.shape[:2], sigma, jnp.float32), features))
+  run = jit(lambda x, sigma: process.bind(network, params, features)(
+      x + sigma * noise, jnp.full(spec.shape[:2], sigma, jnp.float32)))
   figures, failures = {}, []
   for ratio in (0.3, 1.0, 3.0):
     gain = 1 / math.sqrt(1 + ratio ** 2)
@@ -372,7 +372,7 @@ def noise_phases(representation, sounds):
                                      - audio.shape[1])))
     spec = representation.analyse(jnp.asarray(padded))
     angle = rng.uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
-    spec = representation.magnitude(spec) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    spec = np.linalg.norm(spec, axis=-1, keepdims=True) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
     sound, _ = representation.synthesise(jnp.float32(spec))
     made[name] = np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
   return made

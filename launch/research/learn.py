@@ -43,11 +43,11 @@ from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import excerpts
 from m2l2.training import main as command
 from m2l2.training import timing
-from m2l2.training.train_step import probe
+from m2l2.training.probe import probe
 
 EMBEDDING = 'musicnn_mtt'
 METRICS = ('ratio', 'mel_l1_db', 'coherence', 'coherence_reference', 'si_sdr')
-SIGMAS = (0.2, 1.0)  # those of train_step.probe
+SIGMAS = (0.2, 1.0)  # those of training/probe.py
 COLUMNS = ('name', 'steps', 'cpu_s', 'audio_h', 'pflop', 'ratio', 'fd', 'mel_l1_db', 'coherence',
            'coherence_reference', 'si_sdr', 'level_db', 'ratio2', 'fd2', 'coherence2', 'swap', 'exchanged_ratio',
            'spread', 'rank', 'saturated', 'snr_0.2', 'snr_0.2_wiener', 'snr_1.0', 'snr_1.0_wiener',
@@ -118,8 +118,8 @@ def steps_within(config, cpu_seconds: float) -> int:
       (config.train.batch_size, functions.channels, functions.crop_samples)), jnp.float32)}
   state = jax.jit(functions.init)(jax.random.key(0))
 
-  def seconds(head):
-    step = jax.jit(functools.partial(functions.train_step, head=head))
+  def seconds(phase):
+    step = jax.jit(functools.partial(functions.train_step, phase=phase))
     jax.block_until_ready(step(state, batch))
     times = []
     for _ in range(3):
@@ -128,8 +128,10 @@ def steps_within(config, cpu_seconds: float) -> int:
       times.append(time.process_time() - begin)
     return statistics.median(times)
 
-  share = config.train.head_start
-  mean = (1 - share) * seconds(False) + (share * seconds(True) if share else 0)
+  total, begin = 0.0, 0
+  for phase, end in functions.phases:
+    total, begin = total + (end - begin) * seconds(phase), end
+  mean = total / config.train.steps
   return max(1, int(cpu_seconds / mean))
 
 
@@ -173,7 +175,7 @@ def denoising(codec: Codec, sounds) -> dict[str, float]:
       probe, network=codec.network, representation=codec.representation, consistency=codec.consistency))(
           codec.params, audio, key)
   spec = np.asarray(codec.representation.analyse(audio))
-  noise = np.asarray(codec.representation.noise(key, spec.shape[1], kind=codec.consistency.noise))
+  noise = np.asarray(codec.consistency.unit_noise(key, codec.representation, spec.shape[1]))
   snr = {f'snr_{sigma}_wiener': wiener_snr(spec, noise, sigma) for sigma in SIGMAS}
   return snr | {name: float(value) for name, value in probed.items() if name.startswith('snr')}
 

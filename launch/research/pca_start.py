@@ -24,8 +24,8 @@ from m2l2.codec.snapshot import save_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
 from m2l2.evaluation.studies.baselines import fit_pca
-from m2l2.model import envelope
 from m2l2.training import main as command
+from m2l2.variants import envelope
 
 RMS = 0.4
 BATCH = 10

@@ -22,7 +22,6 @@ from m2l2.assets import CLIPS
 from m2l2.codec.codec import load
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.training.train_step import denoise, local_deviation
 
 SIGMAS = (0.2, 0.8, 2.5, 8.6, 24.0)
 STEPS = (0.01, 0.001)
@@ -35,13 +34,13 @@ def differences(config, params, audio, *, dtype):
   spec = representation.analyse(audio)
   features = jax.jit(network.decode)(params, network.arch.make_bottleneck()(jax.jit(network.encode)(params, spec)))
   keys = jax.random.split(jax.random.key(0), len(audio))
-  noise = jax.vmap(lambda k: representation.noise(k, spec.shape[1], kind=consistency.noise))(keys)
+  noise = jax.vmap(lambda k: consistency.unit_noise(k, representation, spec.shape[1]))(keys)
 
   # Else XLA leaves out roundings to bfloat16 between two operations on the CPU, which an accelerator makes.
   @functools.partial(jax.jit, compiler_options={'xla_allow_excess_precision': False})
   def run(sigma):
     level = jnp.full(spec.shape[:2], sigma, jnp.float32)
-    return denoise(network, consistency, params, spec, noise, level, features, local_deviation(consistency, features))
+    return consistency.bind(network, params, features)(spec + sigma * noise, level)
 
   return spec, {(sigma, dt): run(sigma) - run(consistency.sigma(consistency.index(sigma) - dt)) for sigma in SIGMAS
                 for dt in STEPS}

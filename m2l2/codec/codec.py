@@ -22,7 +22,7 @@ from m2l2.codec.sampler import Sampler
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.model.bottleneck import FSQ
+from m2l2.variants.fsq import FSQ
 
 _FILE_SECONDS = 10  # of a file per read
 _ENDLESS = 2 ** 31 - 1

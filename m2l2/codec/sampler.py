@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2.consistency import Consistency
-from m2l2.model import envelope
 from m2l2.representation import Representation
+from m2l2.variants.staggered import sample_staggered
 
 # Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
 # what is put on it before its second denoising, its third and so on.
@@ -39,8 +39,7 @@ class Sampler:
   @property
   def chunk_shape(self):
     """(F, T, C)."""
-    rep = self.representation
-    return (rep.bins, rep.frames, rep.spec_channels)
+    return self.representation.chunk_shape
 
   def noise(self, key, chunk, *, roles):
     """chunk int [n] -> unit noise [n, roles, F, T, C]: a function of (key, chunk, role) alone.
@@ -49,19 +48,12 @@ class Sampler:
     """
     def one(chunk, role):
       key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
-      return self.representation.noise(key_here, 1, kind=self.consistency.noise)[0]
+      return self.consistency.unit_noise(key_here, self.representation, 1)[0]
     return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
 
   def denoiser(self, params, features):
     """The consistency function bound to features whose leaves are [B, S, ...]."""
-    process = self.consistency
-    data = None
-    if process.local:
-      data = envelope.deviation(features['log_magnitude'], floor=process.local_floor)
-
-    def network(x, sigma):
-      return self.network.denoise(params, x, sigma, features)
-    return lambda x, sigma: process.denoise(network, x, sigma, sigma_data=data)
+    return self.consistency.bind(self.network, params, features)
 
   # Chunk after chunk.
 
@@ -160,8 +152,8 @@ class Sampler:
                             self.network.decode(params, z))
     noises = [jnp.broadcast_to(noise[lag - k:lag - k + m, role], (b, m, *noise.shape[2:]))
               for k, role in enumerate(_roles(sigmas))]
-    x, carried = self.consistency.sample_staggered(
-        functools.partial(self.denoiser, params), features, noises, sigmas, carried=state['carried'],
+    x, carried = sample_staggered(
+        self.consistency, functools.partial(self.denoiser, params), features, noises, sigmas, carried=state['carried'],
         first=start == 0)
     position = (start - lag + jnp.arange(m)).reshape(1, m, 1, 1, 1)
     x = jnp.where((position >= 0) & (position < jnp.reshape(chunks, (-1, 1, 1, 1, 1))), x, 0.0)

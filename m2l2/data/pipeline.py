@@ -61,6 +61,10 @@ class Loader:
     """Raises UserError if a source has no usable sample; to be called before compiling."""
     self._crop.check()
 
+  def origin(self, index: int) -> str:
+    """The name of the item that the sample at a global index is of."""
+    return self._crop.origin(index)
+
   def close(self):
     """Stops threads and workers. May be called again."""
     self._close()

@@ -208,22 +208,31 @@ class RandomCrop:
     self.faults = FaultLog(self.mixture)
 
   def __call__(self, index: int) -> dict[str, np.ndarray]:
-    source, item = self.order(index)
-    audio, rejected = self._draw(index, source, item)
+    (audio, rejected, _), *others = self._parts(index)
+    for other, more, _ in others:
+      audio, rejected = np.clip(audio + other, -1, 1), rejected + more
+    return {'audio': audio, 'rejected': np.int32(rejected)}
+
+  def origin(self, index: int) -> str:
+    """The name of the item that a sample is of; of two, where it is a sum."""
+    return ' + '.join(name for _, _, name in self._parts(index))
+
+  def _parts(self, index: int) -> list[tuple[np.ndarray, int, str]]:
+    """What `_draw` gives for the crop, and for the one that is added to it, if any."""
+    parts = [self._draw(index, *self.order(index))]
     if self.spec.mix:
       chance, which = partner_bits(seed=self.seed, index=index)
       if chance < self.spec.mix * 2**64:
-        other, more = self._draw(index, self.order.source_of(which), None, partner=True)
-        audio, rejected = np.clip(audio + other, -1, 1), rejected + more
-    return {'audio': audio, 'rejected': np.int32(rejected)}
+        parts.append(self._draw(index, self.order.source_of(which), None, partner=True))
+    return parts
 
   def check(self):
     """Draws a crop of each source. Raises UserError if a source has no usable crop."""
     for source in range(len(self.mixture.sources)):
       self._draw(0, source, None)
 
-  def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int]:
-    """(crop, number of rejected draws): the first draw is of `item`, all others of random items."""
+  def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int, str]:
+    """(crop, number of rejected draws, its item's name): the first draw is of `item`, all others of random items."""
     items, reasons = self.mixture.sources[source], deque(maxlen=3)
     for attempt in range(MAX_ATTEMPTS):
       bits = draw_bits(seed=self.seed, index=index, attempt=attempt, partner=partner)
@@ -238,6 +247,6 @@ class RandomCrop:
           reasons.append(str(e))
         continue
       self.faults.good(source, item)
-      return crop, attempt
+      return crop, attempt, items.name(item)
     raise UserError(f'{items.place}: {MAX_ATTEMPTS} draws in a row gave no crop to train on; the last reasons: '
                     f'{"; ".join(reasons)}')

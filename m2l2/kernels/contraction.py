@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from m2l2.kernels.convolution import split
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def contract(x, kernel, axes: int = 1, dtype=None):
@@ -34,3 +36,10 @@ contract.defvjp(_forward, _backward)
 def _dot(x, y, of_x, of_y, dtype=None):
   return jax.lax.dot_general(x, y, ((tuple(of_x), tuple(of_y)), ((), ())),
                              preferred_element_type=dtype or jnp.promote_types(x.dtype, y.dtype))
+
+
+def einsum(formula, x, kernel, dtype, *, exact=False):
+  """jnp.einsum in x's dtype, whose products read `dtype` (None: x's); `exact` as of `convolve`."""
+  dtype = jnp.dtype(dtype or x.dtype)
+  parts = split(x, dtype) if exact and dtype != x.dtype else (x.astype(dtype),)
+  return sum(jnp.einsum(formula, part, kernel.astype(dtype), preferred_element_type=x.dtype) for part in parts)

@@ -137,7 +137,7 @@ def group_norm(x, scale, *, groups: int, eps: float):
   Args:
     scale: [1, C] or [N, C] float32.
     groups: of neighbouring channels among the C. In a map with P > 1 positions packed into its channels
-      (model/packing.py), the groups span them.
+      (variants/packing.py), the groups span them.
   """
   packed = x.shape[-1] // scale.shape[-1]
   return _group_norm(x, jnp.tile(scale, (1, packed)), groups, packed, eps)

@@ -12,7 +12,9 @@ from m2l2 import sharding
 from m2l2.kernels import norms
 from m2l2.kernels.chunk_causal import chunk_causal_attention
 from m2l2.kernels.contraction import contract
-from m2l2.model.layers import ZEROS, LayerNorm, Linear, RMSNorm, as_last, normal, param, product, rematerialised
+from m2l2.model.layers import LayerNorm, Linear, RMSNorm, as_last
+from m2l2.model.parameters import ZEROS, normal, param
+from m2l2.model.remat import product, rematerialised
 
 
 class Attention(nnx.Module):

@@ -17,7 +17,7 @@ from m2l2.errors import UserError, first_line
 from m2l2.kernels.chunk_causal import compiling_for
 from m2l2.planning import chips
 from m2l2.planning.traffic import Traffic, count_traffic
-from m2l2.training import programs, timing
+from m2l2.training import programs, scaling, timing
 
 MAX_COMPILES = 6
 FULL = 0.9  # share of the memory above which the compiler spends half an hour and more on rematerialisation
@@ -53,16 +53,16 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
         without: {kind of operation: count, bytes} of all others that it has none for, which are in no time
       parts: by named scope and kind of operation, most cycles first: scope, kind, cycles, bytes, flops (as executed,
         of products and convolutions), mfu (of these)
-      run: of train.steps at this batch: steps, crops, config_crops (at the config's own batch), and chip_hours of the
-        bound and of the estimate
+      run: of train.steps (as they follow this batch where config.scaling says so): steps, crops, config_crops (at the
+        config's own batch), and chip_hours of the bound and of the estimate
       crops_per_second_per_host: at the bound
 
   Raises:
     UserError: no TPU compiler, an unknown topology or preset, a batch that does not divide, or none that fits.
   """
   chip, devices = _topology(topology)
-  config = config.copy_and_resolve_references().unlock()
-  own_batch = config.train.batch_size
+  config = scaling.scaled(config).copy_and_resolve_references().unlock()
+  config_crops = config.train.steps * config.train.batch_size
   config.mesh.preset = preset or config.mesh.preset
   if config.model.tile == 'auto':
     config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
@@ -84,7 +84,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
     probe, error = _compile(config, mesh, say, probe=True)
     if probe is None:
       return {**report, 'fits': False, 'error': f'the probe that train.probe_every asks for: {error}'}
-  report |= _figures(config, compiled, probe, chip, report, own_batch=own_batch)
+  report |= _figures(config, compiled, probe, chip, report, config_crops=config_crops)
   sizes = report['bytes']
   if probe and sizes['arguments'] + sizes['probe'] > sizes['hbm']:  # the compiler knows of the probe's own alone
     return {**report, 'fits': False, 'error': 'the probe that train.probe_every asks for needs '
@@ -92,7 +92,7 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   return report
 
 
-def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
+def _figures(config, compiled, probe, chip, report, *, config_crops) -> dict:
   count, batch = report['devices'], report['batch']
   traffic = count_traffic(compiled.as_text())
   with compiling_for('tpu'):
@@ -105,7 +105,7 @@ def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
   by = max(seconds, key=seconds.get)
   mfu = lambda time: nominal.total / count / chip.bf16_flops / time
   estimate, parts = estimate_step(traffic, chip)
-  steps = config.train.steps
+  steps = scaling.scaled(config).train.steps
   return {
       'bytes': {**memory_of(compiled, probe), 'hbm': chip.hbm_bytes, 'accessed': traffic.accessed},
       'flops': {'step': nominal.total, 'products': nominal.products, 'convolutions': nominal.convolutions,
@@ -115,7 +115,7 @@ def _figures(config, compiled, probe, chip, report, *, own_batch) -> dict:
       'bound': {'step_seconds': seconds[by], 'mfu': mfu(seconds[by]), 'by': by, 'seconds': seconds},
       'estimate': {'mfu': mfu(estimate['step_seconds']), **estimate},
       'parts': parts,
-      'run': {'steps': steps, 'crops': steps * batch, 'config_crops': steps * own_batch, 'chip_hours': {
+      'run': {'steps': steps, 'crops': steps * batch, 'config_crops': config_crops, 'chip_hours': {
           name: steps * time * count / 3600
           for name, time in (('bound', seconds[by]), ('estimate', estimate['step_seconds']))}},
       'crops_per_second_per_host': batch / seconds[by] / report['hosts']}

@@ -53,6 +53,13 @@ def latest(directory) -> int | None:
   return max((int(name) for name in os.listdir(directory) if name.isdecimal()), default=None)
 
 
+def before(directory, step: int) -> int | None:
+  """The newest complete checkpoint of a state that update `step` comes after; None where that is the first state."""
+  if not os.path.isdir(directory):
+    return None
+  return max((int(name) for name in os.listdir(directory) if name.isdecimal() and int(name) < step), default=None)
+
+
 def _flat_config(config, prefix=''):
   config = json.loads(json.dumps(config)) if not prefix else config  # tuples become lists
   flat = {}
@@ -157,6 +164,15 @@ class Checkpoints:
       raise UserError(f'none of the checkpoints in {self.directory} can be read '
                       f'({_reason(error)}): move that directory away to start from scratch')
     return None
+
+  def restore_at(self, step: int, abstract_state, *, config) -> Restored:
+    """The checkpoint of `step`. Raises UserError: it cannot be read, or holds other arrays than this config's model."""
+    try:
+      return self._read(step, abstract_state, config)
+    except UserError:
+      raise
+    except Exception as error:  # as above
+      raise UserError(f'checkpoint {step} in {self.directory} cannot be read ({_reason(error)})') from error
 
   def _read(self, step, abstract_state, config) -> Restored:
     about = self._manager.restore(

@@ -2,7 +2,6 @@
 
 from concurrent import futures
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -10,12 +9,11 @@ import time
 from absl import logging
 from clu import parameter_overview
 import jax
-import jax.numpy as jnp
 
 from m2l2 import build, compiling, files, sharding
 from m2l2.codec.snapshot import Background, save_snapshot
 from m2l2.data.pipeline import Ahead, make_loader
-from m2l2.training import checkpoint, hosts, metrics, preflight, programs, timing
+from m2l2.training import checkpoint, goodput, hosts, metrics, preflight, programs, scaling, timing
 from m2l2.training.listening import Listener
 from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING
 
@@ -41,7 +39,8 @@ def train(config, workdir, writers=()) -> int:
     UserError: a config that cannot work, unusable data, a workdir of another model, or gradients
       that stay non-finite; one line each.
   """
-  fields, plain, began = config.train, preflight.plain(config), time.time()
+  config, began = scaling.scaled(config), time.time()
+  fields, plain = config.train, preflight.plain(config)
   workdir, main = preflight.local(workdir), jax.process_index() == 0
   compiling.use_cache(workdir)
 
@@ -120,30 +119,32 @@ def train(config, workdir, writers=()) -> int:
                         'the order of samples changes from here on')
     else:
       start = preflight.load_weights(fields.init_from, abstract.params) if fields.init_from else None
-      state = jax.jit(init, out_shardings=shardings)()
       if start:
         logging.info('weights from step %d of %s', start.step, fields.init_from)
-        state = _with_weights_of(start, state, shardings)
+      state = programs.first_state(init, shardings, weights=start and start.params)
       del start
     del restored  # it would hold the first state for the whole run
-    state = functions.pack(state)
+    state = functions.ravel(state)
 
     # ==============================================================================================
     # Compile ahead, so that what does not fit says so before the first step
     # ==============================================================================================
     logging.info('compiling; without a cache of earlier runs that takes from half a minute to many')
     compile_began = time.perf_counter()
+    spent = goodput.Goodput(
+      os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
+    spent.enter(goodput.COMPILE)
     batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
     compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
     update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
-    train_step = update() if functions.head_start < fields.steps else None
-    head_step = update(head=True) if first < functions.head_start else None
+    updates = {name: update(phase=name) for name, end in functions.phases if first < end}
     probes = fields.probe_every and fields.steps // fields.probe_every > first // fields.probe_every
     probe_step = compiled(
       programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed)) if probes else None
-    sharding.fetch(functions.unpack(state.ema), here=False)  # what saving needs of the devices is compiled now, too
-    _log_memory([train_step or head_step, probe_step], seconds=time.perf_counter() - compile_began)
+    sharding.fetch(functions.unravel(state.ema), here=False)  # what saving needs of the devices is compiled now, too
+    _log_memory([*updates.values()][-1:] + [probe_step], seconds=time.perf_counter() - compile_began)
     hosts.meet('compiled')
+    spent.enter(goodput.INIT)
 
     # ==============================================================================================
     # Logs: written by the first process, cut back to the step the run goes on from; the clocks
@@ -155,28 +156,27 @@ def train(config, workdir, writers=()) -> int:
     stack.callback(log.close)
     trace = timing.Trace(fields.profile if main else '', os.path.join(workdir, 'profile'))
     stack.callback(trace.close)
-    goodput = timing.Goodput(
-      os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
     speed = timing.Throughput(
       samples_per_step=fields.batch_size,
       seconds_per_sample=functions.crop_samples / functions.sample_rate,
       flops_until=counting.result(), devices=jax.device_count(), peak=timing.peak_flops(config),
       exchange=functools.partial(hosts.exchange, 'input_wait'))
     speed.start(first)
-    goodput.start()
+    spent.enter(goodput.UPDATES)
 
     def write(line):
       """Fetches a step's metrics and writes them; called when the next ones are under way."""
       if line:
         done, scalars = line[0], jax.device_get(line[1])
-        log.write(done, {**scalars, **speed.rates(done), **goodput.rates()})
+        log.write(done, {**scalars, **speed.rates(done), **spent.rates()})
         metrics.check_skipped(done, scalars, limit=fields.max_skipped_in_a_row)
 
     # ==============================================================================================
     # The loop. The order is law: save, measure, then the next batch, then the step, then the log.
     # So the position saved with a state is the position that this state has reached.
     # ==============================================================================================
-    step, line, rows, rejected = first, None, None, 0
+    step, line, rows, values, rejected = first, None, None, {}, 0
+    busy = lambda: not all(value.is_ready() for value in values.values())
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     snapshots = stack.enter_context(Background())
     progress = stack.enter_context(hosts.watched(workdir))
@@ -188,11 +188,11 @@ def train(config, workdir, writers=()) -> int:
         progress(step, SAVING)
         write(line)  # a checkpoint never stands before the lines that lead to it
         line, averaged = None, None
-        with goodput.saving(step, state):
-          checkpoints.save(step, functions.unpack(state), config=plain, position={
+        with spent.saving(step, state):
+          checkpoints.save(step, functions.unravel(state), config=plain, position={
             'next_index': offset + step * fields.batch_size, 'files': corpus})
           if not hurried:
-            averaged = sharding.fetch(functions.unpack(state.ema), here=main)
+            averaged = sharding.fetch(functions.unravel(state.ema), here=main)
           if main and averaged:
             snapshots.save(functools.partial(_save_snapshot, workdir, averaged, plain, step))
           if main:
@@ -206,8 +206,8 @@ def train(config, workdir, writers=()) -> int:
         progress(step, MEASURING)
         checkpoints.wait()  # whatever measuring does, even to the machine, this step is kept
         snapshots.wait()
-        with goodput.saving(step, state):
-          kept = lambda params: sharding.fetch(functions.unpack(params), here=main)
+        with spent.measuring(state):
+          kept = lambda params: sharding.fetch(functions.unravel(params), here=main)
           weights = {'evaluate_ema': kept(state.ema), 'evaluate': kept(state.params) if listener.wants_raw else None}
           if main:
             listener.measure(step, weights, log)
@@ -216,13 +216,13 @@ def train(config, workdir, writers=()) -> int:
         break
 
       progress(step, WAITING)
-      with speed.waiting():
+      with speed.waiting(), spent.waiting(busy):
         rows, batch = next(batches)
       progress(step + 1, COMPUTING)
       rejected += int(rows['rejected'].sum())
       trace.begin(step + 1)
       with jax.transfer_guard('disallow'):
-        state, values = (head_step if step < functions.head_start else train_step)(state, batch)
+        state, values = updates[functions.phase(step)](state, batch)
       step += 1
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
@@ -241,11 +241,13 @@ def train(config, workdir, writers=()) -> int:
     # ==============================================================================================
     # The end: all is on disk before the last line is printed
     # ==============================================================================================
-    checkpoints.wait()
-    if hurried:
-      snapshots.drop()
-    else:
-      snapshots.wait()
+    with spent.saving(step, state):
+      checkpoints.wait()
+      if hurried:
+        snapshots.drop()
+      else:
+        snapshots.wait()
+    logging.info('the time since the run began: %s', spent)
     if stopping:
       logging.info('stopped after step %d of %d, all saved: run the same command to go on', step, fields.steps)
     else:
@@ -258,21 +260,13 @@ def train(config, workdir, writers=()) -> int:
 # ==================================================================================================
 
 
-def _with_weights_of(snapshot, state, shardings):
-  """The state with parameters and average from a snapshot; optimizer and step stay new."""
-  def replace(state, new):  # a copy for the average, because the step donates both
-    return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
-
-  return jax.jit(replace, out_shardings=shardings, donate_argnums=0)(state, snapshot.params)
-
-
 def _save_snapshot(workdir, params, config, step):
   save_snapshot(os.path.join(workdir, 'snapshot'), params=params, config=config, step=step,
                 extra=metrics.latent_scale(workdir, step=step))
 
 
 def _log_memory(programs, *, seconds):
-  """programs: the step (None in a run of head start alone that is at its end) and the probe, if any."""
+  """programs: the last phase's step and the probe, if any."""
   memories = [program.memory_analysis() for program in programs if program]
   if not memories or None in memories:  # not every backend tells
     logging.info('the step compiled in %.1f s', seconds)

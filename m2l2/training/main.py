@@ -9,6 +9,9 @@
   --workdir=DIR          gets config.json, metrics.jsonl, checkpoints/ and snapshot/
   --check                prints what would run, or what is wrong, and ends: nothing is compiled or written
   --check=config         the same without checking data, workdir and weights, for those on another machine
+  --replay=STEP          runs one update of the run in WORKDIR again, from the nearest checkpoint before it, and says
+                         which item, noise level and tensor was not finite; writes nothing. Status 3
+                         if any was, 0 if all was finite
   --multihost            this is one of several processes: the others are found through the cluster
                          (TPU pods, Slurm, ...) or through the three flags below
   --coordinator=HOST:PORT --num_processes=N --process_id=I
@@ -33,7 +36,9 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from m2l2.errors import UserError, first_line, in_one_line, printable, told
-from m2l2.training import config_file, hosts
+from m2l2.training import config_file, hosts, scaling
+
+NOT_FINITE = 3  # the exit status of a replay that found something
 
 
 def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
@@ -55,6 +60,7 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   for name, value in (('num_processes', None), ('process_id', None), ('start_timeout', 300), ('peer_timeout', 100)):
     flags.DEFINE_integer(name, value, '', flag_values=values)
   flags.DEFINE_integer('stopped_exit_code', 0, '', lower_bound=0, upper_bound=255, flag_values=values)
+  flags.DEFINE_integer('replay', None, '', flag_values=values)
   flags.DEFINE_bool('multihost', False, '', flag_values=values)
   flags.DEFINE_enum('check', None, ['all', 'config'], '', flag_values=values)
   argv = ['--check=all' if re.fullmatch('--?check', arg) else arg for arg in argv]
@@ -63,6 +69,8 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   except Exception as error:  # absl and ml_collections raise errors of many types
     raise UserError(in_one_line(error)) from error
   config_file.check_given(values.config)
+  if values.config is not None and 'scaling' in values.config:
+    values.config.update_from_flattened_dict(scaling.follow_batch(values.config, given=overrides))
   for missing in (name for name in required if not values[name].value):
     raise UserError(f'--{missing}=... is missing (--help shows an example)')
   if rest:
@@ -102,7 +110,7 @@ def _is_for_users(record: python_logging.LogRecord) -> bool:
 
 
 def main(argv=None) -> int:
-  """The command. Returns 0 when the run is done (see --stopped_exit_code), 1 after an error in one line."""
+  """The command. Returns 0 when the run is done (see --stopped_exit_code), 1 after a line of error, 3 see --replay."""
   argv = list(sys.argv if argv is None else argv)
   if {'--help', '-h'} & set(argv):
     print(__doc__)
@@ -120,6 +128,8 @@ def main(argv=None) -> int:
                 num_processes=values.num_processes, process_id=values.process_id)
     if values.check and values.multihost:
       raise UserError('--check is for one process: leave --multihost out')
+    if values.check and values.replay is not None:
+      raise UserError('--check tells of a run and --replay of a step: give one of them')
     if values.check:
       from m2l2.training import preflight
       lines = preflight.report(values.config, values.workdir, places=values.check == 'all')
@@ -129,8 +139,15 @@ def main(argv=None) -> int:
       several = hosts.join(
         coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
         start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
-    from m2l2.training.loop import train
-    done = train(values.config, values.workdir)
+    if values.replay is not None:
+      from m2l2.training.replay import replay
+      finite, lines = replay(values.config, values.workdir, values.replay)
+      print('\n'.join(lines), flush=True)
+      status = 0 if finite else NOT_FINITE
+    else:
+      from m2l2.training.loop import train
+      done = train(values.config, values.workdir)
+      status = values.stopped_exit_code if done < values.config.train.steps else 0
     if several:
       several.leave()
   except (Exception, KeyboardInterrupt, SystemExit) as error:
@@ -146,4 +163,4 @@ def main(argv=None) -> int:
       raise
     print('m2l2:', printable(in_one_line(line)), file=sys.stderr)
     return 1
-  return values.stopped_exit_code if done < values.config.train.steps else 0
+  return status

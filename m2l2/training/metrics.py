@@ -248,4 +248,4 @@ def check_skipped(step, scalars, *, limit):
       f'stopped: gradients were not finite at steps {step - skipped + 1} to {step} '
       f'(loss {loss if math.isfinite(loss) else "not finite"}); those updates were skipped. Lower '
       'train.learning_rate or set train.clip_norm, and run the same command to go on from the '
-      'last checkpoint')
+      f'last checkpoint; with --replay={step - skipped + 1} it says which item and tensor it was')

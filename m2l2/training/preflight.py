@@ -13,7 +13,7 @@ from m2l2.codec.snapshot import Snapshot, load_snapshot
 from m2l2.data.pipeline import make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError
-from m2l2.training import checkpoint, timing
+from m2l2.training import checkpoint, reduction, scaling, timing
 from m2l2.training.listening import Listener
 
 LOCK = '.lock'  # in the workdir
@@ -45,6 +45,7 @@ def check(config, *, shards: int):
     if not math.isfinite(value):
       raise UserError(f'{name}={value}: it must be a finite number')
   timing.trace_range(fields.profile)
+  reduction.check(fields.reduction, tensor=config.mesh.tensor)
   for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every', 'max_skipped_in_a_row'):
     if fields[name] < 1:
       raise UserError(f'train.{name}={fields[name]}: it must be 1 or more')
@@ -104,6 +105,7 @@ def report(config, workdir, *, places: bool = True) -> list[str]:
 
   Raises UserError: those that `train` would raise before its first step.
   """
+  config = scaling.scaled(config)
   workdir, fields = local(workdir), config.train
   if places:
     _check_place(workdir)
@@ -157,7 +159,18 @@ def describe(config, functions, params, mixture: Mixture | None, mesh) -> list[s
     f'model       {count / 1e6:.3g} M parameters, {"mono" if functions.channels == 1 else "stereo"}, '
     f'{functions.sample_rate} Hz',
     f'data        {", ".join(places)}',
-    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}']
+    f'batch       {fields.batch_size} crops of {seconds:.2f} s, {fields.batch_size // shards} a device{parts}',
+    *_recipe(config)]
+
+
+def _recipe(config) -> list[str]:
+  """What follows the batch (scaling.py), where anything does."""
+  fields, rules = config.train, config.scaling
+  average = f', average with a half-life of {rules.ema_half_life:,} crops' if rules.ema_half_life else ''
+  if not rules.batch:
+    return [f'recipe      {average[2:]}'] if average else []
+  return [f'recipe      for this batch: {fields.steps:,} steps, {fields.warmup_steps:,} of them warm-up to a rate of '
+          f'{fields.learning_rate:.3g}{average}']
 
 
 def _check_place(workdir):

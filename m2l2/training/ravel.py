@@ -36,10 +36,10 @@ class Ravel:
     return self._structure.unflatten([
         vector[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes)])
 
-  def pack(self, state):
+  def ravel(self, state):
     """A state of jax arrays, or of ShapeDtypeStructs -> the same with a vector for each subtree of the tree's
     structure."""
-    def pack(part):
+    def ravel(part):
       if not self._is_tree(part):
         return part
       leaves = jax.tree.leaves(part)
@@ -49,10 +49,10 @@ class Ravel:
       if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((self.size,), leaves[0].dtype, sharding=place)
       return jax.device_put(np.concatenate([np.asarray(leaf).reshape(-1) for leaf in leaves]), place)
-    return jax.tree.map(pack, state, is_leaf=self._is_tree)
+    return jax.tree.map(ravel, state, is_leaf=self._is_tree)
 
-  def unpack(self, state):
-    """The inverse of `pack`; the trees are of numpy arrays, copied so that the next step cannot overwrite them."""
+  def unravel(self, state):
+    """The inverse of `ravel`; the trees are of numpy arrays, copied so that the next step cannot overwrite them."""
     return jax.tree.map(lambda x: self.tree(np.array(x)) if x.shape == (self.size,) else x, state)
 
   def _is_tree(self, part):
@@ -65,4 +65,4 @@ class Apart:
   def vector(self, tree):
     return tree
 
-  tree = pack = unpack = vector
+  tree = ravel = unravel = vector

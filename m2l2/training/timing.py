@@ -1,10 +1,9 @@
-"""Time of a run: speed between logged steps, FLOPs and MFU, goodput over restarts, profiler traces."""
+"""Speed of a run between logged steps, FLOPs and MFU, profiler traces. (Goodput over restarts: goodput.py.)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import contextlib
-import json
 import re
 import socket
 import time
@@ -13,7 +12,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
-from m2l2 import build, files
+from m2l2 import build
 from m2l2.errors import UserError
 from m2l2.planning.chips import find_chip
 from m2l2.planning.flops import Flops, count_flops
@@ -117,10 +116,16 @@ def parameters(functions) -> int:
 def model_flops(config) -> Callable[[int], float]:
   """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
   functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
-  head_start = functions.head_start
-  step = step_flops(functions, batch).total
-  head = step_flops(functions, batch, head=True).total if head_start else 0.0
-  return lambda n: head * min(n, head_start) + step * max(n - head_start, 0)
+  ends = [end for _, end in functions.phases]
+  costs = [step_flops(functions, batch, phase=name).total for name, _ in functions.phases]
+
+  def until(n):
+    total, begin = 0.0, 0
+    for cost, end in zip(costs, [*ends[:-1], n]):
+      total += cost * max(min(n, end) - begin, 0)
+      begin = end
+    return total
+  return until
 
 
 def peak_flops(config) -> float | None:
@@ -133,65 +138,6 @@ def demand(config, flops_until: Callable[[int], float]) -> float | None:
   """Crops per second that this process's devices would use at their peak; None if unknown."""
   fields, peak = config.train, peak_flops(config)
   return peak and fields.batch_size * fields.steps / flops_until(fields.steps) * peak * jax.local_device_count()
-
-
-class Goodput:
-  """Counts starts, and the share of time since the first start that went into updates that were kept.
-
-  `time/goodput` is the time in the loop (updates, and waiting for their data, but not saving) whose updates are part of
-  the present state, over all time since the run first began. Start-up, compiling, saving, the time between a stop and
-  the next start, and updates that were lost by a kill and repeated all reduce it. `time/restarts` counts starts after
-  the first.
-
-  Args:
-    path: a JSON file, created if missing, with the seconds that count up to each saved step. None writes nothing.
-    step: the step that this start resumes from.
-    began: the time of this start, in seconds since the epoch.
-    clock: seconds since the epoch.
-  """
-
-  def __init__(self, path, *, step, began, clock=time.time):
-    self._path, self._clock = path, clock
-    saved = (path and _read(path)) or {'began': began, 'starts': 0, 'seconds': {}}
-    self._began, self._starts = saved['began'], saved['starts'] + 1
-    self._seconds = {int(n): s for n, s in saved['seconds'].items() if int(n) <= step}
-    self._counted, self._since = max(self._seconds.values(), default=0.0), None
-    self._write()
-
-  def start(self):
-    """The loop begins."""
-    self._since = self._clock()
-
-  @contextlib.contextmanager
-  def saving(self, step, state):
-    """Wraps saving the state after `step` updates; waits for these first, since they run asynchronously."""
-    jax.block_until_ready(state)
-    self._counted = self._now()
-    yield
-    self._since = self._clock()
-    self._seconds[step] = self._counted
-    self._write()
-
-  def rates(self) -> dict:
-    total = max(self._clock() - self._began, 1e-9)
-    return {'time/goodput': min(self._now() / total, 1.0), 'time/restarts': self._starts - 1}
-
-  def _now(self):
-    return self._counted + (self._clock() - self._since)
-
-  def _write(self):
-    if self._path:
-      files.write_json(self._path, {'began': self._began, 'starts': self._starts, 'seconds': self._seconds})
-
-
-def _read(path):
-  """A file of `Goodput`; None if it cannot be read, which must not stop a run."""
-  try:
-    with open(path, encoding='utf-8') as f:
-      saved = json.load(f)
-    return saved if {'began', 'starts', 'seconds'} <= set(saved) else None
-  except (OSError, ValueError, TypeError):
-    return None
 
 
 class Trace:

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from m2l2.consistency import Consistency
-from m2l2.model import envelope
 from m2l2.model.autoencoder import Network
-from m2l2.representation import Representation, coherence
+from m2l2.representation import Representation
+from m2l2.training.examine import examine
 from m2l2.training.optim import ema_decay, ema_update
+from m2l2.training.probe import feature_metrics, latent_metrics, probe
 from m2l2.training.ravel import Apart, Ravel
+from m2l2.training.reduction import reduced
 
 SIGMA_BANDS = (0.05, 0.5, 5.0)  # borders of the bands that the loss is reported in
-PROBED = (0.2, 1.0)             # noise levels that the probe denoises at
-HEAD_STARTS = ('data', 'magnitudes', 'envelope')
-SATURATED = 0.99                # |z| above this counts as saturated
+MAIN = 'consistency'            # the phase of training that the paper has
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +32,7 @@ class TrainState:
 
   Attributes:
     step: int32[], updates tried (also the skipped ones).
-    params, ema: nested dicts of float32 arrays.
+    params, ema: dicts of dicts of float32 arrays.
     opt_state: optax's.
     skipped, skipped_in_a_row: int32[], updates left out because the gradient was not finite.
   """
@@ -49,25 +49,45 @@ class StepFunctions:
   """What the loop calls.
 
   init(key) -> TrainState
-  pack(state) -> the state as the step takes it, unpack(state) -> as checkpoints and snapshots have it (of any part of
-    it, such as state.ema; to be called outside jit): the same, or, with `ravel`, parameters, average and moments as one
-    vector each
-  train_step(packed state, batch, head=False) -> (packed state, metrics); batch['audio'] is float32
-    [B, C, N], N = crop_samples; the first `head_start` steps are to be called with head=True
-  probe_step(packed params, batch, key) -> metrics of one-step decoding from sigma_max
+  ravel(state) -> the state as the step takes it, unravel(state) -> as checkpoints and snapshots have it (of any part
+    of it, such as state.ema; to be called outside jit): the same, or parameters, average, moments as one vector each
+  train_step(ravelled state, batch, phase=MAIN) -> (ravelled state, metrics); batch['audio'] is float32
+    [B, C, N], N = crop_samples
+  probe_step(ravelled params, batch, key) -> metrics of one-step decoding from sigma_max
+  phases: ((name, the step it ends at), ...), in order; `phase(step)` says which one the next update belongs to. (Each
+    is a program of its own: as one with a lax.cond inside, XLA's CPU backend runs the branch on one thread, three
+    times slower.)
+  examine_step(ravelled state, batch, phase=MAIN) -> what of this update is not finite, item by item: examine.py
   """
   init: Callable
   train_step: Callable
   probe_step: Callable
+  examine_step: Callable
   logical_axes: dict
   network: Network
   crop_samples: int
   channels: int
   sample_rate: int
   native_rates: tuple
-  head_start: int = 0
-  pack: Callable = lambda state: state
-  unpack: Callable = lambda state: state
+  phases: tuple
+  ravel: Callable = lambda state: state
+  unravel: Callable = lambda state: state
+
+  def phase(self, step: int) -> str:
+    """Of the update that comes after `step` updates; the last one for good."""
+    return next((name for name, end in self.phases if step < end), self.phases[-1][0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """What a step draws for its crops: spec [B, S, F, T, 2C], unit noise alike, levels high and low [B, S], keys [B] for
+  what a bottleneck drops."""
+  spec: jax.Array
+  noise: jax.Array
+  high: jax.Array
+  low: jax.Array
+  keys: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,89 +97,75 @@ class Objective:
   Attributes:
     network, representation, consistency: the parts.
     steps: of the whole run, over which the index step shrinks.
-    head_start: of those, the first ones, which train on what `head_start_on` says:
-      'data': one step from sigma_max is to give the data itself (a regression through all three networks);
-      'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
-      'envelope': the envelope alone; the denoiser does not even run.
-    envelope_weight, envelope_bands: of the envelope's loss, see model/envelope.py.
-    nested: chance that a chunk keeps a prefix of its embeddings alone, see `shorten`.
   """
   network: Network
   representation: Representation
   consistency: Consistency
   steps: int
-  head_start: int = 0
-  head_start_on: str = 'data'
-  envelope_weight: float = 0.0
-  envelope_bands: int = 0
-  nested: float = 0.0
 
-  def loss_fn(self, params, audio, keys, step, *, head: bool = False):
+  @property
+  def phases(self) -> tuple:
+    return ((MAIN, self.steps),)
+
+  def loss_fn(self, params, audio, keys, step, *, phase: str = MAIN, watch: Callable = lambda **seen: None):
     """Student and teacher at two neighbouring noise levels, from one set of features: (scalar, metrics).
 
     Args:
-      params: nested dict of float32 arrays.
+      params: dict of dicts of float32 arrays.
       audio: float32 [B, C, N], N samples of `chunks` chunks.
       keys: [B], an item's randomness: levels, noise, what a bottleneck drops.
       step: int32[], which tells the index step.
-      head: the head start's loss instead. (Two programs: as one with a lax.cond inside, XLA's CPU backend runs the
-        branch on one thread, three times slower.)
+      phase: one of `phases`.
+      watch: is told the arrays [B, S, ...] on the way to the loss (or trees of them), as they are computed.
     """
-    network, consistency, chunks = self.network, self.consistency, self.network.arch.chunks
-    progress = jnp.maximum(step - self.head_start, 0) / max(self.steps - self.head_start, 1)
+    draw = self.draw(audio, keys, step / max(self.steps, 1), watch)
+    # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
+    pre, z = self.encode(params, draw)
+    features = self.network.decode(params, z)
+    watch(latents_before_bottleneck=pre, latents=z, features=features)
+    loss, metrics = self.consistency_loss(params, draw, features, watch)
+    return loss, {**latent_metrics(pre, z), **feature_metrics(features), **metrics}
+
+  def draw(self, audio, keys, progress, watch) -> Draw:
+    """Of crops [B, C, N], at a fraction of training."""
+    chunks, consistency = self.network.arch.chunks, self.consistency
     with jax.named_scope('analyse'):
       spec = self.representation.analyse(audio)
     level_keys, noise_keys, drop_keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(keys), 1, 0)
     high, low = jax.vmap(lambda k: consistency.sample_levels(k, chunks=chunks, progress=progress))(level_keys)
-    noise = jax.vmap(lambda k: self.representation.noise(k, chunks, kind=consistency.noise))(noise_keys)
+    noise = jax.vmap(lambda k: consistency.unit_noise(k, self.representation, chunks))(noise_keys)
+    watch(spectrogram=spec, sigma_high=high, sigma_low=low)
+    return Draw(spec, noise, high, low, drop_keys)
 
-    # Encoder and decoder run once; the teacher sees their features without passing a gradient back.
-    pre = network.encode(params, spec)
-    z = kept = network.arch.make_bottleneck()(pre, keys=drop_keys)
-    if self.nested:
-      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(drop_keys), chance=self.nested)
-    features = network.decode(params, kept)
-    data_std = local_deviation(consistency, features)
+  def encode(self, params, draw):
+    """-> what enters the bottleneck and what leaves it, [B, S, L, Z]."""
+    pre = self.network.encode(params, draw.spec)
+    return pre, self.network.arch.make_bottleneck()(pre, keys=draw.keys)
 
-    metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
-    if not head:
-      per_chunk = self._consistency_loss(params, spec, noise, high, low, features, data_std)
-      loss = jnp.mean(per_chunk)
-      metrics |= {'loss/consistency': loss, **_loss_bands(per_chunk, high)}
-    elif self.head_start_on != 'envelope':
-      top = jnp.full_like(high, consistency.sigma_max)
-      loss = metrics['loss/head_start'] = jnp.mean(self._head_loss(params, spec, noise, top, features, data_std))
-    else:
-      loss = jnp.float32(0)
-    if 'log_magnitude' in features:
-      error = jnp.mean(envelope.envelope_loss(features['log_magnitude'], spec, bands=self.envelope_bands))
-      metrics['loss/envelope'] = error
-      loss = loss + self.envelope_weight * error
-    return loss, metrics
-
-  def _consistency_loss(self, params, spec, noise, high, low, features, data_std):
+  def consistency_loss(self, params, draw, features, watch):
+    """-> (scalar, metrics)."""
     with jax.named_scope('student'):
-      student = denoise(self.network, self.consistency, params, spec, noise, high, features, data_std)
+      student = self.denoise(params, draw, draw.high, features)
     with jax.named_scope('teacher'):
-      teacher = denoise(self.network, self.consistency,
-                        *jax.lax.stop_gradient((params, spec, noise, low, features, data_std)))
-    return self.consistency.loss(student, teacher, high=high, low=low)
+      teacher = self.denoise(*jax.lax.stop_gradient((params, draw, draw.low, features)))
+    watch(student=student, teacher=teacher)
+    per_chunk = self.consistency.loss(student, teacher, high=draw.high, low=draw.low)
+    loss = jnp.mean(per_chunk)
+    return loss, {'loss/consistency': loss, **_loss_bands(per_chunk, draw.high)}
 
-  def _head_loss(self, params, spec, noise, top, features, data_std):
-    with jax.named_scope('student'):
-      estimate = denoise(self.network, self.consistency, params, spec, noise, top, features, data_std)
-    if self.head_start_on == 'data':
-      return self.consistency.distance(estimate, spec)
-    return jnp.mean(jnp.abs(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)), axis=(2, 3, 4))
+  def denoise(self, params, draw, sigma, features):
+    """The consistency function of the crops with noise at levels sigma [B, S]."""
+    noisy = draw.spec + sigma[:, :, None, None, None] * draw.noise
+    return self.consistency.bind(self.network, params, features)(noisy, sigma)
 
 
 def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransformation, schedule: Callable,
-                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False
-                        ) -> StepFunctions:
+                        ema_max: float, seed: int, accumulate: int, native_rates, ravel: bool = False,
+                        reduction: str = 'activations') -> StepFunctions:
   """Binds an objective and an optimizer to what the loop calls.
 
-  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py. For the objective's
-  first `head_start` steps the loop calls train_step(..., head=True).
+  `accumulate` microbatches make one update. `ravel` is for a state on one device, see ravel.py; `reduction` of its
+  gradients, see reduction.py.
   """
   network, representation = objective.network, objective.representation
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
@@ -169,12 +175,15 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
                       opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
-  def train_step(state, batch, *, head=False):
+  def item_keys(step, size):
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(size))
+
+  def train_step(state, batch, *, phase=MAIN):
     audio = batch['audio']
-    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys = jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(audio.shape[0]))
-    grads, metrics = gradients(functools.partial(objective.loss_fn, head=head), stored.tree(state.params), audio, keys,
-                               state.step, accumulate=accumulate)
+    keys = item_keys(state.step, audio.shape[0])
+    of_rows = functools.partial(gradients, functools.partial(objective.loss_fn, phase=phase), accumulate=accumulate)
+    grads, metrics = reduced(of_rows, reduction)(stored.tree(state.params), audio, keys, state.step)
     grads = stored.vector(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -200,11 +209,17 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
                  consistency=objective.consistency)
 
+  def examine_step(state, batch, *, phase=MAIN):
+    audio = batch['audio']
+    return examine(functools.partial(objective.loss_fn, phase=phase), stored.tree(state.params), audio,
+                   item_keys(state.step, audio.shape[0]), state.step)
+
   return StepFunctions(
-      init=init, pack=stored.pack, unpack=stored.unpack, train_step=train_step, probe_step=probe_step,
+      init=init, ravel=stored.ravel, unravel=stored.unravel, train_step=train_step, probe_step=probe_step,
+      examine_step=examine_step,
       logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
-      sample_rate=native_rates[0], native_rates=tuple(native_rates), head_start=objective.head_start)
+      sample_rate=native_rates[0], native_rates=tuple(native_rates), phases=objective.phases)
 
 
 def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
@@ -228,108 +243,6 @@ def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
                  for name, values in metrics.items()}
 
 
-def shorten(z, keys, *, chance: float):
-  """With this chance a chunk of latents [B, S, L, Z] keeps but its first 1 to L embeddings (equally likely); the others
-  become 0. So trained, any prefix can be decoded, and the first embeddings say what matters most."""
-  def keep(key):
-    chance_key, length_key = jax.random.split(key)
-    length = jax.random.randint(length_key, z.shape[1:2], 1, z.shape[2] + 1)
-    return jnp.where(jax.random.bernoulli(chance_key, chance, length.shape), length, z.shape[2])
-
-  kept = jnp.arange(z.shape[2])[None, None] < jax.vmap(keep)(keys)[..., None]
-  return jnp.where(kept[..., None], z, 0.0)
-
-
-def probe(params, audio, key, *, network, representation, consistency):
-  """Does decoding use the latents? One step from sigma_max on audio [B, C, N], B >= 2.
-
-  swap: relative change of the output when another item's latents meet the same noise.
-  energy: RMS of the output over RMS of the source.
-  coherence: of the output, see representation.coherence; coherence_source: what the source has.
-  log_magnitude_l1: mean |error| of the output's log-magnitudes; log_magnitude_l1_swapped with the wrong latents.
-  snr_{sigma}: SNR in dB of denoising at that level, with the right latents and with the wrong ones.
-  """
-  spec = representation.analyse(audio)
-  pre = network.encode(params, spec)
-  z = network.arch.make_bottleneck()(pre)
-  noise = jax.vmap(lambda k: representation.noise(k, spec.shape[1], kind=consistency.noise))(
-      jax.random.split(key, len(spec)))
-  # Right and wrong latents side by side, and the levels in a loop: one program of each network, not two and six.
-  both = lambda right, wrong: jnp.concatenate([right, wrong])
-  features = network.decode(params, both(z, jnp.roll(z, 1, axis=0 if z.shape[0] > 1 else 1)))
-  data_std = local_deviation(consistency, features)
-
-  def estimate(level_and_share):
-    sigma, share = level_and_share
-    base = share * both(spec, spec)
-    level = jnp.full(base.shape[:2], sigma, jnp.float32)
-    return denoise(network, consistency, params, base, both(noise, noise), level, features, data_std)
-
-  levels = (consistency.sigma_max, *PROBED)
-  estimates = jax.lax.map(estimate, (jnp.float32(levels), jnp.float32([0, *(1 for _ in PROBED)])))
-  decoded, swapped = jnp.split(estimates[0], 2)
-  target = envelope.log_magnitude(spec)
-  metrics = {
-      'swap': _norm(decoded - swapped) / jnp.maximum(_norm(decoded), 1e-9),
-      'energy': _norm(decoded) / _norm(spec),
-      'coherence': jnp.mean(coherence(decoded)), 'coherence_source': jnp.mean(coherence(spec)),
-      'log_magnitude_l1': jnp.mean(jnp.abs(envelope.log_magnitude(decoded) - target)),
-      'log_magnitude_l1_swapped': jnp.mean(jnp.abs(envelope.log_magnitude(swapped) - target)),
-      **latent_metrics(pre, z)}
-  for sigma, estimate_there in zip(PROBED, estimates[1:]):
-    for name, half in zip(('', '_swapped'), jnp.split(estimate_there, 2)):
-      metrics[f'snr_{sigma}{name}'] = 20 * jnp.log10(_norm(spec) / jnp.maximum(_norm(half - spec), 1e-9))
-  return jax.tree.map(jnp.float32, metrics)
-
-
-def local_deviation(consistency: Consistency, features):
-  """sigma_data per element from the predicted envelope where consistency.local, else None."""
-  if not consistency.local:
-    return None
-  return jax.lax.stop_gradient(envelope.deviation(features['log_magnitude'], floor=consistency.local_floor))
-
-
-def latent_metrics(pre, z):
-  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh.
-
-  rank: in how many directions beyond the first the chunks differ, of as many as 33 chunks (or all, if they are fewer)
-  can have: the participation ratio of their covariance, (sum of eigenvalues)^2 / sum of squares, less 1, over that. 0
-  when they differ in one direction alone, 1 when so few chunks differ in all alike; large batches may pass 1.
-  """
-  flat = z.reshape(-1, z.shape[-2] * z.shape[-1])
-  spread = jnp.std(flat, axis=0)
-  centred = flat - jnp.mean(flat, axis=0, keepdims=True)
-  scatter = centred.T @ centred  # over a sharded batch this is a sum, as all else
-  rank = jnp.square(jnp.trace(scatter)) / jnp.maximum(jnp.sum(jnp.square(scatter)), 1e-12)
-  most = max(2, min(flat.shape[0] - 1, flat.shape[1], 32))
-  return {'latent/rank': jnp.maximum(rank - 1, 0.0) / (most - 1), 'latent/mean': jnp.mean(z), 'latent/std': jnp.std(z),
-          'latent/pre_rms': jnp.sqrt(jnp.mean(jnp.square(pre))), 'latent/spread': jnp.mean(spread),
-          'latent/saturated': jnp.mean((jnp.abs(z) > SATURATED).astype(jnp.float32)),
-          'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
-
-
-def feature_metrics(features):
-  """RMS of the cross-connection features, and how much of it differs from chunk to chunk."""
-  if 'maps' not in features:
-    return {}
-  rms, varying = [], []
-  for m in features['maps']:
-    m = m.astype(jnp.float32)
-    rms.append(jnp.sqrt(jnp.mean(jnp.square(m))))
-    varying.append(jnp.sqrt(jnp.mean(jnp.var(m, axis=(0, 1)))))
-  rms, varying = jnp.stack(rms), jnp.stack(varying)
-  return {'feature/rms': jnp.max(rms), 'feature/varying': jnp.mean(varying / jnp.maximum(rms, 1e-9))}
-
-
-def denoise(network, consistency, params, spec, noise, sigma, features, data_std=None):
-  """The consistency function of spec + sigma noise: arrays [B, S, F, T, 2C], sigma [B, S], the decoder's features.
-
-  data_std: `local_deviation` of the features, where they have one.
-  """
-  noisy = spec + sigma[:, :, None, None, None] * noise
-  return consistency.denoise(lambda x, s: network.denoise(params, x, s, features), noisy, sigma, sigma_data=data_std)
-
-
 def _loss_bands(per_chunk, sigma):
   """Mean loss by band of the upper noise level; nan where the batch holds none."""
   metrics = {}
@@ -338,7 +251,3 @@ def _loss_bands(per_chunk, sigma):
     metrics[f'loss/sigma_{low:g}_{high:g}'] = (
         jnp.sum(jnp.where(inside, per_chunk, 0.0)) / jnp.sum(inside.astype(jnp.float32)))
   return metrics
-
-
-def _norm(x):
-  return jnp.sqrt(jnp.sum(jnp.square(x)))

@@ -20,9 +20,8 @@ import scipy.fft
 import scipy.signal
 import soxr
 
-from m2l2 import representation
 from m2l2.errors import UserError
-from m2l2.evaluation.metrics import registry
+from m2l2.evaluation.metrics import phases, registry
 
 SAMPLE_RATE = 44100
 MAX_HZ = 16000.
@@ -190,8 +189,7 @@ def log_mel_db(audio, *, sample_rate: int) -> np.ndarray:
 
 
 def coherence(audio, *, sample_rate: int) -> float:
-  """How well partials keep their phase from frame to frame, 0 to 1: `representation.coherence`, mean over blocks of 64
-  frames.
+  """How well partials keep their phase from frame to frame, 0 to 1: `phases.coherence`, mean over blocks of 64 frames.
 
   Of spectra with |c|^0.65 up to 11 kHz (window 2048, hop 512 at 44.1 kHz, which are 1024 and 256 at half that rate),
   blocks without sound left out. Music has .5 to .8, a steady tone 1, white noise .18, exact magnitudes with random
@@ -221,7 +219,7 @@ def _coherence(mono: np.ndarray, *, what: str) -> float:
   for block in _whole_frames(mono):
     block = block * np.maximum(np.abs(block), 1e-9) ** (0.65 - 1)
     if len(block) > 5 and np.abs(block).sum() > 1e-2 * len(block):
-      values.append(representation.coherence(np.stack([block.T.real, block.T.imag], axis=-1)))
+      values.append(phases.coherence(np.stack([block.T.real, block.T.imag], axis=-1)))
   if not values:
     raise UserError(f'coherence is undefined: the {what} is silent or shorter than 6 frames; leave this pair out')
   return float(np.mean(values))

@@ -54,8 +54,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   def run(params, spec, z, noisy, levels):
     pre = net.encode(params, spec)
     features = net.decode(params, z)
-    return net.arch.make_bottleneck()(pre), features['maps'], consistency.denoise(
-        lambda x, sigma: net.denoise(params, x, sigma, features), noisy, levels)
+    return net.arch.make_bottleneck()(pre), features['maps'], consistency.bind(net, params, features)(noisy, levels)
 
   try:
     cpu = jax.devices('cpu')[0]

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2.model.layers import ZEROS, normal, param
-from m2l2.model.packing import PLAIN
-from m2l2.model.patchify import OutputHead
+from m2l2.kernels.contraction import contract
+from m2l2.model.parameters import ZEROS, normal, param
 
 SLOPE, CENTRE, UNIT = 100.0, 2.0, 1.5
 # The loss aims at this quantile of the magnitude. Where the prediction cannot resolve partials, few bins
 # hold most of the energy: aimed at the median (0.5) it came out 5 to 7 dB too quiet, at 0.7 2 to 4 dB.
 QUANTILE = 0.7
+LARGEST = 0.999  # |z| that the linear sketch still tells apart: 9.5 times the RMS it begins with
 BIAS_RATE = 10.0  # the bias learns ten times as fast as the rest: it is the music's mean spectrum
 
 
@@ -82,9 +82,9 @@ def spread_bands(cells, bins: int, frames: int):
 class EnvelopeHead(nnx.Module):
   """Finest decoder map [N, F', T', C] -> log-magnitudes [N, F, T, channels] float32."""
 
-  def __init__(self, dim, channels, *, bins, stem, pack=PLAIN, dtype, rngs):
-    self.head = OutputHead(dim, channels, stem=stem, pack=pack, init=normal(0.02), dtype=dtype, rngs=rngs)
-    self.bias = param(rngs, (bins, 1, channels), ('freq', None, None), ZEROS)
+  def __init__(self, arch, *, rngs):
+    self.head = arch.output_head(arch.channels, init=normal(0.02), rngs=rngs)
+    self.bias = param(rngs, (arch.bins, 1, arch.channels), ('freq', None, None), ZEROS)
 
   def __call__(self, x):
     return self.head(x).astype(jnp.float32) + BIAS_RATE * self.bias[...][None]
@@ -102,3 +102,42 @@ def envelope_loss(predicted, spec, *, bands: int = 0):
     return jnp.mean(loss, axis=2)
   widths = np.diff(band_edges(loss.shape[2], bands))
   return loss @ jnp.asarray(np.repeat(1 / (bands * widths), widths), jnp.float32)
+
+
+# A linear autoencoder of the envelope (`model.linear_sketch`), beside the networks.
+
+
+class LatentSketch(nnx.Module):
+  """Log-magnitudes [N, F, T, C], averaged over `grid`'s bands and stretches of frames -> latents [N, L, Z], affine.
+
+  With EnvelopeSketch a linear autoencoder of the envelope. It can begin as the music's principal components
+  (launch/research/pca_start.py); the networks then learn what it lacks. The matrix is kept 64 times its size, so that
+  Adam's steps, equal for all parameters, are small for it.
+  """
+
+  def __init__(self, grid, latents, *, rngs):
+    (f, t, c), (l, z) = grid, latents
+    self.centre = param(rngs, (f, t, c), ('freq', None, None), ZEROS)
+    self.mix = param(rngs, (f, t, c, l, z), ('freq', None, None, 'latents', 'latent_dim'), normal((f * t * c) ** -0.5))
+
+  def __call__(self, log_mag):
+    cells = band_means(log_mag, self.centre.shape) - self.centre[...][None]
+    return contract(cells / 64, self.mix[...], 3)
+
+
+class EnvelopeSketch(nnx.Module):
+  """Latents [N, L, Z] -> log-magnitudes [N, F, T, C] by an affine map, the same over each cell of `grid`.
+
+  The bottleneck's tanh is undone first: bent components would cost a tenth of what they say of the music.
+  """
+
+  def __init__(self, latents, grid, *, bins, frames, rngs):
+    (l, z), (f, t, c) = latents, grid
+    self.centre = param(rngs, (f, t, c), ('freq', None, None), ZEROS)
+    self.mix = param(rngs, (l, z, f, t, c), ('latents', 'latent_dim', 'freq', None, None), normal((l * z) ** -0.5))
+    self.size = bins, frames
+
+  def __call__(self, z):
+    straight = jnp.arctanh(jnp.clip(z, -LARGEST, LARGEST))
+    cells = contract(straight / 32, self.mix[...], 2) + self.centre[...][None]
+    return spread_bands(cells, *self.size)

@@ -1,6 +1,6 @@
-"""What the latents pass through: tanh (Music2Latent2), or finite scalar quantisation (CoDiCodec).
+"""Finite scalar quantisation, CoDiCodec's bottleneck (`model.bottleneck='fsq'`): latents that are also tokens.
 
-Both take the encoder's raw output [..., L, Z] float32 and give latents in [-1, 1].
+It takes the encoder's raw output [..., L, Z] float32 and gives latents in [-1, 1], as the paper's tanh does.
 """
 
 import dataclasses
@@ -8,15 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-@dataclasses.dataclass(frozen=True)
-class Tanh:
-  """z = tanh(pre)."""
-
-  def __call__(self, pre, *, keys=None):
-    """pre [B, ...]; `keys` [B] is taken and ignored, so that both bottlenecks are called alike."""
-    return jnp.tanh(pre)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""Maps and their patches: reshapes alone."""
+
+import math
+
+import jax.numpy as jnp
+
+
+def split_patches(x, patch):
+  """[N, F, T, C] -> [N, F/a, a, T/b, b, C]."""
+  n, f, t, c = x.shape
+  a, b = patch
+  return x.reshape(n, f // a, a, t // b, b, c)
+
+
+def join_patches(x):
+  """[N, F, a, T, b, C] -> [N, F*a, T*b, C]."""
+  n, f, a, t, b, c = x.shape
+  return x.reshape(n, f * a, t * b, c)
+
+
+def space_to_depth(x, patch):
+  """[N, F, T, C] -> [N, F/a, T/b, a*b*C]; the identity for (1, 1)."""
+  if tuple(patch) == (1, 1):
+    return x
+  patches = jnp.moveaxis(split_patches(x, patch), 2, 3)  # [N, F/a, T/b, a, b, C]
+  return patches.reshape(*patches.shape[:3], -1)
+
+
+def depth_to_space(x, patch):
+  """The inverse of `space_to_depth`."""
+  if tuple(patch) == (1, 1):
+    return x
+  n, f, t, c = x.shape
+  patches = x.reshape(n, f, t, *patch, c // math.prod(patch))
+  return join_patches(jnp.moveaxis(patches, 3, 2))

@@ -1,0 +1,1 @@
+"""What departs from the paper, each by itself and off by default: see README.md."""
