@@ -472,8 +472,9 @@ def test_presets_and_models_are_listed(m2l2):
   assert status == 0 and not errors and sorted(line.split()[0] for line in said.splitlines()) == sorted(names)
   assert all(len(line.split()) > 5 for line in said.splitlines())
   status, said, errors = m2l2('models')
-  [tiny] = [line for line in said.splitlines() if line.startswith('tiny ')]
-  assert status == 0 and '22.05 kHz' in tiny and '28 MiB' in tiny and 'MODEL.md' in tiny
+  first, quality, card = said.splitlines()
+  assert status == 0 and first.startswith('tiny ') and '22.05 kHz' in first and '28 MiB' in first
+  assert 'Fréchet distance 283' in quality and 'Licence: ' in quality and card.strip().startswith('Card: ')
 
 
 def test_training_is_handed_over(m2l2, tmp_path):

@@ -13,21 +13,26 @@ from m2l2.data import audio_io
 
 LIST = ROOT / 'launch' / 'bench' / 'commands.md'
 
+
 def blocks(page, language='bash'):
   return re.findall(rf'```{language}\n(.*?)```', page.read_text(encoding='utf-8'), flags=re.S)
+
 
 def commands(block):
   """The lines of a block of shell, continued ones joined, without their comments."""
   lines = (re.sub(r'\s+#.*', '', line) for line in re.sub(r'\\\n\s*', '', block).splitlines())
   return [line.strip() for line in lines if line.strip()]
 
+
 def everything():
   return {command: name(page) for page in PAGES for block in blocks(page) for command in commands(block)}
+
 
 def is_quick(command, page):
   """Whether it runs here: encoding and decoding of the first page; of training, whether the command line is right."""
   return page == 'README.md' and (
       re.match('m2l2 (encode|decode|reconstruct|info|train) ', command) and 'codicodec' not in command)
+
 
 def listed():
   """{command: what the list says of it} of launch/bench/commands.md: lines `- DATE, RESULT: COMMAND`."""
@@ -35,13 +40,16 @@ def listed():
   assert len(lines) == len(dict((command, said) for said, command in lines)), 'a command is listed twice'
   return {command: said for said, command in lines}
 
+
 def test_every_command_is_run_here_or_listed_and_nothing_else_is_listed():
   slow = {command for command, page in everything().items() if not is_quick(command, page)}
   assert slow and set(listed()) == slow
 
+
 @pytest.mark.parametrize('command', sorted(listed()))
 def test_the_list_says_when_it_was_run_or_why_not(command):
   assert re.match(r'\d{1,2} \w{3} 20\d\d, .|not run, .', listed()[command])
+
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
@@ -54,6 +62,7 @@ def clone(tmp_path, monkeypatch):
   shutil.copytree(tmp_path / 'MUSIC', tmp_path / 'data' / 'prepared')
   monkeypatch.chdir(tmp_path)
   return tmp_path
+
 
 def test_the_quick_commands_run_as_they_are_written(clone, capsys):
   [python] = blocks(ROOT / 'README.md', 'python')
