@@ -13,7 +13,7 @@ import jax
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
 from m2l2.model.autoencoder import Network, make_network
-from m2l2.planning.chips import find_chip
+from m2l2.planning import chips
 from m2l2.representation import Representation
 from m2l2.variants.autoencoder import Variant
 from m2l2.variants.consistency import VariantConsistency
@@ -75,22 +75,23 @@ def tile_width(asked) -> int:
     return int(asked) if str(asked).isdecimal() else asked
   if platform() != 'tpu':
     return 0
-  chip = find_chip(jax.devices()[0].device_kind)
+  chip = chips.find_chip(jax.devices()[0].device_kind)
   return chip.matrix_unit if chip else 128
 
 
-def compiler_options(config) -> dict | None:
-  """What XLA is told when it compiles this run's steps; None: its own choices."""
+def compiler_options(config) -> dict:
+  """What XLA is told when it compiles this run's steps."""
+  chip = chips.find_chip(jax.devices()[0].device_kind)
+  options: dict = chips.compiler_options(chip, config['train']['compiler_options'])
   if platform() != 'cpu':
-    return None
-  options = {}
+    return options
   if config['train']['steps'] <= FEW_STEPS:
     # Compiling then takes longer than all the steps. A matter of the whole run's length, so that a resumed one computes
     # the same digits.
-    options['xla_backend_optimization_level'] = 0
+    options.setdefault('xla_backend_optimization_level', 0)
   if max(config['model']['widths']) < 128:
     # Convolutions of narrow maps by Eigen: twice as fast as by YNNPACK, which is ahead from 128 channels on.
-    options['xla_cpu_experimental_ynn_fusion_type'] = 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'
+    options.setdefault('xla_cpu_experimental_ynn_fusion_type', 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE')
   return options
 
 

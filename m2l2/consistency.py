@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 _GRID = 9999  # points of the official index grid
@@ -127,7 +128,7 @@ class Consistency:
 
   # Loss.
 
-  def distance(self, estimate, target):
+  def distance(self, estimate: Float[Array, 'B S *d'], target: Float[Array, 'B S *d']) -> Float[Array, 'B S']:
     """Pseudo-Huber distance of whole chunks, [B, S, ...] -> [B, S]; `target` gets no gradient.
 
     sqrt(||a - b||^2 + c^2) - c with c = huber sqrt(D), D the size of one chunk.
@@ -137,7 +138,7 @@ class Consistency:
     c = self.huber * float(np.prod(estimate.shape[2:])) ** 0.5
     return jnp.sqrt(square + c * c) - c
 
-  def loss(self, student, teacher, *, high, low):
+  def loss(self, student, teacher, *, high: Float[Array, 'B S'], low: Float[Array, 'B S']) -> Float[Array, 'B S']:
     """`distance` over the noise gap: [B, S, ...] -> [B, S]; weight 1 / (high - low), 0 where the gap is 0 (both levels
     at sigma_min: both sides equal the data)."""
     gap = high - low

@@ -7,12 +7,15 @@ stays) or of its two parts apart (`component`: as CoDiCodec does).
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 
+from m2l2.kernels.stft import istft, stft
+
+Arrays = jax.Array | np.ndarray
 TRANSFORMS = ('polar', 'component')
 EDGES = ('pad', 'none')
 
@@ -96,7 +99,7 @@ class Representation:
     frames = -(-(num_samples + lead) // self.hop) if lead else max(1, (num_samples - self.window) // self.hop + 1)
     return SignalLayout(num_samples, lead, frames, -(-frames // self.frames))
 
-  def analyse(self, audio):
+  def analyse(self, audio: Float[Arrays, '*lead C N']) -> Float[Arrays, '*lead S F T 2*C']:
     """[..., C, N] float32 with N = crop_samples(S) -> spectrogram [..., S, F, T, 2C] float32."""
     chunks, rest = divmod(audio.shape[-1] - self.overlap, self.chunk_samples)
     if rest or chunks < 1:
@@ -108,7 +111,8 @@ class Representation:
     spec = jnp.moveaxis(spec, (-5, -3), (-2, -3))
     return spec.reshape(*spec.shape[:-2], self.spec_channels)
 
-  def synthesise(self, spec, tail=None):
+  def synthesise(self, spec: Float[Arrays, '*lead S F T D'], tail: Float[Arrays, '*lead C overlap'] | None = None
+                 ) -> tuple[Float[Arrays, '*lead C N'], Float[Arrays, '*lead C overlap']]:
     """Spectrogram [..., S, F, T, 2C] -> audio [..., C, S*T*hop] and the tail [..., C, overlap].
 
     The tail is what the last frames add beyond the block: give it to the next block's call, or append it
@@ -124,61 +128,18 @@ class Representation:
       audio = audio.at[..., :self.overlap].add(tail)
     return audio[..., :-self.overlap], audio[..., -self.overlap:]
 
-  def compress(self, parts):
+  def compress(self, parts: Float[Arrays, '*shape 2']) -> Float[Arrays, '*shape 2']:
     """Real and imaginary parts [..., 2] -> compressed parts: |c| -> beta |c|^alpha."""
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (self.alpha - 1) / 2) * self.beta
     return jnp.sign(parts) * _safe_power(jnp.square(parts), self.alpha / 2) * self.beta
 
-  def expand(self, parts):
+  def expand(self, parts: Float[Arrays, '*shape 2']) -> Float[Arrays, '*shape 2']:
     """The inverse of `compress`."""
     gain = self.beta ** (-1 / self.alpha)
     if self.transform == 'polar':
       return parts * _safe_power(_square_sum(parts), (1 / self.alpha - 1) / 2) * gain
     return jnp.sign(parts) * _safe_power(jnp.square(parts), 0.5 / self.alpha) * gain
-
-
-def stft(audio, *, window: int, hop: int):
-  """[..., N] float32 -> complex64 [..., frames, window // 2 + 1]; frames by plain unfolding, no padding.
-
-  Periodic Hann window, no normalisation: a unit sine on a bin's centre has magnitude window / 4.
-  """
-  blocks = (audio.shape[-1] - window) // hop + window // hop
-  hops = audio[..., :blocks * hop].reshape(*audio.shape[:-1], blocks, hop)
-  shifts = window // hop
-  frames = jnp.concatenate([hops[..., i:blocks - shifts + 1 + i, :] for i in range(shifts)], axis=-1)
-  return jnp.fft.rfft(frames * _as_last(_hann(window), frames))
-
-
-def istft(spec, *, window: int, hop: int):
-  """complex64 [..., frames, bins] -> [..., frames * hop + window - hop] float32; missing bins are zero.
-
-  Each frame is weighted by the Hann window over the sum of squared windows at its hop phase, so what all
-  window / hop frames cover is exact; the outer window - hop samples come out faded.
-  """
-  shifts = window // hop
-  hann = _hann(window)
-  # Per hop phase, not per sample of the signal: the fade at the edges stays, as in every overlap-add.
-  norm = np.tile(np.square(hann).reshape(shifts, hop).sum(0), shifts)
-  missing = window // 2 + 1 - spec.shape[-1]
-  spec = jnp.pad(spec, [(0, 0)] * (spec.ndim - 1) + [(0, missing)])
-  frames = jnp.fft.irfft(spec, n=window)
-  frames = frames * _as_last((hann / norm).astype(np.float32), frames)
-  frames = frames.reshape(*frames.shape[:-1], shifts, hop)
-  count = frames.shape[-3]
-  lead = [(0, 0)] * (frames.ndim - 3)
-  hops = sum(jnp.pad(frames[..., i, :], lead + [(i, shifts - 1 - i), (0, 0)]) for i in range(shifts))
-  return hops.reshape(*hops.shape[:-2], (count + shifts - 1) * hop)
-
-
-@functools.cache
-def _hann(window: int):
-  return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)).astype(np.float32)
-
-
-def _as_last(vector, x):
-  """[W] -> [1, ..., 1, W] of x's rank: the tests refuse silent rank promotion."""
-  return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def _square_sum(parts):

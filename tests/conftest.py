@@ -16,6 +16,11 @@ os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # or each of them parses all th
 # --xla_cpu_use_fusion_emitters=false would compile in half the time, but at backend optimisation level 0, which the
 # line above means, gradients came out wrong by 1 % (test_microbatches_make_the_same_update).
 
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Shapes in signatures are checked at each call, so at each tracing; before any of these is imported.
+install_import_hook(('m2l2.kernels', 'm2l2.representation', 'm2l2.consistency', 'm2l2.model'), 'shapes.checked')
+
 from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

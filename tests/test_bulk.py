@@ -336,6 +336,27 @@ def test_windows_cover_every_chunk_of_every_stream(straight):
     source[len(source)]
 
 
+def test_records_are_kept_as_far_as_there_is_room(straight):
+  whole, plain = latents.latent_source(straight), latents.latent_source(straight, window=1)
+  most = max(whole[i]['z'].nbytes for i in range(len(whole))) // 2  # float16 is what is kept
+  source, read = latents.latent_source(straight, window=1, memory=most), []
+  source._records = type('Counted', (), {
+      '__getitem__': lambda _, number: read.append(number) or whole._records[number]})()
+  for _ in range(2):
+    for i in range(len(source)):
+      np.testing.assert_array_equal(source[i]['z'], plain[i]['z'])
+    assert 0 <= source._room <= most
+  assert len(whole) < len(read) <= 2 * len(whole)  # one after the other: each once a round, but for the last kept
+  source = latents.latent_source(straight, window=1)
+  source._records = type('Counted', (), {
+      '__getitem__': lambda _, number: read.append(number) or whole._records[number]})()
+  read.clear()
+  rows = [source[i] for _ in range(2) for i in range(len(source))]
+  assert sorted(read) == list(range(len(whole)))
+  rows[0]['z'][:] = 9
+  assert not np.any(source[0]['z'] == 9)
+
+
 def test_grain_shuffles_and_batches_windows(straight):
   source = pickle.loads(pickle.dumps(latents.latent_source(straight, window=4)))  # as Grain's workers get it
   batches = grain.MapDataset.source(source).seed(0).shuffle().repeat(2).batch(5, drop_remainder=True)

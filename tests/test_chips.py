@@ -1,11 +1,15 @@
 """The table of chips: found by device_kind, and in agreement with what JAX's own kernel library says of TPUs."""
 
 import collections
+import dataclasses
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 import pytest
 
+from m2l2.errors import UserError
 from m2l2.planning import chips
+from m2l2.training import programs
 
 
 def test_names_and_kinds_are_each_of_one_chip():
@@ -36,3 +40,20 @@ def test_peaks_by_dtype():
   assert v5e.flops('float32') == v5e.flops('bfloat16') == 197e12   # one bfloat16 pass is JAX's default there
   assert t4.flops('bfloat16') is None and t4.flops('float32') == 8.1e12
   assert a100.flops('float32') == a100.flops('bfloat16') / 2
+
+
+@pytest.mark.parametrize('asked, options', [
+    ('', {'a': '1'}), ('b=2', {'a': '1', 'b': '2'}), ('a=3, b=x=y', {'a': '3', 'b': 'x=y'}), ('a=', {})])
+def test_what_is_asked_for_goes_over_the_chips_own_options(asked, options):
+  chip = dataclasses.replace(chips.BY_NAME['v5p'], options=(('a', '1'),))
+  assert chips.compiler_options(chip, asked) == options
+  assert chips.compiler_options(None, '') == {}
+
+
+def test_options_that_are_none_are_one_clear_line():
+  with pytest.raises(UserError, match="^train.compiler_options='fast': it takes NAME=VALUE"):
+    chips.compiler_options(None, 'fast')
+  lowered = jax.jit(lambda x: x).lower(1.)
+  with pytest.raises(UserError, match='^train.compiler_options: .*xla_nothing') as error:
+    programs.compiled(lowered, {'xla_nothing': '1'})
+  assert '\n' not in str(error.value)

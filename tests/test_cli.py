@@ -1065,3 +1065,78 @@ print(len(compiled))
       check=False, env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''})
   assert done.returncode == 0, done.stderr
   assert len(os.listdir(tmp_path / 'music-out')) == 60 and int(done.stdout) <= 6, done.stdout
+
+
+# ---- features and what is alike ------------------------------------------------------------------
+
+
+def test_features_are_a_file_that_numpy_reads(m2l2, models, song, folder):
+  checkpoint, out = f'--checkpoint={models / "mono"}', folder / 'a.npz'
+  assert m2l2('encode', song(samples=30000), out, checkpoint, '--features')[0] == 0
+  codec = codec_lib.load(models / 'mono')
+  latents = codec.encode(song(samples=30000))
+  with np.load(out, allow_pickle=False) as stored:
+    assert sorted(stored) == ['features', 'model', 'times'] and stored['model'] == codec.fingerprint
+    np.testing.assert_allclose(stored['features'], codec.features(latents), atol=1e-6)
+    chunk = codec.representation.chunk_samples / 44100
+    times = stored['times']
+    assert times.dtype == np.float64 and times[0] == 0 and len(times) == latents.z.shape[1]
+    assert times[-1] < 30000 / 44100
+    np.testing.assert_allclose(np.diff(times)[1:], chunk)
+    assert 0 < times[1] <= chunk
+  first = out.read_bytes()
+  assert m2l2('encode', song(samples=30000), out, checkpoint, '--features', '--overwrite')[0] == 0
+  assert out.read_bytes() == first
+  status, _, errors = m2l2('encode', song(), out, checkpoint, '--features', '--discrete')
+  assert status == 1 and 'leave --discrete' in one_line(errors)
+  assert m2l2('encode', song(), folder / 'a.safetensors', checkpoint, '--features')[0] == 1
+  assert sorted(os.listdir(folder)) == ['a.npz']
+
+
+def test_similar_ranks_a_piece_of_the_same_sound_first(m2l2, models, folder):
+  """Noise of three colours: low, high and loud; two takes of each."""
+  rng, checkpoint = np.random.default_rng(0), f'--checkpoint={models / "mono"}'
+  music_of = {'low': lambda x: np.cumsum(x) / 200, 'high': lambda x: np.diff(x, append=0), 'loud': lambda x: 5 * x}
+  (folder / 'music').mkdir()
+  for name, shape in music_of.items():
+    for take in (1, 2):
+      audio = shape(0.1 * rng.standard_normal(20000)).clip(-1, 1)
+      soundfile.write(folder / 'music' / f'{name}{take}.wav', audio, 44100, subtype='FLOAT')
+  (folder / 'music' / 'broken.wav').write_bytes(b'RIFF')
+  for kind in ('audio', 'features'):
+    where = folder / 'music'
+    if kind == 'features':
+      where = folder / 'features'
+      where.mkdir()
+      (folder / 'music' / 'broken.wav').unlink()
+      assert m2l2('encode', folder / 'music', where, checkpoint, '--features', '--quiet')[0] == 0
+      assert 'low2.npz: is there already' in m2l2('encode', folder / 'music', where, checkpoint, '--features')[1]
+    for name in music_of:
+      status, said, errors = m2l2('similar', folder / 'music' / f'{name}1.wav', where, checkpoint, '--most=2', '--json')
+      assert status == 0 and ('broken.wav' in errors) == (kind == 'audio')
+      found = [row['piece'] for row in json.loads(said)]
+      own = f'{name}1.npz' if kind == 'features' else f'{name}2.wav'  # the piece itself is left out
+      assert found[0] == own and len(found) == 2
+  said = m2l2('similar', folder / 'music' / 'low1.wav', folder / 'features', checkpoint)[1].splitlines()
+  assert len(said) == 6 and said[0].split()[1] == 'low1.npz' and float(said[0].split()[0]) > 0.9
+  own = where / 'low1.npz'
+  for argv, says in [((folder / 'no.wav', where), 'there is no such file'), ((own, 'nowhere'), 'there is no such file'),
+                     ((own, where, '--most=0'), '--most=0')]:
+    status, _, errors = m2l2('similar', *argv, checkpoint)
+    assert status == 1 and says in one_line(errors)
+  status, _, errors = m2l2('similar', own, where, f'--checkpoint={models / "other"}', '--quiet')
+  assert status == 1 and 'are of model' in one_line(errors)
+
+
+def test_the_classifier_of_the_page_runs(models, tmp_path, monkeypatch, capsys):
+  """The ten lines of m2l2/codec/README.md, on two classes that differ in loudness."""
+  page = (ROOT / 'm2l2' / 'codec' / 'README.md').read_text(encoding='utf-8')
+  (block,) = (text for text in re.findall(r'```python\n(.*?)```', page, flags=re.S) if 'sklearn' in text)
+  for label, gain in (('quiet', 0.01), ('loud', 1)):
+    (tmp_path / 'music' / label).mkdir(parents=True)
+    for take in range(5):
+      soundfile.write(tmp_path / 'music' / label / f'{take}.wav', gain * music(4000, seed=take)[0], 44100)
+  monkeypatch.chdir(tmp_path)
+  stand_in = mock.Mock(load=lambda name: codec_lib.load(models / 'mono'))
+  exec(block, {'m2l2': stand_in})
+  assert float(capsys.readouterr().out) > 0.8 and len(block.strip().splitlines()) <= 12

@@ -612,7 +612,7 @@ def test_latents_cut_and_joined(mono, ancestor):
 def test_joining_is_the_inverse_of_cutting_at_any_length(mono, ancestor):
   """Also where the last chunk holds but the end of a frame (the first lengths), and where rates round."""
   for codec, rate in ((mono, 44100), (mono, 48000), (mono, 22050), (mono, 8000), (ancestor, 44101)):
-    longest = [codec._most_samples(chunks, rate) for chunks in (1, 2, 3)]
+    longest = [codec.most_samples(chunks, rate) for chunks in (1, 2, 3)]
     lengths = [longest[0] + 1, longest[0] + 2, longest[1] + 1, longest[1] + 7, *range(longest[1] - 1, longest[2], 83),
                longest[1], longest[2] - 1, longest[2]]
     for samples in lengths:
@@ -630,7 +630,7 @@ def test_joining_is_the_inverse_of_cutting_at_any_length(mono, ancestor):
 
 
 def test_a_part_of_nothing_but_padding_keeps_its_length_in_a_file(mono, tmp_path):
-  samples = mono._most_samples(1, 44100) + 1
+  samples = mono.most_samples(1, 44100) + 1
   whole = dataclasses.replace(latents_for(mono, chunks=2), num_samples=samples)
   for name, part in zip('ab', (mono.cut(whole, 0, 1), mono.cut(whole, 1, 2))):
     part.save(tmp_path / name)

@@ -18,6 +18,7 @@ import sys
 import types
 
 import IPython.display
+import jax
 import nbclient
 import nbformat
 import numpy as np
@@ -25,10 +26,11 @@ import pytest
 from test_codec import ONE_LEVEL, make_params, music
 from test_layering import ROOT
 
-from m2l2 import assets
+from m2l2 import assets, sharding
 from m2l2.codec.snapshot import save_snapshot
 from m2l2.configs import nano, tiny
 from m2l2.data import audio_io
+from m2l2.examples import generate
 
 NAMES = sorted(path.stem for path in (ROOT / 'colabs').glob('*.ipynb'))
 SETUP = configparser.ConfigParser(interpolation=None)
@@ -108,13 +110,14 @@ def printed(notebook):
                  if output.output_type == 'stream' and output.name == 'stdout')
 
 
-def test_there_are_three():
-  assert NAMES == ['encode_decode', 'inspect_latents', 'train_on_your_music']
+def test_there_are_five():
+  assert NAMES == ['edit_latents', 'encode_decode', 'generate', 'inspect_latents', 'train_on_your_music']
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize('name, pictures, players', [
-    ('encode_decode', 3, 5), ('inspect_latents', 6, 8), ('train_on_your_music', 3, 6)])
+    ('edit_latents', 3, 11), ('encode_decode', 3, 5), ('generate', 2, 5), ('inspect_latents', 4, 1),
+    ('train_on_your_music', 3, 6)])
 def test_it_runs(executed, name, pictures, players):
   notebook = executed(name)
   cells = code_cells(notebook)
@@ -197,9 +200,11 @@ def stand_in(config, workdir, writers=()):
 
 @pytest.fixture
 def place(tmp_path):
-  """A folder with two clips of half a second."""
+  """A folder with two clips of half a second, and a folder of the two."""
+  (tmp_path / 'clips' / 'train').mkdir(parents=True)
   for seed, name in enumerate(('training', 'held_out')):
     audio_io.write(tmp_path / f'{name}.wav', music(22050, channels=2, seed=seed), 44100)
+    os.link(tmp_path / f'{name}.wav', tmp_path / 'clips' / 'train' / f'{name}.wav')
   return tmp_path
 
 
@@ -212,6 +217,7 @@ def run_cells(place, monkeypatch):
   monkeypatch.chdir(place)
   monkeypatch.setattr(assets, 'TRAINING', place / 'training.wav')
   monkeypatch.setattr(assets, 'HELD_OUT', place / 'held_out.wav')
+  monkeypatch.setattr(assets, 'CLIPS', place / 'clips')
   monkeypatch.setattr(IPython.display, 'display', lambda *objects, **options: types.SimpleNamespace(
       update=lambda figure: figure.savefig(io.BytesIO())))
   monkeypatch.delitem(sys.modules, 'google.colab', raising=False)
@@ -239,8 +245,25 @@ def test_cells_that_encode_and_decode(run_cells, place):
 
 def test_cells_that_inspect(run_cells):
   got = run_cells('inspect_latents')
-  assert len(got['between']) == 5 and got['change'].shape[0] == got['first'].z.shape[2] > got['most']
-  assert np.any(got['dropped'] != got['mixed_first'])
+  assert got['change'].shape[0] == got['first'].z.shape[2] > got['most']
+  assert np.any(got['dropped'] != got['sound'](got['first']))
+
+
+def test_cells_that_edit(run_cells):
+  got = run_cells('edit_latents')
+  assert len(got['between']) == 5 and np.any(got['mixed_first'] != got['mixed_second'])
+  assert got['change'] > 0 and len(got['gaps']) == 2
+  assert np.any(got['gaps']['its neighbours'] != got['gaps']['nothing told'])
+
+
+def test_cells_that_generate(run_cells, place, monkeypatch):
+  make_mesh, recipe = sharding.make_mesh, generate.Recipe  # eight devices in one process would take turns
+  monkeypatch.setattr(sharding, 'make_mesh', lambda **given: make_mesh(**{**given, 'devices': jax.devices()[:1]}))
+  monkeypatch.setattr(generate, 'Recipe', lambda **given: recipe(**{**given, 'dim': 16, 'layers': 1, 'cond_dim': 16}))
+  got = run_cells('generate')
+  assert got['report']['encoded'] == 2 and (place / 'runs/generator/snapshot').is_dir()
+  assert len(got['new']) == 2 and got['on'].shape[0] == got['WINDOW']
+  assert got['filled'].shape[1] > got['continued'].shape[1] > got['streamed'].shape[1] / 2 > 0
 
 
 def test_cells_that_train_stop_and_go_on(run_cells, place):

@@ -1,5 +1,7 @@
 """launch/bench/compile_cost.py's reading of programs, and what XLA is told of a run."""
 
+from unittest.mock import ANY
+
 import pytest
 
 from launch.bench import compile_cost
@@ -46,4 +48,7 @@ def test_what_xla_is_told():
   assert set(build.compiler_options(nano.get_config())) == {library}
   assert build.compiler_options(nano.get_config('debug'))[level] == 0
   with compiling_for('tpu'):
-    assert build.compiler_options(nano.get_config('debug')) is None
+    assert build.compiler_options(nano.get_config('debug')) == {}
+  config = nano.get_config('debug')
+  config.train.compiler_options = f'{level}=2,xla_other=yes'
+  assert build.compiler_options(config) == {level: '2', 'xla_other': 'yes', library: ANY}

@@ -119,3 +119,21 @@ def test_curves_leave_out_what_is_missing_or_half_written(tmp_path):
   np.testing.assert_array_equal(swap.lines[0].get_xydata(), [[2, 0.5]])
   with pytest.raises(UserError, match='no metrics.jsonl there'):
     pictures.curves(tmp_path / 'nowhere')
+
+
+def test_a_gap_lies_on_the_line_between_its_neighbours():
+  whole = latents(5)
+  kept = whole.z.copy()
+  filled = edits.inpaint(whole, 1, 3).z
+  np.testing.assert_allclose(filled[:, 1], (2 * kept[:, 0] + kept[:, 3]) / 3, rtol=1e-5)
+  np.testing.assert_allclose(filled[:, 2], (kept[:, 0] + 2 * kept[:, 3]) / 3, rtol=1e-5)
+  np.testing.assert_array_equal(filled[:, [0, 3, 4]], kept[:, [0, 3, 4]])
+  np.testing.assert_array_equal(whole.z, kept)
+  np.testing.assert_allclose(edits.inpaint(whole, 3, 5).z[:, 3:], np.stack([kept[:, 2]] * 2, axis=1), rtol=1e-6)
+  np.testing.assert_allclose(edits.inpaint(whole, 0, 1).z[:, 0], kept[:, 1], rtol=1e-6)
+  assert not edits.inpaint(whole, 1, 3, fill='zero').z[:, 1:3].any()
+  for start, stop in ((2, 2), (4, 6), (0, 5)):
+    with pytest.raises(UserError, match='cannot be made up'):
+      edits.inpaint(whole, start, stop)
+  with pytest.raises(UserError, match='fill'):
+    edits.inpaint(whole, 1, 2, fill='mean')

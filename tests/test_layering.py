@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 
 # Beside the standard library and one's own package, these may import only what is named.
 FLOORS = {
-    'm2l2.kernels': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.representation': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.consistency': ('jax', 'numpy', 'm2l2.errors'),
+    'm2l2.kernels': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors'),
+    'm2l2.representation': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors', 'm2l2.kernels'),
+    'm2l2.consistency': ('jax', 'jaxtyping', 'numpy', 'm2l2.errors'),
     'm2l2.sharding': ('jax', 'numpy', 'm2l2.errors'),
-    'm2l2.model': ('jax', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
+    'm2l2.model': ('jax', 'jaxtyping', 'numpy', 'flax', 'm2l2.errors', 'm2l2.kernels', 'm2l2.representation',
                    'm2l2.consistency', 'm2l2.sharding'),
     'm2l2.compiling': ('jax', 'm2l2.no_collection'),
     'm2l2.errors': (),

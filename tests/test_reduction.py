@@ -13,6 +13,8 @@ from test_train_step import _batch, _close, _functions, _gradients, _jit
 
 from m2l2 import sharding
 from m2l2.errors import UserError
+from m2l2.kernels.contraction import contract
+from m2l2.planning import plan
 from m2l2.training.reduction import reduced
 
 
@@ -86,3 +88,24 @@ def test_what_cannot_be_is_one_clear_line():
   with jax.set_mesh(sharding.make_mesh(tensor=2)), pytest.raises(UserError, match='set mesh.tensor=1, not 2'):
     jax.eval_shape(reduced(_sum_of_rows, 'float32'), {'w': jnp.ones((4, 3))}, jnp.ones((8, 1, 4)),
                    jax.random.split(jax.random.key(0), 8), jnp.int32(0))
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('reduction, dtype', [('activations', 'bf16'), ('float32', 'f32')])
+def test_tpus_sum_in_the_dtype_that_is_asked_for(reduction, dtype):
+  _, devices = plan._topology('v5e:2x2')
+  mesh = sharding.make_mesh(devices=devices)
+  whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+
+  def of_rows(params, audio, keys, step):
+    x = audio[:, 0].astype(jnp.bfloat16)
+    loss = lambda params: jnp.mean(contract(x, params['w'].astype(jnp.bfloat16)).astype(jnp.float32) ** 2)
+    return jax.grad(loss)(params), {'loss': loss(params)}
+
+  shape = lambda *sizes, dtype, place: jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+  args = ({'w': shape(512, 512, dtype=jnp.float32, place=whole)}, shape(64, 1, 512, dtype=jnp.float32, place=rows),
+          shape(64, dtype=jnp.uint32, place=rows), shape(dtype=jnp.int32, place=whole))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    text = jax.jit(reduced(of_rows, reduction), out_shardings=whole).lower(*args).compile().as_text()
+  sums = re.findall(r'= \(?(\w+)\[512,512\].* all-reduce', text)
+  assert set(sums) == {dtype}, sums

@@ -50,7 +50,7 @@ def small_functions(config, ravel=False):
       step=zero, params=params, ema=jax.tree.map(jnp.copy, params), opt_state=({'m': params},),
       skipped=zero, skipped_in_a_row=zero)
 
-  def step(state, batch):
+  def step(state, batch, *, phase):
     def loss_fn(params):
       x, w = batch['audio'][:, 0], params['layer']['w']
       return jnp.mean(jnp.square(x @ w @ w.T - x))
@@ -71,6 +71,7 @@ def small_functions(config, ravel=False):
 
   return types.SimpleNamespace(
     init=init, train_step=step, probe_step=probe, phases=(('consistency', 10**9),),
+    phase=lambda step: 'consistency', ravel=lambda state: state, unravel=lambda state: state,
     crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 

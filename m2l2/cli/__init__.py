@@ -11,10 +11,10 @@ import shlex
 import sys
 
 from m2l2 import __version__
-from m2l2.cli import coding, corpora, listing, measuring, runs, signals, terminal, weights
+from m2l2.cli import coding, corpora, listing, measuring, retrieval, runs, signals, terminal, weights
 from m2l2.errors import OutputClosed, told
 
-_GROUPS = (runs, corpora, coding, measuring, weights, listing)
+_GROUPS = (runs, corpora, coding, retrieval, measuring, weights, listing)
 _DESCRIPTION = """\
 Encodes music into a few summary embeddings, and decodes them.
 

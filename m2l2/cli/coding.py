@@ -17,10 +17,12 @@ _LATENTS = '*.safetensors'
 def add(command):
   parser = command('encode', _encode, summary='Audio file -> file of latents.',
                    example='  m2l2 encode song.flac song.safetensors --checkpoint=tiny\n'
-                           '  m2l2 encode albums/ latents/ --checkpoint=tiny')
-  options.files(parser, _AUDIO_IN, _LATENTS)
+                           '  m2l2 encode albums/ latents/ --checkpoint=tiny\n'
+                           '  m2l2 encode song.flac song.npz --checkpoint=tiny --features')
+  options.files(parser, _AUDIO_IN, f'{_LATENTS}, or *.npz with --features')
   options.overwrite(parser)
   options.discrete(parser)
+  options.features(parser)
   options.embeddings(parser)
   parser = command('decode', _decode, summary='File of latents -> audio file, as long as the source.',
                    example='  m2l2 decode song.safetensors song.wav --checkpoint=tiny --seed=1\n'
@@ -44,8 +46,12 @@ def add(command):
 
 def _encode(args):
   from m2l2.cli import jobs
+  from m2l2.codec import features
   from m2l2.data import audio_io
-  planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output='.safetensors')
+  if args.features and (args.discrete or args.embeddings is not None):
+    raise UserError('--features are of all numbers: leave --discrete and --embeddings out')
+  output = '.npz' if args.features else '.safetensors'
+  planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=output)
   with _over(planned, 'encode', args) as (done, passing):
     many = len(planned) > 1
     codec = _encoder(args) if many else None  # what is wrong for all files is told once
@@ -56,20 +62,26 @@ def _encode(args):
           terminal.say(args, f'{audio_io.shown(job.target)}: is there already')
           done(1)
           continue
-        check = _new_file(job.source, overwrite=args.overwrite, extensions=('.safetensors',))
-        with jobs.writing(job, output='.safetensors', check=check) as target:
+        check = _new_file(job.source, overwrite=args.overwrite, extensions=(output,))
+        with jobs.writing(job, output=output, check=check) as target:
           codec = codec or _encoder(args)
           began = time.monotonic()
           latents = encode_file(codec, info, discrete=args.discrete, embeddings=args.embeddings, quiet=args.quiet)
           speed = latents.seconds / (time.monotonic() - began)
-          latents.save(target)
+          if args.features:
+            features.save(target, codec, latents)
+          else:
+            latents.save(target)
         terminal.say(args, f'{audio_io.shown(job.target)}: {latents.words()}; {_speed(speed)}')
       done(1)
 
 
 def _are_there(path, codec, args) -> bool:
   """Whether the outputs exist and come from an earlier run over the same files."""
+  from m2l2.codec import features
   from m2l2.codec.latents import Latents
+  if args.features:
+    return features.model_of(path) == codec.fingerprint
   try:
     latents = Latents.load(path)
   except UserError:

@@ -93,23 +93,11 @@ def _encode_dataset(args):
   from m2l2.training import hosts
   if args.discrete and args.dtype:
     raise UserError('--discrete stores int32 tokens: leave --dtype out')
-  place = dict(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
-  hosts.check(multihost=args.multihost, **place)
-  # Must run before JAX is used.
-  several = args.multihost and hosts.join(
-      **place, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout)
-  try:
-    with contextlib.ExitStack() as stack:
-      report = bulk.encode_dataset(
-          options.load_codec(args), source=args.source, output=args.output, dtype=args.dtype or 'float16',
-          discrete=args.discrete, batch=args.batch, shards=args.shards, threads=args.threads,
-          progress=lambda total: stack.enter_context(terminal.corpus_progress(total, quiet=args.quiet)))
-  except (Exception, KeyboardInterrupt, SystemExit) as error:
-    if several:  # `fail` does not return
-      several.fail(error)
-    raise
-  if several:
-    several.leave()
+  with hosts.joined(args), contextlib.ExitStack() as stack:
+    report = bulk.encode_dataset(
+        options.load_codec(args), source=args.source, output=args.output, dtype=args.dtype or 'float16',
+        discrete=args.discrete, batch=args.batch, shards=args.shards, threads=args.threads,
+        progress=lambda total: stack.enter_context(terminal.corpus_progress(total, quiet=args.quiet)))
   if report:
     hours = report['seconds'] / 3600
     terminal.say(args, f'{printable(args.output)}: {report["encoded"]:,} of {report["signals"]:,} signals, '

@@ -39,6 +39,11 @@ def embeddings(parser):
                       help='keep only the first K of each chunk, for a lower rate (models trained with train.nested)')
 
 
+def features(parser):
+  parser.add_argument('--features', action='store_true',
+                      help='write *.npz: features float32 [time, dim], a row a chunk, and times [time] in seconds')
+
+
 def sound(parser):
   """Options for audio files that are written."""
   parser.add_argument('--format', choices=('wav', 'flac', 'ogg'), default='wav',

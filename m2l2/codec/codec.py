@@ -313,7 +313,7 @@ class Codec:
   def features(self, latents: Latents, *, per: str = 'chunk') -> np.ndarray:
     """The latents as vectors for music information retrieval (paper, section 5.5: mean-pooled over time).
 
-    Returns float32 [chunks, K d], or [K d] with per='file'; the mean over the streams of a mono model.
+    Returns float32 [time, dim] = [chunks, K d], at `times`, or [K d] with per='file'; a mono model's streams averaged.
     Raises UserError: latents of another model, or an unknown `per`.
     """
     if per not in ('chunk', 'file'):
@@ -321,6 +321,11 @@ class Codec:
     z = self._continuous(latents).mean(axis=0)
     z = z.reshape(len(z), -1)
     return z if per == 'chunk' else z.mean(axis=0)
+
+  def times(self, latents: Latents) -> np.ndarray:
+    """When each chunk begins, float64 [chunks], in seconds of the source: the times of `features`' rows."""
+    layout, rate = self._layout(latents), self.model_rate(latents.sample_rate)
+    return np.maximum(self.representation.chunk_samples * np.arange(layout.chunks) - layout.lead, 0) / rate
 
   def to_unit(self, z):
     """Scales latents to about zero mean and unit variance over all numbers, for generative models: (z - mean) / std.
@@ -367,14 +372,14 @@ class Codec:
 
   def _missing(self, latents):
     """How many samples the signal is shorter than its chunks could hold."""
-    return self._most_samples(latents.z.shape[1], latents.sample_rate) - latents.num_samples + latents.padding
+    return self.most_samples(latents.z.shape[1], latents.sample_rate) - latents.num_samples + latents.padding
 
   def _ending(self, latents, z, missing):
     """Latents of `z` whose signal is `missing` samples shorter than its chunks could hold, as far as it keeps these
     chunks."""
     chunks, rate = z.shape[1], latents.sample_rate
-    samples = self._most_samples(chunks, rate) - missing
-    fewest = self._most_samples(chunks - 1, rate) + 1 if chunks > 1 else 1
+    samples = self.most_samples(chunks, rate) - missing
+    fewest = self.most_samples(chunks - 1, rate) + 1 if chunks > 1 else 1
     return dataclasses.replace(latents, z=z, num_samples=max(samples, fewest), padding=max(fewest - samples, 0))
 
   def first(self, latents: Latents, embeddings: int) -> Latents:
@@ -398,7 +403,7 @@ class Codec:
     """Whether any prefix of a chunk's embeddings can be decoded."""
     return not self._discrete and (self.config.get('train') or {}).get('nested', 0) > 0
 
-  def _most_samples(self, chunks, sample_rate):
+  def most_samples(self, chunks, sample_rate):
     """The number of samples of the longest signal at `sample_rate` that has `chunks` chunks."""
     rep = self.representation
     samples = chunks * rep.chunk_samples + (-rep.overlap if rep.edges == 'pad' else rep.window - 1)

@@ -8,6 +8,19 @@
   for batch in batches.to_iter_dataset():                          # .mp_prefetch(...) reads in several processes
     batch['z']                                                     # float32 [32, 64, K, d], or int32 [32, 64, K]
 
+In JAX, with the state and a `step(state, z) -> state` that is jitted:
+
+  for batch in batches.to_iter_dataset():
+    state = step(state, jax.device_put(batch['z'], sharding))      # or m2l2/examples/generate.py: a whole run
+
+In torch the source is a data set of its own, or any loader's rows are:
+
+  torch.utils.data.DataLoader(source, batch_size=32, shuffle=True)
+
+  class Windows(torch.utils.data.IterableDataset):
+    def __iter__(self): return iter(batches.to_iter_dataset())
+  torch.utils.data.DataLoader(Windows(), batch_size=None)
+
 `codec.decode` wants a whole record as `m2l2.Latents(z=row['z'], sample_rate=row['rate'],
 num_samples=row['num_samples'], channels=row['channels'], model=source.model)`. No TensorFlow is needed, neither here
 nor for TFDS's own
@@ -16,6 +29,7 @@ nor for TFDS's own
 
 import json
 import os
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +41,7 @@ from m2l2.errors import UserError
 
 NAME, FORMAT, VERSION = 'latents', 'm2l2-latents-dataset', 1
 MANIFEST = 'manifest.json'
+MEMORY = 2 ** 29
 DTYPES = {'float16': np.dtype(np.float16), 'bfloat16': np.dtype(ml_dtypes.bfloat16), 'float32': np.dtype(np.float32),
           'int32': np.dtype(np.int32)}
 
@@ -69,7 +84,8 @@ def read_manifest(directory) -> dict | None:
   return manifest
 
 
-def latent_source(directory, *, window: int | None = None, hop: int | None = None, split: str = 'train'):
+def latent_source(directory, *, window: int | None = None, hop: int | None = None, split: str = 'train',
+                  memory: int = MEMORY):
   """A `LatentSource` over what `m2l2 encode-dataset` wrote.
 
   Args:
@@ -77,23 +93,32 @@ def latent_source(directory, *, window: int | None = None, hop: int | None = Non
     window: chunks per row; None returns whole records.
     hop: chunks between the starts of windows, `window` by default; with 1, a window starts at every chunk.
     split: 'train', or 'validation' of a prepared source.
+    memory: bytes of records that each process keeps once read: parsing one takes milliseconds.
 
   Raises UserError: no such data, not finished, no such split, or no record as long as the window.
   """
-  return LatentSource(directory, window=window, hop=hop, split=split)
+  return LatentSource(directory, window=window, hop=hop, split=split, memory=memory)
 
 
 class LatentSource:
   """Random access to windows of latents: `len(source)`, `source[i]`; what Grain calls a data source.
 
   A window is part of one stream of one record; the last window of a record ends with it, so no chunk is left out.
-  Records shorter than the window are skipped. Reading a window reads its whole record.
+  Records shorter than the window are skipped; no window crosses from file to file. Reading a window reads its record.
+
+  A row, `source[i]`, is a dict:
+
+    z         float32 [window, K, d], or int32 [window, K] of tokens; of whole records [streams, chunks, ...]
+    stream    int32, of z's signal: a mono model has one for each channel
+    start     int32, the window's first chunk in it
+    source    str, the file's name in the corpus; further fields as of `features`: rate, channels, streams, chunks,
+              num_samples, offset, starts
 
   Attributes:
     manifest: facts about the corpus; model: the fingerprint of the model.
   """
 
-  def __init__(self, directory, *, window=None, hop=None, split='train'):
+  def __init__(self, directory, *, window=None, hop=None, split='train', memory=MEMORY):
     hop = window if hop is None else hop
     if window is not None and min(window, hop) < 1 or window is None and hop is not None:
       raise UserError(f'window={window}, hop={hop}: chunks, 1 or more; a hop needs a window')
@@ -109,6 +134,8 @@ class LatentSource:
     self.model = self.manifest['model']
     self._records = builder.as_data_source(split=split)
     self._window, self._hop = window, hop
+    self._memory = memory
+    self._forget()
     streams, chunks = np.load(os.path.join(directory, index_name(split))).astype(np.int64).T
     if window is None:
       self._per_stream = rows = np.ones_like(chunks)
@@ -129,7 +156,7 @@ class LatentSource:
     if not 0 <= index < len(self):
       raise IndexError(f'row {index} of {len(self)}')
     number = int(np.searchsorted(self._ends, index, side='right'))
-    row = self._records[number]
+    row = self._record(number)
     z, stream, start = row['z'], 0, 0
     if self._window:
       before = self._ends[number - 1] if number else 0
@@ -139,3 +166,30 @@ class LatentSource:
     z = np.array(z) if z.dtype == np.int32 else z.astype(np.float32)
     return {**row, 'z': z, 'source': row['source'].decode('utf-8'), 'stream': np.int32(stream),
             'start': np.int32(start)}
+
+  def _record(self, number):
+    """Record `number`, out of memory if it has been read lately."""
+    with self._lock:
+      record = self._kept.pop(number, None)
+      if record is not None:
+        self._kept[number] = record  # last, as the one asked for most lately
+        return record
+    record = self._records[number]
+    with self._lock:
+      self._room -= record['z'].nbytes if number not in self._kept else 0
+      self._kept[number] = record
+      while self._room < 0:
+        self._room += self._kept.pop(next(iter(self._kept)))['z'].nbytes
+    return record
+
+  def __getstate__(self):
+    """For worker processes: what was read stays behind."""
+    return {name: value for name, value in self.__dict__.items() if name not in ('_kept', '_lock', '_room')}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._forget()
+
+  def _forget(self):
+    self._kept: dict[int, dict] = {}
+    self._room, self._lock = self._memory, threading.Lock()

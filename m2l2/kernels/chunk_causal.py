@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'pallas_tpu')
 _PLATFORMS = {'xla': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'pallas_tpu': ('tpu',)}
@@ -52,7 +53,9 @@ def check_implementation(impl: str, *, dtype=None):
     raise ValueError(f"attention 'cudnn' takes bfloat16 or float16, not {dtype}: set model.dtype, or take 'xla'")
 
 
-def chunk_causal_attention(q, k, v, *, num_chunks: int, impl: str = 'auto', spec: PartitionSpec | None = None):
+def chunk_causal_attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *, num_chunks: int,
+    impl: str = 'auto', spec: PartitionSpec | None = None) -> Float[Array, 'B L H K']:
   """Scaled dot-product attention under the chunk-level causal mask.
 
   Args:
@@ -115,7 +118,9 @@ def _cudnn(q, k, v):
   return out[:, :q.shape[1]]
 
 
-def masked_dense_attention(q, k, v, *, num_chunks: int):
+def masked_dense_attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *,
+    num_chunks: int) -> Float[Array, 'B L H K']:
   """The same by one dense attention and a mask: the reference of the tests."""
   chunk = jnp.arange(q.shape[1]) // (q.shape[1] // num_chunks)
   logits = jnp.einsum('bqhk,bphk->bhqp', q, k, preferred_element_type=jnp.float32)

@@ -9,13 +9,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2.kernels.chunk_causal import platform
 
 BLOCK = 1024  # most positions of a map in each product; small maps are left to XLA
 
 
-def convolve(x, kernel, padding, *, exact=False, dilation=(1, 1)):
+def convolve(x: Float[Array, 'N F T I'], kernel: Float[Array, 'A B I O'], padding, *, exact=False,
+             dilation=(1, 1)) -> Float[Array, 'N F2 T2 O']:
   """[N, F, T, I] by [A, B, I, O] -> [N, F', T', O] in x's dtype.
 
   Args:

@@ -9,10 +9,11 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 
 
-def silu(x, dtype=None):
+def silu(x: Float[Array, '*shape'], dtype=None) -> Float[Array, '*shape']:
   """x sigmoid(x), rounded once, in x's dtype; for the backward pass x is stored in `dtype`, its own by default."""
   return _silu(x, jnp.dtype(dtype or x.dtype))
 
@@ -33,7 +34,7 @@ _silu.defvjp(lambda x, dtype: (_silu(x, dtype), keep(x, dtype)),
              lambda dtype, x, gradient: (_silu_gradient(x, gradient).astype(gradient.dtype),))
 
 
-def swiglu(h, dtype=None):
+def swiglu(h: Float[Array, '*lead 2 M'], dtype=None) -> Float[Array, '*lead M']:
   """SiLU(a) b of h [..., 2, M], the halves a and b, in `dtype` (h's by default), in which h is kept too."""
   return _swiglu(h, jnp.dtype(dtype or h.dtype))
 
@@ -62,12 +63,12 @@ def keep(x, dtype=None):
   return checkpoint_name(x.astype(dtype or x.dtype), 'product')
 
 
-def layer_norm(x, scale, *, eps: float):
+def layer_norm(x: Float[Array, '*shape'], scale: Float[Array, '...'], *, eps: float) -> Float[Array, '*shape']:
   """(x - mean) / deviation * scale over the last axis; scale float32 of x's rank, broadcast where its size is 1."""
   return _row_norm(x, scale, eps, True)
 
 
-def rms_norm(x, scale, *, eps: float):
+def rms_norm(x: Float[Array, '*shape'], scale: Float[Array, '...'], *, eps: float) -> Float[Array, '*shape']:
   """x / root mean square * scale over the last axis; scale as of `layer_norm`."""
   return _row_norm(x, scale, eps, False)
 
@@ -101,7 +102,8 @@ def _row_norm_backward(eps, centred, saved, gradient):
 _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 
 
-def normalised_qkv(qkv, gains, eps, dtype=None):
+def normalised_qkv(qkv: Float[Array, 'B L 3 H K'], gains: Float[Array, '2 K'], eps: float, dtype=None) -> tuple[
+    Float[Array, 'B L H K'], Float[Array, 'B L H K'], Float[Array, 'B L H K']]:
   """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
 
   Its gradient is computed as one array; that of three slices would be three padded arrays and their sum. `dtype` as of
@@ -131,7 +133,8 @@ def _normalised_qkv_backward(eps, dtype, saved, gradients):
 _normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
 
 
-def group_norm(x, scale, *, groups: int, eps: float):
+def group_norm(x: Float[Array, 'N F T PC'], scale: Float[Array, '#N C'], *, groups: int,
+               eps: float) -> Float[Array, 'N F T PC']:
   """GroupNorm of maps [N, F, T, P C] with a gain and no bias.
 
   Args:

@@ -11,13 +11,16 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 LANES = 128      # a chunk's tokens are padded to a multiple of it
 ROWS = 256       # queries at a time: the probabilities of 256 x 1280 take 1.3 MB
 _MASKED = -1e30  # logits of padding; finite, so that a row of nothing but padding gives no nan
 
 
-def attention(q, k, v, *, num_chunks: int, interpret: bool = False):
+def attention(
+    q: Float[Array, 'B L H K'], k: Float[Array, 'B L H K'], v: Float[Array, 'B L H K'], *, num_chunks: int,
+    interpret: bool = False) -> Float[Array, 'B L H K']:
   """q, k, v [B, S*P, H, K] -> [B, S*P, H, K], chunk-causal over S chunks; any P, softmax in float32.
 
   interpret: run on any platform, slowly, for tests.

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 
 from m2l2.model.architecture import Architecture
-from m2l2.model.parameters import draw_all, shapes_only
+from m2l2.model.parameters import draw_all, traced
 
 
 class Autoencoder(nnx.Module):
@@ -48,11 +48,7 @@ class Network:
 @functools.lru_cache(maxsize=8)  # equal networks are one: what was compiled for it serves again
 def make_network(arch: Architecture) -> Network:
   """Shapes are traced once; nothing is allocated."""
-  def build():
-    with shapes_only():
-      return Autoencoder(arch, rngs=nnx.Rngs(params=jax.random.key(0)))
-
-  graphdef, abstract = nnx.split(jax.eval_shape(build))
+  graphdef, shapes, inits, axes = traced(lambda: Autoencoder(arch, rngs=nnx.Rngs(params=jax.random.key(0))))
 
   def part(name):
     def run(params, *args):
@@ -64,18 +60,8 @@ def make_network(arch: Architecture) -> Network:
   def decode(params, z):
     return arch.features(part('decoder')(params, z) if 'decoder' in shapes else None, z)
 
-  def stacked_axes(variable):
-    axes = variable.get_metadata('axes')
-    return ('layers',) * (len(variable.shape) - len(axes)) + axes
-
-  def of_variables(function):
-    return nnx.to_pure_dict(jax.tree.map(function, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)))
-
-  shapes = of_variables(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype))
-  inits = of_variables(lambda v: v.get_metadata('init'))
   return Network(
       arch=arch,
       init=lambda key: draw_all(key, shapes, inits),
       encode=part('encoder'), decode=decode, denoise=part('denoiser'),
-      logical_axes=of_variables(stacked_axes), init_names=of_variables(lambda v: v.get_metadata('init').name),
-      shapes=shapes)
+      logical_axes=axes, init_names=jax.tree.map(lambda init: init.name, inits), shapes=shapes)

@@ -3,6 +3,7 @@
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2.model.layers import Linear
 from m2l2.model.parameters import normal, param
@@ -22,13 +23,13 @@ class Decoder(nnx.Module):
     self.frames = num_tokens // arch.grid[0]
     self.dtype = jnp.dtype(arch.dtype)
 
-  def __call__(self, z):
+  def __call__(self, z: Float[Array, 'B S L Z']) -> dict:
     """z [B, S, L, Z] float32 -> {'maps': tuple of [B, S, F_l, T_l, C_l], finest first}."""
     b, s = z.shape[:2]
     _, maps = self.depatchifier(self.tokens(z.reshape(b * s, *z.shape[2:])))
     return jax.tree.map(lambda x: x.reshape(b, s, *x.shape[1:]), {'maps': tuple(maps)})
 
-  def tokens(self, z, extra=None):
+  def tokens(self, z: Float[Array, 'N L Z'], extra: Float[Array, 'N P D'] | None = None) -> Float[Array, 'N P D']:
     """z [N, L, Z] -> tokens [N, P, D]. extra [N, P, D] is added to the mask tokens."""
     mask = jnp.broadcast_to(self.mask[...], (self.mask.shape[0], self.frames, self.mask.shape[-1]))
     mask = mask.reshape(-1, mask.shape[-1]).astype(self.dtype)

@@ -6,6 +6,7 @@ Preconditioning lives in consistency.py; here the input is already scaled.
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2.model.layers import Linear, as_last
 from m2l2.model.parameters import ZEROS
@@ -68,7 +69,8 @@ class Denoiser(nnx.Module):
     self.cond_dim = arch.cond_dim
     self.dtype = jnp.dtype(arch.dtype)
 
-  def __call__(self, x, sigma, features):
+  def __call__(self, x: Float[Array, 'B S F T C'], sigma: Float[Array, 'B S'],
+               features: dict) -> Float[Array, 'B S F T D']:
     """x [B, S, F, T, C] scaled noisy chunks, sigma [B, S], the decoder's features -> [B, S, F, T, 2C] float32.
 
     S is 1 or up to the `chunks` the positions were made for.

@@ -2,6 +2,7 @@
 
 from flax import nnx
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2.model.layers import Linear
 from m2l2.model.parameters import ONES, ZEROS, normal, param
@@ -23,17 +24,17 @@ class Encoder(nnx.Module):
     self.head = Linear(arch.dim, arch.latent_dim, axes=('embed', 'latent_dim'), init=ZEROS, rngs=rngs)
     self.dtype = jnp.dtype(arch.dtype)
 
-  def __call__(self, spec):
+  def __call__(self, spec: Float[Array, 'B S F T C']) -> Float[Array, 'B S L Z']:
     """spec [B, S, F, T, 2C] float32 -> the bottleneck's input [B, S, L, Z] float32."""
     b, s = spec.shape[:2]
     latents = self.summarise(self.tokens(spec.reshape(b * s, *spec.shape[2:])))
     return latents.reshape(b, s, *latents.shape[1:])
 
-  def tokens(self, x):
+  def tokens(self, x) -> Float[Array, 'N P D']:
     """[N, F, T, C] -> tokens [N, P, D]."""
     return self.patchifier(x.astype(self.dtype), gain=self.gain[...])[0]
 
-  def summarise(self, tokens):
+  def summarise(self, tokens: Float[Array, 'N P D']) -> Float[Array, 'N L Z']:
     """Tokens [N, P, D] -> [N, L, Z] float32."""
     learned = jnp.concatenate([self.queries[...], self.registers[...]]).astype(self.dtype)
     learned = jnp.broadcast_to(learned, (tokens.shape[0], *learned.shape))

@@ -92,3 +92,24 @@ def param(rngs: nnx.Rngs, shape, axes, init: Init) -> nnx.Param:
   else:
     value = init.scale * init.draw(rngs.params(), tuple(shape))
   return nnx.Param(value, axes=tuple(axes), init=init)
+
+
+def traced(build: Callable[[], nnx.Module]) -> tuple:
+  """Of the module that `build()` makes: (graphdef; of its parameters, as nested dicts: shapes, Inits, logical axes).
+
+  Nothing is allocated. nnx.merge(graphdef, params) is the module again, draw_all(key, shapes, inits) are its params;
+  axes: a tuple of names for each, 'layers' where a stack was made by vmap.
+  """
+  def shaped():
+    with shapes_only():
+      return build()
+
+  def axes_of(variable):
+    axes = variable.get_metadata('axes')
+    return ('layers',) * (len(variable.shape) - len(axes)) + axes
+
+  graphdef, abstract = nnx.split(jax.eval_shape(shaped))
+  of_each = lambda function: nnx.to_pure_dict(
+      jax.tree.map(function, abstract, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+  return (graphdef, of_each(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype)),
+          of_each(lambda v: v.get_metadata('init')), of_each(axes_of))

@@ -7,6 +7,7 @@ would double the error of the whole model (measured against torch's autocast, wh
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from m2l2 import sharding
 from m2l2.kernels import norms
@@ -94,7 +95,8 @@ class Transformer(nnx.Module):
     self.norm_output = LayerNorm(dim, cond_dim=cond_dim, rngs=rngs) if output_norm else None
     self.remat = remat
 
-  def __call__(self, x, cond=None, dtype=None):
+  def __call__(self, x: Float[Array, 'B S P D'], cond: Float[Array, 'B S E'] | None = None,
+               dtype=None) -> Float[Array, 'B S P D']:
     dtype = dtype or x.dtype
     x = x.astype(jnp.float32)
     x = self.norm_input(x + as_last(self.positions[...][:x.shape[1]], x), cond)

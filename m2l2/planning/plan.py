@@ -167,8 +167,9 @@ def _compile(config, mesh, say, *, probe=False):
     batch = programs.abstract_batch(functions, mesh, batch_size=config.train.batch_size)
     lowered = (programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed) if probe
                else programs.lower_step(functions, state, batch, mesh))
+    chip = chips.find_chip(mesh.devices.flat[0].device_kind)
     try:
-      return lowered.compile(), ''
+      return programs.compiled(lowered, chips.compiler_options(chip, config.train.compiler_options)), ''
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise

@@ -128,6 +128,23 @@ def join(*, coordinator=None, num_processes=None, process_id=None, start_timeout
   return Hosts(words, peer_timeout=peer_timeout)
 
 
+@contextlib.contextmanager
+def joined(args):
+  """Of a command with the flags of `cli.options.hosts`: within it this process is one of several, if --multihost says
+  so, and an error ends the others too. To be entered before anything touches a device. Raises UserError."""
+  place = dict(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+  check(multihost=args.multihost, **place)
+  several = join(**place, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout) if args.multihost else None
+  try:
+    yield
+  except (Exception, KeyboardInterrupt, SystemExit) as error:
+    if several:  # `fail` does not return
+      several.fail(error)
+    raise
+  if several:
+    several.leave()
+
+
 def _await_coordinator(address, seconds):
   """Waits until a process listens at the address: JAX would abort this process instead of raising an error."""
   host, port = address.rsplit(':', 1)

@@ -135,7 +135,7 @@ def train(config, workdir, writers=()) -> int:
       os.path.join(workdir, 'goodput.json') if main else None, step=first, began=began)
     spent.enter(goodput.COMPILE)
     batch = programs.abstract_batch(functions, mesh, batch_size=fields.batch_size)
-    compiled = lambda lowered: lowered.compile(compiler_options=build.compiler_options(config))
+    compiled = functools.partial(programs.compiled, options=build.compiler_options(config))
     update = lambda **options: compiled(programs.lower_step(functions, state, batch, mesh, **options))
     updates = {name: update(phase=name) for name, end in functions.phases if first < end}
     probes = fields.probe_every and fields.steps // fields.probe_every > first // fields.probe_every

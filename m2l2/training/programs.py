@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from m2l2 import sharding
+from m2l2.errors import UserError, first_line
 
 
 def abstract_state(functions, init: Callable, mesh, *, preset: str):
@@ -69,3 +70,13 @@ def lower_probe(functions, params, batch, mesh, *, seed: int):
     params, batch, jax.random.fold_in(jax.random.key(seed), step))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
   return jax.jit(probe, out_shardings=sharding.replicated(mesh)).lower(params, batch, step)
+
+
+def compiled(lowered, options: dict):
+  """A lowered program, compiled. Raises UserError: XLA knows no such option."""
+  try:
+    return lowered.compile(compiler_options=options)
+  except Exception as error:
+    if 'No such compile option' not in str(error):
+      raise
+    raise UserError(f'train.compiler_options: {first_line(error)}') from error

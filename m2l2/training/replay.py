@@ -118,7 +118,7 @@ def _lead_up(state, first, step, functions, mesh, loader, config):
 
 
 def _compiled(config, lowered):
-  return lowered.compile(compiler_options=build.compiler_options(config))
+  return programs.compiled(lowered, build.compiler_options(config))
 
 
 def _not_finite(tree) -> list[str]:

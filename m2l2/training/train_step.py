@@ -171,39 +171,12 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
   stored = Ravel(jax.eval_shape(network.init, jax.random.key(0))) if ravel else Apart()
 
   def init(key):
-    params = network.init(key)
-    return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
-                      opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
-
-  def item_keys(step, size):
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(size))
+    return new_state(network.init(key), optimizer)
 
   def train_step(state, batch, *, phase=MAIN):
-    audio = batch['audio']
-    keys = item_keys(state.step, audio.shape[0])
-    of_rows = functools.partial(gradients, functools.partial(objective.loss_fn, phase=phase), accumulate=accumulate)
-    grads, metrics = reduced(of_rows, reduction)(stored.tree(state.params), audio, keys, state.step)
-    grads = stored.vector(grads)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.step, decay=ema_max)
-    ema = ema_update(state.ema, params, decay)
-
-    finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    params, ema, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (params, ema, opt_state), (state.params, state.ema, state.opt_state))
-    state = TrainState(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
-        skipped=state.skipped + jnp.where(finite, 0, 1),
-        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
-    metrics |= {
-        'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
-        'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
-        'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
-    return state, jax.tree.map(jnp.float32, metrics)
+    return update(functools.partial(objective.loss_fn, phase=phase), state, batch['audio'], optimizer=optimizer,
+                  schedule=schedule, ema_max=ema_max, seed=seed, accumulate=accumulate, stored=stored,
+                  reduction=reduction)
 
   def probe_step(params, batch, key):
     return probe(stored.tree(params), batch['audio'], key, network=network, representation=representation,
@@ -212,7 +185,7 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
   def examine_step(state, batch, *, phase=MAIN):
     audio = batch['audio']
     return examine(functools.partial(objective.loss_fn, phase=phase), stored.tree(state.params), audio,
-                   item_keys(state.step, audio.shape[0]), state.step)
+                   item_keys(seed, state.step, audio), state.step)
 
   return StepFunctions(
       init=init, ravel=stored.ravel, unravel=stored.unravel, train_step=train_step, probe_step=probe_step,
@@ -220,6 +193,52 @@ def make_step_functions(objective: Objective, *, optimizer: optax.GradientTransf
       logical_axes=network.logical_axes, network=network,
       crop_samples=representation.crop_samples(network.arch.chunks), channels=representation.channels,
       sample_rate=native_rates[0], native_rates=tuple(native_rates), phases=objective.phases)
+
+
+def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first update."""
+  return TrainState(step=jnp.int32(0), params=params, ema=jax.tree.map(jnp.copy, params),
+                    opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
+
+
+def item_keys(seed: int, step, rows):
+  """The keys [B] of a step's items: rows, a tree of arrays [B, ...]."""
+  step_key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(len(jax.tree.leaves(rows)[0])))
+
+
+def update(loss_fn: Callable, state: TrainState, rows, *, optimizer: optax.GradientTransformation, schedule: Callable,
+           ema_max: float, seed: int, accumulate: int = 1, stored=None, reduction: str = 'activations'):
+  """One update of any model: (ravelled state, rows) -> (ravelled state, metrics float32).
+
+  Args:
+    loss_fn: (params, rows, keys [B], step) -> (loss, metrics); keys are an item's randomness.
+    rows: tree of arrays [B, ...], what loss_fn takes. stored: how the state is ravelled; None: not at all.
+    accumulate, reduction: see `gradients` and reduction.py.
+  """
+  stored = stored or Apart()
+  of_rows = reduced(functools.partial(gradients, loss_fn, accumulate=accumulate), reduction)
+  grads, metrics = of_rows(stored.tree(state.params), rows, item_keys(seed, state.step, rows), state.step)
+  grads = stored.vector(grads)
+  grad_norm = optax.tree.norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  decay = ema_decay(state.step, decay=ema_max)
+  ema = ema_update(state.ema, params, decay)
+
+  finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
+  params, ema, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old),
+      (params, ema, opt_state), (state.params, state.ema, state.opt_state))
+  state = TrainState(
+      step=state.step + 1, params=params, ema=ema, opt_state=opt_state,
+      skipped=state.skipped + jnp.where(finite, 0, 1),
+      skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
+  metrics |= {
+      'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
+      'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+      'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+  return state, jax.tree.map(jnp.float32, metrics)
 
 
 def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):

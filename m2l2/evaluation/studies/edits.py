@@ -13,6 +13,7 @@ from m2l2.errors import UserError
 from m2l2.evaluation.metrics.pairs import log_mel_db
 
 FILLS = ('zero', 'mean')
+GAP_FILLS = ('line', 'zero')
 
 
 def interpolate(first: Latents, second: Latents, weight: float) -> Latents:
@@ -59,6 +60,33 @@ def without(latents: Latents, embeddings, *, fill: str = 'zero') -> Latents:
   chosen = _checked(latents, embeddings)
   z = latents.z.copy()
   z[:, :, chosen] = 0.0 if fill == 'zero' else z[:, :, chosen].mean(axis=1, keepdims=True)
+  return dataclasses.replace(latents, z=z)
+
+
+def inpaint(latents: Latents, start: int, stop: int, *, fill: str = 'line') -> Latents:
+  """The same latents with the chunks start ... stop - 1 made up, for a gap in the sound.
+
+  Args:
+    fill: 'line': they lie on the straight line from the chunk before the gap to the chunk after it, at an end they are
+      the one neighbour's again; 'zero': they tell nothing. Either way the denoiser, which hears each chunk's left
+      neighbour, joins them to what is there.
+
+  Raises UserError: tokens, no such chunks, all of them, or another fill.
+  """
+  if fill not in GAP_FILLS:
+    raise UserError(f'fill {fill!r} is not known: choose from {", ".join(GAP_FILLS)}')
+  _check_continuous(latents)
+  chunks = latents.z.shape[1]
+  if not 0 <= start < stop <= chunks or stop - start == chunks:
+    raise UserError(f'chunks {start} to {stop} cannot be made up in latents of {chunks}: some must be left')
+  z = latents.z.copy()
+  if fill == 'zero':
+    z[:, start:stop] = 0.0
+  else:
+    left = z[:, start - 1] if start else z[:, stop]
+    right = z[:, stop] if stop < chunks else left
+    weight = (np.arange(1, stop - start + 1, dtype=np.float32) / (stop - start + 1))[:, None, None]
+    z[:, start:stop] = (1 - weight) * left[:, None] + weight * right[:, None]
   return dataclasses.replace(latents, z=z)
 
 
