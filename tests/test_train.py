@@ -466,7 +466,7 @@ def test_an_evaluation_that_fails_is_logged_and_comes_after_the_save(held_out, s
     patch.setattr(listening.Listener, '_measure_all', fail)
     assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6
   assert saved == [(2, 2, 2), (4, 4, 4), (6, 6, 6)]
-  assert said == [f'the evaluation at step {step} failed, training goes on: ZeroDivisionError: float division by zero'
+  assert said == [f'the evaluation at step {step} failed, training continues: ZeroDivisionError: float division by zero'
                   for step in (2, 4, 6)]
   assert soak_resume.differences(straight, tmp_path) == []
   assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6  # and what was not measured is
@@ -549,7 +549,7 @@ def test_a_check_says_what_would_run_and_leaves_nothing(small, straight, again, 
   assert sorted(path for path in again.rglob('*')) == before
   text = '\n'.join(lines)
   for part in ('8 cpu (cpu), mesh data 8', '0.000512 M parameters, mono, 8000 Hz', f'at {music}',
-               '8 crops of 0.01 s, 1 a device', 'goes on from step 6 of 9; 9 steps, saved every 2',
+               '8 crops of 0.01 s, 1 a device', 'resumes from step 6 of 9; 9 steps, saved every 2',
                'none (evaluate.root is empty)', str(again)):
     assert part in text
   save_snapshot(tmp_path / 'old', params={'layer': {'w': np.zeros((CROP, 8), np.float32)}}, config={}, step=5)
