@@ -654,7 +654,7 @@ sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
   'train.checkpoint_every': 1000 if count == '2' else 2, 'data.num_threads': 1, 'data.num_workers': 0, **more})
-print('updates', loop.train(config, workdir))
+print('updates done:', loop.train(config, workdir))
 """
 
 
@@ -686,7 +686,7 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
     said = [path.read_text() for path in logs]
     expected = -signal.SIGKILL if number == signal.SIGKILL else 0
     assert [p.poll() for p in started] == [expected] * processes, '\n'.join(said)
-    return [None if expected else int(text.split('updates ')[1].split()[0]) for text in said]
+    return [None if expected else int(text.split('updates done: ')[1].split()[0]) for text in said]
   finally:
     for p in started:
       p.kill()

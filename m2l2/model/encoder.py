@@ -32,7 +32,7 @@ class Encoder(nnx.Module):
 
   def tokens(self, x) -> Float[Array, 'N P D']:
     """[N, F, T, C] -> tokens [N, P, D]."""
-    return self.patchifier(x.astype(self.dtype), gain=self.gain[...])[0]
+    return self.patchifier(jnp.asarray(x, self.dtype), gain=self.gain[...])[0]
 
   def summarise(self, tokens: Float[Array, 'N P D']) -> Float[Array, 'N L Z']:
     """Tokens [N, P, D] -> [N, L, Z] float32."""
