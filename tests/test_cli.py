@@ -1114,9 +1114,9 @@ def test_similar_ranks_a_piece_of_the_same_sound_first(m2l2, models, folder):
     for name in music_of:
       status, said, errors = m2l2('similar', folder / 'music' / f'{name}1.wav', where, checkpoint, '--most=2', '--json')
       assert status == 0 and ('broken.wav' in errors) == (kind == 'audio')
-      found = [row['piece'] for row in json.loads(said)]
+      ranked = [row['piece'] for row in json.loads(said)]
       own = f'{name}1.npz' if kind == 'features' else f'{name}2.wav'  # the piece itself is left out
-      assert found[0] == own and len(found) == 2
+      assert ranked[0] == own and len(ranked) == 2
   said = m2l2('similar', folder / 'music' / 'low1.wav', folder / 'features', checkpoint)[1].splitlines()
   assert len(said) == 6 and said[0].split()[1] == 'low1.npz' and float(said[0].split()[0]) > 0.9
   own = where / 'low1.npz'

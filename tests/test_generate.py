@@ -68,9 +68,9 @@ def test_it_learns_classes_and_goes_on_in_the_piece(learned):
   generator = generate.load(learned)
   assert generator.classes == ('high', 'low') and generator.shape == (K, D) and generator.codec == 'm'
   for name, level in LEVELS.items():
-    made = generator.sample(6, count=8, label=name, seed=3)  # beyond a window
-    assert made.shape == (8, 6, K, D) and made.dtype == np.float32
-    assert np.abs(made.mean(axis=(1, 2, 3)) - level).max() < 0.4
+    sampled = generator.sample(6, count=8, label=name, seed=3)  # beyond a window
+    assert sampled.shape == (8, 6, K, D) and sampled.dtype == np.float32
+    assert np.abs(sampled.mean(axis=(1, 2, 3)) - level).max() < 0.4
     prefix = np.full((2, K, D), level)
     assert np.abs(generator.sample(2, count=8, prefix=prefix).mean(axis=(1, 2, 3)) - level).max() < 0.4
   levels = generator.sample(4, count=32, seed=1).mean(axis=(1, 2, 3))

@@ -69,9 +69,9 @@ def test_who_goes_on_rightly_is_nearer_to_its_own_end(place, monkeypatch):
   monkeypatch.setattr(uses.generate, 'load', lambda workdir: Oracle())
   for order, right in (([0, 1, 2, 3], True), ([1, 2, 3, 0], False)):
     Oracle.order = order
-    found = uses.main(arguments(place, 'continue'))['systems']
-    assert (found['generated']['own less others']['high'] < 0) == right
-    assert found['its first chunks again']['own less others']['high'] < 0
+    systems = uses.main(arguments(place, 'continue'))['systems']
+    assert (systems['generated']['own less others']['high'] < 0) == right
+    assert systems['its first chunks again']['own less others']['high'] < 0
 
 
 def test_normal_chunks_have_the_corpus_mean_and_covariance():

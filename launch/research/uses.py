@@ -100,18 +100,18 @@ def new_music(args) -> dict:
     """One array [windows, 200] a piece, and the first few sounds."""
     sounds = (codec.decode(generate.as_latents(codec, z, seconds=args.seconds), seed=first_seed + i, refine=False)
               for i, z in enumerate(many))
-    found, kept = [], []
+    windows, kept = [], []
     for sound in sounds:
-      found.append(embed(sound, sample_rate=rate))
+      windows.append(embed(sound, sample_rate=rate))
       kept = [*kept, sound][:3]
-    return found, kept
+    return windows, kept
 
   reference, _ = embedded(corpus[~is_other], 10_000)
   whole, report = np.concatenate(reference), {}
   for name, many in systems.items():
-    found, kept = embedded(many, args.seed)
-    report[name] = {'pieces': len(found), 'frechet': frechet_distance(np.concatenate(found), whole),
-                    'sd': deviation(found, whole)}
+    produced, kept = embedded(many, args.seed)
+    report[name] = {'pieces': len(produced), 'frechet': frechet_distance(np.concatenate(produced), whole),
+                    'sd': deviation(produced, whole)}
     print(name, json.dumps(report[name]), flush=True)
     for number, sound in enumerate(kept if name.startswith('samples') else ()):
       audio_io.write(args.output / f'{name.replace(", ", "_").replace(" ", "_")}_{number}.wav', sound, rate)
@@ -126,10 +126,10 @@ def normal_chunks(corpus, shape, rng):
   return np.clip(drawn, -1, 1).astype(np.float32).reshape(*shape, *corpus.shape[2:])
 
 
-def deviation(found, reference, *, seed: int = 0) -> float:
+def deviation(embedded, reference, *, seed: int = 0) -> float:
   """Of the distance, when the pieces are drawn anew."""
-  picks = np.random.default_rng(seed).integers(len(found), size=(DRAWS, len(found)))
-  return float(np.std([frechet_distance(np.concatenate([found[i] for i in pick]), reference) for pick in picks],
+  picks = np.random.default_rng(seed).integers(len(embedded), size=(DRAWS, len(embedded)))
+  return float(np.std([frechet_distance(np.concatenate([embedded[i] for i in pick]), reference) for pick in picks],
                       ddof=1))
 
 
@@ -142,26 +142,26 @@ def continuations(args) -> dict:
   sounds = excerpts.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate)
   z = np.stack([latents.z[0] for latents in excerpts.encode(codec, sounds, rate).values()])
   wanted = z.shape[1] - GIVEN
-  made = generator.sample(wanted, count=len(z), seed=args.seed, prefix=z[:, :GIVEN], steps=args.steps,
-                          guidance=args.guidance)
+  sampled = generator.sample(wanted, count=len(z), seed=args.seed, prefix=z[:, :GIVEN], steps=args.steps,
+                             guidance=args.guidance)
   again = z[:, GIVEN - wanted:GIVEN]
   start = GIVEN * codec.representation.chunk_samples
 
   def vectors(ends):
     """Mean embeddings [n, 200], of length 1, of decoded ends; they are decoded behind what was given."""
-    found = []
+    rows = []
     for number, (given, end) in enumerate(zip(z[:, :GIVEN], ends, strict=True)):
       latents = generate.as_latents(codec, np.concatenate([given, end]), seconds=EXCERPT)
       sound = codec.decode(latents, seed=args.seed + number, refine=False)
-      found.append(embed(sound[:, start:], sample_rate=rate).mean(axis=0))
-      if number < 3 and ends is made:
+      rows.append(embed(sound[:, start:], sample_rate=rate).mean(axis=0))
+      if number < 3 and ends is sampled:
         audio_io.write(args.output / f'continued_{number}.wav', sound, rate)
-    return np.stack(found) / np.linalg.norm(found, axis=1, keepdims=True)
+    return np.stack(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
 
   true, names = vectors(z[:, GIVEN:]), [name.rpartition('@')[0] for name in sounds]
   same = np.array([[a == b for b in names] for a in names])  # of one track
   report = {}
-  for name, ends in (('generated', made), ('its first chunks again', again)):
+  for name, ends in (('generated', sampled), ('its first chunks again', again)):
     distance = 1 - vectors(ends) @ true.T
     own = np.diag(distance)
     others = np.array([row[~of_track].mean() for row, of_track in zip(distance, same)])
@@ -221,11 +221,11 @@ def spread_excerpts(path, rate: int, most: int = 6) -> list:
   with audio_io.AudioReader(path) as reader:
     own = reader.info.sample_rate
     seconds = reader.info.frames / own - 0.1  # a file that promises more than it holds is short by less
-    found = []
+    spread = []
     for start in np.linspace(0, seconds - EXCERPT, min(most, int(seconds // EXCERPT))):
       audio = reader.read(start=int(start * own), frames=int(EXCERPT * own), check_finite=True)
-      found.append((float(start), audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)))
-  return found
+      spread.append((float(start), audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)))
+  return spread
 
 
 STUDIES = {'generate': new_music, 'continue': continuations, 'similar': alike}

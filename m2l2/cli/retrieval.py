@@ -29,11 +29,11 @@ def _similar(args):
     raise UserError(f'--most={args.most}: print at least one piece')
   if not os.path.isfile(args.piece):
     raise UserError(f'{audio_io.shown(args.piece)}: there is no such file')
-  found = sources.find_files(args.folder, (*jobs.AUDIO, *jobs.LATENTS, features.EXTENSION))
-  if not found:
+  listing = sources.find_files(args.folder, (*jobs.AUDIO, *jobs.LATENTS, features.EXTENSION))
+  if not listing:
     raise UserError(f'{audio_io.shown(args.folder)}: there is no such file or directory')
-  base = found[0]
-  names = [name for name in sorted(found[1]) if not os.path.samefile(os.path.join(base, name), args.piece)]
+  base = listing[0]
+  names = [name for name in sorted(listing[1]) if not os.path.samefile(os.path.join(base, name), args.piece)]
   codec = options.load_codec(args)
   query, kept, pieces = _features_of(args.piece, codec), [], []
   with terminal.bar('read', len(names), quiet=args.quiet) as done:

@@ -32,11 +32,11 @@ def load(path, *, model: str) -> np.ndarray:
   """The features of a file, float32 [time, dim]. Raises UserError: it holds none, or those of another model."""
   try:
     with np.load(path, allow_pickle=False) as stored:
-      features, found = stored['features'], str(stored['model'])
+      features, fingerprint = stored['features'], str(stored['model'])
   except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
     raise UserError(f'{shown(path)}: is not a file of features (make one with m2l2 encode --features)') from error
-  if found != model:
-    raise UserError(f'{shown(path)}: its features are of model {found}, not of {model}: encode again')
+  if fingerprint != model:
+    raise UserError(f'{shown(path)}: its features are of model {fingerprint}, not of {model}: encode again')
   return features
 
 

@@ -17,9 +17,9 @@ from m2l2.examples import generate
 
 
 def parser() -> argparse.ArgumentParser:
-  made = argparse.ArgumentParser(prog='python -m m2l2.examples', description=generate.__doc__,
+  root = argparse.ArgumentParser(prog='python -m m2l2.examples', description=generate.__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-  commands = made.add_subparsers(dest='command', required=True)
+  commands = root.add_subparsers(dest='command', required=True)
   flags = commands.add_parser('train', help='on latents; the same command goes on with a run that was stopped')
   flags.add_argument('latents', help='what m2l2 encode-dataset wrote')
   flags.add_argument('--workdir', required=True)
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--guidance', type=float, default=1.0)
   flags.add_argument('--seed', type=int, default=0)
   options.overwrite(flags)
-  return made
+  return root
 
 
 def main(argv=None) -> int:
@@ -81,9 +81,9 @@ def _sample(args):
     audio, own = codec.at_model_rate(*audio_io.read(args.prefix))
     prefix = codec.encode(audio.mean(axis=0), own).z[0]
     prefix = prefix[:-1] if len(prefix) > 1 else prefix  # the last chunk may end in silence
-  made = generator.sample(chunks, seed=args.seed, prefix=prefix, label=args.label, steps=args.steps,
-                          guidance=args.guidance)[0]
-  z = made if prefix is None else np.concatenate([prefix, made])
+  sampled = generator.sample(chunks, seed=args.seed, prefix=prefix, label=args.label, steps=args.steps,
+                             guidance=args.guidance)[0]
+  z = sampled if prefix is None else np.concatenate([prefix, sampled])
   sound = codec.decode(generate.as_latents(codec, z, seconds=args.seconds if prefix is None else None), seed=args.seed)
   audio_io.write(args.output, sound, rate)
 

@@ -364,9 +364,9 @@ class Generator:
     place = first + np.arange(window)
     given = ((place < start) | (place >= stop))[None]
     x = self._sample(self.params, jax.random.key(seed), known, given, self._label(label, 1), guidance, steps=steps)
-    made = np.array(z, np.float32)
-    made[start:stop] = self._from_unit(x)[0, start - first:stop - first]
-    return made
+    filled = np.array(z, np.float32)
+    filled[start:stop] = self._from_unit(x)[0, start - first:stop - first]
+    return filled
 
   def _blocks(self, count, seed, prefix, label, steps, guidance):
     """New chunks [count, some, K, d], each window beginning with the end of the one before."""

@@ -143,13 +143,13 @@ def _name_of(loader: Loader, index: int) -> str:
 def _logged(workdir, step) -> dict:
   """The line of metrics.jsonl of that step; {} without one."""
   path = os.path.join(workdir, metrics.METRICS)
-  found: dict = {}
+  logged: dict = {}
   with open(path, encoding='utf-8', errors='replace') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
     for line in lines:
       with contextlib.suppress(ValueError, KeyError, TypeError):  # the line during which the run was killed
         told = json.loads(line)
-        found = told if told['step'] == step and 'loss' in told else found
-  return found
+        logged = told if told['step'] == step and 'loss' in told else logged
+  return logged
 
 
 def describe(step, values, told, bad_arrays, names, log, *, phase, name_of) -> list[str]:
