@@ -63,7 +63,7 @@ TRAINING = ('clu', 'grain', 'mir_eval', 'ml_collections', 'optax', 'orbax', 'skl
 # These also serve training or an extra, from inside functions that inference without them never calls.
 LAZY = ('m2l2.build', 'm2l2.data.ffmpeg', 'm2l2.evaluation.embedders.embeddings',
         *(f'm2l2.cli.{group}' for group in (
-            'coding', 'corpora', 'listing', 'measuring', 'runs', 'terminal', 'weights')))
+            'coding', 'corpora', 'listing', 'measuring', 'retrieval', 'runs', 'terminal', 'weights')))
 
 VAGUE = ('common', 'helper', 'helpers', 'misc', 'util', 'utils')
 LONGEST_LOOP = 300
