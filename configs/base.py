@@ -19,7 +19,7 @@ def get_config(arg=''):
 
   model = config.model = ml_collections.ConfigDict()
   # Representation. A chunk is `frames` frames: 64 x 512 = 32768 samples.
-  model.native_rates = (44100, 48000)  # processed as they are; other rates are resampled to the first
+  model.native_rates = (44100, 48000)  # not resampled; other rates are resampled to the first
   model.channels = 1                   # 1: mono; 2: stereo
   model.window = 2048                  # samples of the Hann window
   model.hop = 512                      # samples between frames
@@ -28,7 +28,7 @@ def get_config(arg=''):
   model.transform = 'polar'            # polar: |c| is compressed, the phase stays; component: re and im apart
   model.alpha = 0.65                   # exponent of the compression
   model.beta = 0.34                    # gain of the compression
-  model.edges = 'pad'                  # pad: no sample of a file fades at its edges; none: frames as they fall
+  model.edges = 'pad'                  # pad: the ends of a file are padded, so that they do not fade; none: no padding
   # Patchifiers: from 1024 x 64 down to 64 x 8 = 512 tokens.
   model.stem = (1, 1)                  # (F, T) patch folded into channels first; (1, 1) is none
   model.widths = (64, 128, 256, 512)   # channels of each level; the last is the transformers' width
@@ -51,7 +51,7 @@ def get_config(arg=''):
   # Departures from the paper, off here. launch/research/learning.md says what each is worth.
   model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser, as in CoDiCodec
   model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
-  model.shortcut = False               # linear paths tokens -> latents -> tokens beside the transformers
+  model.shortcut = False               # linear paths tokens -> latents -> tokens, parallel to the transformers
   model.shortcut_width = 0             # numbers per token on these paths, mixed over all tokens; 0: tokens are pooled
   model.linear_sketch = ()             # (bands, stretches of frames) of a linear autoencoder of the envelope
   model.latent_norm = False            # each embedding has RMS 0.4 before the bottleneck, so tanh cannot saturate
@@ -104,7 +104,7 @@ def get_config(arg=''):
   train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
   train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
   train.nested = 0.0                   # chance that a chunk keeps only a random prefix of its embeddings
-  train.head_start = 0.0               # share of the steps, from the first, that train on an easier task:
+  train.head_start = 0.0               # share of the steps, from the first on, that train on an easier task:
   train.head_start_on = 'data'         # regress the data, or its magnitudes, from sigma_max; or the envelope alone
   train.log_every = 100
   train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
@@ -147,7 +147,7 @@ def get_config(arg=''):
   data.num_workers = -1                # processes that read ahead; 0: threads of this one; -1: as many as it needs
   data.num_threads = -1                # crops read at once, in each of them; -1: by what a crop costs and devices take
   data.prefetch = 8                    # batches read ahead, by each worker
-  data.worker_buffer = 1               # batches that each worker holds ready beside those
+  data.worker_buffer = 1               # further batches that each worker holds ready
   data.device_prefetch = 1             # of them, batches already put on the devices
 
   evaluate = config.evaluate = ml_collections.ConfigDict()
@@ -156,7 +156,7 @@ def get_config(arg=''):
   evaluate.clips = 8                   # files, evenly over all there are
   evaluate.seconds = 10.0              # from the middle of each
   evaluate.metrics = 'si_sdr,mel_l1_db,ratio,musicnn_mtt'  # as for m2l2 evaluate
-  evaluate.raw = False                 # the raw weights beside the averaged ones
+  evaluate.raw = False                 # also the raw weights, not only the averaged ones
   evaluate.best = ''                   # one of the metrics: the best snapshot so far is kept in workdir/best
 
   mesh = config.mesh = ml_collections.ConfigDict()

@@ -53,7 +53,7 @@ make_environment() {
   ensure_venv_module "$python"
   say "making $directory with $("$python" --version 2>&1): half a minute to two, 1 GB"
   if [ -e "$directory/pyvenv.cfg" ] && [ ! -e "$directory/made-by-m2l2" ]; then
-    give_up "$directory is an environment of somebody else's making; move it away and run this again"
+    give_up "$directory was not made by this script; move it away and run this again"
   fi
   rm -rf "$directory"
   "$python" -m venv "$directory" || give_up "could not make $directory"

@@ -176,4 +176,4 @@ done <<< "$packages"
 printf '%s: %.2f hours to train on, %.2f hours held out\n' \
   "$output" "${sum[train]}" "${sum[heldout]}"
 ((${#failed[@]} == 0)) ||
-  fail "${#failed[@]} not fetched: ${failed[*]}; run the same command again, or go on without"
+  fail "${#failed[@]} not fetched: ${failed[*]}; run the same command again, or continue without them"

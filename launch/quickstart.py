@@ -1,11 +1,11 @@
-"""What a run learned of the clip that it was trained on: sounds, spectrograms and figures.
+"""Shows what a run has learned of its training clip: sounds, spectrograms and figures.
 
     python launch/quickstart.py WORKDIR
 
-Writes, into the workdir: untrained.wav (the training clip through the weights that the run began with: train.init_from,
-else random ones), trained.wav (through what became of them), comparison.png and report.json; and original.wav and
-heldout_original.wav, the two shipped clips as they are. Decoding is one step from sigma_max: it starts from pure noise,
-so all that is heard comes through the latents. Figures are at the model's own rate.
+Writes, into the workdir: untrained.wav (the training clip reconstructed by the initial weights: train.init_from, else
+random ones), trained.wav (by the trained weights), comparison.png and report.json; and original.wav and
+heldout_original.wav, the two shipped clips. Decoding is one step from sigma_max, from pure noise, so the result depends
+on the latents alone. Figures are at the model's own rate.
 """
 
 import copy

@@ -472,8 +472,9 @@ def test_presets_and_models_are_listed(m2l2):
   assert status == 0 and not errors and sorted(line.split()[0] for line in said.splitlines()) == sorted(names)
   assert all(len(line.split()) > 5 for line in said.splitlines())
   status, said, errors = m2l2('models')
-  [tiny] = [line for line in said.splitlines() if line.startswith('tiny ')]
-  assert status == 0 and '22.05 kHz' in tiny and '28 MiB' in tiny and 'MODEL.md' in tiny
+  first, quality, card = said.splitlines()
+  assert status == 0 and first.startswith('tiny ') and '22.05 kHz' in first and '28 MiB' in first
+  assert 'Fréchet distance 283' in quality and 'Licence: ' in quality and card.strip().startswith('Card: ')
 
 
 def test_training_is_handed_over(m2l2, tmp_path):
@@ -671,7 +672,7 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
   status, said, errors = m2l2('encode', tmp_path / 'music', folder / 'z', checkpoint)
   assert status == 1 and len(said.splitlines()) == 3
   assert 'broken.wav: is not audio' in errors and errors.splitlines()[-1] == (
-      'm2l2: 1 of 4 files were passed over; the others are done')
+      'm2l2: 1 of 4 files were skipped; the others are done')
   status, _, errors = m2l2('decode', f'{folder}/z/**/*.safetensors', folder / 'out', checkpoint, '--format=flac',
                            '--batch=2')
   assert (status, errors) == (0, '')
@@ -907,7 +908,7 @@ def test_a_folder_goes_on_after_a_file_that_may_not_be_read(m2l2, song, folder, 
   assert status == 1 and written == ['b.safetensors']
   first, last = errors.splitlines()
   assert first.startswith('m2l2: ') and first.endswith(r'in/a.wav: /else\nwhere: Permission denied')
-  assert last == 'm2l2: 1 of 2 files were passed over; the others are done'
+  assert last == 'm2l2: 1 of 2 files were skipped; the others are done'
 
 
 def test_a_folder_ends_at_a_full_disk(m2l2, song, folder, monkeypatch):

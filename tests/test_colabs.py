@@ -1,7 +1,7 @@
 """The notebooks run from top to bottom: their cells here, with a small model, short clips and no training; else soak.
 
 Then in kernels, with the model in the box, which is trained for fewer steps. As they are, in minutes:
-M2L2_COLAB_STEPS=500 ./launch/test.sh --soak tests/test_colabs.py -k runs
+M2L2_COLAB_STEPS=500 python -m pytest -m soak tests/test_colabs.py
 """
 
 import ast

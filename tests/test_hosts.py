@@ -265,7 +265,7 @@ def test_a_signal_that_ends_one_is_told_to_the_others(number, name):
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line():
-  with pytest.raises(UserError, match='nobody answers there after --start_timeout=1 s') as error:
+  with pytest.raises(UserError, match='no answer after --start_timeout=1 s') as error:
     hosts.join(coordinator=f'localhost:{free_port()}', num_processes=2, process_id=1, start_timeout=1)
   assert '\n' not in str(error.value)
 

@@ -50,7 +50,7 @@ def small_functions(config, ravel=False):
       step=zero, params=params, ema=jax.tree.map(jnp.copy, params), opt_state=({'m': params},),
       skipped=zero, skipped_in_a_row=zero)
 
-  def step(state, batch):
+  def step(state, batch, *, phase):
     def loss_fn(params):
       x, w = batch['audio'][:, 0], params['layer']['w']
       return jnp.mean(jnp.square(x @ w @ w.T - x))
@@ -71,6 +71,7 @@ def small_functions(config, ravel=False):
 
   return types.SimpleNamespace(
     init=init, train_step=step, probe_step=probe, phases=(('consistency', 10**9),),
+    phase=lambda step: 'consistency', ravel=lambda state: state, unravel=lambda state: state,
     crop_samples=CROP, channels=1, sample_rate=RATE,
     native_rates=(RATE,), logical_axes={'layer': {'w': ('embed', 'mlp')}})
 
@@ -465,7 +466,7 @@ def test_an_evaluation_that_fails_is_logged_and_comes_after_the_save(held_out, s
     patch.setattr(listening.Listener, '_measure_all', fail)
     assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6
   assert saved == [(2, 2, 2), (4, 4, 4), (6, 6, 6)]
-  assert said == [f'the evaluation at step {step} failed, training goes on: ZeroDivisionError: float division by zero'
+  assert said == [f'the evaluation at step {step} failed, training continues: ZeroDivisionError: float division by zero'
                   for step in (2, 4, 6)]
   assert soak_resume.differences(straight, tmp_path) == []
   assert held_out(tmp_path, **{'train.checkpoint_every': 2}) == 6  # and what was not measured is
@@ -548,7 +549,7 @@ def test_a_check_says_what_would_run_and_leaves_nothing(small, straight, again, 
   assert sorted(path for path in again.rglob('*')) == before
   text = '\n'.join(lines)
   for part in ('8 cpu (cpu), mesh data 8', '0.000512 M parameters, mono, 8000 Hz', f'at {music}',
-               '8 crops of 0.01 s, 1 a device', 'goes on from step 6 of 9; 9 steps, saved every 2',
+               '8 crops of 0.01 s, 1 a device', 'resumes from step 6 of 9; 9 steps, saved every 2',
                'none (evaluate.root is empty)', str(again)):
     assert part in text
   save_snapshot(tmp_path / 'old', params={'layer': {'w': np.zeros((CROP, 8), np.float32)}}, config={}, step=5)
@@ -653,7 +654,7 @@ sharding.param_shardings = functools.partial(sharding.param_shardings, min_size=
 config = test_train.small_config(music, **{
   'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': int(steps), 'train.probe_every': 2,
   'train.checkpoint_every': 1000 if count == '2' else 2, 'data.num_threads': 1, 'data.num_workers': 0, **more})
-print('updates', loop.train(config, workdir))
+print('updates done:', loop.train(config, workdir))
 """
 
 
@@ -685,7 +686,7 @@ def stopped(workdir, music, *, steps, ready, processes=2, number=signal.SIGTERM,
     said = [path.read_text() for path in logs]
     expected = -signal.SIGKILL if number == signal.SIGKILL else 0
     assert [p.poll() for p in started] == [expected] * processes, '\n'.join(said)
-    return [None if expected else int(text.split('updates ')[1].split()[0]) for text in said]
+    return [None if expected else int(text.split('updates done: ')[1].split()[0]) for text in said]
   finally:
     for p in started:
       p.kill()

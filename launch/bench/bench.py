@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times train step, encoding, decoding and attention on whatever device is there: JSON on stdout.
+"""Times train step, encoding, decoding and attention on the available device: JSON on stdout.
 
   python launch/bench/bench.py --config=nano
   python launch/bench/bench.py --config=base --batch=16 --dtype=bfloat16 > bench.json
@@ -8,15 +8,15 @@
 
 Runs from a checkout, installed or not. The train step and attention need jax, flax, optax and numpy
 alone (and ml_collections, unless --config-json names the config.json of a workdir or snapshot);
-encoding and decoding need soundfile and soxr too and are left out with a note without them. One
-device; random weights; audio is noise. Every time is of compiled code that ran before, with the
-result waited for.
+encoding and decoding need soundfile and soxr too, and are left out with a note without them. One
+device; random weights; the audio is noise. Every time is of compiled code after a first run, until the
+result is ready.
 
-What is measured has its references beside it, one run of each in turn (ABCABC...), so that whatever
-else the machine does meets all of them; `ratio` is the reference's seconds over ours, round by round:
-above 1 ours is faster. References are: of attention, one dense attention under a mask; of the others
-float32 for a narrower dtype; of the train step also plain attention for a fused one, and the further
-policies of --remat; and with --torch CoDiCodec's own torch modules (launch/bench/torch_reference.py).
+Each measurement alternates with its references (ABCABC...), so that other work of the machine affects all
+alike; `ratio` is the reference's seconds over ours, round by round: above 1 ours is faster. References are: of
+attention, one dense attention under a mask; of the others float32 for a narrower dtype; of the train step also plain
+attention for a fused one, and the further policies of --remat; and with --torch CoDiCodec's own torch modules
+(launch/bench/torch_reference.py).
 """
 
 import argparse
@@ -75,7 +75,7 @@ def parse(argv):
                       help='length of the signal that is encoded and decoded (default 30)')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of activations')
   parser.add_argument('--remat', metavar='A,B',
-                      help=f'some of {",".join(REMATS)}: the first is measured, the others stand beside it')
+                      help=f'some of {",".join(REMATS)}: the first is measured, the others are references')
   parser.add_argument('--only', default=','.join(PARTS), metavar='A,B',
                       help=f'some of {",".join(PARTS)}')
   parser.add_argument('--pairs', action=argparse.BooleanOptionalAction, default=True,
@@ -330,7 +330,7 @@ def time_codec(config, *, parts, args, original=None) -> dict:
 
 @contextlib.contextmanager
 def torch_original(config, network, args):
-  """The original beside us. Raises UserError: it is not installed, or is not what the config describes."""
+  """The original implementation. Raises UserError: it is not installed, or has another architecture than the config."""
   if config['model']['dtype'] != 'float32' or jax.default_backend() != 'cpu':
     raise UserError('--torch compares float32 on the CPU: set --dtype=float32 and JAX_PLATFORMS=cpu')
   from launch.bench import torch_reference  # needs torch and codicodec
@@ -379,7 +379,7 @@ def xla_flops(compiled):
 
 
 def temporary_bytes(compiled):
-  """Bytes that the step needs beside its arguments and results, where the backend says so."""
+  """Temporary bytes of the step, if the backend reports them."""
   try:
     return compiled.memory_analysis().temp_size_in_bytes
   except Exception:  # not every backend has one

@@ -4,11 +4,11 @@
   python launch/bench/bench_data.py data/music/train data/prepared
   python launch/bench/bench_data.py '3*data/music,1*data/speech' --crops=512 --rounds=5 --threads=4
 
-A place is what data.root takes. Both sides cut the same stereo crops; the bare side only opens, seeks and decodes
-(segments of records lie in files of a temporary folder for it), in one thread. Ours gives batches: reading records,
-checks, channel policy, resampling, batching. `ratio` is our crops a second over the bare ones, round by round:
-`in_one_thread` reads in `next` (num_threads=0), `ratio` with --threads and reading ahead, as training does; a
-loader is made anew in each round and timed once as many batches are under way as will be when it ends. Needs the
+A place is a value of data.root. Both sides cut the same stereo crops; the bare side only opens, seeks and decodes, in
+one thread (segments of records are copied to temporary files for it). Ours makes batches: reading records, checks,
+channel policy, resampling, batching. `ratio` is our crops per second over the bare ones, round by round:
+`in_one_thread` reads in `next` (num_threads=0), `ratio` with --threads and reading ahead, as in training. Each round
+has a new loader, timed from a steady state. Needs the
 `train` extra.
 """
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""What compiling costs, and where it comes from: kernels of the optimised program by named scope.
+"""Measures the cost of compiling, and counts kernels of the optimised program by named scope.
 
   python launch/bench/compile_cost.py --config=nano
   python launch/bench/compile_cost.py --config=tiny --program=decode --depth=2
   python launch/bench/compile_cost.py --config=base:debug --against=../before   # another checkout and this one in turn
 
-XLA's CPU compiler makes machine code for each loop that differs from the others, and its time goes with their number,
-not with their work (products, convolutions and most reductions are calls of libraries and cost it nothing). The table
-counts all kernels by the named scope that they were traced in; a gradient counts where its forward pass stands. Seconds
-are of processor time (user), of tracing and of compiling apart, without any cache of compiled programs. Of encode and
-decode they are what a codec's first call takes more than its second, and the table is of its main program. Even
-processor time doubles when the other thread of a core is busy, so compare figures of one run only.
+XLA's CPU compiler generates machine code for each distinct loop, and its time depends on their number, not on their
+work (products, convolutions and most reductions are library calls and cost it nothing). The table
+counts all kernels by the named scope that they were traced in; a gradient counts in the scope of its forward pass.
+Seconds are of processor time (user), of tracing and of compiling apart, without any cache of compiled programs. Of
+encode and decode they are what a codec's first call takes more than its second, and the table is of its main program.
+Even processor time doubles when the other thread of a core is busy, so compare figures of one run only.
 """
 
 import argparse

@@ -24,7 +24,7 @@ try:
   import torch
 except ModuleNotFoundError as error:
   missing = error.name.partition('.')[0]
-  raise UserError(f"--torch runs the original beside m2l2, and {missing} is not installed: "
+  raise UserError(f"--torch compares with the original, and {missing} is not installed: "
                   "pip install -e '.[codicodec]' codicodec") from error
 
 RESAMPLERS = {(2, 2): 0, (4, 1): 1, (2, 1): 2, (1, 2): 3}  # the package's numbers of them

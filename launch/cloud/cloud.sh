@@ -6,15 +6,15 @@
 # machine lost in between would leave half a checkpoint under its final name. So these scripts refuse
 # flat buckets. Caches of names are turned off, so that every host sees what another has written.
 # What training only reads (data_flags) is mounted once more, from any bucket: read-only, and with all names and sizes
-# cached for as long as the mount lasts, so that opening a shard asks nobody. No file cache: a crop is a short read
-# at a random place, for which that would fetch the whole shard.
-# What stays different from a disk: a file is in the bucket once it is closed, so the lines of
-# metrics.jsonl since the last start are lost with a machine that is lost without a warning.
+# cached for as long as the mount lasts, so that opening a shard needs no request. No file cache: a crop is a short read
+# at a random position, for which a cache would fetch the whole shard.
+# A difference from a disk remains: a file is in the bucket only when it is closed, so the lines of
+# metrics.jsonl since the last start are lost if a machine is lost without a warning.
 
 mount_point=/mnt/m2l2
 data_mount_point=/mnt/m2l2-data
 data_flags='--config.data.root --config.evaluate.root'
-stopped_code=75  # "try again": what m2l2 train returns when it was told to stop and has saved
+stopped_code=75  # "try again": the status of m2l2 train after it was stopped and has saved
 
 # Runs a command, or with dry_run=1 prints it as a line for a shell.
 act() {

@@ -10,26 +10,26 @@ usage() {
 Usage: launch/cloud/gke.sh --name=NAME --image=IMAGE --type=v5e|v5p|v6e|v4 --topology=AxB[xC] [options] -- flags of m2l2 train
 
   --image=IMAGE        made from launch/Containerfile with EXTRA=tpu, in a registry the cluster reads
-  --topology=16x16     chips of one slice; a node pool of that shape for each slice must be there
+  --topology=16x16     chips of one slice; a node pool of that shape must exist for each slice
   --slices=N           several slices train one model (default 1)
   --chips-per-host=N   of the node pool's machine type, ct5lp-hightpu-4t: 4 (default 4, or all chips
                        of a slice that has fewer)
   --namespace=default  --service-account=default      the latter may write to the bucket
   --max-restarts=N     after failures (default 20); preemptions are not counted
-  --grace=SECONDS      to save after SIGTERM (default 600; a spot node gives 25 or so, whatever this says)
+  --grace=SECONDS      to save after SIGTERM (default 600; a spot node allows about 25 in any case)
   --spot               spot nodes
   --dry-run            print the manifest, apply nothing
 
 --workdir=gs://BUCKET/... in the flags of m2l2 train is mounted with the Cloud Storage FUSE CSI driver; the
 bucket needs a hierarchical namespace (launch/cloud/cloud.sh says why), the cluster the driver and JobSet >= 0.6.
 Data on gs:// are mounted read-only and cached, from any bucket.
-GKE tells the workers who they are, several slices through MEGASCALE_...: --multihost is all m2l2 needs.
+GKE gives the workers their numbers, several slices through MEGASCALE_...: m2l2 needs only --multihost.
 
 Example: launch/cloud/gke.sh --name=base --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
   --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base
 
   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
-  kubectl delete jobset NAME           has it save and end; the same call of this script goes on
+  kubectl delete jobset NAME           makes it save and end; the same call of this script resumes
 HELP
 }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a command until it is done; m2l2 train goes on from its last checkpoint each time.
+# Runs a command until it is done; m2l2 train resumes from its last checkpoint each time.
 #   launch/cloud/restart.sh m2l2 train --stopped_exit_code=75 ...
-# 0 ends it. After anything else it waits and starts again: 10 s after 75 (stopped and saved, because
-# another machine of the run was told to), longer each time after failures, and 8 of them in a row
-# end it. An attempt that lasted 10 minutes starts the count anew. In the environment: ATTEMPTS=8
+# Status 0 ends it. After any other it waits and starts again: 10 s after 75 (stopped and saved, because
+# another machine of the run was stopped), longer each time after failures, and 8 failures in a row
+# end it. An attempt of 10 minutes resets the count. In the environment: ATTEMPTS=8
 # FIRST_WAIT=10 HEALTHY=600, the latter two in seconds.
 # SIGTERM is passed on and ends it once the command has saved.
 set -uo pipefail

@@ -16,15 +16,15 @@ Usage: launch/cloud/slurm.sh --nodes=N --gpus=G [options] -- flags of m2l2 train
   --name=NAME          of the job (default m2l2); --time=HH:MM:SS a turn (default 24:00:00)
   --partition=P --account=A --qos=Q --constraint=C      as for sbatch
   --python=FILE        of the environment that m2l2[train,cuda] is installed in (default .venv/bin/python)
-  --image=IMAGE        run in a container (Slurm's --container-image, of the pyxis plugin); made from
-                       launch/Containerfile with EXTRA=cuda; --mounts=FROM:TO,... what it sees of the disks
-  --notice=SECONDS     SIGTERM comes so long before the time is up, and m2l2 saves (default 300)
-  --attempts=N         failures in less than 10 minutes after a start that end it (default 5 starts)
+  --image=IMAGE        run in a container (Slurm's --container-image, of the pyxis plugin); built from
+                       launch/Containerfile with EXTRA=cuda; --mounts=FROM:TO,... the mounted folders
+  --notice=SECONDS     SIGTERM is sent this long before the time limit, and m2l2 saves (default 300)
+  --attempts=N         failures within 10 minutes of a start after which it ends (default 5)
   --dry-run            print the sbatch call, and the srun call that the job makes
 
 One process for each GPU: jax gives process i of a node the GPU i, and would leave the others of the node
 idle with one process a node. The workdir and the music must be on a file system that all nodes share.
-The job's log is slurm-JOB.out where you call this; it goes on in one file.
+The job's log is slurm-JOB.out in the current folder, one file for all restarts.
 
 Example: launch/cloud/slurm.sh --nodes=4 --gpus=8 --partition=gpu -- \
   --config=configs/base.py --config.data.root=/data/music --workdir=/data/runs/base

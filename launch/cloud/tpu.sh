@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices: asks for them, installs m2l2, runs, restarts, gives them back.
+# Trains on Cloud TPU slices: requests them, installs m2l2, runs, restarts, deletes them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh
@@ -9,33 +9,33 @@ usage() {
   cat <<'HELP'
 Usage: launch/cloud/tpu.sh COMMAND --name=NAME [options] [-- flags of m2l2 train]
 
-  create   ask for the slices (a queued resource: they may come at once or in days)
+  create   request the slices (a queued resource, which may take minutes or days)
   setup    install m2l2[train,tpu] on all workers, from a commit of this checkout
   run      start training on all workers, detached; failures restart it (launch/cloud/restart.sh)
-  keep     all of these, and all again whenever the slices are preempted, until training is done;
-           it stays in the foreground, so run it in tmux on a machine that stays on
-  status   the slices, and what training does on each worker
+  keep     all of these, and again whenever the slices are preempted, until training is done; it runs in
+           the foreground, so start it in tmux on a machine that stays on
+  status   the state of the slices, and of training on each worker
   logs     follow the log of the first worker (~/m2l2-run/train.log on each)
-  stop     have training save and end; run goes on with it
-  delete   give the slices back
+  stop     make training save and end; run resumes it
+  delete   delete the slices
 
   --name=NAME        of the queued resource (TPU_NAME)
   --type=TYPE        v5litepod-256, v5p-512, v6e-256, ... (TPU_TYPE; create and keep need it)
   --slices=N         several slices of that type train one model (default 1)
-  --zone=Z --project=P      (TPU_ZONE, TPU_PROJECT; else what gcloud is set to)
+  --zone=Z --project=P      (TPU_ZONE, TPU_PROJECT; else those of gcloud's config)
   --runtime=VERSION  of the TPU software (default: the one for the type)
   --network=N --subnetwork=N --service-account=EMAIL --internal-ip
-  --spot, --reserved cheap and preemptible, or reserved capacity
-  --ref=COMMIT       what setup installs (default HEAD; what is not committed stays here)
-  --poll=SECONDS     how often keep looks (default 60)
-  --recreations=N    how often keep asks for slices anew before it gives up (default 100)
+  --spot, --reserved preemptible, or reserved capacity
+  --ref=COMMIT       the commit that setup installs (default HEAD; uncommitted changes are not installed)
+  --poll=SECONDS     interval of keep's checks (default 60)
+  --recreations=N    how often keep requests new slices before it gives up (default 100)
   --dry-run          print the commands, run none
 
-The workdir must be on something that all workers share. gs://BUCKET/... in the flags of m2l2 train is
+The workdir must be on storage that all workers share. gs://BUCKET/... in the flags of m2l2 train is
 mounted with Cloud Storage FUSE: data read-only and cached, from any bucket; the one with the workdir needs a
 hierarchical namespace (launch/cloud/cloud.sh says why).
 Workers find each other through the metadata of their machines, several slices through the
-MEGASCALE_... entries that the queued resource puts there: --multihost is all that m2l2 needs.
+MEGASCALE_... entries of the queued resource: m2l2 needs only --multihost.
 
 Example: launch/cloud/tpu.sh keep --name=base --type=v5litepod-256 --zone=us-west4-a --spot -- \
   --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base

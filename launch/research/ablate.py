@@ -1,11 +1,11 @@
-"""Trains a config as it is and with one choice of the paper's changed at a time, and measures all alike.
+"""Trains a config unchanged and with one of the paper's choices changed at a time, and measures all in the same way.
 
     python launch/research/ablate.py --config=configs/small.py --config.data.root=data/music/train \\
       --reference=data/music/heldout --output=runs/ablations
 
-OUTPUT/NAME is the workdir of each run, OUTPUT/reports/NAME.json what `m2l2 evaluate` says of it, OUTPUT/ablations.json,
-.md and .png the table. Runs that are done are left as they are; the same command goes on with one that was stopped.
-Further --config.FIELD=VALUE flags hold for all runs. What is no larger than between as_is and other_seed is chance.
+OUTPUT/NAME is the workdir of each run, OUTPUT/reports/NAME.json its report by `m2l2 evaluate`, OUTPUT/ablations.json,
+.md and .png the table. Completed runs are kept; the same command resumes a stopped one. Further --config.FIELD=VALUE
+flags hold for all runs. A difference that is no larger than that between as_is and other_seed is chance.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def run(*arguments):
   """One m2l2 command in a process of its own: its memory goes with it."""
   done = subprocess.run([sys.executable, '-m', 'm2l2', *map(str, arguments)], check=False)
   if done.returncode:
-    raise UserError(f'm2l2 {arguments[0]} ended with status {done.returncode}; the same command goes on from there')
+    raise UserError(f'm2l2 {arguments[0]} ended with status {done.returncode}; the same command resumes it')
 
 
 def is_trained(workdir, steps) -> bool:

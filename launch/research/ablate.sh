@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What each of the paper's choices is worth: trains a config as it is and once without each of them, same music, same
-# seed, same number of chunks a step; reconstructs the same held-out excerpts with all; one table and one picture.
-# Run it again to go on where it stopped. Makes .venv.
+# Ablation of the paper's choices: trains a config unchanged and once without each choice, with the same music, seed and
+# chunks per step; reconstructs the same held-out excerpts with all; makes one table and one picture.
+# Run it again to resume. Makes .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh

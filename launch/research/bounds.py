@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What bounds a model that codes the envelope and leaves phases to noise, before anything is trained.
+"""The best result of a model with a coded envelope and random phases, without training.
 
   python launch/research/bounds.py --config=configs/tiny.py --config.data.root=PREPARED --components=512,1024
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Nine minutes on one GPU without network: its tests, the benchmarks, then `small` trained from a pack. All that is worth
-# keeping lands in OUTPUT, in few files below 16 MB: checks.log, train.log, metrics.jsonl, and the averaged weights in
-# bfloat16 (box/small). Run it again at once to go on where it stopped; on a machine that lacks the workdir but was given
-# OUTPUT it goes on from those weights.
+# Nine minutes on one GPU without network: its tests, the benchmarks, then `small` trained from a pack. The results
+# are written to OUTPUT, in few files below 16 MB: checks.log, train.log, metrics.jsonl, and the averaged weights in
+# bfloat16 (box/small). Run it again to resume; on a machine with OUTPUT but without the workdir it continues
+# from those weights.
 #   ./launch/research/gpu_quarter.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
-#     --minutes=M      for all of it (9)
+#     --minutes=M      total time (9)
 #     --output=DIR     (runs/gpu)
 #     --workdir=DIR    (runs/small)
-#     --pack=DIR       what launch/research/pack.py made (data/pack); it must be there
+#     --pack=DIR       output of launch/research/pack.py (data/pack)
 #     --config=FILE    (configs/small.py)
 #     --python=PROGRAM one that has JAX for this GPU (python3)
-#     --wheels=DIR     wheels of what it lacks, installed first: grain, soundfile, soxr, ml_collections, clu, ...
+#     --wheels=DIR     wheels to install first: grain, soundfile, soxr, ml_collections, clu, ...
 #     --no-checks      training alone, as in a second call
 # Rehearse it on a CPU: ./launch/research/gpu_quarter.sh --minutes=3 --config=configs/small.py:debug --python=.venv-test/bin/python
 set -euo pipefail

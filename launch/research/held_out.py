@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""What a model makes of music that nobody trained on or chose by, beside codecs that have learned little or nothing.
+"""Measures a model on held-out music, compared with simple codecs of the same rate.
 
   python launch/research/held_out.py --model=tiny --train=PREPARED --output=runs/held_out
 
   --model=MODEL      snapshot, workdir or a model in the box
   --music=DIR        default data/music/heldout (launch/get_music.sh)
   --excerpts=FILE    default launch/research/excerpts/heldout.txt: 60 of --seconds=10
-  --train=PLACE      music that the PCA is fitted on, as config.data.root has it
-  --beside=A,B       further models of the same sample rate, a row each: one step; such as what training began with.
-                     NAME=MODEL names the row
-  --sigma-cond=A,B   noise put back on a chunk in two-step decoding: two steps less one, paired, for each
+  --train=PLACE      music that the PCA is fitted on, as for config.data.root
+  --beside=A,B       further models of the same sample rate, one row each, in one step; for example the model that
+                     training began with. NAME=MODEL names the row
+  --sigma-cond=A,B   noise added to a chunk in two-step decoding: two steps less one, paired, for each
   --workers=N        processes for the signal metrics
-  --visqol-every=N   ViSQOL, seconds of computation for one of sound, takes each N-th excerpt (default 1; 0: none)
+  --visqol-every=N   ViSQOL, which is slow, on every N-th excerpt (default 1; 0: none)
 
-All at the model's own sample rate. OUTPUT gets table.md, report.json, spectrograms.png, swapped.png, rates.png (nested
-models) and a few sounds.
+All at the model's own sample rate. Writes to OUTPUT table.md, report.json, spectrograms.png, swapped.png, rates.png
+(nested models) and a few sounds.
 The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many numbers a
 second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
 numbers a second (of its frames eight at a time, fitted on the training music); the excerpts themselves as a check.

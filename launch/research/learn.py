@@ -4,20 +4,20 @@
   python launch/research/learn.py --name=rate22 --cpu-seconds=480 --config=configs/nano.py \\
     --config.data.root=PREPARED --config.model.native_rates='(22050,)'
 
-  --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command goes on with it
-  --table=DIR        default runs/learn: trials.jsonl and trials.md get a line a trial
-  --cpu-seconds=S    steps are as many as fit in S processor seconds of compute (measured first);
-                     without it config.train.steps counts
-  --music=DIR        where the excerpts' files are (default data/music/train)
+  --name=NAME        of the trial; its workdir is TABLE/NAME, and the same command resumes it
+  --table=DIR        default runs/learn: trials.jsonl and trials.md get a line per trial
+  --cpu-seconds=S    as many steps as fit into S processor seconds (measured first);
+                     default: config.train.steps
+  --music=DIR        the folder of the excerpts' files (default data/music/train)
   --excerpts=FILE    list of excerpts (default launch/research/excerpts/validation.txt), --seconds=6 each
-  --compare=A,B,...  trains nothing: draws TABLE/compare.png, what trials with config.evaluate.root came to on the way,
-                     against hours of audio and PFLOP
-  --config...        as m2l2 train has it: what differs from the file is the trial's delta
+  --compare=A,B,...  no training: draws TABLE/compare.png, the metrics of trials with config.evaluate.root against hours
+                     of audio and PFLOP
+  --config...        as for m2l2 train: the fields that differ from the file are the trial's delta
 
-Train on what `m2l2 prepare --validation-fraction=0.08` made of the music: the excerpts of the default list are of
-files that it leaves out. In the table: ratio, level, log-mel L1, SI-SDR and FD of one step from pure noise ('2'
-behind a name: two steps); exchanged: ratio when another piece's latents are decoded; swap: relative change then;
-spread and rank of the latents; SNR at two noise levels, beside a Wiener filter that knows each excerpt's mean
+Train on the output of `m2l2 prepare --validation-fraction=0.08`: the excerpts of the default list are of files that it
+puts aside. In the table: ratio, level, log-mel L1, SI-SDR and FD of one step from pure noise ('2'
+behind a name: two steps); exchanged: ratio when another piece's latents are decoded; swap: the relative change then;
+spread and rank of the latents; SNR at two noise levels, compared with a Wiener filter that knows each excerpt's mean
 spectrum, and with wrong latents.
 """
 
@@ -81,7 +81,7 @@ def run(argv) -> dict:
   workdir = Path(args.table) / args.name
   rate = build.native_rates(config.model)[0]
   sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-  if args.cpu_seconds and (workdir / 'config.json').is_file():  # goes on: the steps are those of the first start
+  if args.cpu_seconds and (workdir / 'config.json').is_file():  # resumed: the steps are those of the first start
     config.train.steps = json.loads((workdir / 'config.json').read_text())['train']['steps']
   elif args.cpu_seconds:
     config.train.steps = steps_within(config, args.cpu_seconds)

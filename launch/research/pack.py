@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Packs hours of music into megabytes: an excerpt of each file as mono Opus, for machines that cannot fetch a corpus.
+"""Packs hours of music into megabytes: an excerpt of each file as mono Opus, for machines without network.
 
   python launch/research/pack.py --input=data/music/train --output=data/pack
 
-  --hours=H        of music in all (default 2.5); every folder of the input gives the same time, every file of a folder
-                   too, as far as they last; from the middle of each file
-  --megabytes=M    that the pack may have (default 39); the bit rate follows from it, 64 kbit/s at most
+  --hours=H        of music in total (default 2.5), equally from all folders and from all files of a folder, as far as
+                   they last; from the middle of each file
+  --megabytes=M    limit of the pack's size (default 39); it determines the bit rate, at most 64 kbit/s
   --shares=A=W,... weight of a folder's time (default 1), such as warzone2100-music=0.5
   --leave-out=F    fraction of the files to leave out (default 0.08): those that `m2l2 prepare` with
-                   --validation-fraction=F puts aside, so that nothing is trained on what recipes are chosen by
+                   --validation-fraction=F puts aside, so that no model is trained on files that recipes are chosen by
 
 Files are OUTPUT/FOLDER/NAME.opus, 48 kHz, the mean of the channels; pack.json names sources, places and seconds.
 Written whole or not at all. What cannot be read is named and left out. `--config.data.root=OUTPUT` trains on it. Opus

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Weights to begin with: the linear sketch (model.linear_sketch) as the principal components of music's envelopes.
+"""Initial weights: the linear sketch (model.linear_sketch) as the principal components of the music's envelopes.
 
   python launch/research/pca_start.py --output=runs/start --config=configs/tiny.py --config.data.root=PREPARED
   m2l2 train --config=configs/tiny.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
 
-  --crops=N    of two chunks, from the training music (default 5000)
+  --crops=N    crops of two chunks of the training music (default 5000)
 
-Components come in the order of their variance, 64 to an embedding, each with RMS 0.4. The envelope's bias is set so
-that it lies at the quantile that training aims at. All else is drawn as by training.
+Components are ordered by variance, 64 per embedding, each with RMS 0.4. The envelope's bias is set to the quantile that
+training aims at. All other weights are initialised as in training.
 """
 
 import argparse

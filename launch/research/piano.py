@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Renders piano music from generated scores: as much as one wants of one instrument, to train on and to judge on.
+"""Renders any amount of piano music from generated scores, for training and evaluation.
 
   python launch/research/piano.py --output=data/piano     # 80 pieces of 3 minutes to train on, 12 held out: 4.6 h
   python launch/research/piano.py --output=DIR --pieces=8 --held=2 --seconds=30 --rate=22050
 
 Needs fluidsynth and its General MIDI soundfont (Debian, Ubuntu: apt install fluidsynth fluid-soundfont-gm) and mido.
-Each piece is a score of its own (key, mode, tempo, accompaniment, melody), so a piece held out was heard by nobody.
-Writes DIR/train and DIR/heldout as mono FLAC; what is there already is left alone.
+Each piece has its own score (key, mode, tempo, accompaniment, melody), so held-out pieces are unknown to the model.
+Writes DIR/train and DIR/heldout as mono FLAC; existing files are kept.
 """
 
 import argparse

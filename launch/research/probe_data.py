@@ -1,18 +1,18 @@
-"""Makes labelled music for `m2l2 probe` where the real data sets are not at hand: notes, keys and tags.
+"""Makes labelled music for `m2l2 probe` as a substitute for the real data sets: notes, keys and tags.
 
     apt install fluidsynth fluid-soundfont-gm timgm6mb-soundfont openttd-openmsx
     pip install -e '.[eval]'
     python launch/research/probe_data.py --output=data/probes --music=data/music/train
 
-  notes  single notes of eight instruments: tasks instrument and pitch_class. One soundfont to train and validate on,
-         another to test on: who knows only how a soundfont sounds fails.
+  notes  single notes of eight instruments: tasks instrument and pitch_class. One soundfont for training and
+         validation, another for testing, so that knowing the soundfont does not help.
   keys   pieces of OpenMSX whose MIDI files state their key, in all twelve transpositions: task key. Split by piece;
          again another soundfont to test on.
-  tags   tracks of the music in the folder, labelled with the folder they lie in (game or album): task tags. Split by
+  tags   tracks of the music in the folder, labelled with their folder (game or album): task tags. Split by
          track. Nothing is copied.
 
-Each is a folder with a labels.csv, made whole or not at all; one that is there is left as it is. They stand in for
-TinySOL, Beatport key and MagnaTagATune; figures on them compare models with each other and with nothing else.
+Each is a folder with a labels.csv, written atomically; an existing one is kept. They replace TinySOL, Beatport key and
+MagnaTagATune; results on them are comparable only with each other.
 """
 
 import argparse

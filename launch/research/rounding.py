@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How much of (student - teacher) is rounding? The paper's late steps compare two outputs that hardly differ.
+"""Measures how much of (student - teacher) is rounding: in the paper's late steps the two outputs hardly differ.
 
-  python launch/research/rounding.py                 # the model in the box, and what rung T1 left in runs/
+  python launch/research/rounding.py                 # the model in the box, and the run of rung T1
   python launch/research/rounding.py runs/mine ...   # names, snapshots or workdirs
 
-For each level sigma and index step dt: the RMS of student - teacher in float32 (`size`), the RMS of what bfloat16
-products add to it (`error`), both in thousandths of the data's RMS, and their ratio, which should be a quarter at most
+For each level sigma and index step dt: the RMS of student - teacher in float32 (`size`), the RMS of the error of
+bfloat16 products (`error`), both in thousandths of the data's RMS, and their ratio, which should be a quarter at most
 at dt = .001 and sigma .2 to 24. Both networks see the same noise, as in training.
 """
 

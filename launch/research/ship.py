@@ -4,7 +4,7 @@
   python launch/research/ship.py runs/tiny tiny [--box=DIR]
 
 `m2l2.load(NAME)` finds it there; with --box it goes to DIR/NAME instead. MODEL.md beside the weights (data, licences,
-cost, figures, limits) is written by hand and stays when the weights are replaced; without one this command says so.
+cost, figures, limits) is written by hand and kept when the weights are replaced; this command warns if it is missing.
 """
 
 import argparse

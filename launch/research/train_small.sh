@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# `small` from hours of music that fit in 40 MB: packs them (launch/research/pack.py), begins at the music's principal components
-# (launch/research/pca_start.py), trains, and writes the averaged weights in bfloat16, in files below 16 MB, to WORKDIR/box. Run
-# it again to go on where it stopped; what is there already is not made again.
+# Trains `small` on hours of music in 40 MB: packs them (launch/research/pack.py), computes initial weights
+# (launch/research/pca_start.py), trains, and writes the averaged weights in bfloat16, in files below 16 MB, to WORKDIR/box.
+# Run it again to resume; completed parts are not repeated.
 #   ./launch/research/train_small.sh [OPTIONS] [-- --config.train.batch_size=32 ...]
-#     --music=DIR       (data/music/train, which launch/get_music.sh makes; not needed where the pack is)
+#     --music=DIR       (data/music/train, of launch/get_music.sh; not needed if the pack exists)
 #     --pack=DIR        (data/pack)
 #     --config=FILE     (configs/small.py)
 #     --workdir=DIR     (runs/small)
-#     --minutes=M       trains for so long at most, saves, writes the box; the next call goes on (default: to the end)
+#     --minutes=M       limit of training time, then saves and writes the box; the next call resumes (default: none)
 #     --python=PROGRAM  one that has m2l2 (default: makes .venv)
-#     --crops=N         that the start is fitted on (5000); fewer for a quick look
+#     --crops=N         for the initial weights (5000); fewer for a quick test
 #     --dry-run         prints the commands
 # The pack is mono Opus of some 34 kbit/s: 2.5 hours at 48 kbit/s would be 54 MB.
-# For one GPU. m2l2.load('WORKDIR/box/small') takes the result, --checkpoint=WORKDIR/box/small too.
+# For one GPU. m2l2.load('WORKDIR/box/small') loads the result, as does --checkpoint=WORKDIR/box/small.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source launch/environment.sh

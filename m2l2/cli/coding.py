@@ -120,7 +120,7 @@ def _over(planned, name, args):
   with terminal.bar(f'{name} files', len(planned), quiet=args.quiet or len(planned) == 1) as done:
     yield done, passing
   if faults:
-    raise UserError(f'{faults} of {len(planned)} files were passed over; the others are done')
+    raise UserError(f'{faults} of {len(planned)} files were skipped; the others are done')
 
 
 def _decode(args):
@@ -244,7 +244,7 @@ def decode_files(codec, many, writers, args):
 
 def _info(args):
   if sys.stdout is None:
-    raise UserError('standard output is closed: there is nowhere to say it')
+    raise UserError('standard output is closed: the result cannot be printed')
   from m2l2.cli import info, jobs
   job = jobs.Job(jobs.PIPE if args.path in ('-', '/dev/stdin') else args.path, jobs.PIPE)
   with jobs.reading(job) as path:

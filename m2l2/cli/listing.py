@@ -6,11 +6,13 @@ import os
 
 from m2l2.cli import terminal
 
+_IN_SHORT = '**In short.** '  # begins the paragraph of a card with quality and licence
+
 
 def add(command):
   command('configs', _configs, summary='The presets, with a line each.',
           example='  m2l2 configs\n  m2l2 train --config=clip --config.data.root=song.flac --workdir=runs/clip')
-  command('models', _models, summary='The models in the box: rate, size, and where their cards are.',
+  command('models', _models, summary='The models in the box: rate, size, quality, licence, and their cards.',
           example='  m2l2 models\n  m2l2 reconstruct song.flac again.wav --checkpoint=tiny')
 
 
@@ -30,12 +32,14 @@ def _models(args):
   for name, place in loading.in_the_box().items():
     size = sum(entry.stat().st_size for entry in os.scandir(place) if entry.name.endswith('.safetensors'))
     with open(os.path.join(place, 'MODEL.md'), encoding='utf-8') as file:
-      card = ' '.join(file.read().split('\n\n')[1].split())
-    lines[name] = f'{card.partition(". ")[0]}; {size / 2 ** 20:.0f} MiB; the card is {os.path.join(place, "MODEL.md")}'
+      paragraphs = [' '.join(paragraph.split()) for paragraph in file.read().split('\n\n')]
+    short = next((text.removeprefix(_IN_SHORT) for text in paragraphs if text.startswith(_IN_SHORT)), '')
+    facts = f'{paragraphs[1].partition(". ")[0]}; {size / 2 ** 20:.0f} MiB'
+    lines[name] = '\n'.join(filter(None, [facts, short, f'Card: {os.path.join(place, "MODEL.md")}']))
   _table(lines)
 
 
 def _table(lines):
   width = max(map(len, lines))
   for name, line in lines.items():
-    terminal.show(f'{name:{width}}  {line}')
+    terminal.show(f'{name:{width}}  ' + line.replace('\n', '\n' + ' ' * (width + 2)))

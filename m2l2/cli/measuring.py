@@ -185,7 +185,7 @@ def _sweep(args):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
   if args.write_best and not os.path.exists(args.checkpoint):
-    raise UserError(f'--write-best changes a snapshot, and {args.checkpoint} is none of yours: copy it out of the box')
+    raise UserError(f'--write-best changes a snapshot, and {args.checkpoint} is a model in the box: copy it first')
   values = sweep.values_of(args.values)
   metrics, names = sweep.names_of(args.metrics)
   embedders = {name: embeddings.make_embedder(name) for name in names}

@@ -1,7 +1,5 @@
-"""Latents to audio, block by block: the host's side of the sampler, which cuts signals into calls of the device.
-
-What decoding is asked for is checked here, before any work; then blocks of latents and their noise go through the
-compiled programs, each with the state that the one before left.
+"""Decoding on the host: checks the options, then passes blocks of latents and noise through the compiled programs of
+the sampler, each with the state that the block before returned.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +20,7 @@ MOST_STEPS = 16
 
 def check_options(consistency: Consistency, *, chunks: int, seed: int, mode: str, steps: int | None,
                   sigma_cond: float | None):
-  """Raises UserError for options that a model which denoises `chunks` chunks together cannot decode with."""
+  """Raises UserError for options that do not suit a model that denoises `chunks` chunks together."""
   if mode not in MODES:
     raise UserError(f'decoding mode {mode!r} is not known: choose from {", ".join(MODES)}')
   if steps is not None and not 1 <= steps <= MOST_STEPS:
@@ -42,9 +40,9 @@ def to_continuous(z, lead: tuple[int, int], *, arch, tokens, nested: bool) -> np
   """Latents [streams, chunks, K, d] or tokens [streams, chunks, K] -> float32 [streams, chunks, K, d], checked.
 
   Args:
-    lead: streams and chunks that there must be.
-    arch: of the model, which says K and d. tokens: its FSQ bottleneck if it has tokens, else None.
-    nested: whether the first few of the K embeddings will do; zeros come for the others.
+    lead: required streams and chunks.
+    arch: of the model, with K and d. tokens: its FSQ bottleneck if it has tokens, else None.
+    nested: whether the first few of the K embeddings are enough; the others are set to zero.
 
   Raises UserError: another shape, tokens for a model that has none, NaN, infinity or numbers out of range.
   """
@@ -73,7 +71,7 @@ def to_continuous(z, lead: tuple[int, int], *, arch, tokens, nested: bool) -> np
 
 def side_by_side(values: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """Latents [streams, chunks, K, d] of several signals, at least one -> (all streams in one array float32 [B, most
-  chunks, K, d], zeros where there is none; each stream's chunks, int32 [B]). B is a power of two: few shapes."""
+  chunks, K, d], padded with zeros; each stream's chunks, int32 [B]). B is a power of two, for few shapes."""
   chunks = np.repeat([z.shape[1] for z in values], [len(z) for z in values]).astype(np.int32)
   chunks = np.pad(chunks, (0, (1 << (len(chunks) - 1).bit_length()) - len(chunks)))
   together = np.zeros((len(chunks), chunks.max(), *values[0].shape[2:]), np.float32)
@@ -89,11 +87,11 @@ class BlockDecoder:
   """Decodes blocks of chunks with one set of weights.
 
   Letters: B streams, K x d latents of a chunk, F bins, T frames and C channels of its spectrogram. `sigmas` are the
-  noise levels that the steps start from, a tuple; `chunks` int32 [B] are how many each stream has.
+  noise levels that the steps start from, a tuple; `chunks` int32 [B] are the numbers of chunks of each stream.
 
   Attributes:
-    sampler: what the programs do; consistency: whose schedule and defaults hold.
-    compiled: what `programs.compiled_programs` made of the sampler; params: the weights, nested dict.
+    sampler: the functions; consistency: with the schedule and the defaults.
+    compiled: the sampler's `programs.compiled_programs`; params: the weights, nested dict.
   """
   sampler: Sampler
   consistency: Consistency
@@ -101,14 +99,14 @@ class BlockDecoder:
   params: dict
 
   def sampling(self, seed: int, *, mode: str, steps: int | None, noise, chunks: int | None) -> tuple[Callable, tuple]:
-    """-> (draw, sigmas). draw(first, count, needed) is the noise [count, steps + 1, F, T, C] of so many chunks, of
-    which the first `needed` mean something, but for any before chunk 0.
+    """-> (draw, sigmas). draw(first, count, needed) is the noise [count, steps + 1, F, T, C] of `count` chunks from
+    `first` on, of which `needed` are used; chunks before 0 are not.
 
     Args:
       noise: to be used in place of the seed's, float32 [chunks, steps + 1, F, T, C], or None.
-      chunks: how many the noise must be for; None where nobody knows yet.
+      chunks: the required number of chunks of the noise; None if not known yet.
 
-    Raises UserError: noise of another shape; from `draw`: more chunks than there is noise for.
+    Raises UserError: noise of another shape; from `draw`: more chunks than the noise has.
     """
     if steps is None:
       steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
@@ -159,7 +157,7 @@ class BlockDecoder:
                ) -> Iterator[output.Blocks | jax.Array]:
     """z [B, n, K, d] -> blocks of audio [B, channels, samples] on the device, then the tail."""
     lag, longest = len(sigmas) - 1, z.shape[1]
-    # Of the even widths, none shorter than the steps, that which leaves the least of the last block empty.
+    # The even width, not below the steps, that pads the last block least.
     widths = range(lag + 1 + (lag + 1) % 2, max(programs.block_chunks(), lag + 2) + 1, 2)
     width = min(widths, key=lambda width: (-(-(longest + lag) // width) * width, -width))
     state = self.sampler.parallel_state(self.params, z.shape, lag)
@@ -169,6 +167,6 @@ class BlockDecoder:
       noise = draw(start - lag, width + lag, width + lag)
       audio, state = self.compiled.parallel_block(
           self.params, state, block, np.int32(start), chunks, noise, sigmas=sigmas)
-      before = max(lag - start, 0) * self.sampler.representation.chunk_samples  # what lies before chunk 0
+      before = max(lag - start, 0) * self.sampler.representation.chunk_samples  # audio before chunk 0
       yield output.Blocks(audio, skip=before)
     yield state['tail']

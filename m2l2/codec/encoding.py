@@ -1,6 +1,6 @@
-"""Audio to latents, the parts that one file (`codec`) and a whole corpus (`bulk`) share.
+"""Encoding: the parts that `codec` (one file) and `bulk` (a corpus) share.
 
-A signal that comes in blocks of any size is resampled and cut into windows of whole chunks. Encoding is
+A signal in blocks of any size is resampled and cut into windows of whole chunks. Encoding is
 chunk-local, so a window's latents do not depend on which other windows are encoded with it.
 """
 
@@ -14,12 +14,12 @@ from m2l2.data.audio_io import StreamResampler
 from m2l2.errors import UserError
 from m2l2.representation import Representation
 
-MOST_CHANNELS = 64  # more is a transposed array
+MOST_CHANNELS = 64  # an array of more is probably transposed
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """`chunks` consecutive chunks of a signal, the first `frames` frames of which hold signal.
+  """`chunks` consecutive chunks of a signal, whose first `frames` frames are signal and the others padding.
 
   Attributes:
     audio: float32 [channels, crop_samples(chunks)] at the model's rate.
@@ -31,14 +31,14 @@ class Window:
 
 
 class Windows:
-  """The windows of a signal that comes as blocks [channels, any number of samples]; to be iterated once.
+  """The windows of a signal in blocks [channels, any number of samples]; to be iterated once.
 
-  Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, but the last
-  has two where that covers what is left: two shapes, two compilations.
+  Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, except that the
+  last has two if that is enough: two shapes, two compilations.
 
   Attributes, once iterated:
     num_samples: the signal's length at its own rate.
-    layout: representation.SignalLayout at the model's rate; layout.chunks of the windows' chunks are the signal's.
+    layout: representation.SignalLayout at the model's rate; layout.chunks of the windows' chunks contain the signal.
 
   Raises UserError, while iterating: no samples, NaN or infinity among them, integers, or blocks of another shape.
   """
@@ -87,7 +87,7 @@ class Windows:
 def as_samples(audio) -> np.ndarray:
   """Audio of any floating type -> float32 of the same shape.
 
-  Raises UserError: integers, whose full scale nobody states, or no numbers.
+  Raises UserError: integers, whose full scale is unknown, or no numbers.
   """
   audio = np.asarray(audio)
   if audio.dtype.kind != 'f' and audio.dtype.name != 'bfloat16':
@@ -96,7 +96,7 @@ def as_samples(audio) -> np.ndarray:
 
 
 def whole_rate(sample_rate) -> int:
-  """A sample rate in Hz of any type of number as an int. Raises UserError where it is not whole, or no number."""
+  """A sample rate in Hz of any type of number as an int. Raises UserError: not a whole number."""
   try:
     rate = int(sample_rate)
   except (TypeError, ValueError, OverflowError):
@@ -107,7 +107,7 @@ def whole_rate(sample_rate) -> int:
 
 
 def check_channels(channels: int, *, most: int):
-  """Raises UserError where a model of `most` channels cannot encode a signal of `channels`."""
+  """Raises UserError if a model of `most` channels cannot encode a signal of `channels`."""
   if channels > MOST_CHANNELS:
     raise UserError(f'the audio has {channels} channels: is it [samples, channels]? Give its transpose')
   if channels > most > 1:
@@ -131,7 +131,7 @@ def encode_chunks(params, audio, frames, *, representation, network, bottleneck)
 
 
 def check_finite(z: np.ndarray) -> np.ndarray:
-  """Latents as they are. Raises UserError: NaN or infinity among them."""
+  """Returns the latents. Raises UserError: NaN or infinity among them."""
   if not np.isfinite(z).all():
     raise UserError('encoding gave NaN or infinite latents: the audio goes far beyond [-1, 1], '
                     'or the weights are broken')

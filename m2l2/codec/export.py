@@ -1,7 +1,7 @@
 """A snapshot as portable programs: StableHLO and weights that JAX alone runs, without m2l2.
 
 A folder holds two programs (encode, step: those of `encoding` and `sampler`, lowered for CPU, CUDA and TPU, for any
-batch), weights.npz, about.json with the few numbers it takes to call them, and load.py, which does.
+batch), weights.npz, about.json with the numbers that a caller needs, and load.py, which calls them.
 """
 
 import json
@@ -67,13 +67,13 @@ def portable(config) -> dict:
 def programs(codec, *, platforms=PLATFORMS) -> dict:
   """{name: jax.export.Exported} of a codec made from a `portable` config, for any batch b.
 
-  weights is a flat dict of float32 arrays, state a list of arrays [b, ...], zeros at first (`first_state` tells which);
+  weights is a flat dict of float32 arrays, state a list of arrays [b, ...], zeros at first (`first_state`);
   seed uint32, index int32 and sigma_cond float32 are scalars.
 
     encode(weights, audio [b, channels, chunk_samples + overlap], frames int32) -> z [b, K, d]
     step(weights, state, z [b, K, d], seed, index, sigma_cond) -> (audio [b, channels, chunk_samples], state)
 
-  A step is `Sampler.step`: with `refine` it gives the chunk before, and one step more gives the last.
+  A step is `Sampler.step`: with `refine` it returns the chunk before, and one more step returns the last.
   """
   sampler, consistency, arch = codec.sampler, codec.consistency, codec.network.arch
   names, treedef = [name for name, _ in _leaves(codec.params)], jax.tree.structure(codec.params)
@@ -122,7 +122,7 @@ def first_state(codec) -> dict:
 
 
 def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLATFORMS):
-  """Writes the folder `target`. Raises UserError: it is there already, or cannot be written."""
+  """Writes the folder `target`. Raises UserError: it exists, or cannot be written."""
   check_target(target)
   rep, consistency = codec.representation, codec.consistency
   state = jax.tree_util.tree_leaves_with_path(first_state(codec))
@@ -145,7 +145,7 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
 
 
 def check_target(target):
-  """Raises UserError where `export_stablehlo` could not write; what a killed one has left is taken away."""
+  """Raises UserError if `export_stablehlo` could not write; deletes temporary files of a killed one."""
   if os.path.lexists(target):
     raise UserError(f'{shown(target)}: is there already; name another folder, or remove it')
   folder = os.path.dirname(os.path.realpath(target))

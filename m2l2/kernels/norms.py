@@ -34,25 +34,23 @@ _silu.defvjp(lambda x, dtype: (_silu(x, dtype), keep(x, dtype)),
              lambda dtype, x, gradient: (_silu_gradient(x, gradient).astype(gradient.dtype),))
 
 
-def swiglu(h: Float[Array, '*lead 2 M'], dtype=None) -> Float[Array, '*lead M']:
-  """SiLU(a) b of h [..., 2, M], the halves a and b, in `dtype` (h's by default), in which h is kept too."""
-  return _swiglu(h, jnp.dtype(dtype or h.dtype))
+def swiglu(a: Float[Array, '*lead M'], b: Float[Array, '*lead M'], dtype=None) -> Float[Array, '*lead M']:
+  """SiLU(a) b in `dtype` (a's by default), in which a and b are stored for the backward pass too."""
+  return _swiglu(a, b, jnp.dtype(dtype or a.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _swiglu(h, dtype):
-  return (_silu(h[..., 0, :], h.dtype) * h[..., 1, :]).astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _swiglu(a, b, dtype):
+  return (_silu(a, a.dtype) * b).astype(dtype)
 
 
-def _swiglu_forward(h, dtype):
-  return _swiglu(h, dtype), (keep(h, dtype), jnp.zeros((), h.dtype))
+def _swiglu_forward(a, b, dtype):
+  return _swiglu(a, b, dtype), (keep(a, dtype), keep(b, dtype), jnp.zeros((), a.dtype))
 
 
 def _swiglu_backward(dtype, saved, gradient):
-  h, like = saved
-  a, b = (h[..., i, :] for i in range(2))
-  halves = _silu_gradient(a, gradient * b), gradient * _silu(a, a.dtype)
-  return (jnp.stack([half.astype(like.dtype) for half in halves], axis=-2),)
+  a, b, like = saved
+  return _silu_gradient(a, gradient * b).astype(like.dtype), (gradient * _silu(a, a.dtype)).astype(like.dtype)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)

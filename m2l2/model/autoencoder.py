@@ -10,6 +10,7 @@ import functools
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 from m2l2.model.architecture import Architecture
 from m2l2.model.parameters import draw_all, traced
@@ -54,7 +55,7 @@ def make_network(arch: Architecture) -> Network:
     def run(params, *args):
       module = nnx.merge(graphdef, params)
       with jax.named_scope(name):
-        return getattr(module, name)(*args)
+        return getattr(module, name)(*jax.tree.map(jnp.asarray, args))
     return jax.checkpoint(run) if arch.remat == 'full' else run
 
   def decode(params, z):

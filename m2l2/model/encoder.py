@@ -30,9 +30,9 @@ class Encoder(nnx.Module):
     latents = self.summarise(self.tokens(spec.reshape(b * s, *spec.shape[2:])))
     return latents.reshape(b, s, *latents.shape[1:])
 
-  def tokens(self, x: Float[Array, 'N F T C']) -> Float[Array, 'N P D']:
+  def tokens(self, x) -> Float[Array, 'N P D']:
     """[N, F, T, C] -> tokens [N, P, D]."""
-    return self.patchifier(x.astype(self.dtype), gain=self.gain[...])[0]
+    return self.patchifier(jnp.asarray(x, self.dtype), gain=self.gain[...])[0]
 
   def summarise(self, tokens: Float[Array, 'N P D']) -> Float[Array, 'N L Z']:
     """Tokens [N, P, D] -> [N, L, Z] float32."""

@@ -156,7 +156,7 @@ def _await_coordinator(address, seconds):
     except (OSError, OverflowError) as e:
       error = e
     time.sleep(0.2)
-  raise UserError(f'--coordinator={address}: nobody answers there after --start_timeout={seconds} s ({error}); '
+  raise UserError(f'--coordinator={address}: no answer after --start_timeout={seconds} s ({error}); '
                   'is process 0 running, and may this machine reach that port?')
 
 

@@ -76,7 +76,7 @@ class Listener:
     try:
       self._measure_all(step, weights, log)
     except Exception as error:
-      logging.warning('the evaluation at step %d failed, training goes on: %s: %s', step, type(error).__name__,
+      logging.warning('the evaluation at step %d failed, training continues: %s: %s', step, type(error).__name__,
                       in_one_line(error))
 
   def _measure_all(self, step, weights, log):

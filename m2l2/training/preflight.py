@@ -127,7 +127,7 @@ def report(config, workdir, *, places: bool = True) -> list[str]:
     loader.check()
   done = checkpoint.latest(os.path.join(workdir, 'checkpoints'))
   if done is not None:
-    start = f'goes on from step {done} of {fields.steps}'
+    start = f'resumes from step {done} of {fields.steps}'
   elif fields.init_from:
     start = f'new, from the weights of step {load_weights(fields.init_from, params).step} of {fields.init_from}'
   else:
