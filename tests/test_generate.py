@@ -58,7 +58,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def learned(corpus, tmp_path_factory):
-  workdir, steps = tmp_path_factory.mktemp('learned'), 200
+  workdir, steps = tmp_path_factory.mktemp('learned'), 150
   recipe = dataclasses.replace(SMALL, steps=steps, batch_size=16, learning_rate=1e-2, checkpoint_every=steps)
   assert generate.train(corpus, workdir, recipe) == steps
   return workdir

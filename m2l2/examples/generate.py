@@ -11,6 +11,8 @@ t = 0 to 1 along what it says. In training some chunks of a window are given as 
 around a gap. So one network samples from nothing, goes on with what it is given, and fills gaps. It is told the class
 of the piece, the folder of the corpus that it lies in, and is sometimes not told.
 
+It has not yet been trained to the end on music (launch/research/learning.md).
+
 Letters as everywhere; W chunks of a window, N = K d numbers of a chunk, a token each.
 """
 
