@@ -129,8 +129,8 @@ def step_functions(config, *, ravel=False, data=None):
   from m2l2.variants import objective as objectives
 
   train = config['train']
-  net, process = network(config['model']), consistency(config['consistency'])
-  if process.local and not (net.arch.envelope and train['envelope_weight'] > 0):
+  net, noising = network(config['model']), consistency(config['consistency'])
+  if noising.local and not (net.arch.envelope and train['envelope_weight'] > 0):
     raise UserError('consistency.local needs the envelope that model.envelope=True predicts and '
                     'train.envelope_weight > 0 trains')
   if not 0 <= train['head_start'] <= 1:
@@ -157,7 +157,7 @@ def step_functions(config, *, ravel=False, data=None):
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
       clip_norm=train['clip_norm'])
   objective = objectives.VariantObjective(
-      network=net, representation=data or representation(config['model']), consistency=process, steps=train['steps'],
+      network=net, representation=data or representation(config['model']), consistency=noising, steps=train['steps'],
       head_start=int(train['head_start'] * train['steps']), head_start_on=train['head_start_on'],
       envelope_weight=train['envelope_weight'], envelope_bands=train['envelope_bands'], nested=train['nested'])
   return train_step.make_step_functions(

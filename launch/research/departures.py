@@ -77,9 +77,9 @@ def lines(output):
 def table(rung, output) -> str:
   rows = ['| row | CPU s | own (wrong) | sigma 1: own (wrong) | sigma .2 | left, second | coherence | spread |',
           '|---|---|---|---|---|---|---|---|']
-  found = {line['name']: line for line in lines(output)}
+  rows_done = {line['name']: line for line in lines(output)}
   for row in ROWS:
-    f = found.get(f'{rung} {row}'.replace(' ', '_').replace(',', ''))
+    f = rows_done.get(f'{rung} {row}'.replace(' ', '_').replace(',', ''))
     if f:
       rows.append(f'| {row} | {f["cpu_s"]:.0f} | {f["own"]:.1f} ({f["wrong"]:.1f}) '
                   f'| {f["own_1"]:.1f} ({f["wrong_1"]:.1f}) | {f["own_0.2"]:.1f} '

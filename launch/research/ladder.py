@@ -212,10 +212,10 @@ def jit(function):
 
 def judge(functions, config, params, audio, seed=5):
   """Figures of a network on audio [B, 1, N], B >= 2: see the top."""
-  network, process = functions.network, build.consistency(config.consistency)
+  network, consistency = functions.network, build.consistency(config.consistency)
   representation = build.representation(config.model)
   bottleneck = network.arch.make_bottleneck()
-  run = jit(lambda x, noise, sigma, features: process.bind(network, params, features)(
+  run = jit(lambda x, noise, sigma, features: consistency.bind(network, params, features)(
       x + sigma[:, :, None, None, None] * noise, sigma))
 
   spec = jit(representation.analyse)(audio)
@@ -223,28 +223,29 @@ def judge(functions, config, params, audio, seed=5):
   decode, coherent = jit(network.decode), jit(lambda x: coherence(x).mean())
   own, wrong = decode(params, z), decode(params, jnp.roll(z, len(z) // 2, axis=0))
   keys = jax.random.split(jax.random.key(seed), 2 * len(audio)).reshape(2, len(audio))
-  draw = jit(jax.vmap(lambda k: process.unit_noise(k, representation, 2)))
+  draw = jit(jax.vmap(lambda k: consistency.unit_noise(k, representation, 2)))
   noise, second = draw(keys[0]), draw(keys[1])
   level = lambda sigma: jnp.full(spec.shape[:2], sigma, jnp.float32)
   figures = {'coherence_source': coherent(spec), 'spread': jnp.std(z, axis=(0, 1)).mean()}
 
-  one = run(jnp.zeros_like(spec), noise, level(process.sigma_max), own)
-  other = run(jnp.zeros_like(spec), noise, level(process.sigma_max), wrong)
+  estimate = run(jnp.zeros_like(spec), noise, level(consistency.sigma_max), own)
+  estimate_wrong = run(jnp.zeros_like(spec), noise, level(consistency.sigma_max), wrong)
   error = jit(lambda x: jnp.abs(envelope.log_magnitude(x) - envelope.log_magnitude(spec)).mean() * envelope.UNIT)
-  figures |= {'own': snr(spec, one), 'wrong': snr(spec, other), 'coherence': coherent(one),
-              'energy': jnp.sqrt(jnp.sum(one ** 2) / jnp.sum(spec ** 2)),
-              'log_magnitude': error(one), 'log_magnitude_wrong': error(other), 'left_1': snr(spec[:, :1], one[:, :1])}
+  figures |= {'own': snr(spec, estimate), 'wrong': snr(spec, estimate_wrong), 'coherence': coherent(estimate),
+              'energy': jnp.sqrt(jnp.sum(estimate ** 2) / jnp.sum(spec ** 2)),
+              'log_magnitude': error(estimate), 'log_magnitude_wrong': error(estimate_wrong),
+              'left_1': snr(spec[:, :1], estimate[:, :1])}
   for sigma in LEVELS:
     for name, features in (('own', own), ('wrong', wrong)):
       figures[f'{name}_{sigma:g}'] = snr(spec, run(spec, noise, level(sigma), features))
   # The second denoising: the left chunk as it came, noise again, a new chunk to its right.
   curve = {}
-  for sigma in sorted({*SIGMA_CONDS, process.sigma_cond}):
-    pair = jnp.stack([one[:, 0], jnp.zeros_like(one[:, 0])], axis=1)
-    levels = jnp.stack([jnp.full(len(spec), sigma), jnp.full(len(spec), process.sigma_max)], axis=1)
+  for sigma in sorted({*SIGMA_CONDS, consistency.sigma_cond}):
+    pair = jnp.stack([estimate[:, 0], jnp.zeros_like(estimate[:, 0])], axis=1)
+    levels = jnp.stack([jnp.full(len(spec), sigma), jnp.full(len(spec), consistency.sigma_max)], axis=1)
     two = run(pair, second, levels, own)
     curve[f'{sigma:g}'] = {'left': snr(spec[:, :1], two[:, :1]), 'coherence': coherent(two[:, :1])}
-  at = curve[f'{process.sigma_cond:g}']
+  at = curve[f'{consistency.sigma_cond:g}']
   figures |= {'left_2': at['left'], 'coherence_2': at['coherence'], 'sigma_cond': curve}
   return jax.tree.map(float, figures)
 
@@ -264,7 +265,7 @@ def gaussian(config, args):
   3; a Wiener filter has 10.8, 3.0, .5."""
   representation = Gaussian()
   functions = build.step_functions(config, ravel=True, data=representation)
-  process, network = build.consistency(config.consistency), functions.network
+  consistency, network = build.consistency(config.consistency), functions.network
   rng = np.random.default_rng(config.seed)
   params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size),
                         output=workdir(args))
@@ -272,7 +273,7 @@ def gaussian(config, args):
   spec = representation.analyse(jnp.asarray(representation.draw(np.random.default_rng(999), 16)))
   features = jit(network.decode)(params, network.arch.make_bottleneck()(jit(network.encode)(params, spec)))
   noise = jax.random.normal(jax.random.key(5), spec.shape)
-  run = jit(lambda x, sigma: process.bind(network, params, features)(
+  run = jit(lambda x, sigma: consistency.bind(network, params, features)(
       x + sigma * noise, jnp.full(spec.shape[:2], sigma, jnp.float32)))
   figures, failures = {}, []
   for ratio in (0.3, 1.0, 3.0):
@@ -287,7 +288,7 @@ def gaussian(config, args):
     near = 0.5 if args.quick else 0.3
     if abs(np.mean(rows) - known) > near:
       failures.append(f'SNR at sigma / s = {ratio:g} is {np.mean(rows):.2f} dB, not {known:.2f} +- {near:g}')
-  sample = np.asarray(run(jnp.zeros_like(spec), process.sigma_max))
+  sample = np.asarray(run(jnp.zeros_like(spec), consistency.sigma_max))
   level = 20 * np.log10(np.std(sample, axis=(0, 1, 3, 4)) / representation.deviations)
   figures['rows_db'] = float(np.abs(level).max())
   most = 3 if args.quick else 0.8
@@ -365,7 +366,7 @@ def corpus(config, args, sounds, goals):
 
 def noise_phases(representation, sounds):
   """Each sound with its magnitudes and the phases of noise: what a model comes to that knows all but phases."""
-  rng, made = np.random.default_rng(0), {}
+  rng, sounds_out = np.random.default_rng(0), {}
   for name, audio in sounds.items():
     layout = representation.layout(audio.shape[1])
     padded = np.pad(audio, ((0, 0), (layout.lead, representation.crop_samples(layout.chunks) - layout.lead
@@ -374,8 +375,8 @@ def noise_phases(representation, sounds):
     angle = rng.uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
     spec = np.linalg.norm(spec, axis=-1, keepdims=True) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
     sound, _ = representation.synthesise(jnp.float32(spec))
-    made[name] = np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
-  return made
+    sounds_out[name] = np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
+  return sounds_out
 
 
 def piano(config, args):

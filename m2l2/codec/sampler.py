@@ -46,10 +46,10 @@ class Sampler:
 
     All streams get the same noise, so that equal channels stay equal.
     """
-    def one(chunk, role):
+    def unit_noise(chunk, role):
       key_here = jax.random.fold_in(jax.random.fold_in(key, chunk), role)
       return self.consistency.unit_noise(key_here, self.representation, 1)[0]
-    return jax.vmap(lambda c: jax.vmap(functools.partial(one, c))(jnp.arange(roles)))(chunk)
+    return jax.vmap(lambda c: jax.vmap(functools.partial(unit_noise, c))(jnp.arange(roles)))(chunk)
 
   def denoiser(self, params, features):
     """The consistency function bound to features whose leaves are [B, S, ...]."""
@@ -66,9 +66,9 @@ class Sampler:
   def _no_features(self, params, shape, chunks):
     """Zeros in the place of the features of `chunks` chunks, leaves [B, chunks, ...]."""
     streams, _, *embeddings = shape
-    one = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
+    chunk = jax.ShapeDtypeStruct((streams, 1, *embeddings), jnp.float32)
     return jax.tree.map(lambda leaf: np.zeros((streams, chunks, *leaf.shape[2:]), leaf.dtype),
-                        jax.eval_shape(self._decode, params, one))
+                        jax.eval_shape(self._decode, params, chunk))
 
   @property
   def _decode(self):
@@ -84,7 +84,7 @@ class Sampler:
     and, with `chunks` int [B], past the end of a stream that is shorter than others. A model that sees one chunk at a
     time denoises both apart. `refine`: a bool, or a traced one: one program serves both.
     """
-    rep, process = self.representation, self.consistency
+    rep, consistency = self.representation, self.consistency
     first = index == 0
     spread = lambda eps: jnp.broadcast_to(eps, (z.shape[0], *eps.shape))
     current = self._decode(params, z[:, None])
@@ -92,15 +92,15 @@ class Sampler:
     if self.network.arch.chunks == 1:
       refined = jax.lax.cond(refine, lambda x: self._refined(params, state['features'], x, left_noise, sigma_cond),
                              lambda x: x, state['x'])
-      x = process.sample(self.denoiser(params, current), [eps[:, None] for eps in noises], sigmas)[:, 0]
+      x = consistency.sample(self.denoiser(params, current), [eps[:, None] for eps in noises], sigmas)[:, 0]
     else:
       pair = jax.tree.map(lambda left, right: jnp.concatenate([jnp.where(first, right, left), right], axis=1),
                           state['features'], current)
-      refined, x = process.sample_pair(self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
+      refined, x = consistency.sample_pair(self.denoiser(params, pair), state['x'], left_noise=spread(left_noise),
                                        right_noises=noises, sigma_cond=sigma_cond, sigmas=sigmas, first=first)
     done, position = jnp.where(refine, refined, x), index - jnp.int32(refine)
-    sounding = (position >= 0) & (True if chunks is None else position < chunks)
-    done = jnp.where(jnp.reshape(sounding, (-1, 1, 1, 1)), done, 0.0)
+    is_inside = (position >= 0) & (True if chunks is None else position < chunks)
+    done = jnp.where(jnp.reshape(is_inside, (-1, 1, 1, 1)), done, 0.0)
     audio, tail = rep.synthesise(done[:, None], state['tail'])
     return audio, {'x': x, 'features': current, 'tail': tail}
 

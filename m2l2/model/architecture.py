@@ -111,12 +111,12 @@ class Architecture:
     What does not fit into the tokens cannot be followed over more than the few frames that convolutions see: a partial
     breaks off. The paper's model has room on each level.
     """
-    found, numbers = [], 2 * self.channels * math.prod(self.stem)
+    levels, numbers = [], 2 * self.channels * math.prod(self.stem)
     for level, width in enumerate(self.widths):
       numbers *= math.prod(self.strides[level - 1]) if level else 1
       if width < numbers:
-        found.append((level, width, numbers))
-    return found
+        levels.append((level, width, numbers))
+    return levels
 
   @property
   def encoder_channels(self) -> int:

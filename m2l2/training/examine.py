@@ -24,14 +24,14 @@ def examine(loss_fn: Callable, params, audio, keys, step) -> dict:
       'item_gradients': f32[B, G], norms, in the order of jax.tree.leaves(params); not finite where a gradient is not
       'gradients': f32[G], the same of the mean over items
   """
-  def one(total, item):
+  def add_item(total, item):
     audio, key = item
     watched = lambda params: _watched(loss_fn, params, audio, key, step)
     (_, told), gradients = jax.value_and_grad(watched, has_aux=True)(params)
     told['item_gradients'] = _norms(gradients)
     return jax.tree.map(jnp.add, total, gradients), told
 
-  total, told = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, params), (audio, keys))
+  total, told = jax.lax.scan(add_item, jax.tree.map(jnp.zeros_like, params), (audio, keys))
   return {**told, 'gradients': _norms(total) / audio.shape[0]}
 
 
