@@ -31,7 +31,7 @@ def everything():
 def is_quick(command, page):
   """Whether it runs here: encoding and decoding of the first page; of training, whether the command line is right."""
   return page == 'README.md' and (
-      re.match('m2l2 (encode|decode|reconstruct|info|train) ', command) and 'codicodec' not in command)
+      re.match('m2l2 (encode|decode|reconstruct|info|similar|train) ', command) and 'codicodec' not in command)
 
 
 def listed():
@@ -74,4 +74,4 @@ def test_the_quick_commands_run_as_they_are_written(clone, capsys):
       words = shlex.split(command)[1:]
       assert cli.main(words + ['--check=config'] * (words[0] == 'train')) == 0, command
       ran += 1
-  assert ran == 7 and (clone / 'reconstruction.wav').is_file() and (clone / 'latents/first/song.safetensors').is_file()
+  assert ran == 8 and (clone / 'reconstruction.wav').is_file() and (clone / 'latents/first/song.safetensors').is_file()
