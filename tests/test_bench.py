@@ -110,7 +110,8 @@ def test_references_of_the_train_step(changes, attention, remat, expected):
     (['--config-json=/nowhere.json'], '/nowhere.json: cannot be read'),
     (['--config=nano:debug', '--threads=1000000'], '--threads=1000000: there are'),
     (['--config=nano:debug', '--torch', '--dtype=bfloat16', '--threads=1'], '--torch compares float32 on the CPU'),
-    (['--config=nano:debug', '--torch', '--threads=1'], 'codicodec is not installed')])
+    (['--config=nano:debug', '--torch', '--threads=1'],
+     '--torch compares with the original, and codicodec is not installed')])
 def test_bad_input_is_one_line(capsys, monkeypatch, argv, said):
   monkeypatch.setitem(sys.modules, 'codicodec', None)  # as where it is not installed
   monkeypatch.delitem(sys.modules, 'launch.bench.torch_reference', raising=False)

@@ -993,13 +993,13 @@ def test_encoding_a_file_is_encoding_its_samples(mono, stereo, tmp_path):
 
 def test_the_readmes_snippet_runs_in_any_folder(mono, tmp_path, monkeypatch, capsys):
   snippet = (ROOT / 'README.md').read_text().partition('```python\n')[2].partition('```')[0]
-  audio_io.write(tmp_path / 'clip.wav', music(3000, channels=2), 44100)
+  audio_io.write(tmp_path / 'original.wav', music(3000, channels=2), 44100)
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(assets, 'TRAINING', tmp_path / 'clip.wav')
+  monkeypatch.setattr(assets, 'TRAINING', tmp_path / 'original.wav')
   monkeypatch.setattr('m2l2.load', {'tiny': mono}.__getitem__)
   exec(snippet, {})
-  assert sorted(os.listdir()) == ['again.wav', 'clip.wav', 'song.safetensors']
-  assert audio_io.read('again.wav')[0].shape == (2, 3000) and '0.07 s, 2 channels' in capsys.readouterr().out
+  assert sorted(os.listdir()) == ['clip.safetensors', 'clip.wav', 'original.wav']
+  assert audio_io.read('clip.wav')[0].shape == (2, 3000) and '0.07 s, 2 channels' in capsys.readouterr().out
 
 
 def test_what_people_read_of_a_codec_and_of_latents(mono, stereo):

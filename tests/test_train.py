@@ -50,7 +50,7 @@ def small_functions(config, ravel=False):
       step=zero, params=params, ema=jax.tree.map(jnp.copy, params), opt_state=({'m': params},),
       skipped=zero, skipped_in_a_row=zero)
 
-  def step(state, batch, *, phase):
+  def step(state, batch, *, phase=None):
     def loss_fn(params):
       x, w = batch['audio'][:, 0], params['layer']['w']
       return jnp.mean(jnp.square(x @ w @ w.T - x))
