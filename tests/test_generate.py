@@ -109,7 +109,7 @@ def test_sampling_follows_the_lines_to_what_is_estimated():
   """Where the estimate is known: of one clean window, whatever x_t, that window; given chunks stay."""
   class Known(generate.Flow):
     def estimate(self, params, x, given, t, label):
-      return np.float32(label[:, None, None] == 0) * params
+      return (label[:, None, None] == 0) * params
 
   clean, label = np.arange(12, dtype=np.float32).reshape(1, 4, 3), np.int32([0, 0])
   known, given = np.full((2, 4, 3), 7, np.float32), np.zeros((2, 4), bool)
