@@ -105,13 +105,20 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(corpus, tmp_path, m
   assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *params)))
 
 
-def test_the_estimate_is_exact_for_one_chunk_of_known_deviation():
-  """A network that says nothing leaves the best linear estimate of data of unit scale, x t / (t^2 + (1 - t)^2)."""
-  flow = generate.Flow(SMALL, K * D, ())
-  params = jax.jit(flow.init)(jax.random.key(0))  # the last layer begins with zeros
-  x, t = np.ones((2, 4, K * D), np.float32), np.float32([0.25, 0.5])
-  got = jax.jit(flow.estimate)(params, x, np.zeros((2, 4), bool), t, np.zeros(2, np.int32))
-  np.testing.assert_allclose(got[:, 0, 0], t / (t ** 2 + (1 - t) ** 2), rtol=1e-6)
+def test_sampling_follows_the_lines_to_what_is_estimated():
+  """Where the estimate is known: of one clean window, whatever x_t, that window; given chunks stay."""
+  class Known(generate.Flow):
+    def estimate(self, params, x, given, t, label):
+      return (label[:, None, None] == 0) * params
+
+  clean, label = np.arange(12, dtype=np.float32).reshape(1, 4, 3), np.int32([0, 0])
+  known, given = np.full((2, 4, 3), 7, np.float32), np.zeros((2, 4), bool)
+  given[1, 2] = True
+  got = Known(SMALL, 3, ('one',)).sample(clean, jax.random.key(0), known, given, label, 1.0, steps=5)
+  np.testing.assert_allclose(got[0], clean[0], rtol=1e-5)
+  np.testing.assert_allclose(got[1], np.where(given[1][:, None], 7, clean[0]), rtol=1e-5)
+  beyond = Known(SMALL, 3, ('one',)).sample(clean, jax.random.key(0), known, given, label, 2.0, steps=5)
+  np.testing.assert_allclose(beyond[0], 2 * clean[0], rtol=1e-5)  # untold it is 0
 
 
 def test_what_is_drawn_leaves_something_to_learn():

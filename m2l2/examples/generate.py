@@ -6,10 +6,10 @@
   python -m m2l2.examples sample more.wav --workdir=runs/generate --checkpoint=tiny --prefix=song.mp3
 
 A window of latents x in unit scale and noise e are joined by the straight lines x_t = t x + (1 - t) e; a transformer
-learns where each line ends (Lipman et al., 2023; preconditioned as by Karras et al., 2022), and sampling walks from
-t = 0 to 1 along what it says. In training some chunks of a window are given as they are: none, the first few, or those
-around a gap. So one network samples from nothing, goes on with what it is given, and fills gaps. It is told the class
-of the piece, the folder of the corpus that it lies in, and is sometimes not told.
+learns where each line ends (Lipman et al., 2023), and sampling walks from t = 0 to 1 along what it says. In training
+some chunks of a window are given as they are: none, the first few, or those around a gap. So one network samples from
+nothing, continues what it is given, and fills gaps. It is told the class of the piece, the folder of the corpus that it
+lies in, and is sometimes not told.
 
 It has not yet been trained to the end on music (launch/research/learning.md).
 
@@ -44,6 +44,7 @@ MOST_LOOKED_AT = 2000  # records of a corpus that tell its scale and its classes
 UNTOLD = 0.1           # chance that the class is not told
 NONE_GIVEN, FIRST_GIVEN = 0.4, 0.8  # chances, summed: nothing is given; the first chunks; else all but a gap
 EDGE = 1e-3            # how near to 0 and 1 a time comes
+NEAREST = 0.1          # of 1 - t, beyond which the loss weighs no more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Recipe:
   learning_rate: float = 1e-3
   warmup_steps: int = 50
   ema_decay: float = 0.995
-  time_mean: float = 0.0
+  time_mean: float = -0.4
   time_std: float = 1.0
   preset: str = 'hsdp'
   fsdp: int = 1
@@ -79,7 +80,7 @@ class Recipe:
 
 
 class LatentFlow(nnx.Module):
-  """A noisy window, which of its chunks are given, the time and the class -> its raw output, [B, W, N]."""
+  """A noisy window, which of its chunks are given, the time and the class -> the clean one, [B, W, N]."""
 
   def __init__(self, recipe: Recipe, *, numbers: int, classes: int, rngs):
     width = recipe.cond_dim
@@ -119,20 +120,15 @@ class Flow:
     _, shapes, inits, _ = self.traced
     return draw_all(key, shapes, inits)
 
-  def raw(self, params, x, given, t, label):
-    """The network of x_t [B, W, N] at t [B], whose given chunks are clean: its target is ((1 - t) x - t e) / r."""
+  def estimate(self, params, x, given, t, label):
+    """Where the line through x_t [B, W, N] ends; its given chunks are clean. The network says it by itself, without x_t
+    beside it: what its width cannot carry is then noise, not what noise leaves (Li and He, 2025)."""
     r = jnp.hypot(t, 1 - t)[:, None, None]
     network = nnx.merge(self.traced[0], params)
     return network(jnp.where(given[..., None], x, x / r), given, t, label)
 
-  def estimate(self, params, x, given, t, label):
-    """Where the line through x_t ends: x [B, W, N]."""
-    r = jnp.hypot(t, 1 - t)
-    skip, scale = (t / r ** 2)[:, None, None], ((1 - t) / r)[:, None, None]
-    return skip * x + scale * self.raw(params, x, given, t, label)
-
   def loss_fn(self, params, batch, keys, step):
-    """Mean square error of the raw output over the chunks that are not given: (scalar, metrics).
+    """Mean square error of the line's direction over the chunks that are not given: (scalar, metrics).
 
     batch: {'z': float32 [B, W, N] in unit scale, 'label': int32 [B]}. keys [B]: an item's randomness.
     """
@@ -140,11 +136,10 @@ class Flow:
     t, noise, given, untold = jax.vmap(functools.partial(self.draw, shape=clean.shape[1:]))(keys)
     at = t[:, None, None]
     x = jnp.where(given[..., None], clean, at * clean + (1 - at) * noise)
-    target = ((1 - at) * clean - at * noise) / jnp.hypot(at, 1 - at)
-    raw = self.raw(params, x, given, t, jnp.where(untold, len(self.classes), label))
-    wanted = ~given
-    loss = jnp.sum(jnp.mean(jnp.square(raw - target), axis=-1) * wanted) / jnp.sum(wanted)
-    return loss, {}
+    estimate = self.estimate(params, x, given, t, jnp.where(untold, len(self.classes), label))
+    error = jnp.mean(jnp.square(estimate - clean), axis=-1) * ~given
+    weighted = error / jnp.square(jnp.maximum(1 - t, NEAREST))[:, None]
+    return jnp.sum(weighted) / jnp.sum(~given), {'error': jnp.sum(error) / jnp.sum(~given)}
 
   def draw(self, key, *, shape):
     """What is random of an item of [W, N]: (t, noise [W, N], given [W], whether the class is untold)."""
