@@ -25,7 +25,7 @@ ROWS = {
     'latent_norm': f'{PAPER} model.latent_norm=True',
     'shortcut': f'{PAPER} model.latent_norm=True model.shortcut=True',
     'paths': PATHS,
-    'paths, seed 1': PATHS,
+    'paths, seed 1': f'{PATHS} --seed=1',
     'head_start': f'{PAPER} train.head_start=0.1',
     'paths, head_start': f'{PATHS} train.head_start=0.1',
     'paths, head_start on magnitudes': f'{PATHS} train.head_start=0.1 train.head_start_on=magnitudes',
@@ -60,13 +60,15 @@ def main():
   for rung in [args.rung] if args.rung else RUNGS:
     done = {line['name'] for line in lines(args.output)}
     for row, changes in ROWS.items():
-      name = f'{rung} {row}'.replace(' ', '_').replace(',', '')
+      name = run_name(rung, row)
       if name not in done and (not only or row in only):
-        seed = '1' if 'seed 1' in row else '0'
         base, sizes = RUNGS[rung]
-        ladder.run([base, *sizes.split(), *changes.split(), f'--seed={seed}', f'--output={args.output}',
-                    f'--name={name}'])
+        ladder.run([base, '--seed=0', *sizes.split(), *changes.split(), f'--output={args.output}', f'--name={name}'])
     print(table(rung, args.output), flush=True)
+
+
+def run_name(rung, row):
+  return f'{rung} {row}'.replace(' ', '_').replace(',', '')
 
 
 def lines(output):
@@ -79,7 +81,7 @@ def table(rung, output) -> str:
           '|---|---|---|---|---|---|---|---|']
   rows_done = {line['name']: line for line in lines(output)}
   for row in ROWS:
-    f = rows_done.get(f'{rung} {row}'.replace(' ', '_').replace(',', ''))
+    f = rows_done.get(run_name(rung, row))
     if f:
       rows.append(f'| {row} | {f["cpu_s"]:.0f} | {f["own"]:.1f} ({f["wrong"]:.1f}) '
                   f'| {f["own_1"]:.1f} ({f["wrong_1"]:.1f}) | {f["own_0.2"]:.1f} '

@@ -4,7 +4,6 @@ With every departure off, parameters and results are those of m2l2.model.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -152,9 +151,8 @@ class VariantEncoder(Encoder):
   def __init__(self, arch, *, rngs):
     super().__init__(arch, rngs=rngs)
     tokens, latents = (arch.sequence[0], arch.dim), (arch.sequence[1], arch.latent_dim)
-    shortcut = functools.partial(linear_paths.DenseLatentShortcut, width=arch.shortcut_width) if (
-        arch.shortcut_width) else linear_paths.LatentShortcut
-    self.shortcut = shortcut(tokens, latents, rngs=rngs) if arch.shortcut else None
+    self.shortcut = (
+        linear_paths.to_latents(tokens, latents, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
     self.sketch = LatentSketch((*arch.linear_sketch, arch.channels), latents, rngs=rngs) if arch.linear_sketch else None
     self.grid, self.slots = arch.grid, arch.slots
     self.magnitude_input, self.latent_norm = arch.magnitude_input, arch.latent_norm
@@ -184,9 +182,8 @@ class VariantDecoder(Decoder):
   def __init__(self, arch, *, rngs):
     super().__init__(arch, rngs=rngs)
     tokens, latents = (arch.sequence[0], arch.dim), (arch.sequence[1], arch.latent_dim)
-    shortcut = functools.partial(linear_paths.DenseTokenShortcut, width=arch.shortcut_width) if (
-        arch.shortcut_width) else linear_paths.TokenShortcut
-    self.shortcut = shortcut(latents, tokens, rngs=rngs) if arch.shortcut else None
+    self.shortcut = (
+        linear_paths.to_tokens(latents, tokens, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
     self.envelope = EnvelopeHead(arch, rngs=rngs) if arch.envelope else None
     self.sketch = EnvelopeSketch(
         latents, (*arch.linear_sketch, arch.channels), bins=arch.bins, frames=arch.frames,

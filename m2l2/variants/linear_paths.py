@@ -73,6 +73,18 @@ class DenseTokenShortcut(nnx.Module):
     return contract(z * (l * size) ** -0.5, self.mix[...], 2) @ self.expand[...]
 
 
+def to_latents(tokens, latents, *, width: int, rngs):
+  """The path (P, D) -> (L, Z): pooled where `width` is 0."""
+  return DenseLatentShortcut(tokens, latents, width=width, rngs=rngs) if width else (
+      LatentShortcut(tokens, latents, rngs=rngs))
+
+
+def to_tokens(latents, tokens, *, width: int, rngs):
+  """The path (L, Z) -> (P, D), likewise."""
+  return DenseTokenShortcut(latents, tokens, width=width, rngs=rngs) if width else (
+      TokenShortcut(latents, tokens, rngs=rngs))
+
+
 def latent_norm(latents):
   """[N, L, Z], each embedding scaled to RMS 0.4: |z| > 0.99 would take two thirds of its energy in one number of 64."""
   square = jnp.mean(jnp.square(latents), axis=2, keepdims=True)

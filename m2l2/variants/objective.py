@@ -33,8 +33,8 @@ class VariantObjective(Objective):
 
   @property
   def phases(self) -> tuple:
-    phases = (('head_start', self.head_start), (MAIN, self.steps))
-    return tuple((name, end) for name, end in phases if end > (0 if name != MAIN else self.head_start)) or phases[1:]
+    head = (('head_start', self.head_start),) if self.head_start else ()
+    return head + (super().phases if self.steps > self.head_start else ())
 
   def loss_fn(self, params, audio, keys, step, *, phase=MAIN, watch=lambda **seen: None):
     progress = jnp.maximum(step - self.head_start, 0) / max(self.steps - self.head_start, 1)
