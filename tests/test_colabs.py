@@ -38,7 +38,8 @@ SETUP.read(ROOT / 'setup.cfg')
 REPOSITORY = SETUP['metadata']['url']
 STEPS = int(os.environ.get('M2L2_COLAB_STEPS', 6))
 # Compiling is most of the work then: done in a hurry, and once for the same program.
-QUICK = {'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true',
+QUICK = {'XLA_FLAGS': ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+                       '--xla_cpu_use_fusion_emitters=false'),
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
 
 

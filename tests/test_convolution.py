@@ -17,43 +17,51 @@ CASES = [  # map [N, F, T, I], kernel [A, B, O], padding
 ]
 
 
-def draw(shape, size):
-  keys = jax.random.split(jax.random.key(0), 2)
-  return jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (*size[:2], shape[-1], size[2]))
+def draw(shape, size, padding=((1, 1), (1, 1)), dilation=(1, 1)):
+  """A map, a kernel, and a weight for each number of the result; by numpy, of which nothing is compiled."""
+  rng = np.random.default_rng(0)
+  out = [n + sum(pad) - d * (k - 1) for n, k, pad, d in zip(shape[1:3], size[:2], padding, dilation)]
+  return [rng.standard_normal(s, np.float32) for s in (shape, (*size[:2], shape[-1], size[2]), (shape[0], *out, size[2]))]
+
+
+def with_gradients(function):
+  """(map, kernel, weight) -> the result and its gradients, in one program."""
+  @jax.jit
+  def call(x, kernel, weight):
+    out, pull = jax.vjp(function, x, kernel)
+    return out, *pull(weight)
+  return call
 
 
 @pytest.mark.parametrize('shape,size,padding', CASES)
 def test_result_and_gradients_are_those_of_the_plain_convolution(shape, size, padding):
-  x, kernel = draw(shape, size)
-  out, pull = jax.vjp(lambda x, kernel: convolution.convolve(x, kernel, padding), x, kernel)
-  expected, plain_pull = jax.vjp(lambda x, kernel: convolution._plain(x, kernel, padding, (1, 1)), x, kernel)
-  np.testing.assert_array_equal(out, expected)
-  weight = jax.random.normal(jax.random.key(1), out.shape)
-  for ours, theirs in zip(pull(weight), plain_pull(weight), strict=True):
-    assert jnp.abs(ours - theirs).max() < 1e-5 * jnp.abs(theirs).max()
+  arrays = draw(shape, size, padding)
+  ours = with_gradients(lambda x, kernel: convolution.convolve(x, kernel, padding))(*arrays)
+  plain = with_gradients(lambda x, kernel: convolution._plain(x, kernel, padding, (1, 1)))(*arrays)
+  np.testing.assert_array_equal(ours[0], plain[0])
+  for got, want in zip(ours[1:], plain[1:], strict=True):
+    assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
 @pytest.mark.parametrize('exact,error,dilation', [(False, 4e-3, (1, 1)), (True, 1e-5, (1, 1)), (True, 1e-5, (1, 4))])
 def test_products_of_float32_maps_may_read_bfloat16(exact, error, dilation):
-  x, kernel = draw((2, 8, 16, 4), (3, 3, 4))
+  x, kernel, weight = draw((2, 8, 16, 4), (3, 3, 4), dilation=dilation)
   low = kernel.astype(jnp.bfloat16)
-  out, pull = jax.vjp(jax.jit(lambda x, kernel: convolution.convolve(
-      x, kernel, ((1, 1), (1, 1)), exact=exact, dilation=dilation)), x, low)
-  expected, plain = jax.vjp(lambda x, kernel: convolution._plain(x, kernel, ((1, 1), (1, 1)), dilation), x,
-                            low.astype(jnp.float32))
-  assert out.dtype == jnp.float32
-  assert 0 < jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected) < error
-  weight = jax.random.normal(jax.random.key(1), out.shape)
-  for ours, theirs, dtype in zip(pull(weight), plain(weight), (jnp.float32, jnp.bfloat16), strict=True):
-    assert ours.dtype == dtype
-    assert jnp.linalg.norm(ours.astype(jnp.float32) - theirs) < 1e-2 * jnp.linalg.norm(theirs)
+  ours = with_gradients(lambda x, kernel: convolution.convolve(
+      x, kernel, ((1, 1), (1, 1)), exact=exact, dilation=dilation))(x, low, weight)
+  plain = with_gradients(lambda x, kernel: convolution._plain(x, kernel, ((1, 1), (1, 1)), dilation))(
+      x, low.astype(np.float32), weight)
+  assert [a.dtype for a in ours] == [jnp.float32, jnp.float32, jnp.bfloat16]
+  out, *gradients = [np.asarray(a, np.float32) for a in ours]
+  assert 0 < np.linalg.norm(out - plain[0]) / np.linalg.norm(plain[0]) < error
+  for got, want in zip(gradients, plain[1:], strict=True):
+    assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
 
 
 def test_it_is_as_exact_as_float32_sums_are():
-  x, kernel = draw((2, 256, 16, 4), (3, 3, 4))
-  gradient = jax.random.normal(jax.random.key(1), x.shape)
-  padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
-  exact = np.stack([[np.einsum('nfti,nfto->io', padded[:, i:i + 256, j:j + 16], np.asarray(gradient, np.float64))
+  x, _, gradient = draw((2, 256, 16, 4), (3, 3, 4))
+  padded = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  exact = np.stack([[np.einsum('nfti,nfto->io', padded[:, i:i + 256, j:j + 16], np.float64(gradient))
                      for j in range(3)] for i in range(3)])
   ours = convolution.kernel_gradient(x, gradient, (3, 3), ((1, 1), (1, 1)))
   assert np.abs(ours - exact).max() < 2e-6 * np.abs(exact).max()
@@ -65,7 +73,7 @@ def primitives(x, kernel):
 
 
 def test_it_serves_one_cpu_and_large_maps_alone():
-  x, kernel = draw((1, 64, 32, 4), (3, 3, 4))
+  x, kernel, _ = map(jnp.asarray, draw((1, 64, 32, 4), (3, 3, 4)))
   assert 'scan' in primitives(x, kernel)
   assert 'scan' not in primitives(x[:, :4], kernel)
   with compiling_for('tpu'):

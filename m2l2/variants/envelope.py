@@ -97,7 +97,9 @@ def envelope_loss(predicted, spec, *, bands: int = 0):
   `band_edges` counts alike, else each bin.
   """
   error = jax.lax.stop_gradient(log_magnitude(spec)) - predicted
-  loss = 2 * jnp.mean(jnp.maximum(QUANTILE * error, (QUANTILE - 1) * error), axis=(3, 4))
+  # Not a maximum of both products: its gradient asks which of them the maximum equals, and where XLA computes them again
+  # with another rounding, neither.
+  loss = 2 * jnp.mean(error * jnp.where(error > 0, QUANTILE, QUANTILE - 1), axis=(3, 4))
   if not bands:
     return jnp.mean(loss, axis=2)
   widths = np.diff(band_edges(loss.shape[2], bands))

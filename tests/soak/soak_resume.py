@@ -59,7 +59,8 @@ def environment(cache, *, devices=1):
     **os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY),
     'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_NUM_CPU_DEVICES': str(devices),
-    'XLA_FLAGS': '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'}
+    'XLA_FLAGS': ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+                  '--xla_cpu_use_fusion_emitters=false')}
 
 
 def run(workdir, *, music, cache, fields=None, devices=1):
