@@ -153,7 +153,7 @@ def _decode_jobs(args, planned, opened):
   with _over(planned, 'decode', args) as (done, passing):
     waiting = list(planned)
     while waiting:
-      began = codec and time.monotonic()
+      began = time.monotonic()
       size = 1 if len(planned) == 1 else args.batch or _batch()
       group, waiting = waiting[:size], waiting[size:]
       with contextlib.ExitStack() as all_files:
@@ -163,8 +163,8 @@ def _decode_jobs(args, planned, opened):
             source, latents_by = opened(files.enter_context(jobs.reading(job)))
             check = _new_file(job.source, overwrite=args.overwrite)
             target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
-            codec = codec or _decoder(args)
-            began = began or time.monotonic()  # loading the model does not count as speed
+            if codec is None:
+              codec, began = _decoder(args), time.monotonic()  # loading the model does not count as speed
             # Opened first, so that a format that cannot hold these channels is reported before the work.
             writer = files.enter_context(audio_io.AudioWriter(
                 target, source.sample_rate, source.channels, tags=source.tags, normalize=args.normalize))

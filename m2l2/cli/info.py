@@ -88,7 +88,7 @@ def _checkpoint_facts(path) -> dict:
 
 def _run_facts(workdir) -> dict:
   """The last line of metrics.jsonl with a loss, and the steps of the checkpoints."""
-  last = {}
+  last: dict = {}
   with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
     for line in file:
       with contextlib.suppress(ValueError):  # a line that a crash cut short

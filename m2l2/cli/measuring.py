@@ -151,7 +151,7 @@ def _reconstruct_all(codec, folder, args):
   from m2l2.data import audio_io, sources
   from m2l2.evaluation.evaluate import Pair
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
-  references, items, warnings = sources.find_audio_files(args.reference), [], []
+  references, items, warnings = sources.find_audio_files(args.reference), list[Pair](), []
   quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
   with terminal.bar('reconstruct', len(references), quiet=args.quiet) as progress:
     for number, name in enumerate(references.names):

@@ -235,7 +235,7 @@ class Readers:
 
   def read(self, places: Iterable) -> Iterator[Iterator]:
     """(split, number) of each signal -> for each, in order, what `_rows` yields; errors are raised to the consumer."""
-    places, waiting = iter(places), collections.deque()
+    places, waiting = iter(places), collections.deque[queue.Queue]()
     for place in itertools.chain(places, [None] * self._threads):
       if place:
         waiting.append(queue.Queue(_AHEAD))
@@ -341,7 +341,7 @@ class GroupEncoder:
 
     The devices compute one call while the host prepares the next.
     """
-    waiting = collections.deque()
+    waiting = collections.deque[tuple]()
     groups = iter(groups)
     while batch := list(itertools.islice(groups, len(self._devices))):
       waiting.append((batch, self._start(batch)))
@@ -420,8 +420,8 @@ def _finish(output, plan, manifest) -> dict:
   """After the last shard: writes the index, the report and, last, the files that TFDS reads."""
   report = {'signals': sum(shard.end - shard.first for shard in plan), 'encoded': 0, 'seconds': 0.0, 'chunks': 0,
             'bytes': 0, 'skipped': []}
-  lengths, num_bytes = collections.defaultdict(list), collections.Counter()
-  index = collections.defaultdict(list)
+  lengths, num_bytes = collections.defaultdict(list), collections.Counter[str]()
+  index: dict[str, list] = collections.defaultdict(list)
   for shard in plan:
     with open(os.path.join(output, shard.sidecar), encoding='utf-8') as file:
       done = json.load(file)

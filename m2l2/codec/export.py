@@ -6,6 +6,7 @@ batch), weights.npz, about.json with the numbers that a caller needs, and load.p
 
 import json
 import os
+from typing import Any
 
 import jax
 import jax.export
@@ -139,7 +140,8 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
     os.makedirs(aside)
     for name, program in exported.items():
       _write(aside, f'{name}.stablehlo', program.serialize())
-    np.savez(os.path.join(aside, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
+    arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in _leaves(codec.params)}
+    np.savez(os.path.join(aside, 'weights.npz'), **arrays)
     _write(aside, 'about.json', (json.dumps(about, indent=2) + '\n').encode())
     _write(aside, 'load.py', LOADER.encode())
 

@@ -2,6 +2,7 @@
 
 from importlib import resources
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from m2l2.errors import UserError
 
 def in_the_box() -> dict[str, str]:
   """The path of each model in the box, by name."""
-  box = resources.files('m2l2') / 'assets' / 'models'
+  box = pathlib.Path(str(resources.files('m2l2'))) / 'assets' / 'models'
   if not box.is_dir():
     return {}
   return {entry.name: os.fspath(entry) for entry in sorted(box.iterdir(), key=str) if entry.is_dir()}

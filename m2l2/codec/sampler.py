@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2l2.consistency import Consistency
+from m2l2.model.autoencoder import Network
 from m2l2.representation import Representation
 from m2l2.variants.staggered import sample_staggered
 
@@ -33,7 +34,7 @@ class Sampler:
   [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, channels, overlap].
   """
   representation: Representation
-  network: object  # model.autoencoder.Network, whose functions take the weights
+  network: Network
   consistency: Consistency
 
   @property

@@ -54,7 +54,7 @@ def index_shard(path, name: str) -> bytes:
 
 def _index_shard(path, name) -> bytes:
   rows: dict[str, list[int]] = {field: [] for field in _FIELDS}
-  points, names = array('I'), {}
+  points, names = array('I'), dict[bytes, int]()
   reader = ArrayRecordReader(path)
   try:
     with open(path, 'rb') as file:
@@ -84,10 +84,10 @@ def _index_shard(path, name) -> bytes:
 def join(parts: Iterable[bytes]) -> bytes:
   """Joins the indices of several shards, in their order."""
   fields: dict[str, list] = {field: [] for field in _FIELDS}
-  points, names, shards = [], [], []
+  points, names, shards = [], list[bytes](), []
   for part in parts:
     meta, arrays = _load(part)
-    arrays['source'] = arrays['source'] + np.int32(len(names))
+    arrays['source'] = np.add(arrays['source'], len(names), dtype=np.int32)
     for field, values in fields.items():
       values.append(arrays[field])
     points.append(arrays['points'])

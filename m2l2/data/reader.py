@@ -108,8 +108,10 @@ class AudioReader:
       self._check_file(path, name)
     elif not data:
       raise UserError(f'{name}: is empty (0 bytes)')
-    self._name, self._path, self.note, foreign = name, path, None, None
-    self._buffer, contents = data, containers.inspect(data) if data is not None else _contents(path, whole)
+    self._name, self._path, foreign = name, path, None
+    self.note: str | None = None
+    self._buffer: containers.Buffer | None = data
+    contents = containers.inspect(data) if data is not None else _contents(path, whole)
     try:
       self._streams = self._open_streams(contents)
     except FILE_ERRORS as e:
@@ -226,11 +228,12 @@ class AudioReader:
 
   def _open_streams(self, contents) -> list[Stream]:
     """Opens every chained stream with the rate and channels of the first; the log reports the others."""
-    parts, streams = contents.parts, []
+    parts: tuple[containers.Part, ...] = contents.parts
+    streams: list[Stream] = []
     if parts and self._buffer is None:
       with open(self._path, 'rb') as file:
         self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if len(parts) < 2 and (not parts or parts[0].pieces == ((0, len(self._buffer)),)):  # unchanged
+    if len(parts) < 2 and (not parts or self._is_whole(parts[0].pieces)):
       return [Stream(self._source, parts[0] if parts else None)]
     for part in parts:
       try:
@@ -246,9 +249,13 @@ class AudioReader:
       streams.append(stream)
     return streams
 
+  def _is_whole(self, pieces) -> bool:
+    return self._buffer is not None and pieces == ((0, len(self._buffer)),)
+
   def _source(self, pieces):
     """The source that soundfile opens for pieces of the file; for all of it the path, which is faster."""
-    if pieces and pieces != ((0, len(self._buffer)),):
+    if pieces and not self._is_whole(pieces):
+      assert self._buffer is not None
       return containers.Joined(self._buffer, pieces)
     return io.BytesIO(self._buffer) if isinstance(self._buffer, bytes) else os.fsencode(self._path)
 

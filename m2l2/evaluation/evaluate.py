@@ -48,7 +48,7 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
     return [Pair(os.path.basename(reference), os.fspath(reference), os.fspath(estimate))], []
   references, estimates = sources.find_audio_files(reference), sources.find_audio_files(estimate)
   by_name = {name: estimates.path(i) for i, name in enumerate(estimates.names)}
-  by_stem = {}
+  by_stem: dict[str, list[str]] = {}
   for name in by_name:
     by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
   matched, warnings, used = [], [], set()
@@ -211,7 +211,8 @@ class _mapped:
 
 def _embed_all(items, embedders, progress):
   """({embedding: [(reference [windows, d], estimate [windows, d]), ...] by clip}, warnings)."""
-  embedded, warnings = {name: [] for name in embedders}, []
+  embedded: dict[str, list] = {name: [] for name in embedders}
+  warnings = []
   for item in items if embedders else ():
     try:
       loaded = load_pair(item, check=False)

@@ -251,7 +251,7 @@ class StopSignal:
 
   def __init__(self, checkpoints: Checkpoints):
     self._checkpoints = checkpoints
-    self._previous = {}
+    self._previous: dict = {}
     self._received = False
     self._asked = False
 

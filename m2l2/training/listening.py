@@ -35,7 +35,8 @@ class Listener:
   """
 
   def __init__(self, plain: Mapping, *, sample_rate: int, workdir, first: int):
-    self._plain, self._rate, self._codec = plain, sample_rate, None
+    self._plain, self._rate = plain, sample_rate
+    self._codec: Codec | None = None
     self._best_path = os.path.join(workdir, 'best')
     self._fields = fields = plain['evaluate']
     self.measures = bool(fields['root']) and fields['every'] > 0
@@ -80,7 +81,7 @@ class Listener:
                       in_one_line(error))
 
   def _measure_all(self, step, weights, log):
-    scalars, clip = {}, self._clips[0]
+    scalars, clip = dict[str, float](), self._clips[0]
     for name, params in weights.items():
       if params is not None:
         values, sound = self._alone(self._measure, params)
@@ -100,6 +101,7 @@ class Listener:
     decoded = [self._decode(params, clip.audio, clip.sample_rate) for clip in self._clips]
     items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
              for clip, sound in zip(self._clips, decoded)]
+    assert self._codec
     chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
     report = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
     return sweep.means(report), decoded[0]

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from m2l2.consistency import Consistency
@@ -83,7 +84,7 @@ class StepFunctions:
 class Draw:
   """What a step draws for its crops: spec [B, S, F, T, 2C], unit noise alike, levels high and low [B, S], keys [B] for
   what a bottleneck drops."""
-  spec: jax.Array
+  spec: jax.Array | np.ndarray
   noise: jax.Array
   high: jax.Array
   low: jax.Array

@@ -111,7 +111,7 @@ def _refuse_other(place, known, identity):
 
 def _finish(place, identity, shards, written, skipped) -> dict:
   """Metadata, report and, last of all, the manifest."""
-  silent, splits = {}, {}
+  silent, splits = dict[str, int](), dict[str, list]()
   for shard, result in zip(shards, written):
     skipped |= result['faults']
     silent |= result['silent']

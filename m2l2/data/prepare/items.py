@@ -60,7 +60,7 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
   """Writes a shard. The segments of a file are added when all of it is decoded, or not at all."""
   options = job.options
   counts = {'records': 0, 'sources': 0, 'seconds': 0., 'bytes': 0}
-  result = {'counts': counts, 'faults': {}, 'silent': {}}
+  result: dict[str, dict] = {'counts': counts, 'faults': {}, 'silent': {}}
   with place.new(item['file']) as path:
     # Uncompressed: FLAC does not shrink. Groups of one record, so that each can be read alone.
     writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')

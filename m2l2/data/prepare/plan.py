@@ -20,7 +20,7 @@ def blocks(names) -> Iterator[dict]:
 
 def merge(results) -> tuple[dict, dict]:
   """Merges the results of a stage: facts by name, faults by name."""
-  facts, faults = {}, {}
+  facts, faults = dict[str, dict](), dict[str, str]()
   for result in results:
     facts |= result['facts']
     faults |= result['faults']
@@ -36,7 +36,7 @@ def suspects_of(probed) -> Iterator[str]:
 
 def duplicates(hashed) -> dict:
   """{name: reason} of the files with the same audio as one of an earlier name (in sorted order)."""
-  first, copies = {}, {}
+  first, copies = dict[str, str](), dict[str, str]()
   for name in sorted(hashed):
     kept = first.setdefault(hashed[name]['content'], name)
     if kept != name:
@@ -52,7 +52,7 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
                    key=lambda n: (digest('order', n), n))
     total = sum(weights[name] for name in names)
     count = max(1, round(total / (60 * options.shard_minutes)))
-    parts, passed = {}, 0.
+    parts, passed = dict[int, list[str]](), 0.
     for name in names:
       middle = (passed + weights[name] / 2) / total if total else 0
       parts.setdefault(min(count - 1, int(middle * count)), []).append(name)

@@ -210,7 +210,7 @@ def _whole_frames(mono: np.ndarray) -> Iterator[np.ndarray]:
     while len(held) >= 64 + outside:
       yield held[:64]
       held, short = held[64:], False
-  if short:
+  if short and held is not None:
     yield held[:-outside]
 
 

@@ -1,6 +1,7 @@
 """CoDiCodec's weights into a snapshot: `m2l2 import-codicodec`."""
 
 import json
+from typing import Any
 
 from m2l2 import build
 from m2l2.codec.snapshot import check_place, save_snapshot
@@ -38,7 +39,7 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
     params = convert_weights(state, arch)
   except UserError as error:
     raise UserError(f'{audio_io.shown(source)}: {error}') from error
-  report = {'unused': sorted(name for name, tensor in state_dict_table(arch).items()
+  report: dict[str, Any] = {'unused': sorted(name for name, tensor in state_dict_table(arch).items()
                              if not tensor.path and tensor.value is None)}
   if verify:
     report['errors'] = verify_against_torch(state, config, params)
