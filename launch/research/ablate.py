@@ -19,7 +19,7 @@ from m2l2 import build
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import clips as folder_clips
+from m2l2.evaluation import excerpts
 from m2l2.evaluation.reports import pictures, report
 from m2l2.evaluation.studies import sweep
 from m2l2.training import main as training
@@ -103,7 +103,7 @@ def describe(config, flags) -> dict:
 def cut(reference, folder, *, seconds, most) -> Path:
   """The excerpts as files, made once."""
   if not folder.is_dir():
-    clips, warnings = folder_clips.take_excerpts(reference, seconds=seconds, most=most)
+    clips, warnings = excerpts.take_excerpts(reference, seconds=seconds, most=most)
     for line in warnings:
       print(f'ablate: {line}', file=sys.stderr)
     partial = folder.with_name('reference.part')

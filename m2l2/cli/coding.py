@@ -51,13 +51,13 @@ def _encode(args):
   if args.features and (args.discrete or args.embeddings is not None):
     raise UserError('--features are of all numbers: leave --discrete and --embeddings out')
   output = '.npz' if args.features else '.safetensors'
-  planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=output)
+  planned = jobs.find_jobs(args.source, args.target, inputs=jobs.AUDIO, output=output)
   with _over(planned, 'encode', args) as (done, passing):
     many = len(planned) > 1
     codec = _encoder(args) if many else None  # what is wrong for all files is told once
     for job in planned:
       with passing(job), jobs.reading(job) as path:
-        info = audio_io.probe(path)
+        info = audio_io.info(path)
         if many and not args.overwrite and _are_there(job.target, codec, args):
           terminal.say(args, f'{audio_io.shown(job.target)}: is there already')
           done(1)
@@ -130,7 +130,7 @@ def _decode(args):
   def opened(path):
     latents = Latents.load(path)
     return latents, lambda codec: latents
-  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.LATENTS, output=f'.{args.format}'), opened)
+  _decode_jobs(args, jobs.find_jobs(args.source, args.target, inputs=jobs.LATENTS, output=f'.{args.format}'), opened)
 
 
 def _reconstruct(args):
@@ -138,9 +138,9 @@ def _reconstruct(args):
   from m2l2.data import audio_io
 
   def opened(path):
-    info = audio_io.probe(path)
+    info = audio_io.info(path)
     return info, lambda codec: encode_file(codec, info, embeddings=args.embeddings, quiet=args.quiet)
-  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
+  _decode_jobs(args, jobs.find_jobs(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
 
 
 def _decode_jobs(args, planned, opened):

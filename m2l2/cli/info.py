@@ -36,7 +36,7 @@ def facts(path) -> dict:
     return _latents_facts(path)
   if os.fspath(path).endswith('.json'):
     return _report_facts(path, _json(path))
-  info = audio_io.probe(path)
+  info = audio_io.info(path)
   return {'path': info.path, 'kind': 'audio', 'format': info.format, 'encoding': info.subtype,
           'sample_rate': info.sample_rate, 'channels': info.channels, 'samples': info.frames,
           'seconds': info.seconds, **({'tags': dict(info.tags)} if info.tags else {})}

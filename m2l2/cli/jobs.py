@@ -32,7 +32,7 @@ class Job:
     return 'standard input' if self.source == PIPE else shown(self.source)
 
 
-def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
+def find_jobs(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
   """The jobs of a command line.
 
   One file is written to `target`, or into it if that is a directory. Several files, a directory (with its

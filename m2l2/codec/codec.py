@@ -141,7 +141,7 @@ class Codec:
         blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
 
   def _encode_file(self, path, sample_rate, discrete):
-    info = audio_io.probe(path)
+    info = audio_io.info(path)
     if sample_rate not in (None, info.sample_rate):
       raise UserError(f'{audio_io.shown(path)}: is at {info.sample_rate} Hz, not {sample_rate}; leave sample_rate out')
     self.check_source(channels=info.channels, discrete=discrete)

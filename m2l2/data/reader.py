@@ -322,7 +322,7 @@ class AudioReader:
       raise UserError(f'{self._name}: holds NaN or infinite samples, the first at sample {first}')
 
 
-def probe(path) -> AudioInfo:
+def info(path) -> AudioInfo:
   """The AudioInfo of an audio file. Raises UserError as `AudioReader` does."""
   with AudioReader(path) as reader:
     return reader.info
@@ -355,8 +355,8 @@ def read_blocks(path, *, block_samples: int, check_finite: bool = False) -> Iter
   """The whole file as float32 [channels, block_samples] blocks in bounded memory.
 
   Every block has `block_samples` samples; the last may have fewer. Errors (UserError, as of `AudioReader` and
-  `AudioReader.blocks`) are raised at the first `next`: call `probe` to check the header before the work. Count the
-  samples: an MP3 may hold fewer than `probe` states.
+  `AudioReader.blocks`) are raised at the first `next`: call `info` to check the header before the work. Count the
+  samples: an MP3 may hold fewer than `info` states.
   """
   if block_samples < 1:
     raise UserError(f'{shown(path)}: cannot be read in blocks of {block_samples} samples')

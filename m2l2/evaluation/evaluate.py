@@ -93,7 +93,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
 
   Metrics of stereo are left out without a warning if a side is not stereo.
   """
-  signals = pairs.Signals(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
+  compared = pairs.Comparison(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
   is_stereo = len(loaded.reference) == len(loaded.estimate) == 2
   values, warnings = {}, []
   for metric in metrics:
@@ -101,7 +101,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
       continue
     name = metric.name
     try:
-      value = metric(signals)
+      value = metric(compared)
     except UserError as error:
       warnings.append(str(error) if name in str(error) else f'{name}: {error}')
     except Exception as error:  # a bad pair must not end the report

@@ -11,7 +11,7 @@ from absl import logging
 from m2l2.codec.codec import Codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.errors import UserError, in_one_line
-from m2l2.evaluation import clips, evaluate
+from m2l2.evaluation import evaluate, excerpts
 from m2l2.evaluation.embedders import embeddings
 from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.studies import sweep
@@ -52,7 +52,7 @@ class Listener:
     self._metrics, self._measured = metrics, _last_measured(workdir, most=first)
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}
-    self._clips, warnings = clips.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
+    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
     for line in warnings:
       logging.warning('evaluate.root: %s', line)
 

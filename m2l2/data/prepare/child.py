@@ -38,7 +38,7 @@ class FileFault(UserError):
 # ---- in the child: files to numbers and segments ----------------------------------------------
 
 
-def probe(path) -> dict:
+def headers(path) -> dict:
   """Cheap facts: 'seconds' by the header, 'format', and 'head', a hash of the rate, the channels and the first block
   that is not all zero. Files of equal audio have equal heads."""
   with _open(path) as reader:
@@ -166,7 +166,7 @@ def _serve(spool: int, memory: int):
   signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without a parent there is no work
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then an error like that of a full disk
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-  calls: dict[str, Callable] = {'probe': probe, 'content_hash': content_hash, 'segment': segment}
+  calls: dict[str, Callable] = {'headers': headers, 'content_hash': content_hash, 'segment': segment}
   _write_all(_replies, b'{}\n')
   for line in sys.stdin:
     request = json.loads(line)

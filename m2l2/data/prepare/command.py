@@ -69,13 +69,13 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
   place.make()
   with place.locked():
     _begin(place, identity)
-    probed, skipped = merge(run('probe', list(blocks(names)), len(names), 'file'))
-    suspects = list(suspects_of(probed))
+    headers, skipped = merge(run('headers', list(blocks(names)), len(names), 'file'))
+    suspects = list(suspects_of(headers))
     hashed, faults = merge(run('hash', list(blocks(suspects)), len(suspects), 'file'))
     skipped |= faults
     skipped |= duplicates(hashed)
     weights = {name: min(facts['seconds'], size / _LEAST_BYTES)
-               for name, size in zip(names, sizes) if (facts := probed.get(name)) and name not in skipped}
+               for name, size in zip(names, sizes) if (facts := headers.get(name)) and name not in skipped}
     shards = plan_shards(weights, options)
     written = run('write', shards, sum(weights.values()), 's')
     return _finish(place, identity, shards, written, skipped)

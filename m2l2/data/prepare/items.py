@@ -15,7 +15,7 @@ from m2l2.data.prepare.options import Preparation
 from m2l2.data.prepare.place import WORK, Place
 from m2l2.errors import UserError
 
-_HEAD_BYTES = 2**22  # of a remote file, for the probe
+_HEAD_BYTES = 2**22  # of a remote file, for its headers
 _SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the size of the file
 
 
@@ -33,22 +33,22 @@ def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advan
     result = {'facts': {}, 'faults': {}}
     for name in item['files']:
       try:
-        result['facts'][name] = (_probe if stage == 'probe' else _hash)(job, name, decoder)
+        result['facts'][name] = (_headers if stage == 'headers' else _hash)(job, name, decoder)
       except FileFault as e:
         result['faults'][name] = str(e)
       advance(1)
   place.write_json(result_name(stage, item), result)
 
 
-def _probe(job, name, decoder) -> dict:
+def _headers(job, name, decoder) -> dict:
   if '://' in job.base:  # the beginning is usually enough
     with contextlib.suppress(FileFault), fetched(job.base, name, most=_HEAD_BYTES) as path:
-      facts = decoder.call('probe', path)
+      facts = decoder.call('headers', path)
       if facts['format'] in _SIZED:  # else the header states the length
         facts['seconds'] *= max(1, remote_size(job.base, name) / _HEAD_BYTES)
       return facts
   with fetched(job.base, name) as path:
-    return decoder.call('probe', path)
+    return decoder.call('headers', path)
 
 
 def _hash(job, name, decoder) -> dict:

@@ -27,10 +27,10 @@ def merge(results) -> tuple[dict, dict]:
   return facts, faults
 
 
-def suspects_of(probed) -> Iterator[str]:
+def suspects_of(headers) -> Iterator[str]:
   """The files whose audio begins like that of another file, sorted."""
-  head = lambda name: (probed[name]['head'], name)
-  groups = [list(group) for _, group in itertools.groupby(sorted(probed, key=head), key=lambda n: probed[n]['head'])]
+  head = lambda name: (headers[name]['head'], name)
+  groups = [list(group) for _, group in itertools.groupby(sorted(headers, key=head), key=lambda n: headers[n]['head'])]
   return iter(sorted(name for group in groups if len(group) > 1 for name in group))
 
 

@@ -18,8 +18,8 @@ import sklearn.metrics
 
 from m2l2.codec.codec import Codec
 from m2l2.errors import UserError
-from m2l2.evaluation.clips import take_excerpt
 from m2l2.evaluation.embedders import musicnn
+from m2l2.evaluation.excerpts import take_excerpt
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.studies import tasks
 
