@@ -23,7 +23,6 @@ numbers a second (of its frames eight at a time, fitted on the training music); 
 import argparse
 import hashlib
 import io
-import json
 import os
 from pathlib import Path
 import sys
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
+from m2l2 import files
 from m2l2.codec.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
@@ -268,11 +268,8 @@ def write(report, systems, sounds, rate, output):
     for system in systems:
       word = system.split(', ')[-1].strip('()').replace(' ', '_').replace(')', '')
       audio_io.write(output / f'{number}_{word}.wav', systems[system][name], rate)
-  for target, text in ((output / 'report.json', json.dumps(report, indent=1) + '\n'),
-                       (output / 'table.md', markdown(report))):
-    temporary = target.with_suffix('.part')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, target)
+  files.write_json(output / 'report.json', report, indent=1)
+  files.write_text(output / 'table.md', markdown(report))
 
 
 def markdown(report) -> str:

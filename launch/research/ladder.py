@@ -170,8 +170,7 @@ class Gaussian:
 def read_mono(path, rate):
   """The file at `rate`, float32 [samples]."""
   audio, own = audio_io.read(path)
-  audio = audio.mean(axis=0, keepdims=True)
-  return (audio if own == rate else audio_io.resample(audio, from_rate=own, to_rate=rate))[0]
+  return audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)[0]
 
 
 def crops(audio, starts, samples):

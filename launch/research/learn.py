@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
-from m2l2 import build
+from m2l2 import build, files
 from m2l2.codec.codec import Codec, load
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
@@ -205,10 +205,8 @@ def write(line: dict, table: Path):
   path = table / 'trials.jsonl'
   lines = [json.loads(old) for old in path.read_text().splitlines()] if path.is_file() else []
   lines = [old for old in lines if old['name'] != line['name']] + [line]
-  for target, text in ((path, '\n'.join(map(json.dumps, lines)) + '\n'), (table / 'trials.md', markdown(lines))):
-    temporary = target.with_suffix('.part')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, target)
+  files.write_text(path, '\n'.join(map(json.dumps, lines)) + '\n')
+  files.write_text(table / 'trials.md', markdown(lines))
 
 
 def markdown(lines) -> str:

@@ -145,8 +145,7 @@ def write(part: Path, place, folder: str, of: dict[str, float], kbps: float):
       print(f'pack: left out: {error}', file=sys.stderr)
       continue
     mono = audio.mean(axis=0, keepdims=True)
-    if info.sample_rate != RATE:
-      mono = audio_io.resample(mono, from_rate=info.sample_rate, to_rate=RATE)
+    mono = audio_io.resample(mono, from_rate=info.sample_rate, to_rate=RATE)
     target = part / f'{name}.opus'  # after the whole name: a.ogg and a.mp3 are two pieces
     target.parent.mkdir(parents=True, exist_ok=True)
     with soundfile.SoundFile(target, 'w', RATE, 1, 'OPUS', format='OGG', compression_level=compression) as file:

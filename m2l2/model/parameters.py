@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import contextvars
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -67,6 +68,12 @@ def draw_all(key, shapes, inits):
     for n, end in zip(own, ends):
       drawn[n] = inits[n].scale * vector[end - leaves[n].size:end].reshape(leaves[n].shape)
   return jax.tree.unflatten(structure, drawn)
+
+
+def by_path(tree) -> dict[str, Any]:
+  """{'encoder/w': array, ...}, in the order of the tree's leaves."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 _shapes_only = contextvars.ContextVar('shapes_only', default=False)

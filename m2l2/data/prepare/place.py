@@ -93,8 +93,7 @@ class Place:
         if self._fs:
           self._fs.put_file(part, self._at(name))
         else:
-          with open(part, 'rb') as file:
-            os.fsync(file.fileno())
+          files.sync(part)
           os.replace(part, self._at(name))
       finally:
         with contextlib.suppress(FileNotFoundError):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import hashlib
 import itertools
 
+from m2l2.data import storage
 from m2l2.data.audio_io import shown
 from m2l2.data.order import SPLITS, digest, split_of
 from m2l2.data.prepare.options import Options
@@ -58,7 +59,7 @@ def plan_shards(weights: dict[str, float], options: Options) -> list[dict]:
       parts.setdefault(min(count - 1, int(middle * count)), []).append(name)
       passed += weights[name]
     for number, key in enumerate(sorted(parts)):  # a part that lies within one long file is left out
-      file = f'{NAME}-{split}.array_record-{number:05d}-of-{len(parts):05d}'
+      file = storage.shard_name(NAME, split=split, number=number, count=len(parts))
       shards.append({'number': f'{split}-{number:05d}', 'split': split, 'file': file, 'files': parts[key],
                      'seconds': sum(weights[name] for name in parts[key])})
   return shards
