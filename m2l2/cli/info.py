@@ -8,7 +8,7 @@ from m2l2.codec import loading
 from m2l2.codec.latents import Latents, is_safetensors
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 
 def facts(path) -> dict:
@@ -109,7 +109,7 @@ def _json(path):
     with open(path, encoding='utf-8') as file:
       return json.load(file)
   except (OSError, ValueError) as error:
-    raise UserError(f'{audio_io.shown(path)}: is not JSON that can be read ({" ".join(str(error).split())})') from error
+    raise UserError(f'{audio_io.shown(path)}: is not JSON that can be read ({in_one_line(error)})') from error
 
 
 def _told(path, kind, record, names) -> dict:

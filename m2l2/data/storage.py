@@ -18,7 +18,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from m2l2 import files
 from m2l2.data.audio_io import shown
-from m2l2.errors import UserError, unwritten
+from m2l2.errors import UserError, in_one_line, unwritten
 
 METADATA = 'dataset_info.json'  # is written last: if it exists, the dataset is complete
 
@@ -50,7 +50,7 @@ class ShardWriter:
     try:
       return act(*args)
     except (OSError, RuntimeError, ValueError) as error:  # array_record's errors are of these two
-      reason = ' '.join(str(error).split()).split('; ')[0]
+      reason = in_one_line(error).split('; ')[0]
       raise UserError(f'{shown(self._path)}: could not be written ({reason})') from error
 
   def write(self, record: bytes):

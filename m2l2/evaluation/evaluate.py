@@ -15,7 +15,7 @@ import numpy as np
 import soxr
 
 from m2l2.data import audio_io, sources
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS, IN_THE_BOX
 from m2l2.evaluation.metrics import checks, frechet, pairs, registry, seams
 
@@ -105,7 +105,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
     except UserError as error:
       warnings.append(str(error) if name in str(error) else f'{name}: {error}')
     except Exception as error:  # a bad pair must not end the report
-      warnings.append(f'{name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+      warnings.append(f'{name}: has no value ({type(error).__name__}: {in_one_line(error)})')
     else:
       if math.isfinite(value):
         values[name] = value
@@ -225,7 +225,7 @@ def _embed_all(items, embedders, progress):
       except UserError as error:
         warnings.append(f'{item.name}: {name}: {error}')
       except Exception as error:  # as in `measure`
-        warnings.append(f'{item.name}: {name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+        warnings.append(f'{item.name}: {name}: has no value ({type(error).__name__}: {in_one_line(error)})')
       progress(1)
   return embedded, warnings
 

@@ -17,7 +17,7 @@ import ml_collections
 
 from m2l2 import configs
 from m2l2.configs import base
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _NAME = re.compile(r'(?:configs/)?(\w[\w-]*)(?:\.py)?')  # what may mean a preset
 _CAST = re.compile(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and "
@@ -78,7 +78,7 @@ def _told(error, path) -> str:
     return f'{error.filename or path}, line {error.lineno}: {error.msg}'
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   place = f'{path}, line {lines[-1]}' if lines else path
-  text = ' '.join(str(error).split())
+  text = in_one_line(error)
   if isinstance(error, (AttributeError, KeyError)) and re.search('Did you mean|config is locked', text):
     words = re.findall(r'Key "(\w+)"', text) + re.findall(r'\w+', text)  # or: "'stepz' Did you mean ..."
     near = linecache.getline(path, lines[-1] or 0) if lines else ''
@@ -86,7 +86,7 @@ def _told(error, path) -> str:
   if cast := _CAST.search(text):
     name, value, kind, wanted = cast.groups()
     return f'{place}: {name} is {_KINDS.get(wanted, wanted)}, not {value} ({kind})'
-  return f'{place}: {text or type(error).__name__}'
+  return f'{place}: {text}'
 
 
 def missing(name: str, *, near: str = '') -> str:

@@ -21,7 +21,7 @@ import tempfile
 import numpy as np
 
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _BLOCK = 2**18  # samples decoded at once: 6 s
 _HEAD = 2**16  # samples that are compared in the search for possible duplicates
@@ -184,7 +184,7 @@ def _serve(spool: int, memory: int):
     except OSError as e:  # not an error of the file: audio_io raises UserError for those
       reply = {'fatal': e.strerror or str(e)}
     except Exception as e:  # a bug in m2l2 or a library: it skips one file, and is reported
-      reply = {'error': f'cannot be decoded ({type(e).__name__}: {" ".join(str(e).split())})'}
+      reply = {'error': f'cannot be decoded ({type(e).__name__}: {in_one_line(e)})'}
     _write_all(_replies, json.dumps(reply).encode() + b'\n')
 
 

@@ -13,7 +13,7 @@ from m2l2.data.prepare.child import DecodingProcess, FileFault
 from m2l2.data.prepare.inputs import fetched, remote_size
 from m2l2.data.prepare.options import Preparation
 from m2l2.data.prepare.place import WORK, Place
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _HEAD_BYTES = 2**22  # of a remote file, for its headers
 _SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the size of the file
@@ -96,7 +96,7 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
       writer.close()
       place.write(part_name(item), index_shard(path, item['file']))
     except RuntimeError as e:  # the only type of error of the writer
-      raise UserError(f'{shown(place.root)}: cannot be written: {" ".join(str(e).split())}') from e
+      raise UserError(f'{shown(place.root)}: cannot be written: {in_one_line(e)}') from e
     finally:
       with contextlib.suppress(RuntimeError):
         writer.close()
