@@ -9,14 +9,13 @@ on the latents alone. Figures are at the model's own rate.
 """
 
 import copy
-import json
-import os
 from pathlib import Path
 import sys
 
 import jax
 import numpy as np
 
+from m2l2 import files
 from m2l2.assets import HELD_OUT, TRAINING
 from m2l2.codec.codec import Codec, load
 from m2l2.codec.latents import Latents
@@ -57,7 +56,7 @@ def main(workdir):
     began.params = params
   rate = trained.native_rates[0]
   audio, source_rate = audio_io.read(TRAINING)
-  audio = audio if source_rate == rate else audio_io.resample(audio, from_rate=source_rate, to_rate=rate)
+  audio = audio_io.resample(audio, from_rate=source_rate, to_rate=rate)
   before, figures_before = measure(began, audio, rate)
   after, figures_after = measure(trained, audio, rate)
   old, new = figures_before['one_step'], figures_after['one_step']
@@ -71,9 +70,7 @@ def main(workdir):
   pictures.save(pictures.spectrograms(rows), Path(workdir) / 'comparison.png')
   report = {'seed': SEED, 'steps': step, 'sample_rate': rate, 'clip': TRAINING.stem,
             'before': figures_before, 'trained': figures_after}
-  temporary = Path(workdir) / 'report.json.part'
-  temporary.write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
-  os.replace(temporary, Path(workdir) / 'report.json')
+  files.write_json(Path(workdir) / 'report.json', report)
   print(f"after {step} steps: coherence {old['coherence']:.2f} -> {new['coherence']:.2f} (the clip has "
         f"{new['coherence_reference']:.2f}), ratio to shaped noise {old['ratio']:.2f} -> {new['ratio']:.2f}, change "
         f"under swapped latents {figures_before['swap']:.2f} -> {figures_after['swap']:.2f}")

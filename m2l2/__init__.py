@@ -70,13 +70,15 @@ _MOVED = {
     'evaluation.metrics': ('checks', 'frechet', 'pairs', 'seams', 'stereo', 'visqol'),
     'evaluation.embedders': ('clap', 'embeddings', 'musicnn', 'vggish'),
     'evaluation.reports': ('pictures', 'report'),
-    'evaluation.studies': ('baselines', 'edits', 'excerpts', 'probes', 'sweep', 'tasks'),
+    'evaluation.studies': ('baselines', 'edits', 'probes', 'sweep', 'tasks'),
 }
 _NOW = {
     **{f'm2l2.{"evaluation." if "." in room else ""}{name}': f'm2l2.{room}.{name}'
        for room, names in _MOVED.items() for name in names},
     'm2l2.train': 'm2l2.training.loop',
     'm2l2.data.decoder': 'm2l2.data.prepare.child',
+    'm2l2.evaluation.clips': 'm2l2.evaluation.excerpts',
+    'm2l2.evaluation.studies.excerpts': 'm2l2.evaluation.studies.judging',
     'm2l2.clips': 'm2l2.assets', 'm2l2.compilation_cache': 'm2l2.compiling', 'm2l2.decoding': 'm2l2.codec.sampler'}
 
 

@@ -130,6 +130,7 @@ def step_functions(config, *, ravel=False, data=None):
 
   train = config['train']
   net, noising = network(config['model']), consistency(config['consistency'])
+  assert isinstance(net.arch, Variant)
   if noising.local and not (net.arch.envelope and train['envelope_weight'] > 0):
     raise UserError('consistency.local needs the envelope that model.envelope=True predicts and '
                     'train.envelope_weight > 0 trains')

@@ -21,6 +21,7 @@ import os
 import platform
 import threading
 import time
+from typing import Any
 import warnings
 
 import jax
@@ -28,6 +29,7 @@ import jax
 from m2l2 import no_collection
 
 _log = logging.getLogger(__name__)
+_config: Any = jax.config  # its fields are made when it is imported
 _SHORT = 3.0  # seconds of waiting without a message
 _PATIENCE = 1.0
 _PER_LOWERING = 20  # seconds of compiling for one of lowering: 17 to 28 in the programs of the codec, on CPUs
@@ -60,10 +62,11 @@ def use_cache(workdir: str | None = None):
     workdir: of the training run that this process belongs to, if any: a path in the file system. Then JAX's devices are
       asked for, which starts its backends.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  if _config.jax_compilation_cache_dir is not None:
     return
-  shared = workdir is not None and jax.process_count() > 1 and jax.default_backend() != 'cpu'
-  folder = os.path.join(os.path.abspath(workdir), 'compiled') if shared else cache_folder()
+  folder = cache_folder()
+  if workdir is not None and jax.process_count() > 1 and jax.default_backend() != 'cpu':
+    folder = os.path.join(os.path.abspath(workdir), 'compiled')
   try:
     os.makedirs(folder, exist_ok=True)
   except OSError:
@@ -88,20 +91,23 @@ def share_cache():
   if not distributed.global_state.process_id or hasattr(compiler._compile_and_write_cache, '__wrapped__'):
     return
 
-  @functools.wraps(compiler._compile_and_write_cache)
+  jax_compiler: Any = compiler
+  compile_and_write = jax_compiler._compile_and_write_cache
+
+  @functools.wraps(compile_and_write)
   def keep(backend, computation, devices, options, host_callbacks, name, key):
     began = time.monotonic()
-    executable = keep.__wrapped__(backend, computation, devices, options, host_callbacks, name, key)
+    executable = compile_and_write(backend, computation, devices, options, host_callbacks, name, key)
     seconds = time.monotonic() - began
     alone = devices.is_fully_addressable or backend.platform == 'cpu'
-    if alone and not host_callbacks and seconds >= jax.config.jax_persistent_cache_min_compile_time_secs:
+    if alone and not host_callbacks and seconds >= _config.jax_persistent_cache_min_compile_time_secs:
       try:
         compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
       except Exception as error:  # as JAX does: the run works without a cache
         warnings.warn(f'the program {name} could not be kept: {type(error).__name__}: {error}')
     return executable
 
-  compiler._compile_and_write_cache = keep
+  jax_compiler._compile_and_write_cache = keep
 
 
 # ---- the message before a wait
@@ -141,20 +147,20 @@ def _stop():
     _here.timers.pop().cancel()
 
 
-def _listen(event, seconds, **_):
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
   """A listener of JAX's events, in the thread that compiles: a program is lowered (compiling starts), or compiled."""
   if getattr(_here, 'timers', None) is None or event not in (_LOWERED, _COMPILED):
     return
   _stop()
-  if event == _LOWERED and seconds * _PER_LOWERING > _SHORT:
-    timer = threading.Timer(_PATIENCE, _tell, [seconds * _PER_LOWERING])
+  if event == _LOWERED and duration_secs * _PER_LOWERING > _SHORT:
+    timer = threading.Timer(_PATIENCE, _tell, [duration_secs * _PER_LOWERING])
     timer.daemon = True
     _here.timers.append(timer)
     timer.start()
 
 
 def _tell(seconds):
-  kept = ' (kept for the next start)' if jax.config.jax_compilation_cache_dir else ''
+  kept = ' (kept for the next start)' if _config.jax_compilation_cache_dir else ''
   _log.warning('compiling, about %.0f s%s', seconds, kept)
 
 

@@ -51,15 +51,15 @@ def whole(target, *, durable: bool = False) -> Iterator[str]:
     _remove(aside)
 
 
-def write_text(target, text: str):
-  """Writes a text file atomically. Raises UserError: it cannot be written."""
-  with whole(target) as aside, open(aside, 'w', encoding='utf-8', errors='backslashreplace') as file:
+def write_text(target, text: str, *, durable: bool = False):
+  """Writes a text file atomically. durable: see `whole`. Raises UserError: it cannot be written."""
+  with whole(target, durable=durable) as aside, open(aside, 'w', encoding='utf-8', errors='backslashreplace') as file:
     file.write(text)
 
 
-def write_json(target, value, *, indent: int = 2):
-  """Writes JSON atomically. Raises UserError: it cannot be written."""
-  write_text(target, json.dumps(value, indent=indent) + '\n')
+def write_json(target, value, *, indent: int = 2, durable: bool = False):
+  """Writes JSON atomically. durable: see `whole`. Raises UserError: it cannot be written."""
+  write_text(target, json.dumps(value, indent=indent) + '\n', durable=durable)
 
 
 def sync(path):

@@ -125,7 +125,7 @@ class Representation:
     spec = self.expand(spec)
     audio = istft(jax.lax.complex(spec[..., 0], spec[..., 1]), window=self.window, hop=self.hop)
     if tail is not None:
-      audio = audio.at[..., :self.overlap].add(tail)
+      audio = jnp.asarray(audio).at[..., :self.overlap].add(tail)
     return audio[..., :-self.overlap], audio[..., -self.overlap:]
 
   def compress(self, parts: Float[Arrays, '*shape 2']) -> Float[Arrays, '*shape 2']:

@@ -170,11 +170,11 @@ def state_shardings(abstract_state, params_shardings, *, mesh):
 
   All other arrays (counters) are replicated.
   """
-  structure = jax.tree.structure(params_shardings)
+  structure: Any = jax.tree.structure(params_shardings)  # as in ravel.py
   whole = replicated(mesh)
 
   def like_params(tree):
-    return jax.tree.structure(tree) == structure
+    return structure == jax.tree.structure(tree)
 
   return jax.tree.map(
     lambda tree: params_shardings if like_params(tree) else whole,
@@ -204,7 +204,7 @@ def batch_blocks(mesh) -> tuple[tuple[int, ...], int]:
   """
   shards = batch_shards(mesh)
   indices = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-  return joined_blocks({index[0].start or 0 for index in indices}, shards)
+  return joined_blocks({index[0].start or 0 for index in indices if index}, shards)
 
 
 def joined_blocks(rows, count: int) -> tuple[tuple[int, ...], int]:
@@ -249,6 +249,7 @@ def fetch(tree, *, here: bool = True):
 
   def copied(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      assert isinstance(x.sharding, NamedSharding)
       whole = x if x.is_fully_replicated else _gather(x.sharding.mesh)(x)
       x = whole.addressable_data(0)
     if not here:

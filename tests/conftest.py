@@ -19,7 +19,8 @@ os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Shapes in signatures are checked at each call, so at each tracing; before any of these is imported.
-install_import_hook(('m2l2.kernels', 'm2l2.representation', 'm2l2.consistency', 'm2l2.model'), 'shapes.checked')
+install_import_hook(('m2l2.kernels', 'm2l2.representation', 'm2l2.consistency', 'm2l2.model',
+                     'm2l2.training.train_step', 'm2l2.training.probe', 'm2l2.codec.sampler'), 'shapes.checked')
 
 from absl import flags  # noqa: E402  (JAX_PLATFORMS is read when jax is imported)
 import jax  # noqa: E402

@@ -51,7 +51,7 @@ def test_seek_equals_slice(tmp_path, name):
   rate, format, subtype = KINDS[name]
   audio = tone(rate=rate, samples=rate * 2)
   path = encode(tmp_path / name, audio, rate=rate, format=format, subtype=subtype)
-  info = audio_io.probe(path)
+  info = audio_io.info(path)
   assert (info.sample_rate, info.channels, info.frames) == (rate, 2, rate * 2)
   assert info.seconds == 2
   full, full_rate = audio_io.read(path)
@@ -98,7 +98,7 @@ def test_bad_files_are_named_in_one_line(tmp_path):
   }
   for name, words in expected.items():
     path = str(tmp_path / name)
-    for call in (audio_io.probe, audio_io.read,
+    for call in (audio_io.info, audio_io.read,
                  lambda p: next(audio_io.read_blocks(p, block_samples=64))):
       with pytest.raises(UserError) as error:
         call(path)
@@ -110,9 +110,9 @@ def test_strange_names(tmp_path):
   name = os.fsencode(tmp_path) + b'/caf\xe9 \xe2\x99\xab.wav'  # not UTF-8
   path = os.fsdecode(name)
   audio_io.write(path, audio, 8000)
-  assert audio_io.probe(path).frames == 100
+  assert audio_io.info(path).frames == 100
   with pytest.raises(UserError) as error:
-    audio_io.probe(path.replace('.wav', '\n.wav'))
+    audio_io.info(path.replace('.wav', '\n.wav'))
   line = str(error.value)
   assert '\n' not in line and line.encode('utf-8')
 
@@ -123,7 +123,7 @@ def test_truncated_files(tmp_path):
   bytes_ = open(flac, 'rb').read()
   half = str(tmp_path / 'half.flac')
   open(half, 'wb').write(bytes_[:len(bytes_) // 2])
-  assert audio_io.probe(half).frames == 200000
+  assert audio_io.info(half).frames == 200000
   assert audio_io.read(half, start=1000, frames=5000)[0].shape == (2, 5000)  # the good half reads
   for call in (lambda: audio_io.read(half), lambda: audio_io.read(half, start=150000, frames=100),
                lambda: list(audio_io.read_blocks(half, block_samples=30000))):
@@ -135,7 +135,7 @@ def test_truncated_files(tmp_path):
   lie[21] |= 0x0f
   lying = str(tmp_path / 'lie.flac')
   open(lying, 'wb').write(lie)
-  assert audio_io.probe(lying).frames > 2**35
+  assert audio_io.info(lying).frames > 2**35
   with pytest.raises(UserError) as error:
     audio_io.read(lying)
   assert 'truncated' in one_line(lying, error)
@@ -184,7 +184,7 @@ def test_an_mp3_that_is_nearly_silent_is_the_same_wherever_it_is_read(tmp_path):
   data = without_xing(path.read_bytes())
   path.write_bytes(b'ID3\4\0\0\0\0\0\7' + bytes(7) + data + b'TAG'.ljust(128, b'\0'))
   full, _ = audio_io.read(path)
-  assert 500_000 <= full.shape[1] == audio_io.probe(path).frames < 503_000
+  assert 500_000 <= full.shape[1] == audio_io.info(path).frames < 503_000
   lag = 1105  # of encoder and decoder
   assert np.abs(full[:, lag:lag + 499_000] - audio[:, :499_000]).mean() < .006
   for start in starts:
@@ -200,7 +200,7 @@ def test_vbr_mp3_without_a_length_is_read_to_its_end(tmp_path, caplog):
       file.write(sound.T)
     path.write_bytes(without_xing(path.read_bytes()))
     full, _ = audio_io.read(path)
-    assert 500_000 <= full.shape[1] == audio_io.probe(path).frames < 503_000
+    assert 500_000 <= full.shape[1] == audio_io.info(path).frames < 503_000
     loud = np.flatnonzero(np.abs(full[0]) > .1)
     assert abs((loud[-1] - loud[0]) - 100_000) < 3000
   assert not caplog.text
@@ -377,7 +377,7 @@ def test_flac_inside_ogg(tmp_path, caplog):
       container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
   expected, data = pcm / np.float32(32768), path.read_bytes()
-  assert audio_io.probe(path).frames == 150_001
+  assert audio_io.info(path).frames == 150_001
   np.testing.assert_array_equal(audio_io.read(path)[0], expected)
   for start in (1, 44_100, 149_000):
     np.testing.assert_array_equal(audio_io.read(path, start=start, frames=1001)[0], expected[:, start:start + 1001])
@@ -530,7 +530,7 @@ def test_opus_is_read_at_48_khz(tmp_path, rate):
   open(path, 'wb').write(data)
   assert soundfile.info(path).samplerate == rate
   read, read_rate = audio_io.read(path)
-  assert read_rate == audio_io.probe(path).sample_rate == 48000
+  assert read_rate == audio_io.info(path).sample_rate == 48000
   np.testing.assert_array_equal(read, expected)
 
 
@@ -539,7 +539,7 @@ def test_long_texts_do_not_spoil_a_wav(tmp_path, caplog):
   for name in ('a.wav', 'a.flac', 'a.ogg'):
     with audio_io.AudioWriter(tmp_path / name, 44100, 1, tags=tags) as writer:
       writer.write(np.zeros((1, 1000)))
-    kept = audio_io.probe(tmp_path / name).tags
+    kept = audio_io.info(tmp_path / name).tags
     assert kept == (tags if name != 'a.wav' else {**tags, 'comment': 'ö' * 1000})
     assert (f'{tmp_path / name}: the comment is cut to 2000 bytes' in caplog.text) == (name == 'a.wav')
 
@@ -551,7 +551,7 @@ def test_texts_of_windows_are_read(tmp_path):
       file.write(np.zeros(10))
     data = (tmp_path / 'a.wav').read_bytes()
     (tmp_path / 'a.wav').write_bytes(data.replace(b'T' * len(given.encode(text)), given.encode(text)))
-    assert audio_io.probe(tmp_path / 'a.wav').tags == {'title': given, 'artist': 'plain'}
+    assert audio_io.info(tmp_path / 'a.wav').tags == {'title': given, 'artist': 'plain'}
 
 
 def test_what_a_killed_process_left_is_taken_away(tmp_path):
@@ -645,7 +645,7 @@ def test_check_writable(tmp_path):
 def test_writing_follows_a_link(tmp_path):
   (tmp_path / 'link.wav').symlink_to(tmp_path / 'real.wav')
   audio_io.write(tmp_path / 'link.wav', np.zeros((1, 8)), 8000)
-  assert (tmp_path / 'link.wav').is_symlink() and audio_io.probe(tmp_path / 'real.wav').frames == 8
+  assert (tmp_path / 'link.wav').is_symlink() and audio_io.info(tmp_path / 'real.wav').frames == 8
 
 
 @pytest.mark.parametrize('from_rate, to_rate', [

@@ -133,7 +133,7 @@ def test_other_rates_and_lengths(m2l2, models, song, folder, sample_rate, sample
   source = song(samples=samples, sample_rate=sample_rate)
   out = folder / 'a.wav'
   assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
-  info = audio_io.probe(out)
+  info = audio_io.info(out)
   assert (info.frames, info.sample_rate, info.channels) == (samples, sample_rate, 1)
 
 
@@ -141,7 +141,7 @@ def test_other_rates_and_lengths(m2l2, models, song, folder, sample_rate, sample
 def test_eight_channels_through_a_mono_model(m2l2, models, song, folder):
   source, out = song(channels=8, samples=900), folder / 'a.wav'
   assert m2l2('reconstruct', source, out, f'--checkpoint={models / "mono"}')[0] == 0
-  assert audio_io.probe(out).channels == 8
+  assert audio_io.info(out).channels == 8
 
 
 def test_a_workdir_is_a_checkpoint(m2l2, models, song, folder):
@@ -169,7 +169,7 @@ def test_an_old_output_is_replaced_only_by_a_whole_one(m2l2, models, song, folde
   assert m2l2('reconstruct', song(), out, checkpoint, '--overwrite', '--sigma-cond=100')[0] == 1
   assert out.read_bytes() == b'old' and os.listdir(folder) == ['a.wav']
   assert m2l2('reconstruct', song(), out, checkpoint, '--overwrite')[0] == 0
-  assert audio_io.probe(out).frames == 5000
+  assert audio_io.info(out).frames == 5000
 
 
 def test_encode_overwrites_nothing_unasked(m2l2, models, song, folder):
@@ -628,7 +628,7 @@ def test_the_program(models, song, folder):
   """As test_pipes does for every run of the suite."""
   done = program('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
   assert (done.returncode, done.stderr) == (0, '')  # no bar where there is no terminal
-  assert audio_io.probe(folder / 'a.wav').frames == 5000
+  assert audio_io.info(folder / 'a.wav').frames == 5000
 
 
 def test_the_programs_mistake(folder):
@@ -692,7 +692,7 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
     assert status == 1 and 'passed over' not in one_line(errors) and not (folder / 'none').exists()
   # A loop of links changes nothing; one file there is broken.
   (tmp_path / 'music/loop').symlink_to(tmp_path / 'music')
-  assert len(jobs.plan([str(tmp_path / 'music')], 'out', inputs=jobs.AUDIO, output='.wav')) == len(lengths) + 1
+  assert len(jobs.find_jobs([str(tmp_path / 'music')], 'out', inputs=jobs.AUDIO, output='.wav')) == len(lengths) + 1
   (tmp_path / 'music/loop').unlink()
   status, _, errors = m2l2('encode', f'{tmp_path}/*.mp3', folder / 'none', checkpoint)
   assert status == 1 and 'no files there' in one_line(errors) and not (folder / 'none').exists()
@@ -700,7 +700,7 @@ def test_a_folder_goes_there_and_back(m2l2, models, song, tmp_path, folder):
 
 def planned(*given, target='out', inputs=('.wav', '.flac', '.mp3')):
   """{output: source}, both relative to the working directory."""
-  return {job.target: job.source for job in jobs.plan(given, target, inputs=inputs, output='.z')}
+  return {job.target: job.source for job in jobs.find_jobs(given, target, inputs=inputs, output='.z')}
 
 
 def test_which_files_and_what_becomes_of_them(tmp_path, monkeypatch):
@@ -793,7 +793,7 @@ def test_pipes(models, song, folder):
   command[3] = 'decode'
   audio = subprocess.run(command, input=latents.stdout, capture_output=True, check=True, env=ENVIRONMENT).stdout
   (folder / 'piped.wav').write_bytes(audio)
-  assert audio_io.probe(folder / 'piped.wav').frames == 2000
+  assert audio_io.info(folder / 'piped.wav').frames == 2000
 
 
 @pytest.mark.parametrize('sink', ['> /dev/full', pytest.param('| head -c 10', marks=pytest.mark.soak)])
@@ -981,8 +981,8 @@ def test_tags_are_kept(m2l2, models, folder):
   assert m2l2('encode', folder / 'a.flac', folder / 'a.safetensors', checkpoint)[0] == 0
   assert m2l2('decode', folder / 'a.safetensors', folder / 'b.ogg', checkpoint)[0] == 0
   assert m2l2('reconstruct', folder / 'a.flac', folder / 'c.wav', checkpoint)[0] == 0
-  assert audio_io.probe(folder / 'b.ogg').tags == tags
-  assert audio_io.probe(folder / 'c.wav').tags.items() <= tags.items()
+  assert audio_io.info(folder / 'b.ogg').tags == tags
+  assert audio_io.info(folder / 'c.wav').tags.items() <= tags.items()
   assert 'Somebody' in m2l2('info', folder / 'a.safetensors')[1]
 
 
@@ -1014,7 +1014,7 @@ def test_m4a_is_read(m2l2, models, folder):
   assert rate == 44100 and read.shape[0] == 1 and abs(read.shape[1] - 30000) < 2048
   assert np.abs(read[0, 3000:25000] - audio[0, 3000:25000]).max() < 0.1 * np.abs(audio).max()
   assert m2l2('reconstruct', folder / 'a.m4a', folder / 'b.flac', f'--checkpoint={models / "mono"}')[0] == 0
-  info = audio_io.probe(folder / 'b.flac')
+  info = audio_io.info(folder / 'b.flac')
   assert info.frames == read.shape[1] and info.tags == {'title': 'A title'}
   (folder / 'broken.m4a').write_bytes((folder / 'a.m4a').read_bytes()[:300])
   status, _, errors = m2l2('info', folder / 'broken.m4a')

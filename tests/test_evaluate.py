@@ -128,7 +128,7 @@ def test_stereo_metrics():
   assert stereo.side_mid_error_db(audio, wider) == pytest.approx(20 * np.log10(2))
   assert stereo.side_mid_db(np.stack([mid, mid])) == -60
   noise = rng.standard_normal(5000)
-  signals = pairs.Signals(audio, np.stack([audio[0], audio[1] + noise]), RATE)
+  signals = pairs.Comparison(audio, np.stack([audio[0], audio[1] + noise]), RATE)
   assert stereo.si_sdr_left_of(signals) == 150
   assert stereo.si_sdr_right_of(signals) == pytest.approx(pairs.si_sdr(audio[1], audio[1] + noise))
 
@@ -434,7 +434,7 @@ def test_an_entry_that_needs_more_is_off_without_it(folders, tmp_path, monkeypat
 
 
 def test_every_entry_has_its_function_and_a_direction():
-  signals = pairs.Signals(*np.random.default_rng(0).standard_normal((2, 2, 2 * RATE)).astype(np.float32), RATE)
+  signals = pairs.Comparison(*np.random.default_rng(0).standard_normal((2, 2, 2 * RATE)).astype(np.float32), RATE)
   for name, metric in registry.METRICS.items():
     assert metric.name == name and metric.better in (
         registry.HIGHER, registry.LOWER, registry.ZERO, registry.REFERENCE)

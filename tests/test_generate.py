@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from m2l2 import sharding
+from m2l2 import files, sharding
 from m2l2.codec.snapshot import save_snapshot
 from m2l2.data import latents, storage
 from m2l2.errors import UserError
@@ -37,7 +37,7 @@ def write_corpus(folder, *, dtype='float16', pieces=4, chunks=6):
             offset=0, starts=chunks)))
         sizes.append([1, chunks])
   np.save(folder / latents.index_name('train'), np.int32(sizes))
-  storage.write_json(folder / latents.MANIFEST, {'format': latents.FORMAT, 'version': latents.VERSION, 'model': 'm'})
+  files.write_json(folder / latents.MANIFEST, {'format': latents.FORMAT, 'version': latents.VERSION, 'model': 'm'})
   storage.write_metadata(folder, name=latents.NAME, features=features, description='made here',
                          splits={'train': [len(sizes)]}, num_bytes={'train': path.stat().st_size})
   return folder

@@ -18,7 +18,7 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.reports import pictures
-from m2l2.evaluation.studies import baselines, excerpts
+from m2l2.evaluation.studies import baselines, judging
 from m2l2.training import timing
 from m2l2.variants import envelope
 
@@ -46,7 +46,7 @@ def music(tmp_path_factory):
 
 
 def test_excerpts_are_read_as_listed(music):
-  sounds = excerpts.load(music / 'list.txt', music, seconds=3, sample_rate=RATE)
+  sounds = judging.load(music / 'list.txt', music, seconds=3, sample_rate=RATE)
   assert list(sounds) == ['0.wav@0.5', '1.wav@0.25']
   audio, _ = audio_io.read(music / '0.wav')
   expected = audio_io.resample(audio[:1, 22050:22050 + 3 * 44100], from_rate=44100, to_rate=RATE)
@@ -57,14 +57,14 @@ def test_excerpts_are_read_as_listed(music):
 def test_a_list_that_is_none_is_refused(tmp_path):
   (tmp_path / 'list.txt').write_text('song.wav 3\n')
   with pytest.raises(UserError, match='start in seconds<tab>name'):
-    excerpts.read_list(tmp_path / 'list.txt')
+    judging.read_list(tmp_path / 'list.txt')
   with pytest.raises(UserError, match='cannot read'):
-    excerpts.read_list(tmp_path / 'absent.txt')
+    judging.read_list(tmp_path / 'absent.txt')
 
 
 def test_every_shipped_list_can_be_read():
   for parser, count in ((learn.parser(), 30), (held_out.parser(), 60)):
-    listed = excerpts.read_list(parser.get_default('excerpts'))
+    listed = judging.read_list(parser.get_default('excerpts'))
     assert len(listed) == len(set(listed)) == count
 
 
@@ -75,16 +75,16 @@ def latents_of(z):
 def test_latent_health_counts_directions_and_saturation():
   rng = np.random.default_rng(0)
   two = rng.standard_normal((1, 400, 2)) @ np.linalg.qr(rng.standard_normal((64, 2)))[0].T
-  health = excerpts.latent_health({'a': latents_of(.1 * two.reshape(1, 400, 8, 8))})
+  health = judging.latent_health({'a': latents_of(.1 * two.reshape(1, 400, 8, 8))})
   assert 1.9 < health['rank'] < 2.01 and health['saturated'] == 0
-  health = excerpts.latent_health({'a': latents_of(np.ones((1, 5, 8, 8)))})
+  health = judging.latent_health({'a': latents_of(np.ones((1, 5, 8, 8)))})
   assert health['saturated'] == 1 and health['spread'] == 0
 
 
 def test_change_and_level():
   own, other = {'a': tones(1)}, {'a': .5 * tones(1)}
-  assert excerpts.change(own, other) == pytest.approx(.5)
-  assert excerpts.level_db(own['a']) - excerpts.level_db(other['a']) == pytest.approx(6.02, abs=.01)
+  assert judging.change(own, other) == pytest.approx(.5)
+  assert judging.level_db(own['a']) - judging.level_db(other['a']) == pytest.approx(6.02, abs=.01)
 
 
 def test_the_vocoder_keeps_bands_and_their_course():

@@ -192,6 +192,7 @@ def test_the_public_names():
     ('from m2l2.latents import Latents', 'm2l2.codec.latents'), ('from m2l2.train import train', 'm2l2.training.loop'),
     ('from m2l2.evaluation import pairs', 'm2l2.evaluation.metrics.pairs'), ('from m2l2 import clips', 'm2l2.assets'),
     ('from m2l2.data import decoder', 'm2l2.data.prepare.child'),
+    ('from m2l2.evaluation.clips import take_excerpts', 'm2l2.evaluation.excerpts'),
     ('from m2l2.evaluation.sweep import sweep', 'm2l2.evaluation.studies.sweep')])
 def test_an_import_from_before_the_rooms_says_what_to_write(line, instead):
   with pytest.raises(ModuleNotFoundError, match=f'is now {instead}: write that instead'):

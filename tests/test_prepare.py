@@ -358,7 +358,7 @@ def test_kills_leave_no_trace(tmp_path, kills):
   flags = ('--shard-minutes=0.2', '--processes=1', '--quiet')
   output = tmp_path / 'killed'
   if kills == 3:
-    assert killed_run(music, output, *flags, after='.prepare/probe-*.json') == -9
+    assert killed_run(music, output, *flags, after='.prepare/headers-*.json') == -9
     assert not (output / 'manifest.json').exists()
     assert killed_run(music, output, *flags, after='.prepare/write-*0.json', number=signal.SIGTERM) == 143
   assert killed_run(music, output, *flags, after='.prepare/write-*3.json') == -9

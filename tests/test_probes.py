@@ -270,7 +270,7 @@ def test_stand_ins_are_labelled_and_split(stand_ins, tmp_path, capsys):
   probe_data.main(stand_ins)
   notes, keys, tags = (tasks.read(str(tmp_path / 'out' / name)) for name in ('notes', 'keys', 'tags'))
   assert len(notes.paths) == 2 * 8 * 5 * 2 and notes.splits.count('test') == 80 and notes.splits.count('valid') == 16
-  assert {audio_io.probe(path).seconds for path in notes.paths} == {probe_data.NOTE_SECONDS}
+  assert {audio_io.info(path).seconds for path in notes.paths} == {probe_data.NOTE_SECONDS}
   assert notes.labels['pitch_class'][:4] == ('C', 'C', 'C#', 'C#')
   assert len(keys.paths) == 5 * 12 * 2 and set(keys.labels['key']) == {f'{c} major' for c in tasks.PITCH_CLASSES}
   by_song = {}
@@ -279,7 +279,7 @@ def test_stand_ins_are_labelled_and_split(stand_ins, tmp_path, capsys):
   assert all(len(splits) == 1 for splits in by_song.values()) and set.union(*by_song.values()) == set(tasks.SPLITS)
   assert len(tags.paths) == 40 and set(tags.labels['tags']) == {'game', 'album'}
   assert set(tags.splits) == set(tasks.SPLITS)
-  assert all(audio_io.probe(path).frames == 10 for path in tags.paths)
+  assert all(audio_io.info(path).frames == 10 for path in tags.paths)
   capsys.readouterr()
   probe_data.main(stand_ins)
   assert capsys.readouterr().out.splitlines()[1] == f'{tmp_path}/out/keys: 120 files'

@@ -123,5 +123,5 @@ def test_the_status_tells_whether_all_was_finite(finite, status, monkeypatch, ca
 
 def test_names_are_those_of_the_parameters():
   functions = _toy_functions(small_config('nowhere'))
-  assert replay.examine.names_of(jax.eval_shape(functions.init, jax.random.key(0)).params) == [
+  assert list(replay.by_path(jax.eval_shape(functions.init, jax.random.key(0)).params)) == [
     'decoder/w', 'denoiser/cond', 'denoiser/w', 'encoder/w']

@@ -13,7 +13,7 @@ from m2l2.codec import codec as codec_lib
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import clips as excerpts
+from m2l2.evaluation import excerpts
 from m2l2.evaluation.embedders.embeddings import remembering
 from m2l2.evaluation.metrics.pairs import si_sdr
 from m2l2.evaluation.reports import pictures

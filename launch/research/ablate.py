@@ -15,11 +15,11 @@ from pathlib import Path
 import subprocess
 import sys
 
-from m2l2 import build
+from m2l2 import build, files
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
 from m2l2.errors import UserError
-from m2l2.evaluation import clips as folder_clips
+from m2l2.evaluation import excerpts
 from m2l2.evaluation.reports import pictures, report
 from m2l2.evaluation.studies import sweep
 from m2l2.training import main as training
@@ -72,7 +72,7 @@ def main(argv) -> int:
     # After each run, so that a table is there before the last.
     done = {name: row for name, row in about.items() if 'values' in row}
     report.write_json(output / 'ablations.json', {'clips': args.clips, 'seconds': args.seconds, 'runs': done})
-    write_text(output / 'ablations.md', table(done))
+    files.write_text(output / 'ablations.md', table(done))
     pictures.save(pictures.bars({name: row['values'] for name, row in done.items()}), output / 'ablations.png')
   print(table(done), end='')
   return 0
@@ -103,14 +103,14 @@ def describe(config, flags) -> dict:
 def cut(reference, folder, *, seconds, most) -> Path:
   """The excerpts as files, made once."""
   if not folder.is_dir():
-    clips, warnings = folder_clips.take_excerpts(reference, seconds=seconds, most=most)
+    clips, warnings = excerpts.take_excerpts(reference, seconds=seconds, most=most)
     for line in warnings:
       print(f'ablate: {line}', file=sys.stderr)
-    partial = folder.with_name('reference.part')
-    partial.mkdir(parents=True, exist_ok=True)
-    for number, clip in enumerate(clips):
-      audio_io.write(partial / f'{number:03d}-{Path(clip.name).stem}.wav', clip.audio, clip.sample_rate)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(folder) as aside:
+      os.mkdir(aside)
+      for number, clip in enumerate(clips):
+        audio_io.write(os.path.join(aside, f'{number:03d}-{Path(clip.name).stem}.wav'), clip.audio, clip.sample_rate)
   return folder
 
 
@@ -148,12 +148,6 @@ def cell(value) -> str:
     return '-'
   error = '' if value['error'] is None else f' +- {value["error"]:.2g}'
   return f'{value["mean"]:.3g}{error}'
-
-
-def write_text(path, text):
-  partial = path.with_name(f'{path.name}.part')
-  partial.write_text(text, encoding='utf-8')
-  os.replace(partial, path)
 
 
 if __name__ == '__main__':

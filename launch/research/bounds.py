@@ -31,7 +31,7 @@ from launch.research import pca_start  # noqa: E402  (the checkout's own)
 from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
-from m2l2.evaluation.studies import excerpts  # noqa: E402
+from m2l2.evaluation.studies import judging  # noqa: E402
 from m2l2.evaluation.studies.baselines import fit_pca  # noqa: E402
 from m2l2.training import main as command  # noqa: E402
 from m2l2.variants import envelope  # noqa: E402
@@ -64,7 +64,7 @@ def run(argv) -> dict[str, dict]:
   if rep.channels != 1:
     raise UserError('the excerpts are mono: take a config of model.channels=1')
   rate, grid = functions.sample_rate, (*arch.linear_sketch, 1)
-  sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
   specs = {name: analysed(rep, audio) for name, audio in sounds.items()}
   cells, whole = pca_start.read(config, functions, args.crops)
 
@@ -109,7 +109,7 @@ def judged(code, sounds, specs, rep, rate, embedders, *, floor, power) -> dict[s
     body, tail = rep.synthesise(jnp.asarray(scale * bent(noise, power)))
     whole = np.concatenate([np.asarray(body), np.asarray(tail)], axis=-1)
     estimates[name] = np.clip(whole[:, lead:lead + sounds[name].shape[1]], -1, 1)
-  scores = excerpts.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders=embedders)
+  scores = judging.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders=embedders)
   snr = lambda kind: tuple(10 * np.log10(signal / errors[kind, sigma]) for sigma in SIGMAS)
   return {'ratio': scores['metrics']['ratio']['mean'], 'mel_l1_db': scores['metrics']['mel_l1_db']['mean'],
           'fd': scores['frechet'][EMBEDDING]['value'] if scores['frechet'] else float('nan'),

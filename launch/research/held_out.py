@@ -23,7 +23,6 @@ numbers a second (of its frames eight at a time, fitted on the training music); 
 import argparse
 import hashlib
 import io
-import json
 import os
 from pathlib import Path
 import sys
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
+from m2l2 import files
 from m2l2.codec.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
@@ -41,7 +41,7 @@ from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics import pairs, registry
 from m2l2.evaluation.metrics.frechet import frechet_distance, paired_difference
 from m2l2.evaluation.reports import pictures
-from m2l2.evaluation.studies import baselines, excerpts
+from m2l2.evaluation.studies import baselines, judging
 
 EMBEDDING = 'musicnn_mtt'
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
@@ -72,7 +72,7 @@ def run(argv) -> dict:
   args = parser().parse_args(argv)
   codec = load(args.model)
   rate = codec.native_rates[0]
-  sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
   beside = {name or Path(model).name: load(model) for name, _, model in (text.rpartition('=') for text in args.beside)}
   if len(beside) < len(args.beside):
     raise UserError('--beside: two of them have the same last name, by which their rows go: give NAME=MODEL')
@@ -80,20 +80,20 @@ def run(argv) -> dict:
     if other.native_rates[0] != rate:
       raise UserError(f'--beside: {name} works at {other.native_rates[0]} Hz, --model at {rate} Hz')
   args.output.mkdir(parents=True, exist_ok=True)
-  latents = excerpts.encode(codec, sounds, rate)
+  latents = judging.encode(codec, sounds, rate)
   systems, kbps = made_by_all(codec, sounds, latents, rate, args)
-  beside_latents = {name: excerpts.encode(other, sounds, rate) for name, other in beside.items()}
-  systems |= {name: excerpts.decode(other, beside_latents[name], refine=False) for name, other in beside.items()}
+  beside_latents = {name: judging.encode(other, sounds, rate) for name, other in beside.items()}
+  systems |= {name: judging.decode(other, beside_latents[name], refine=False) for name, other in beside.items()}
 
   embed = remembering(make_embedder(EMBEDDING))
   embedders = {EMBEDDING: embed}
-  judged = {name: excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
+  judged = {name: judging.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders, workers=args.workers)
             for name, estimates in systems.items()}
   if args.visqol_every and registry.METRICS['visqol'].is_available():
     some = dict(list(sounds.items())[::args.visqol_every])
     for name, estimates in systems.items():
-      heard = excerpts.judge(some, {key: estimates[key] for key in some}, rate, metrics=['visqol'],
-                             workers=args.workers)
+      heard = judging.judge(some, {key: estimates[key] for key in some}, rate, metrics=['visqol'],
+                            workers=args.workers)
       judged[name]['metrics'] |= heard['metrics']
   report = {'model': str(args.model), 'fingerprint': codec.fingerprint, 'sample_rate': rate, 'excerpts': len(sounds),
             'parameters_per_second': numbers_per_second(codec), 'kbps': kbps, 'systems': judged,
@@ -119,9 +119,9 @@ def made_by_all(codec, sounds, latents, rate, args):
   per_second = numbers_per_second(codec)
   coded = each(lambda audio: opus(audio, sample_rate=rate, bits_per_second=16 * per_second))
   systems = {
-      'm2l2, one step': excerpts.decode(codec, latents, refine=False),
-      'm2l2, two steps': excerpts.decode(codec, latents, refine=True),
-      '(a) untrained': excerpts.decode(untrained, excerpts.encode(untrained, sounds, rate), refine=False),
+      'm2l2, one step': judging.decode(codec, latents, refine=False),
+      'm2l2, two steps': judging.decode(codec, latents, refine=True),
+      '(a) untrained': judging.decode(untrained, judging.encode(untrained, sounds, rate), refine=False),
       '(b) noise vocoder, 16 bands': each(lambda audio: baselines.noise_vocoder(
           audio, sample_rate=rate, parameters_per_second=per_second)),
       '(c) Opus': {name: audio for name, (audio, _) in coded.items()},
@@ -208,7 +208,7 @@ def compare(sounds, ours, other, rate, embed) -> dict:
 
 def compare_steps(codec, sounds, latents, rate, one_step, sigma_conds, embed) -> dict:
   """`compare` of two steps with one, for each sigma_cond."""
-  two = lambda sigma: excerpts.decode(codec, latents, refine=True, sigma_cond=sigma)
+  two = lambda sigma: judging.decode(codec, latents, refine=True, sigma_cond=sigma)
   return {f'{sigma:g}': compare(sounds, two(sigma), one_step, rate, embed) for sigma in sigma_conds}
 
 
@@ -216,8 +216,8 @@ def rates(codec, sounds, latents, rate, embed) -> dict:
   """Rate and distortion, one step, with the first K embeddings of each chunk alone: {K: figures}, of nested models."""
   by_rate = {}
   for count in range(1, codec.network.arch.num_latents + 1) if codec.nested else ():
-    estimates = excerpts.decode(codec, {name: codec.first(z, count) for name, z in latents.items()}, refine=False)
-    judged = excerpts.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders={EMBEDDING: embed})
+    estimates = judging.decode(codec, {name: codec.first(z, count) for name, z in latents.items()}, refine=False)
+    judged = judging.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders={EMBEDDING: embed})
     by_rate[count] = {'numbers_per_second': numbers_per_second(codec) * count / codec.network.arch.num_latents,
                       'ratio': judged['metrics']['ratio']['mean'], 'mel_l1_db': judged['metrics']['mel_l1_db']['mean'],
                       'frechet': judged['frechet']}
@@ -238,9 +238,9 @@ def remembering(embed):
 
 def swapped(codec, sounds, latents, rate, output, embed) -> dict:
   """Does decoding another piece's latents give the other piece? Means over excerpts of distances to each of the two."""
-  estimates = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
+  estimates = judging.decode(codec, judging.exchanged(latents), refine=False)
   names = list(sounds)
-  others = dict(zip(names, excerpts.away(names), strict=True))
+  others = dict(zip(names, judging.away(names), strict=True))
   embedded = {name: embed(audio, sample_rate=rate) for name, audio in sounds.items()}
   estimate = {name: embed(audio, sample_rate=rate) for name, audio in estimates.items()}
   mel = lambda a, b: pairs.mel_l1_db(a, b, sample_rate=rate)
@@ -268,11 +268,8 @@ def write(report, systems, sounds, rate, output):
     for system in systems:
       word = system.split(', ')[-1].strip('()').replace(' ', '_').replace(')', '')
       audio_io.write(output / f'{number}_{word}.wav', systems[system][name], rate)
-  for target, text in ((output / 'report.json', json.dumps(report, indent=1) + '\n'),
-                       (output / 'table.md', markdown(report))):
-    temporary = target.with_suffix('.part')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, target)
+  files.write_json(output / 'report.json', report, indent=1)
+  files.write_text(output / 'table.md', markdown(report))
 
 
 def markdown(report) -> str:

@@ -52,7 +52,7 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics.phases import coherence
-from m2l2.evaluation.studies import excerpts
+from m2l2.evaluation.studies import judging
 from m2l2.training import timing
 from m2l2.training.loop import train
 from m2l2.variants import envelope
@@ -170,8 +170,7 @@ class Gaussian:
 def read_mono(path, rate):
   """The file at `rate`, float32 [samples]."""
   audio, own = audio_io.read(path)
-  audio = audio.mean(axis=0, keepdims=True)
-  return (audio if own == rate else audio_io.resample(audio, from_rate=own, to_rate=rate))[0]
+  return audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)[0]
 
 
 def crops(audio, starts, samples):
@@ -353,12 +352,12 @@ def corpus(config, args, sounds, goals):
   whole = [audio for audio in sounds.values() if audio.shape[1] >= crop]
   figures = judge(functions, config, codec.params, np.stack([audio[:, :crop] for audio in whole]))
   rate, embedders = functions.sample_rate, {EMBEDDING: make_embedder(EMBEDDING)}
-  latents = excerpts.encode(codec, sounds, rate)
-  for name, estimates in (('', excerpts.decode(codec, latents, refine=False)),
-                          ('_2', excerpts.decode(codec, latents, refine=True)),
+  latents = judging.encode(codec, sounds, rate)
+  for name, estimates in (('', judging.decode(codec, latents, refine=False)),
+                          ('_2', judging.decode(codec, latents, refine=True)),
                           ('_bound', noise_phases(codec.representation, sounds))):
-    judged = excerpts.judge(sounds, estimates, rate, metrics=('mel_l1_db', 'coherence', 'coherence_reference'),
-                            embedders=embedders)
+    judged = judging.judge(sounds, estimates, rate, metrics=('mel_l1_db', 'coherence', 'coherence_reference'),
+                           embedders=embedders)
     figures[f'fd{name}'] = judged['frechet'][EMBEDDING]['value']
     figures |= {f'{metric}_of_sound{name}': judged['metrics'][metric]['mean'] for metric in judged['metrics']}
   return {**figures, 'cpu_s': seconds}, check(figures, goals(figures))
@@ -398,7 +397,7 @@ def music(config, args):
   config.data.root = args.data or 'data/prepared'
   folder = Path(__file__).resolve().parent / 'excerpts'
   rate = build.native_rates(config.model)[0]
-  sounds = excerpts.load(folder / 'validation.txt', args.held, seconds=6, sample_rate=rate)
+  sounds = judging.load(folder / 'validation.txt', args.held, seconds=6, sample_rate=rate)
   return corpus(config, args, sounds, lambda f: {
       'FD is below 200': f['fd'] < 200, 'coherence reaches .35': f['coherence'] >= 0.35})
 

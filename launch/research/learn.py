@@ -35,12 +35,12 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
-from m2l2 import build
+from m2l2 import build, files
 from m2l2.codec.codec import Codec, load
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.reports import pictures
-from m2l2.evaluation.studies import excerpts
+from m2l2.evaluation.studies import judging
 from m2l2.training import main as command
 from m2l2.training import timing
 from m2l2.training.probe import probe
@@ -80,7 +80,7 @@ def run(argv) -> dict:
   config = command.parse(['learn', *rest], required=('config',)).config
   workdir = Path(args.table) / args.name
   rate = build.native_rates(config.model)[0]
-  sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+  sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
   if args.cpu_seconds and (workdir / 'config.json').is_file():  # resumed: the steps are those of the first start
     config.train.steps = json.loads((workdir / 'config.json').read_text())['train']['steps']
   elif args.cpu_seconds:
@@ -143,23 +143,23 @@ def cost(config) -> dict[str, float]:
 
 def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   """What a model makes of the excerpts, as numbers; pictures go to the workdir."""
-  latents = excerpts.encode(codec, sounds, rate)
-  one_step = excerpts.decode(codec, latents, refine=False)
-  two = excerpts.decode(codec, latents, refine=True)
-  other = excerpts.decode(codec, excerpts.exchanged(latents), refine=False)
+  latents = judging.encode(codec, sounds, rate)
+  one_step = judging.decode(codec, latents, refine=False)
+  two = judging.decode(codec, latents, refine=True)
+  other = judging.decode(codec, judging.exchanged(latents), refine=False)
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
-  judged, judged2 = (excerpts.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
+  judged, judged2 = (judging.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
                      for estimates in (one_step, two))
-  exchanged = excerpts.judge(sounds, other, rate, metrics=('ratio',))
+  exchanged = judging.judge(sounds, other, rate, metrics=('ratio',))
   mean = lambda judgement, name: judgement['metrics'][name]['mean']
   distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
   line = {name: mean(judged, name) for name in METRICS}
   line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
            'coherence2': mean(judged2, 'coherence'),
-           'level_db2': judged2['level_db'], 'swap': excerpts.change(one_step, other),
+           'level_db2': judged2['level_db'], 'swap': judging.change(one_step, other),
            'exchanged_ratio': mean(exchanged, 'ratio'),
-           **excerpts.latent_health(latents), **denoising(codec, sounds)}
+           **judging.latent_health(latents), **denoising(codec, sounds)}
   draw(sounds, {'one step': one_step, 'two steps': two, 'latents of another piece': other}, rate, workdir)
   return line
 
@@ -205,10 +205,8 @@ def write(line: dict, table: Path):
   path = table / 'trials.jsonl'
   lines = [json.loads(old) for old in path.read_text().splitlines()] if path.is_file() else []
   lines = [old for old in lines if old['name'] != line['name']] + [line]
-  for target, text in ((path, '\n'.join(map(json.dumps, lines)) + '\n'), (table / 'trials.md', markdown(lines))):
-    temporary = target.with_suffix('.part')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, target)
+  files.write_text(path, '\n'.join(map(json.dumps, lines)) + '\n')
+  files.write_text(table / 'trials.md', markdown(lines))
 
 
 def markdown(lines) -> str:

@@ -85,7 +85,7 @@ def find(place: Path, leave_out: float) -> dict[str, dict[str, float]]:
     if path.suffix.lower() not in sources.EXTENSIONS or not path.is_file() or split_of(name, leave_out) != SPLITS[0]:
       continue
     try:
-      info = audio_io.probe(path)
+      info = audio_io.info(path)
     except UserError as error:
       print(f'pack: left out: {error}', file=sys.stderr)
       continue
@@ -137,7 +137,7 @@ def write(part: Path, place, folder: str, of: dict[str, float], kbps: float):
   for name, seconds in tqdm.tqdm(of.items(), desc=folder or 'music', unit='file', disable=not sys.stderr.isatty()):
     source = Path(place) / name
     try:
-      info = audio_io.probe(source)
+      info = audio_io.info(source)
       frames = min(round(seconds * info.sample_rate), info.frames)
       start = (info.frames - frames) // 2
       audio, _ = audio_io.read(source, start=start, frames=frames)
@@ -145,8 +145,7 @@ def write(part: Path, place, folder: str, of: dict[str, float], kbps: float):
       print(f'pack: left out: {error}', file=sys.stderr)
       continue
     mono = audio.mean(axis=0, keepdims=True)
-    if info.sample_rate != RATE:
-      mono = audio_io.resample(mono, from_rate=info.sample_rate, to_rate=RATE)
+    mono = audio_io.resample(mono, from_rate=info.sample_rate, to_rate=RATE)
     target = part / f'{name}.opus'  # after the whole name: a.ogg and a.mp3 are two pieces
     target.parent.mkdir(parents=True, exist_ok=True)
     with soundfile.SoundFile(target, 'w', RATE, 1, 'OPUS', format='OGG', compression_level=compression) as file:

@@ -28,6 +28,7 @@ import tempfile
 import mido
 import numpy as np
 
+from m2l2 import files
 from m2l2.data import audio_io, sources
 from m2l2.errors import UserError
 from m2l2.evaluation.studies import tasks
@@ -60,12 +61,11 @@ def main(argv):
       raise UserError(f'there is no {name!r}: pick from {", ".join(makers)}')
     folder = Path(args.output) / name
     if not folder.is_dir():
-      partial = folder.with_name(f'{name}.part')
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir(parents=True)
-      rows = makers[name](partial, args)
-      tasks.write_table(partial, rows)
-      partial.rename(folder)
+      folder.parent.mkdir(parents=True, exist_ok=True)
+      with files.whole(folder) as aside:
+        partial = Path(aside)
+        partial.mkdir()
+        tasks.write_table(partial, makers[name](partial, args))
     print(f'{folder}: {len(tasks.read(str(folder)).paths)} files')
 
 

@@ -42,7 +42,7 @@ from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.metrics.frechet import DRAWS, frechet_distance
-from m2l2.evaluation.studies import baselines, excerpts
+from m2l2.evaluation.studies import baselines, judging
 from m2l2.examples import generate
 
 EMBEDDING = 'musicnn_mtt'
@@ -93,8 +93,8 @@ def new_music(args) -> dict:
           args.count, chunks, *corpus.shape[2:]),
       'a normal distribution for each chunk': normal_chunks(corpus, (args.count, chunks), rng)}
   if not args.no_held_out:
-    sounds = excerpts.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-    systems['held-out excerpts'] = np.stack([z.z[0] for z in excerpts.encode(codec, sounds, rate).values()])
+    sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+    systems['held-out excerpts'] = np.stack([z.z[0] for z in judging.encode(codec, sounds, rate).values()])
 
   def embedded(many, first_seed):
     """One array [windows, 200] a piece, and the first few sounds."""
@@ -139,8 +139,8 @@ def deviation(embedded, reference, *, seed: int = 0) -> float:
 def continuations(args) -> dict:
   codec, generator = load(args.checkpoint), generate.load(args.workdir)
   rate, embed = codec.native_rates[0], make_embedder(EMBEDDING)
-  sounds = excerpts.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate)
-  z = np.stack([latents.z[0] for latents in excerpts.encode(codec, sounds, rate).values()])
+  sounds = judging.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate)
+  z = np.stack([latents.z[0] for latents in judging.encode(codec, sounds, rate).values()])
   wanted = z.shape[1] - GIVEN
   sampled = generator.sample(wanted, count=len(z), seed=args.seed, prefix=z[:, :GIVEN], steps=args.steps,
                              guidance=args.guidance)
@@ -179,8 +179,8 @@ def continuations(args) -> dict:
 def alike(args) -> dict:
   codec = load(args.checkpoint)
   rate = codec.native_rates[0]
-  listed = excerpts.read_list(args.excerpts)
-  queries = list(excerpts.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate).values())
+  listed = judging.read_list(args.excerpts)
+  queries = list(judging.load(args.excerpts, args.music, seconds=EXCERPT, sample_rate=rate).values())
   pool = [(name, *excerpt) for name in sorted({name for _, name in listed})
           for excerpt in spread_excerpts(Path(args.music) / name, rate)]
   of_track, places = np.array([name for name, *_ in pool]), np.array([place for _, place, _ in pool])

@@ -47,7 +47,7 @@ def _run_told(argv) -> int:
     terminal.tell('stopped')
     return 130
   except SystemExit as stop:  # of a signal
-    return stop.code
+    return _status(stop)
   except Exception as error:
     line = told(error)
     if line is None:
@@ -71,7 +71,7 @@ def _run(argv) -> int:
     if rest and not others:
       _parser().error(f'unrecognized arguments: {" ".join(rest)}')
   except SystemExit as stop:  # argparse: 0 after --help, 2 after a wrong command line
-    return stop.code
+    return _status(stop)
   args.rest = rest
   for name, value in vars(args).items():  # the shell does not expand --name=~/x
     if isinstance(value, list) and name != 'rest':
@@ -87,6 +87,10 @@ def _run(argv) -> int:
   finally:
     waits.setLevel(logging.NOTSET)  # --quiet holds for this call alone
   return 0
+
+
+def _status(stop: SystemExit) -> int:
+  return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def _at_home(value):

@@ -51,13 +51,13 @@ def _encode(args):
   if args.features and (args.discrete or args.embeddings is not None):
     raise UserError('--features are of all numbers: leave --discrete and --embeddings out')
   output = '.npz' if args.features else '.safetensors'
-  planned = jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=output)
+  planned = jobs.find_jobs(args.source, args.target, inputs=jobs.AUDIO, output=output)
   with _over(planned, 'encode', args) as (done, passing):
     many = len(planned) > 1
     codec = _encoder(args) if many else None  # what is wrong for all files is told once
     for job in planned:
       with passing(job), jobs.reading(job) as path:
-        info = audio_io.probe(path)
+        info = audio_io.info(path)
         if many and not args.overwrite and _are_there(job.target, codec, args):
           terminal.say(args, f'{audio_io.shown(job.target)}: is there already')
           done(1)
@@ -130,7 +130,7 @@ def _decode(args):
   def opened(path):
     latents = Latents.load(path)
     return latents, lambda codec: latents
-  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.LATENTS, output=f'.{args.format}'), opened)
+  _decode_jobs(args, jobs.find_jobs(args.source, args.target, inputs=jobs.LATENTS, output=f'.{args.format}'), opened)
 
 
 def _reconstruct(args):
@@ -138,9 +138,9 @@ def _reconstruct(args):
   from m2l2.data import audio_io
 
   def opened(path):
-    info = audio_io.probe(path)
+    info = audio_io.info(path)
     return info, lambda codec: encode_file(codec, info, embeddings=args.embeddings, quiet=args.quiet)
-  _decode_jobs(args, jobs.plan(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
+  _decode_jobs(args, jobs.find_jobs(args.source, args.target, inputs=jobs.AUDIO, output=f'.{args.format}'), opened)
 
 
 def _decode_jobs(args, planned, opened):
@@ -153,7 +153,7 @@ def _decode_jobs(args, planned, opened):
   with _over(planned, 'decode', args) as (done, passing):
     waiting = list(planned)
     while waiting:
-      began = codec and time.monotonic()
+      began = time.monotonic()
       size = 1 if len(planned) == 1 else args.batch or _batch()
       group, waiting = waiting[:size], waiting[size:]
       with contextlib.ExitStack() as all_files:
@@ -163,8 +163,8 @@ def _decode_jobs(args, planned, opened):
             source, latents_by = opened(files.enter_context(jobs.reading(job)))
             check = _new_file(job.source, overwrite=args.overwrite)
             target = files.enter_context(jobs.writing(job, output=f'.{args.format}', check=check))
-            codec = codec or _decoder(args)
-            began = began or time.monotonic()  # loading the model does not count as speed
+            if codec is None:
+              codec, began = _decoder(args), time.monotonic()  # loading the model does not count as speed
             # Opened first, so that a format that cannot hold these channels is reported before the work.
             writer = files.enter_context(audio_io.AudioWriter(
                 target, source.sample_rate, source.channels, tags=source.tags, normalize=args.normalize))

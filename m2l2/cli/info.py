@@ -8,7 +8,7 @@ from m2l2.codec import loading
 from m2l2.codec.latents import Latents, is_safetensors
 from m2l2.codec.snapshot import load_snapshot
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 
 def facts(path) -> dict:
@@ -36,7 +36,7 @@ def facts(path) -> dict:
     return _latents_facts(path)
   if os.fspath(path).endswith('.json'):
     return _report_facts(path, _json(path))
-  info = audio_io.probe(path)
+  info = audio_io.info(path)
   return {'path': info.path, 'kind': 'audio', 'format': info.format, 'encoding': info.subtype,
           'sample_rate': info.sample_rate, 'channels': info.channels, 'samples': info.frames,
           'seconds': info.seconds, **({'tags': dict(info.tags)} if info.tags else {})}
@@ -88,7 +88,7 @@ def _checkpoint_facts(path) -> dict:
 
 def _run_facts(workdir) -> dict:
   """The last line of metrics.jsonl with a loss, and the steps of the checkpoints."""
-  last = {}
+  last: dict = {}
   with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
     for line in file:
       with contextlib.suppress(ValueError):  # a line that a crash cut short
@@ -109,7 +109,7 @@ def _json(path):
     with open(path, encoding='utf-8') as file:
       return json.load(file)
   except (OSError, ValueError) as error:
-    raise UserError(f'{audio_io.shown(path)}: is not JSON that can be read ({" ".join(str(error).split())})') from error
+    raise UserError(f'{audio_io.shown(path)}: is not JSON that can be read ({in_one_line(error)})') from error
 
 
 def _told(path, kind, record, names) -> dict:

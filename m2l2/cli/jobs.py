@@ -32,7 +32,7 @@ class Job:
     return 'standard input' if self.source == PIPE else shown(self.source)
 
 
-def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
+def find_jobs(given: Sequence[str], target: str, *, inputs: Sequence[str], output: str) -> list[Job]:
   """The jobs of a command line.
 
   One file is written to `target`, or into it if that is a directory. Several files, a directory (with its
@@ -63,7 +63,7 @@ def plan(given: Sequence[str], target: str, *, inputs: Sequence[str], output: st
     if output in inputs and os.path.isdir(place) and _is_below(target, place):
       raise UserError(f'{shown(target)}: lies in {shown(place)}, where it would be an input the next time: name a '
                       'directory elsewhere')
-  jobs, taken = [], {}
+  jobs, taken = [], dict[str, str]()
   stems = collections.Counter(os.path.splitext(name)[0] for _, name in dict.fromkeys(listed))
   for base, name in dict.fromkeys(listed):  # without duplicates
     stem = os.path.splitext(name)[0]

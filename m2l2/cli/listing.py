@@ -1,9 +1,9 @@
 """configs, models: lists of the presets and of the models in the box."""
 
 import ast
-import importlib.util
 import os
 
+from m2l2 import configs
 from m2l2.cli import terminal
 
 _IN_SHORT = '**In short.** '  # begins the paragraph of a card with quality and licence
@@ -17,12 +17,12 @@ def add(command):
 
 
 def _configs(args):
-  folder = next(iter(importlib.util.find_spec('m2l2.configs').submodule_search_locations))
-  lines = {}
+  folder, lines = configs.__path__[0], {}
   for name in sorted(os.listdir(folder)):
     if name.endswith('.py') and name != '__init__.py':
       with open(os.path.join(folder, name), encoding='utf-8') as file:  # read, not run: that needs the train extra
-        lines[name.removesuffix('.py')] = ' '.join(ast.get_docstring(ast.parse(file.read())).split('\n\n')[0].split())
+        text = ast.get_docstring(ast.parse(file.read())) or ''
+      lines[name.removesuffix('.py')] = ' '.join(text.split('\n\n')[0].split())
   _table(lines)
 
 

@@ -151,7 +151,7 @@ def _reconstruct_all(codec, folder, args):
   from m2l2.data import audio_io, sources
   from m2l2.evaluation.evaluate import Pair
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
-  references, items, warnings = sources.find_audio_files(args.reference), [], []
+  references, items, warnings = sources.find_audio_files(args.reference), list[Pair](), []
   quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
   with terminal.bar('reconstruct', len(references), quiet=args.quiet) as progress:
     for number, name in enumerate(references.names):
@@ -161,7 +161,7 @@ def _reconstruct_all(codec, folder, args):
       if os.path.exists(target) and os.path.samefile(target, references.path(number)):
         raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
       try:
-        info = audio_io.probe(references.path(number))
+        info = audio_io.info(references.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
           coding.decode_files(codec, [coding.encode_file(codec, info, quiet=True)], [writer], quiet)
@@ -177,7 +177,7 @@ def _reconstruct_all(codec, folder, args):
 def _sweep(args):
   extras.require('evaluation', 'eval', 'scipy', 'matplotlib')
   from m2l2.data import audio_io
-  from m2l2.evaluation import clips as folder_clips
+  from m2l2.evaluation import excerpts
   from m2l2.evaluation.embedders import embeddings
   from m2l2.evaluation.reports import pictures, report
   from m2l2.evaluation.studies import sweep
@@ -190,7 +190,7 @@ def _sweep(args):
   metrics, names = sweep.names_of(args.metrics)
   embedders = {name: embeddings.make_embedder(name) for name in names}
   codec = options.load_codec(args)
-  clips, warnings = folder_clips.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
+  clips, warnings = excerpts.take_excerpts(args.reference, seconds=args.seconds, most=args.clips)
   with terminal.bar('sweep', sweep.steps_of(clips, values), quiet=args.quiet) as progress:
     results = sweep.sweep(codec, clips, values=values, metrics=metrics, embedders=embedders, by=args.by,
                           workers=args.workers, seed=args.seed, progress=progress)

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 
 def checkpoint(parser, **given):
@@ -115,7 +115,7 @@ def load_codec(args):
   try:
     devices = jax.devices(kind or None)
   except RuntimeError as error:
-    raise UserError(f'JAX finds no {kind or "device"}: {" ".join(str(error).split())}') from error
+    raise UserError(f'JAX finds no {kind or "device"}: {in_one_line(error)}') from error
   if kind:
     if int(number or 0) >= len(devices):
       raise UserError(f'--device={args.device}: there are {len(devices)}, counted from 0')

@@ -65,4 +65,4 @@ def _features_of(path, codec):
     return features.load(path, model=codec.fingerprint)
   if path.endswith('.safetensors'):
     return codec.features(Latents.load(path))
-  return codec.features(coding.encode_file(codec, audio_io.probe(path), quiet=True))
+  return codec.features(coding.encode_file(codec, audio_io.info(path), quiet=True))

@@ -189,7 +189,7 @@ def _begin(output, manifest):
       os.makedirs(os.path.join(output, _SIDECARS), exist_ok=True)
     except OSError as error:
       raise UserError(f'{name}: cannot be made ({error.strerror})') from error
-    storage.write_json(os.path.join(output, latents.MANIFEST), manifest)
+    files.write_json(os.path.join(output, latents.MANIFEST), manifest, indent=1, durable=True)
     return
   for field, now in manifest.items():
     if field != 'source' and begun.get(field) != now:  # the path of the music may have changed
@@ -235,7 +235,7 @@ class Readers:
 
   def read(self, places: Iterable) -> Iterator[Iterator]:
     """(split, number) of each signal -> for each, in order, what `_rows` yields; errors are raised to the consumer."""
-    places, waiting = iter(places), collections.deque()
+    places, waiting = iter(places), collections.deque[queue.Queue]()
     for place in itertools.chain(places, [None] * self._threads):
       if place:
         waiting.append(queue.Queue(_AHEAD))
@@ -341,7 +341,7 @@ class GroupEncoder:
 
     The devices compute one call while the host prepares the next.
     """
-    waiting = collections.deque()
+    waiting = collections.deque[tuple]()
     groups = iter(groups)
     while batch := list(itertools.islice(groups, len(self._devices))):
       waiting.append((batch, self._start(batch)))
@@ -400,8 +400,8 @@ def _write(encoded, shards, *, output, features, manifest, told):
           item.parts = []
           seconds += length
           told(length)
-    storage.write_json(os.path.join(output, shard.sidecar), {
-        'sizes': sizes, 'skipped': skipped, 'seconds': seconds, 'bytes': os.path.getsize(path)})
+    files.write_json(os.path.join(output, shard.sidecar), {
+        'sizes': sizes, 'skipped': skipped, 'seconds': seconds, 'bytes': os.path.getsize(path)}, indent=1, durable=True)
 
 
 def _record(item) -> dict | None:
@@ -420,8 +420,8 @@ def _finish(output, plan, manifest) -> dict:
   """After the last shard: writes the index, the report and, last, the files that TFDS reads."""
   report = {'signals': sum(shard.end - shard.first for shard in plan), 'encoded': 0, 'seconds': 0.0, 'chunks': 0,
             'bytes': 0, 'skipped': []}
-  lengths, num_bytes = collections.defaultdict(list), collections.Counter()
-  index = collections.defaultdict(list)
+  lengths, num_bytes = collections.defaultdict(list), collections.Counter[str]()
+  index: dict[str, list] = collections.defaultdict(list)
   for shard in plan:
     with open(os.path.join(output, shard.sidecar), encoding='utf-8') as file:
       done = json.load(file)
@@ -436,13 +436,14 @@ def _finish(output, plan, manifest) -> dict:
     report['encoded'] += len(sizes)
     report['chunks'] += int(sizes[:, 1].sum())
     report['bytes'] += num_bytes[split]
-    storage.write_file(os.path.join(output, latents.index_name(split)), lambda file: np.save(file, sizes))
-  storage.write_json(os.path.join(output, REPORT), report)
+    with files.whole(os.path.join(output, latents.index_name(split)), durable=True) as aside, open(aside, 'wb') as file:
+      np.save(file, sizes)
+  files.write_json(os.path.join(output, REPORT), report, indent=1, durable=True)
   if not splits:
     raise UserError(f'{audio_io.shown(output)}: nothing could be encoded, all {report["signals"]} files were skipped; '
                     f'{REPORT} says why')
   storage.write_metadata(output, name=latents.NAME, features=_features(manifest), splits=splits, num_bytes=num_bytes,
                          description=f'Latents of {manifest["source"]} by the m2l2 model {manifest["model"]}.')
   for folder in (output, os.path.join(output, _SIDECARS)):
-    storage.remove_leftovers(os.path.join(folder, '*'))
+    storage.remove_leftovers(folder)
   return report

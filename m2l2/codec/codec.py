@@ -141,7 +141,7 @@ class Codec:
         blocks, sample_rate=sample_rate, channels=audio.shape[0], discrete=discrete)
 
   def _encode_file(self, path, sample_rate, discrete):
-    info = audio_io.probe(path)
+    info = audio_io.info(path)
     if sample_rate not in (None, info.sample_rate):
       raise UserError(f'{audio_io.shown(path)}: is at {info.sample_rate} Hz, not {sample_rate}; leave sample_rate out')
     self.check_source(channels=info.channels, discrete=discrete)
@@ -155,8 +155,8 @@ class Codec:
     sample_rate = encoding.whole_rate(sample_rate)
     self.check_source(channels=channels, discrete=discrete)
     windows = self._windows(blocks, sample_rate, channels=channels, width=programs.block_chunks())
-    z = [encoding.check_finite(block) for block in output.on_host(map(self._encode_window, windows))]
-    z = np.concatenate(z, axis=1)[:, :windows.layout.chunks]
+    encoded = [encoding.check_finite(block) for block in output.on_host(map(self._encode_window, windows))]
+    z = np.concatenate(encoded, axis=1)[:, :windows.layout.chunks]
     if discrete:
       z = self.tokens(z)
     return Latents(z=z, sample_rate=sample_rate, num_samples=windows.num_samples, channels=channels,
@@ -302,7 +302,7 @@ class Codec:
       streams = streams or len(z)
       return self._values(z[:, None], (streams, 1))
 
-    pieces = decoder.autoregressive(map(continuous, latent_chunks), draw, np.int32([_ENDLESS]), sigmas=sigmas,
+    pieces = decoder.autoregressive(map(continuous, latent_chunks), draw, np.array([_ENDLESS], np.int32), sigmas=sigmas,
                                     sigma_cond=sigma_cond, refine=refine, width=1)
     pieces = (piece[:, 0] if rep.channels == 1 else piece[0] for piece in map(np.asarray, pieces))
     cut = output.Cut(start=rep.layout(1).lead)

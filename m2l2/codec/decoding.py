@@ -5,6 +5,7 @@ the sampler, each with the state that the block before returned.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from m2l2.codec import output, programs
 from m2l2.codec.sampler import Sampler
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
+from m2l2.variants.consistency import VariantConsistency
 
 MODES = ('autoregressive', 'parallel')
 MOST_STEPS = 16
@@ -94,7 +96,7 @@ class BlockDecoder:
     compiled: the sampler's `programs.compiled_programs`; params: the weights, nested dict.
   """
   sampler: Sampler
-  consistency: Consistency
+  consistency: VariantConsistency
   compiled: types.SimpleNamespace
   params: dict
 
@@ -111,9 +113,8 @@ class BlockDecoder:
     if steps is None:
       steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
     if noise is None:
-      draw = lambda first, count, needed: self.compiled.noise(
-          np.uint32(seed), np.int32(first), count=count, roles=steps + 1)
-      return draw, self.consistency.schedule(steps)
+      return (lambda first, count, needed: self.compiled.noise(
+          np.uint32(seed), np.int32(first), count=count, roles=steps + 1)), self.consistency.schedule(steps)
     noise = np.asarray(noise, np.float32)
     if noise.shape[1:] != (steps + 1, *self.sampler.chunk_shape) or chunks not in (None, len(noise)):
       wanted = ['chunks' if chunks is None else chunks, steps + 1, *self.sampler.chunk_shape]
@@ -129,20 +130,21 @@ class BlockDecoder:
                      sigma_cond: float | None, refine: bool | None, width: int
                      ) -> Iterator[output.Blocks | jax.Array]:
     """blocks of z [B, n <= width, K, d] -> audio [B, channels, samples] on the device."""
-    sigma_cond = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
+    level = np.float32(self.consistency.sigma_cond if sigma_cond is None else sigma_cond)
     refine = self.consistency.refine if refine is None else bool(refine)
-    state, position = None, 0
+    state: dict[str, Any] = {}
+    position = 0
 
     def advance(z, needed):
       count = z.shape[1]
       z = np.pad(z, ((0, 0), (0, width - count), (0, 0), (0, 0)))
       noise = draw(position - 1, width + 1, needed)
       return self.compiled.advance(self.params, state, z, np.int32(position), np.int32(count), chunks, noise,
-                                   sigma_cond, np.bool_(refine), sigmas=sigmas)
+                                   level, np.bool_(refine), sigmas=sigmas)
 
     lag = self.sampler.representation.chunk_samples if refine else 0  # before the first chunk there is no audio
     for z in blocks:
-      if state is None:
+      if not state:
         state = self.sampler.state(self.params, z.shape)
       audio, state = advance(z, z.shape[1] + 1)
       yield output.Blocks(audio, z.shape[1], skip=0 if position else lag)

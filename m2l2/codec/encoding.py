@@ -12,7 +12,7 @@ import numpy as np
 
 from m2l2.data.audio_io import StreamResampler
 from m2l2.errors import UserError
-from m2l2.representation import Representation
+from m2l2.representation import Representation, SignalLayout
 
 MOST_CHANNELS = 64  # an array of more is probably transposed
 
@@ -43,9 +43,11 @@ class Windows:
   Raises UserError, while iterating: no samples, NaN or infinity among them, integers, or blocks of another shape.
   """
 
+  layout: SignalLayout
+
   def __init__(self, blocks: Iterable, *, representation: Representation, from_rate: int, to_rate: int, channels: int,
                width: int):
-    self.num_samples, self.layout = 0, None
+    self.num_samples = 0
     self._blocks, self._representation, self._channels, self._width = blocks, representation, channels, width
     self._resampler = StreamResampler(from_rate=from_rate, to_rate=to_rate, channels=channels)
 

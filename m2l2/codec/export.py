@@ -17,6 +17,7 @@ from m2l2.codec.sampler import REFINE
 from m2l2.data.audio_io import shown
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.model.parameters import by_path
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -76,7 +77,7 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
   A step is `Sampler.step`: with `refine` it returns the chunk before, and one more step returns the last.
   """
   sampler, consistency, arch = codec.sampler, codec.consistency, codec.network.arch
-  names, treedef = [name for name, _ in _leaves(codec.params)], jax.tree.structure(codec.params)
+  names, treedef = list(by_path(codec.params)), jax.tree.structure(codec.params)
   sigmas, refine = consistency.schedule(consistency.steps), bool(consistency.refine)
   roles = len(sigmas) + 1
 
@@ -100,7 +101,7 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
   rep = codec.representation
   batch, = jax.export.symbolic_shape('b')
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  weights = {name: f32(*leaf.shape) for name, leaf in _leaves(codec.params)}
+  weights = {name: f32(*leaf.shape) for name, leaf in by_path(codec.params).items()}
   audio, z = f32(batch, rep.channels, rep.crop_samples(1)), f32(batch, arch.num_latents, arch.latent_dim)
   seed, index, sigma = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((), jnp.int32), f32()
   exported = {}
@@ -125,21 +126,21 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
   """Writes the folder `target`. Raises UserError: it exists, or cannot be written."""
   check_target(target)
   rep, consistency = codec.representation, codec.consistency
-  state = jax.tree_util.tree_leaves_with_path(first_state(codec))
+  state = by_path(first_state(codec))
   about = {
       'fingerprint': codec.fingerprint, 'sample_rate': codec.native_rates[0], 'native_rates': list(codec.native_rates),
       'channels': rep.channels, 'latents': [codec.network.arch.num_latents, codec.network.arch.latent_dim],
       'chunk_samples': rep.chunk_samples, 'overlap': rep.overlap, 'hop': rep.hop, 'frames': rep.frames,
       'lead': rep.layout(1).lead, 'sigma_cond': consistency.sigma_cond, 'steps': consistency.steps,
       'refine': consistency.refine,
-      'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for _, leaf in state],
-      'tail': [_name(path) for path, _ in state].index('tail'), 'platforms': list(platforms), **(extra or {})}
+      'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in state.values()],
+      'tail': list(state).index('tail'), 'platforms': list(platforms), **(extra or {})}
   exported = programs(codec, platforms=platforms)
   with files.whole(target) as aside:
     os.makedirs(aside)
     for name, program in exported.items():
       _write(aside, f'{name}.stablehlo', program.serialize())
-    np.savez(os.path.join(aside, 'weights.npz'), **{n: np.asarray(leaf) for n, leaf in _leaves(codec.params)})
+    np.savez(os.path.join(aside, 'weights.npz'), **jax.tree.map(np.asarray, by_path(codec.params)))
     _write(aside, 'about.json', (json.dumps(about, indent=2) + '\n').encode())
     _write(aside, 'load.py', LOADER.encode())
 
@@ -152,15 +153,6 @@ def check_target(target):
   if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
     raise UserError(f'{shown(target)}: cannot be written: {shown(folder)} is no directory that may be written to')
   files.remove_leftovers(os.path.realpath(target))
-
-
-def _leaves(params):
-  """[(name, leaf)] in the order of the tree."""
-  return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def _name(path):
-  return '/'.join(str(getattr(entry, 'key', getattr(entry, 'idx', None))) for entry in path)
 
 
 def _write(folder, name, data: bytes):

@@ -173,7 +173,7 @@ def _whole(count):
   if isinstance(count, (bool, np.bool_)):
     return count
   if isinstance(count, numbers.Real) and count == count // 1:
-    return int(count)
+    return int(count)  # type: ignore[call-overload]  # typeshed's Real lacks __int__
   return count
 
 

@@ -2,17 +2,18 @@
 
 from importlib import resources
 import os
+import pathlib
 
-import jax
 import numpy as np
 
 from m2l2.data import audio_io
 from m2l2.errors import UserError
+from m2l2.model.parameters import by_path
 
 
 def in_the_box() -> dict[str, str]:
   """The path of each model in the box, by name."""
-  box = resources.files('m2l2') / 'assets' / 'models'
+  box = pathlib.Path(str(resources.files('m2l2'))) / 'assets' / 'models'
   if not box.is_dir():
     return {}
   return {entry.name: os.fspath(entry) for entry in sorted(box.iterdir(), key=str) if entry.is_dir()}
@@ -35,14 +36,9 @@ def locate(path):
 
 def check_params(params, expected):
   """Raises UserError naming the first parameter that is missing, too many or of another shape."""
-  shapes, wanted = ({_path(path): tuple(np.shape(leaf))
-                     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-                   for tree in (params, expected))
+  shapes, wanted = ({name: tuple(np.shape(leaf)) for name, leaf in by_path(tree).items()}
+                    for tree in (params, expected))
   for name in sorted(shapes.keys() | wanted.keys()):
     if shapes.get(name) != wanted.get(name):
       raise UserError(f'the weights do not fit their config: {name} is '
                       f'{shapes.get(name, "missing")}, should be {wanted.get(name, "absent")}')
-
-
-def _path(path):
-  return '/'.join(str(entry.key) for entry in path)

@@ -6,15 +6,18 @@ exported program are the same few functions, and one compiled program serves the
 Noise belongs to (seed, chunk, role): any way of cutting the work into calls gives the same sound.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from m2l2.consistency import Consistency
-from m2l2.representation import Representation
+from m2l2.model.autoencoder import Network
+from m2l2.representation import Arrays, Representation
 from m2l2.variants.staggered import sample_staggered
 
 # Roles of a chunk's noise: what it starts from, what is put on it as the next one's left neighbour; from 2 on,
@@ -33,16 +36,16 @@ class Sampler:
   [B, 1, ...]: each chunk's are computed once), and the 'tail' of the synthesis [B, channels, overlap].
   """
   representation: Representation
-  network: object  # model.autoencoder.Network, whose functions take the weights
+  network: Network
   consistency: Consistency
 
   @property
-  def chunk_shape(self):
+  def chunk_shape(self) -> tuple:
     """(F, T, C)."""
     return self.representation.chunk_shape
 
-  def noise(self, key, chunk, *, roles):
-    """chunk int [n] -> unit noise [n, roles, F, T, C]: a function of (key, chunk, role) alone.
+  def noise(self, key: Key[Array, ''], chunk: Int[Arrays, ' n'], *, roles: int) -> Float[Array, 'n {roles} F T C']:
+    """Unit noise: a function of (key, chunk, role) alone.
 
     All streams get the same noise, so that equal channels stay equal.
     """
@@ -51,13 +54,13 @@ class Sampler:
       return self.consistency.unit_noise(key_here, self.representation, 1)[0]
     return jax.vmap(lambda c: jax.vmap(functools.partial(unit_noise, c))(jnp.arange(roles)))(chunk)
 
-  def denoiser(self, params, features):
+  def denoiser(self, params, features) -> Callable:
     """The consistency function bound to features whose leaves are [B, S, ...]."""
     return self.consistency.bind(self.network, params, features)
 
   # Chunk after chunk.
 
-  def state(self, params, shape):
+  def state(self, params, shape: tuple) -> dict:
     """What `step` starts from, for latents of `shape` [B, chunks, K, d]: nothing yet."""
     rep = self.representation
     return {'x': np.zeros((shape[0], *self.chunk_shape), np.float32), 'features': self._no_features(params, shape, 1),
@@ -75,13 +78,15 @@ class Sampler:
     """network.decode, traced once for all that ask for the same shapes."""
     return _jitted(self.network.decode)
 
-  def step(self, params, state, z, index, left_noise, noise, sigma_cond, *, sigmas, refine, chunks=None):
-    """Chunk `index`: z [B, K, d], left_noise [F, T, C] of the chunk before, noise [roles, F, T, C] of this one.
+  def step(self, params, state: dict, z: Float[Array, 'B K d'], index, left_noise: Float[Array, 'F T C'],
+           noise: Float[Array, 'roles F T C'], sigma_cond, *, sigmas: tuple, refine,
+           chunks: Int[Array, '#B'] | None = None) -> tuple[Float[Arrays, 'B channels N'], dict]:
+    """Chunk `index`, with the noise of the chunk before and of this one.
 
-    -> (audio [B, channels, chunk_samples] of this chunk or, with `refine`, of the chunk before; state). So with
+    -> (audio of N = chunk_samples of this chunk or, with `refine`, of the chunk before; state). So with
     `refine` a stream of n chunks takes n + 1 steps, the last with whatever latents: a left chunk never sees its right
     one. What the last frames add beyond their chunk is the state's 'tail' then. The audio is silence before chunk 0
-    and, with `chunks` int [B], past the end of a stream that is shorter than others. A model that sees one chunk at a
+    and, with `chunks`, past the end of a stream that is shorter than others. A model that sees one chunk at a
     time denoises both apart. `refine`: a bool, or a traced one: one program serves both.
     """
     rep, consistency = self.representation, self.consistency
@@ -104,17 +109,19 @@ class Sampler:
     audio, tail = rep.synthesise(done[:, None], state['tail'])
     return audio, {'x': x, 'features': current, 'tail': tail}
 
-  def _refined(self, params, features, x, noise, sigma_cond):
-    """x [B, F, T, C] with noise [F, T, C] put on it, denoised again alone."""
+  def _refined(self, params, features, x: Float[Array, 'B F T C'], noise: Float[Array, 'F T C'], sigma_cond
+               ) -> Float[Array, 'B F T C']:
+    """x with noise put on it, denoised again alone."""
     noisy = self.consistency.add_noise(x, jnp.broadcast_to(noise, x.shape), sigma_cond)[:, None]
     level = jnp.full(noisy.shape[:2], sigma_cond, jnp.float32)
     return self.denoiser(params, features)(noisy, level)[:, 0]
 
-  def advance(self, params, state, z, start, count, chunks, noise, sigma_cond, *, sigmas, refine):
-    """The next `count` <= n chunks, from chunk `start` on: z [B, n, K, d]; noise [n + 1, roles, F, T, C] from one
-    before on; the streams have chunks int [B].
+  def advance(self, params, state: dict, z: Float[Array, 'B n K d'], start, count, chunks: Int[Array, '#B'],
+              noise: Float[Array, 'n+1 roles F T C'], sigma_cond, *, sigmas: tuple, refine
+              ) -> tuple[Float[Array, 'B n channels N'], dict]:
+    """The next `count` <= n chunks, from chunk `start` on; noise is from one before on; `chunks` are the streams' own.
 
-    -> (audio [B, n, channels, chunk_samples], of which `count` are filled, as by `step`; state).
+    -> (audio, of which `count` are filled, as by `step`; state).
     """
     rep = self.representation
     b, n = z.shape[:2]
@@ -133,17 +140,19 @@ class Sampler:
   # All chunks at once. The state: what `sample_staggered` carries, the 'features' of the last chunks (those that
   # later steps still need), and the 'tail' of the synthesis.
 
-  def parallel_state(self, params, shape, lag):
+  def parallel_state(self, params, shape: tuple, lag: int) -> dict:
     """Nothing yet, for latents of `shape` [B, chunks, K, d] and `lag` + 1 steps."""
     rep = self.representation
     return {'carried': tuple(np.zeros((shape[0], *self.chunk_shape), np.float32) for _ in range(lag)),
             'features': self._no_features(params, shape, lag),
             'tail': np.zeros((shape[0], rep.channels, rep.overlap), np.float32)}
 
-  def parallel_block(self, params, state, z, start, chunks, noise, *, sigmas):
-    """z [B, M, K, d] of the chunks from `start` on, noise [M + lag, roles, F, T, C] from start - lag on.
+  def parallel_block(self, params, state: dict, z: Float[Array, 'B M K d'], start, chunks,
+                     noise: Float[Array, 'M+{len(sigmas)-1} roles F T C'], *, sigmas: tuple
+                     ) -> tuple[Float[Arrays, 'B channels N'], dict]:
+    """z of the chunks from `start` on, noise from start - lag on: lag = len(sigmas) - 1.
 
-    -> (audio [B, channels, M chunk_samples] of the chunks from start - lag on, silent outside 0 ... chunks - 1, with
+    -> (audio of the M chunks from start - lag on, silent outside 0 ... chunks - 1, with
     chunks an int or int [B]; state).
     """
     rep, lag = self.representation, len(sigmas) - 1

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import BinaryIO
 
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 EXTENSIONS = ('.m4a', '.mp4', '.m4b', '.aac', '.wma', '.mka', '.webm')
 _TAGS = {'track': 'tracknumber'}  # FFmpeg's names -> libsndfile's, where they differ
@@ -46,4 +46,4 @@ def decode(path, out: BinaryIO, *, name: str) -> Decoded:
   except (av.FFmpegError, ValueError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f'{name}: is not audio that can be read here ({" ".join(str(error).split())})') from error
+    raise UserError(f'{name}: is not audio that can be read here ({in_one_line(error)})') from error

@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 from tensorflow_datasets.proto import tf_example_pb2
 
 from m2l2.data import audio_io, containers
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 VERSION = 1
 _APART = 4  # frames between indexed positions: a crop of 1.5 s then reads a quarter more than it needs
@@ -49,12 +49,12 @@ def index_shard(path, name: str) -> bytes:
   try:
     return _index_shard(os.fspath(path), name)
   except (OSError, RuntimeError, ValueError, KeyError, IndexError) as e:
-    raise UserError(f'{name}: cannot be indexed ({" ".join(str(e).split())})') from e
+    raise UserError(f'{name}: cannot be indexed ({in_one_line(e)})') from e
 
 
 def _index_shard(path, name) -> bytes:
   rows: dict[str, list[int]] = {field: [] for field in _FIELDS}
-  points, names = array('I'), {}
+  points, names = array('I'), dict[bytes, int]()
   reader = ArrayRecordReader(path)
   try:
     with open(path, 'rb') as file:
@@ -84,10 +84,10 @@ def _index_shard(path, name) -> bytes:
 def join(parts: Iterable[bytes]) -> bytes:
   """Joins the indices of several shards, in their order."""
   fields: dict[str, list] = {field: [] for field in _FIELDS}
-  points, names, shards = [], [], []
+  points, names, shards = [], list[bytes](), []
   for part in parts:
     meta, arrays = _load(part)
-    arrays['source'] = arrays['source'] + np.int32(len(names))
+    arrays['source'] = np.add(arrays['source'], len(names), dtype=np.int32)
     for field, values in fields.items():
       values.append(arrays[field])
     points.append(arrays['points'])
@@ -188,7 +188,7 @@ class Index:
     except KeyError as e:
       raise UserError(f'{audio_io.shown(path)}: is not of the shards beside it (it lacks {e}); {_MEND}') from e
     except (OSError, ValueError, TypeError, IndexError, SafetensorError) as e:
-      raise UserError(f'{audio_io.shown(path)}: cannot be read ({" ".join(str(e).split())}); {_MEND}') from e
+      raise UserError(f'{audio_io.shown(path)}: cannot be read ({in_one_line(e)}); {_MEND}') from e
 
   def __len__(self) -> int:
     return len(self._shard)

@@ -37,7 +37,7 @@ import tensorflow_datasets as tfds
 
 from m2l2.data import storage
 from m2l2.data.audio_io import shown
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 NAME, FORMAT, VERSION = 'latents', 'm2l2-latents-dataset', 1
 MANIFEST = 'manifest.json'
@@ -75,7 +75,7 @@ def read_manifest(directory) -> dict | None:
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
-    raise UserError(f'{shown(directory)}: {MANIFEST} cannot be read ({" ".join(str(error).split())})') from error
+    raise UserError(f'{shown(directory)}: {MANIFEST} cannot be read ({in_one_line(error)})') from error
   if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
     raise UserError(f'{shown(directory)}: is not of latents: its {MANIFEST} is of something else')
   if manifest.get('version') != VERSION:

@@ -101,7 +101,7 @@ class Order:
     self._counts, self._weights, self._seed = counts, weights, seed
     self._ends = list(itertools.accumulate(weights))
     self._lock = threading.Lock()
-    self._epochs = [{} for _ in counts]
+    self._epochs: list[dict] = [{} for _ in counts]
 
   def __reduce__(self):
     # A worker process shuffles by itself: orders are not pickled.

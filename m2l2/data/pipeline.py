@@ -92,8 +92,8 @@ class Ahead:
     if ahead < 0:
       raise UserError(f'data.device_prefetch={ahead}: it must be 0 or more')
     self._fetch = lambda: prepare(next(loader))
-    self._ahead, self._pending = ahead, collections.deque()
-    self._thread = futures.ThreadPoolExecutor(1, 'ahead') if ahead else None
+    self._ahead, self._pending = ahead, collections.deque[futures.Future]()
+    self._thread = futures.ThreadPoolExecutor(1, 'ahead')  # starts a thread once it gets work
 
   def __next__(self):
     if not self._ahead:
@@ -109,8 +109,7 @@ class Ahead:
 
   def close(self):
     """Waits for the batch that is being read, and drops all."""
-    if self._thread:
-      self._thread.shutdown(cancel_futures=True)
+    self._thread.shutdown(cancel_futures=True)
 
 
 def _close(iterators: list[grain.DatasetIterator], reader: 'Batches'):
@@ -152,7 +151,8 @@ class Batches:
 
   def __init__(self, crop: RandomCrop, rows: Rows, *, threads: int):
     self.crop, self._rows, self._threads = crop, rows, threads
-    self._lock, self._pool, self._closed = threading.Lock(), None, False
+    self._lock, self._closed = threading.Lock(), False
+    self._pool: futures.ThreadPoolExecutor | None = None
 
   def __reduce__(self):
     return _batches, (self.crop, self._rows, self._threads)  # a worker process has threads of its own

@@ -108,8 +108,10 @@ class AudioReader:
       self._check_file(path, name)
     elif not data:
       raise UserError(f'{name}: is empty (0 bytes)')
-    self._name, self._path, self.note, foreign = name, path, None, None
-    self._buffer, contents = data, containers.inspect(data) if data is not None else _contents(path, whole)
+    self._name, self._path, foreign = name, path, None
+    self.note: str | None = None
+    self._buffer: containers.Buffer | None = data
+    contents = containers.inspect(data) if data is not None else _contents(path, whole)
     try:
       self._streams = self._open_streams(contents)
     except FILE_ERRORS as e:
@@ -226,11 +228,12 @@ class AudioReader:
 
   def _open_streams(self, contents) -> list[Stream]:
     """Opens every chained stream with the rate and channels of the first; the log reports the others."""
-    parts, streams = contents.parts, []
+    parts: tuple[containers.Part, ...] = contents.parts
+    streams: list[Stream] = []
     if parts and self._buffer is None:
       with open(self._path, 'rb') as file:
         self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if len(parts) < 2 and (not parts or parts[0].pieces == ((0, len(self._buffer)),)):  # unchanged
+    if len(parts) < 2 and (not parts or self._is_whole(parts[0].pieces)):
       return [Stream(self._source, parts[0] if parts else None)]
     for part in parts:
       try:
@@ -246,9 +249,13 @@ class AudioReader:
       streams.append(stream)
     return streams
 
+  def _is_whole(self, pieces) -> bool:
+    return self._buffer is not None and pieces == ((0, len(self._buffer)),)
+
   def _source(self, pieces):
     """The source that soundfile opens for pieces of the file; for all of it the path, which is faster."""
-    if pieces and pieces != ((0, len(self._buffer)),):
+    if pieces and not self._is_whole(pieces):
+      assert self._buffer is not None
       return containers.Joined(self._buffer, pieces)
     return io.BytesIO(self._buffer) if isinstance(self._buffer, bytes) else os.fsencode(self._path)
 
@@ -315,7 +322,7 @@ class AudioReader:
       raise UserError(f'{self._name}: holds NaN or infinite samples, the first at sample {first}')
 
 
-def probe(path) -> AudioInfo:
+def info(path) -> AudioInfo:
   """The AudioInfo of an audio file. Raises UserError as `AudioReader` does."""
   with AudioReader(path) as reader:
     return reader.info
@@ -348,8 +355,8 @@ def read_blocks(path, *, block_samples: int, check_finite: bool = False) -> Iter
   """The whole file as float32 [channels, block_samples] blocks in bounded memory.
 
   Every block has `block_samples` samples; the last may have fewer. Errors (UserError, as of `AudioReader` and
-  `AudioReader.blocks`) are raised at the first `next`: call `probe` to check the header before the work. Count the
-  samples: an MP3 may hold fewer than `probe` states.
+  `AudioReader.blocks`) are raised at the first `next`: call `info` to check the header before the work. Count the
+  samples: an MP3 may hold fewer than `info` states.
   """
   if block_samples < 1:
     raise UserError(f'{shown(path)}: cannot be read in blocks of {block_samples} samples')

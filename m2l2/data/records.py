@@ -110,6 +110,7 @@ class Records:
       rate = fields.rate if isinstance(fields.rate, int) else int(_values(features, fields.rate)[0])
     except Exception as e:  # any exception that a damaged shard causes in the libraries
       raise UserError(f'{name}: cannot be read ({in_one_line(e, most=200)})') from e
+    item: audio_io.AudioReader | Samples
     if fields.kind == 'file':
       item = audio_io.AudioReader(name, data=audio[0])
     else:
@@ -128,7 +129,7 @@ class Records:
 class Samples:
   """An item with interleaved samples in memory; same methods as `audio_io.AudioReader`."""
 
-  starts = None
+  starts: int | None = None
 
   def __init__(self, values: Any, *, channels: int, rate: int, name: str):
     self._values, self._name = values, name

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 
-from m2l2.data import audio_io
+from m2l2.data import audio_io, storage
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -37,10 +37,7 @@ def features() -> tfds.features.FeaturesDict:
 
 def encode(record: Mapping) -> bytes:
   """A dict with the keys of `features()` -> the serialised example; equal records give equal bytes."""
-  schema = features()
-  serializer = tfds.core.example_serializer.ExampleSerializer(schema.get_serialized_info())
-  # Not schema.serialize_example: it orders the entries of a map differently in each process.
-  return serializer.get_tf_example(schema.encode_example(dict(record))).SerializeToString(deterministic=True)
+  return storage.serialise(features(), dict(record))
 
 
 def decode(example: bytes) -> dict:

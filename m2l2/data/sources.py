@@ -12,11 +12,12 @@ import math
 import os
 import pathlib
 import re
-from typing import Protocol
+from typing import Protocol, Self
 
 from absl import logging
+import numpy as np
 
-from m2l2.data.audio_io import AudioReader, shown
+from m2l2.data.audio_io import AudioInfo, AudioReader, shown
 from m2l2.errors import UserError
 
 KINDS = ('auto', 'folder')
@@ -27,6 +28,28 @@ _MOST_SLOTS = 10_000  # limit of the sum of a mixture's weights as whole numbers
 _PART = re.compile(r'\s*(\d+(?:\.\d+)?|\.\d+)\*')
 
 
+class ItemAudio(Protocol):
+  """One item's audio, a context manager.
+
+  Attributes:
+    info: its rate, channels and length.
+    starts: the number of crop starts in it; None: all.
+  """
+
+  info: AudioInfo
+  starts: int | None
+
+  def read(self, *, start: int, frames: int, check_finite: bool = False) -> np.ndarray:
+    """float32 [channels, frames]. Raises UserError."""
+    ...
+
+  def __enter__(self) -> Self:
+    ...
+
+  def __exit__(self, *unused) -> None:
+    ...
+
+
 class Source(Protocol):
   """Items from which crops are cut. It is pickled to worker processes.
 
@@ -35,8 +58,13 @@ class Source(Protocol):
     place: its path, for messages.
   """
 
-  fingerprint: str
-  place: str
+  @property
+  def fingerprint(self) -> str:
+    ...
+
+  @property
+  def place(self) -> str:
+    ...
 
   def __len__(self) -> int:
     ...
@@ -44,9 +72,8 @@ class Source(Protocol):
   def name(self, number: int) -> str:
     """The name of an item in errors, one line."""
 
-  def open(self, number: int) -> AudioReader:
-    """The audio of an item, a context manager with `info`, `read`, and `starts`, the number of crop starts in
-    this item (None: all). Raises UserError, which names it."""
+  def open(self, number: int) -> ItemAudio:
+    """The audio of an item. Raises UserError, which names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +161,8 @@ def find_mixture(root, *, kind: str = 'auto', split: str = 'train') -> Mixture:
   if min(weights) <= 0:
     raise UserError(f'{shown(text)}: weights must be above 0')
   scale = math.lcm(*(weight.denominator for weight in weights))
-  whole = [int(weight * scale) for weight in weights]
-  whole = tuple(weight // math.gcd(*whole) for weight in whole)
+  scaled = [int(weight * scale) for weight in weights]
+  whole = tuple(weight // math.gcd(*scaled) for weight in scaled)
   if sum(whole) > _MOST_SLOTS:
     raise UserError(f'{shown(text)}: the weights are {":".join(map(str, whole))} in whole numbers; '
                     f'their sum may be at most {_MOST_SLOTS}: round them')
@@ -148,8 +175,8 @@ def _parts(text: str) -> list[tuple[str | int, str]]:
   matches = [_PART.match(part) for part in parts]
   if len(parts) < 2 or not matches[0]:
     return [(1, text)]
-  places = [part[match.end():].strip().replace('\\,', ',') for match, part in zip(matches, parts, strict=True)]
-  return [(match[1], os.path.expanduser(place)) for match, place in zip(matches, places, strict=True)]
+  return [(match[1], os.path.expanduser(part[match.end():].strip().replace('\\,', ',')))
+          for match, part in zip(matches, parts, strict=True) if match]  # all: the text is cut before those that match
 
 
 def find_source(place: str, *, split: str) -> Source:

@@ -5,11 +5,10 @@
   write_metadata(directory, name=, features=, splits={'train': [records of each shard]}, ...)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+import contextlib
 import glob
-import json
 import os
-import secrets
 import shutil
 import tempfile
 
@@ -19,7 +18,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from m2l2 import files
 from m2l2.data.audio_io import shown
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line, unwritten
 
 METADATA = 'dataset_info.json'  # is written last: if it exists, the dataset is complete
 
@@ -38,29 +37,24 @@ def serialise(features: tfds.features.FeaturesDict, example: Mapping) -> bytes:
 class ShardWriter:
   """An ArrayRecord file that gets its name when the `with` block ends without an error, and is deleted otherwise.
 
-  Attributes:
-    records: number of records written.
-
   Raises UserError: a full disk, a path that cannot be written.
   """
 
   def __init__(self, path):
-    self.records = 0
     self._path = os.fspath(path)
-    remove_leftovers(self._path)
-    self._temporary = _temporary(self._path)
+    files.remove_leftovers(self._path)
+    self._temporary = files.temporary(self._path)
     self._writer = self._try(ArrayRecordWriter, self._temporary, 'group_size:1')  # random access, record by record
 
   def _try(self, act, *args):
     try:
       return act(*args)
     except (OSError, RuntimeError, ValueError) as error:  # array_record's errors are of these two
-      reason = ' '.join(str(error).split()).split('; ')[0]
+      reason = in_one_line(error).split('; ')[0]
       raise UserError(f'{shown(self._path)}: could not be written ({reason})') from error
 
   def write(self, record: bytes):
     self._try(self._writer.write, record)
-    self.records += 1
 
   def __enter__(self):
     return self
@@ -71,45 +65,17 @@ class ShardWriter:
         self._try(self._writer.close)
         self._try(_replace, self._temporary, self._path)
       elif self._writer.is_open():
-        try:
+        with contextlib.suppress(RuntimeError):  # the disk is full, most likely, and `error` says so
           self._writer.close()
-        except RuntimeError:  # the disk is full, most likely, and `error` says so
-          pass
     finally:
-      if os.path.exists(self._temporary):
+      with contextlib.suppress(FileNotFoundError):
         os.unlink(self._temporary)
 
 
-def write_json(path, value):
-  """Writes JSON atomically. Raises UserError: it cannot be written."""
-  write_file(path, lambda file: file.write(json.dumps(value, indent=1).encode() + b'\n'))
-
-
-def write_file(path, write: Callable):
-  """Writes a file atomically by `write(file)`. Raises UserError: it cannot be written."""
-  temporary = _temporary(path)
-  try:
-    with open(temporary, 'wb') as file:
-      write(file)
-    _replace(temporary, path)
-  except OSError as error:
-    raise UserError(f'{shown(path)}: could not be written ({error.strerror or error})') from error
-  finally:
-    if os.path.exists(temporary):
-      os.unlink(temporary)
-
-
-def remove_leftovers(path):
-  """Deletes temporary files of `path` that killed processes left; the last part of `path` may be '*'."""
-  folder, base = os.path.split(path)
-  for leftover in glob.glob(os.path.join(glob.escape(folder), f'.{base}.*.part')):
+def remove_leftovers(folder):
+  """Deletes what killed processes of any machine left; to be called when no process writes there any more."""
+  for leftover in glob.glob(os.path.join(glob.escape(folder), '.*.part')):
     shutil.rmtree(leftover) if os.path.isdir(leftover) else os.unlink(leftover)
-
-
-def _temporary(path) -> str:
-  """A free hidden name beside it, different for hosts that write the same file."""
-  folder, base = os.path.split(path)
-  return os.path.join(folder, f'.{base}.{secrets.token_hex(4)}.part')
 
 
 def _replace(source, target):
@@ -141,4 +107,4 @@ def write_metadata(directory, *, name: str, features: tfds.features.FeaturesDict
       for file in ('features.json', METADATA):
         _replace(os.path.join(aside, file), os.path.join(directory, file))
   except OSError as error:
-    raise UserError(f'{shown(directory)}: could not be written ({error.strerror or error})') from error
+    raise unwritten(directory, error) from error

@@ -165,7 +165,8 @@ class FaultLog:
         self._states[source][item] = state = state + 1
         if state < _SILENT_DRAWS:
           return
-        error = f'{self._mixture.sources[source].name(item)}: was silent in each of its first {_SILENT_DRAWS} draws'
+        error = UserError(f'{self._mixture.sources[source].name(item)}: was silent in each of its first '
+                          f'{_SILENT_DRAWS} draws')
       elif state & _NAMED:
         return
       else:
@@ -211,7 +212,7 @@ class RandomCrop:
     (audio, rejected, _), *others = self._parts(index)
     for other, more, _ in others:
       audio, rejected = np.clip(audio + other, -1, 1), rejected + more
-    return {'audio': audio, 'rejected': np.int32(rejected)}
+    return {'audio': audio, 'rejected': np.asarray(rejected, np.int32)}
 
   def origin(self, index: int) -> str:
     """The name of the item that a sample is of; of two, where it is a sum."""
@@ -233,7 +234,7 @@ class RandomCrop:
 
   def _draw(self, index: int, source: int, item: int | None, *, partner=False) -> tuple[np.ndarray, int, str]:
     """(crop, number of rejected draws, its item's name): the first draw is of `item`, all others of random items."""
-    items, reasons = self.mixture.sources[source], deque(maxlen=3)
+    items, reasons = self.mixture.sources[source], deque[str](maxlen=3)
     for attempt in range(MAX_ATTEMPTS):
       bits = draw_bits(seed=self.seed, index=index, attempt=attempt, partner=partner)
       if attempt or item is None:

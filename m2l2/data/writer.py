@@ -134,9 +134,9 @@ class AudioWriter:
     else:
       self._write(audio)
 
-  def _write_held(self):
-    self._held.seek(0)
-    while data := self._held.read(4 * self._channels * _WRITE_SAMPLES):
+  def _write_held(self, held):
+    held.seek(0)
+    while data := held.read(4 * self._channels * _WRITE_SAMPLES):
       self._write(np.frombuffer(data, np.float32).reshape(-1, self._channels).T / np.float32(self._peak))
 
   def _write(self, audio):
@@ -156,7 +156,7 @@ class AudioWriter:
     try:
       try:
         if self._held and error is None:
-          self._write_held()
+          self._write_held(self._held)
         self._file.close()
         if error is None:
           os.replace(self._temporary, self._target)

@@ -15,7 +15,7 @@ import numpy as np
 import soxr
 
 from m2l2.data import audio_io, sources
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 from m2l2.evaluation.embedders.embeddings import EMBEDDINGS, IN_THE_BOX
 from m2l2.evaluation.metrics import checks, frechet, pairs, registry, seams
 
@@ -48,7 +48,7 @@ def find_pairs(reference, estimate) -> tuple[list[Pair], list[str]]:
     return [Pair(os.path.basename(reference), os.fspath(reference), os.fspath(estimate))], []
   references, estimates = sources.find_audio_files(reference), sources.find_audio_files(estimate)
   by_name = {name: estimates.path(i) for i, name in enumerate(estimates.names)}
-  by_stem = {}
+  by_stem: dict[str, list[str]] = {}
   for name in by_name:
     by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
   matched, warnings, used = [], [], set()
@@ -93,7 +93,7 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
 
   Metrics of stereo are left out without a warning if a side is not stereo.
   """
-  signals = pairs.Signals(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
+  compared = pairs.Comparison(loaded.reference, loaded.estimate, loaded.sample_rate, chunks, seed)
   is_stereo = len(loaded.reference) == len(loaded.estimate) == 2
   values, warnings = {}, []
   for metric in metrics:
@@ -101,11 +101,11 @@ def measure(loaded: Loaded, metrics: Sequence[registry.Metric], *, chunks: seams
       continue
     name = metric.name
     try:
-      value = metric(signals)
+      value = metric(compared)
     except UserError as error:
       warnings.append(str(error) if name in str(error) else f'{name}: {error}')
     except Exception as error:  # a bad pair must not end the report
-      warnings.append(f'{name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+      warnings.append(f'{name}: has no value ({type(error).__name__}: {in_one_line(error)})')
     else:
       if math.isfinite(value):
         values[name] = value
@@ -211,7 +211,8 @@ class _mapped:
 
 def _embed_all(items, embedders, progress):
   """({embedding: [(reference [windows, d], estimate [windows, d]), ...] by clip}, warnings)."""
-  embedded, warnings = {name: [] for name in embedders}, []
+  embedded: dict[str, list] = {name: [] for name in embedders}
+  warnings = []
   for item in items if embedders else ():
     try:
       loaded = load_pair(item, check=False)
@@ -224,7 +225,7 @@ def _embed_all(items, embedders, progress):
       except UserError as error:
         warnings.append(f'{item.name}: {name}: {error}')
       except Exception as error:  # as in `measure`
-        warnings.append(f'{item.name}: {name}: has no value ({type(error).__name__}: {" ".join(str(error).split())})')
+        warnings.append(f'{item.name}: {name}: has no value ({type(error).__name__}: {in_one_line(error)})')
       progress(1)
   return embedded, warnings
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 IMPLEMENTATIONS = ('auto', 'xla', 'cudnn', 'pallas_tpu')
 _PLATFORMS = {'xla': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'pallas_tpu': ('tpu',)}
 _LANES = 128  # head dimensions of the TPU's kernel are multiples of it
-_target = contextvars.ContextVar('target', default=None)
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
 
 
 @contextlib.contextmanager
@@ -149,7 +149,8 @@ def _xla_forward(q, k, v, num_chunks):
 def _xla_backward(num_chunks, saved, gradient):
   q, k, v, weights = saved
   gradient = gradient.swapaxes(1, 2)
-  dq, dk, dv = [], None, None
+  dq: list[jax.Array] = []
+  dk = dv = None
   for (own, seen), w in reversed(list(zip(_spans(q.shape[2], num_chunks), weights))):
     inner = _matmul('bhqk,bhpk->bhqp', gradient[:, :, own], v[:, :, seen])
     w32 = w.astype(jnp.float32)
@@ -158,6 +159,7 @@ def _xla_backward(num_chunks, saved, gradient):
     dq.insert(0, _matmul('bhqp,bhpk->bhqk', inner, k[:, :, seen]))
     dk = _add_first(dk, _matmul('bhqp,bhqk->bhpk', inner, q[:, :, own]))
     dv = _add_first(dv, _matmul('bhqp,bhqk->bhpk', w, gradient[:, :, own]))
+  assert dk is not None and dv is not None
   return tuple(x.swapaxes(1, 2).astype(q.dtype) for x in (jnp.concatenate(dq, axis=2), dk, dv))
 
 

@@ -65,8 +65,9 @@ class Scale(nnx.Module):
 
   def __call__(self, cond=None):
     """-> [D], or [..., D] for cond [..., cond]; float32."""
-    if self.cond is None:
+    if self.gain is not None:
       return self.gain[...]
+    assert self.cond is not None
     return 1 + self.cond(cond.astype(jnp.float32))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 import contextvars
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -53,7 +54,7 @@ def draw_all(key, shapes, inits):
   CPU compiler as long as the train step.
   """
   leaves, structure = jax.tree.flatten(shapes)
-  inits = structure.flatten_up_to(inits)
+  inits = jax.tree.leaves(inits)
   drawn = [None] * len(leaves)
   for i, draw in enumerate((_zeros, _ones, jax.random.normal, _uniform)):
     own = [n for n, init in enumerate(inits) if init.draw is draw]
@@ -66,7 +67,13 @@ def draw_all(key, shapes, inits):
     vector = constrain(draw(jax.random.fold_in(key, i), (-(-ends[-1] // 2**16) * 2**16,)), 'batch')
     for n, end in zip(own, ends):
       drawn[n] = inits[n].scale * vector[end - leaves[n].size:end].reshape(leaves[n].shape)
-  return structure.unflatten(drawn)
+  return jax.tree.unflatten(structure, drawn)
+
+
+def by_path(tree) -> dict[str, Any]:
+  """{'encoder/w': array, ...}, in the order of the tree's leaves."""
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 _shapes_only = contextvars.ContextVar('shapes_only', default=False)

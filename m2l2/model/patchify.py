@@ -70,7 +70,7 @@ class Ladder(nnx.Module):
   def __init__(self, widths, *, blocks, strides, up, cond_dim, remat, dtype, rngs):
     levels = list(range(len(widths)))
     order = levels[::-1] if up else levels
-    self.steps = []
+    self.steps: tuple[tuple[str, bool], ...] = ()
     for level, after in zip(order, [*order[1:], None]):
       for i in range(blocks[level]):
         self._add(f'level{level}_block{i}', self.block(
@@ -78,12 +78,11 @@ class Ladder(nnx.Module):
       if after is not None:
         self._add(f'level{level}_{"up" if up else "down"}', self.resampler(
             level, after, widths, stride=strides[min(level, after)], dtype=dtype, rngs=rngs), False)
-    self.steps = tuple(self.steps)
     self.remat = remat
 
   def _add(self, name, module, is_block):
     setattr(self, name, module)
-    self.steps.append((name, is_block))
+    self.steps += ((name, is_block),)
 
   # What stands at each step; those of variants/ are others.
 
@@ -95,7 +94,7 @@ class Ladder(nnx.Module):
 
   def run(self, x, *, features=None, cond=None):
     """-> (x, outputs of every conv block); `features` are merged before the blocks as (x + f) / sqrt 2."""
-    outputs = []
+    outputs: list[jax.Array] = []
     for name, is_block in self.steps:
       with jax.named_scope(name):
         if is_block and features is not None:

@@ -3,6 +3,7 @@
 XLA's CPU compiler prints the trip counts of loops; the TPU's does not, so they are computed from the loop's condition.
 """
 
+from collections.abc import Callable
 import dataclasses
 import math
 import operator
@@ -29,9 +30,10 @@ class Instruction:
   root: bool
 
 
-def parse_hlo(text: str):
+def parse_hlo(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """-> ({computation: [Instruction]}, name of the entry). Raises ValueError: no text of an HLO module."""
-  computations, entry, current = {}, None, None
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = None, None
   for line in text.splitlines():
     header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$', line)
     if header:
@@ -167,8 +169,9 @@ class Numbers:
   given: its parameters: a number, {position: number} of a tuple, or None.
   """
   _SAME = ('copy', 'bitcast', 'convert', 'reshape', 'opt-barrier')
-  _OF_TWO = {'add': operator.add, 'subtract': operator.sub, 'multiply': operator.mul, 'minimum': min, 'maximum': max,
-             'and': operator.and_, 'or': operator.or_}
+  _OF_TWO: dict[str, Callable] = {
+      'add': operator.add, 'subtract': operator.sub, 'multiply': operator.mul, 'minimum': min, 'maximum': max,
+      'and': operator.and_, 'or': operator.or_}
   _COMPARED = {'LT': operator.lt, 'LE': operator.le, 'GT': operator.gt, 'GE': operator.ge, 'EQ': operator.eq,
                'NE': operator.ne}
 

@@ -102,7 +102,7 @@ def _figures(config, compiled, probe, chip, report, *, config_crops) -> dict:
       'compute': executed.padded / count / chip.bf16_flops,
       'memory': traffic.accessed / chip.hbm_bytes_per_second,
       'links': sum(traffic.collectives.values()) / chip.link_bytes_per_second if chip.link_bytes_per_second else 0.0}
-  by = max(seconds, key=seconds.get)
+  by = max(seconds, key=lambda name: seconds[name])
   mfu = lambda time: nominal.total / count / chip.bf16_flops / time
   estimate, parts = estimate_step(traffic, chip)
   steps = scaling.scaled(config).train.steps
@@ -141,6 +141,7 @@ def estimate_step(traffic: Traffic, chip: chips.Chip) -> tuple[dict, list]:
   if not traffic.cycles:
     raise UserError("the TPU's compiler printed no estimated_cycles, which a plan stands on: take the libtpu that goes "
                     "with m2l2 (pip install 'm2l2[train,tpu]')")
+  assert chip.clock, 'TPUs have one'
   parts, of_kernels = [], 0.0
   for (scope, kind), cost in traffic.parts.items():
     cycles = cost.cycles
@@ -211,6 +212,7 @@ def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
   None when the largest that fits is known to within an eighth: a compilation takes minutes.
   """
   if not known:
+    assert limit is not None
     return limit // 2 or None
   low = max(known)
   if limit is not None and limit - low <= max(1, low // 8):
@@ -227,7 +229,9 @@ def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
 
 
 def _hbm(mesh) -> int:
-  return chips.find_chip(mesh.devices.flat[0].device_kind).hbm_bytes
+  chip = chips.find_chip(mesh.devices.flat[0].device_kind)
+  assert chip
+  return chip.hbm_bytes
 
 
 def _topology(name):

@@ -162,6 +162,7 @@ def _convolution_flops(instruction, types) -> float:
   """Only taps that meet an element count: not padding, and not the zeros between those of a dilated map. (The TPU's
   compiler writes the batch of a product as a dimension that is dilated so that each place has one tap.)"""
   labels = re.match(r'(\w+)_(\w+)->(\w+)', attribute(instruction, 'dim_labels'))
+  assert labels, 'HLO prints them for every convolution'
   left, right = (shape_of(types.get(name, '')) for name in instruction.operands[:2])
   out = shape_of(instruction.type)
   window = dict(re.findall(r'(\w+)=([\dx_\-]+)', attribute(instruction, 'window')))

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m2l2.errors import UserError, first_line
+from m2l2.model.parameters import by_path
 
 FORMAT = 1
 
@@ -69,12 +70,6 @@ def _flat_config(config, prefix=''):
     else:
       flat[prefix + name] = value
   return flat
-
-
-def _flatten(tree) -> dict:
-  """{'params/encoder/w': array, ...}: names that are readable in error messages."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def _describe(flat):
@@ -126,7 +121,7 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    flat = _flatten(state)
+    flat = by_path(state)  # names that are readable in error messages
     about = {'format': FORMAT, 'position': position, 'config': config, 'arrays': _describe(flat)}
     self._manager.save(step, args=ocp.args.Composite(
       state=ocp.args.StandardSave(flat), about=ocp.args.JsonSave(about)))
@@ -177,7 +172,7 @@ class Checkpoints:
   def _read(self, step, abstract_state, config) -> Restored:
     about = self._manager.restore(
       step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))['about']
-    wanted = _flatten(abstract_state)
+    wanted = by_path(abstract_state)
     self._check_fit(step, about, _describe(wanted), config)
     flat = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))['state']
@@ -251,7 +246,7 @@ class StopSignal:
 
   def __init__(self, checkpoints: Checkpoints):
     self._checkpoints = checkpoints
-    self._previous = {}
+    self._previous: dict = {}
     self._received = False
     self._asked = False
 

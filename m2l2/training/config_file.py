@@ -15,8 +15,9 @@ import traceback
 
 import ml_collections
 
+from m2l2 import configs
 from m2l2.configs import base
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _NAME = re.compile(r'(?:configs/)?(\w[\w-]*)(?:\.py)?')  # what may mean a preset
 _CAST = re.compile(r"Could not override field '(\w+)' \(reference\)\. (.*) is of original type <class '([\w.]+)'> and "
@@ -34,7 +35,7 @@ def find(value: str) -> str:
   """
   path, colon, words = value.partition(':')
   path = os.path.expanduser(path)
-  presets = next(iter(importlib.util.find_spec('m2l2.configs').submodule_search_locations))
+  presets = configs.__path__[0]
   candidates, name = [path], _NAME.fullmatch(path)
   if name:
     candidates += [f'{path}.py', os.path.join(presets, f'{name[1]}.py')]
@@ -55,7 +56,9 @@ def load(place: str) -> ml_collections.ConfigDict:
   path, colon, words = place.partition(':')
   try:
     loader = importlib.machinery.SourceFileLoader('m2l2_config', path)
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     if not hasattr(module, 'get_config'):
       raise UserError(f'{path}: has no function get_config() (configs/nano.py shows one)')
@@ -75,14 +78,15 @@ def _told(error, path) -> str:
     return f'{error.filename or path}, line {error.lineno}: {error.msg}'
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
   place = f'{path}, line {lines[-1]}' if lines else path
-  text = ' '.join(str(error).split())
+  text = in_one_line(error)
   if isinstance(error, (AttributeError, KeyError)) and re.search('Did you mean|config is locked', text):
-    name = (re.search(r'Key "(\w+)"', text) or re.search(r'(\w+)', text))[1]  # or: "'stepz' Did you mean ..."
-    return f'{place}: {missing(name, near=linecache.getline(path, lines[-1]) if lines else "")}'
+    words = re.findall(r'Key "(\w+)"', text) + re.findall(r'\w+', text)  # or: "'stepz' Did you mean ..."
+    near = linecache.getline(path, lines[-1] or 0) if lines else ''
+    return f'{place}: {missing(words[0], near=near)}'
   if cast := _CAST.search(text):
     name, value, kind, wanted = cast.groups()
     return f'{place}: {name} is {_KINDS.get(wanted, wanted)}, not {value} ({kind})'
-  return f'{place}: {text or type(error).__name__}'
+  return f'{place}: {text}'
 
 
 def missing(name: str, *, near: str = '') -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from m2l2.model.parameters import by_path
+
 
 def examine(loss_fn: Callable, params, audio, keys, step) -> dict:
   """Each item's loss and gradient by itself, one after the other, so that it takes no more memory than one.
@@ -40,12 +42,6 @@ def whole(tree) -> list:
   return [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
 
 
-def names_of(tree) -> list[str]:
-  """'encoder/w', ... of each array of a tree, in the order of its leaves."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return [jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in leaves]
-
-
 def _watched(loss_fn, params, audio, key, step):
   """-> (loss, what `examine` tells of this item) of audio [C, N] and its key."""
   levels: dict[str, jax.Array] = {}
@@ -56,7 +52,7 @@ def _watched(loss_fn, params, audio, key, step):
       if name.startswith('sigma'):
         levels[name] = tree[0]
         continue
-      for part, x in zip(names_of(tree), jax.tree.leaves(tree)):
+      for part, x in by_path(tree).items():
         place = f'{len(finite):03d} {name}{"/" * bool(part)}{part}'
         finite[place] = jnp.all(jnp.isfinite(x[0]), axis=tuple(range(1, x.ndim - 1)))
 

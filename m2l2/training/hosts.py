@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import logging
 import jax
@@ -57,6 +58,7 @@ class LastWords:
 
   def set(self, line):
     """Replaces the line; an empty one prints nothing."""
+    assert self._shell.stdin
     try:
       self._shell.stdin.write(f'{line}\n')
       self._shell.stdin.flush()
@@ -65,6 +67,7 @@ class LastWords:
 
   def close(self):
     self.set('')
+    assert self._shell.stdin
     try:
       self._shell.stdin.close()
       self._shell.wait(timeout=5)
@@ -211,7 +214,8 @@ class Hosts:
   def __init__(self, words, *, peer_timeout):
     from jax._src import distributed  # the store has no public name yet; Orbax uses this one too
     state = distributed.global_state
-    self._store, self._id, self._count = state.client, state.process_id, state.num_processes
+    self._store: Any = state.client
+    self._id, self._count = state.process_id, state.num_processes
     self._words, self._timeout = words, peer_timeout
     self._ending, self._stop = threading.Lock(), threading.Event()
     self._name, self._pace, self._stacks = socket.gethostname(), None, ''
@@ -298,7 +302,7 @@ class Hosts:
     """Ends this process after an error that nothing caught."""
     if isinstance(error, UserError):
       self._end(str(error), reason=str(error))
-    if isinstance(error, SystemExit):  # raised by the command for a signal
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # raised by the command for a signal
       name = signal.Signals(error.code - 128).name
       self._end(f'stopped by {name}: {AGAIN}', reason=f'stopped by {name}')
     if isinstance(error, KeyboardInterrupt):

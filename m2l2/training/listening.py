@@ -11,7 +11,7 @@ from absl import logging
 from m2l2.codec.codec import Codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.errors import UserError, in_one_line
-from m2l2.evaluation import clips, evaluate
+from m2l2.evaluation import evaluate, excerpts
 from m2l2.evaluation.embedders import embeddings
 from m2l2.evaluation.metrics import registry, seams
 from m2l2.evaluation.studies import sweep
@@ -35,7 +35,8 @@ class Listener:
   """
 
   def __init__(self, plain: Mapping, *, sample_rate: int, workdir, first: int):
-    self._plain, self._rate, self._codec = plain, sample_rate, None
+    self._plain, self._rate = plain, sample_rate
+    self._codec: Codec | None = None
     self._best_path = os.path.join(workdir, 'best')
     self._fields = fields = plain['evaluate']
     self.measures = bool(fields['root']) and fields['every'] > 0
@@ -51,7 +52,7 @@ class Listener:
     self._metrics, self._measured = metrics, _last_measured(workdir, most=first)
     self._embedders = {name: embeddings.remembering(embeddings.make_embedder(name), most=2 * fields['clips'] + 1)
                        for name in names}
-    self._clips, warnings = clips.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
+    self._clips, warnings = excerpts.take_excerpts(fields['root'], seconds=fields['seconds'], most=fields['clips'])
     for line in warnings:
       logging.warning('evaluate.root: %s', line)
 
@@ -80,7 +81,7 @@ class Listener:
                       in_one_line(error))
 
   def _measure_all(self, step, weights, log):
-    scalars, clip = {}, self._clips[0]
+    scalars, clip = dict[str, float](), self._clips[0]
     for name, params in weights.items():
       if params is not None:
         values, sound = self._alone(self._measure, params)
@@ -100,6 +101,7 @@ class Listener:
     decoded = [self._decode(params, clip.audio, clip.sample_rate) for clip in self._clips]
     items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
              for clip, sound in zip(self._clips, decoded)]
+    assert self._codec
     chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
     report = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
     return sweep.means(report), decoded[0]

@@ -80,7 +80,7 @@ def train(config, workdir, writers=()) -> int:
       keep_last=fields.keep_last, keep_every=fields.keep_every))
     restored = checkpoints.restore(abstract, config=plain)
     first = restored.step if restored else 0
-    position = restored.position if restored else {'next_index': 0, 'files': None}
+    position: dict = restored.position if restored else {'next_index': 0, 'files': None}
     listener = Listener(plain, sample_rate=functions.sample_rate, workdir=workdir, first=first)
 
     counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
@@ -175,7 +175,8 @@ def train(config, workdir, writers=()) -> int:
     # The loop. The order is law: save, measure, then the next batch, then the step, then the log.
     # So the position saved with a state is the position that this state has reached.
     # ==============================================================================================
-    step, line, rows, values, rejected = first, None, None, {}, 0
+    step, line, rows, rejected = first, None, None, 0
+    values: dict = {}
     busy = lambda: not all(value.is_ready() for value in values.values())
     stop = stack.enter_context(checkpoint.StopSignal(checkpoints))
     snapshots = stack.enter_context(Background())
@@ -227,6 +228,7 @@ def train(config, workdir, writers=()) -> int:
       trace.end(step, values)
       probing = fields.probe_every and step % fields.probe_every == 0
       if probing:
+        assert probe_step
         for name, weights in (('probe', state.params), ('probe_ema', state.ema)):
           results = probe_step(weights, batch, state.step)
           values |= {f'{name}/{part}': value for part, value in results.items()}

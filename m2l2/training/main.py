@@ -76,7 +76,7 @@ def parse(argv, *, required=('config', 'workdir')) -> flags.FlagValues:
   if rest:
     raise UserError(f'{rest[0]!r} is not a flag (--help lists them)')
   for name in ('start_timeout', 'peer_timeout'):
-    if values[name].value < 5:
+    if (values[name].value or 0) < 5:
       raise UserError(f'--{name}={values[name].value}: it must be 5 seconds or more')
   return values
 

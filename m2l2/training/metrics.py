@@ -65,10 +65,9 @@ def cut_back(path, *, step):
 
 def latent_scale(workdir, *, step: int) -> dict:
   """The statistics of latents for a snapshot at `step`, from the run's last probe until then: {'latents': {'mean',
-  'std'}} over all numbers of all its chunks; {} before the first. They are read from the log, so that a resumed run '
-  'has the
-  same."""
-  path, latest = os.path.join(workdir, METRICS), {}
+  'std'}} over all numbers of all its chunks; {} before the first. They are read from the log, so that a resumed run
+  has the same."""
+  path, latest = os.path.join(workdir, METRICS), dict[str, dict]()
   with open(path, encoding='utf-8') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
     for line in lines:
       if f'"{_MEAN}"' in line and line.endswith('\n'):  # the last line may be incomplete

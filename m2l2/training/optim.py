@@ -53,7 +53,7 @@ def radam_unrectified_steps(b2: float) -> int:
 
 
 def _is_positive(value) -> bool:
-  return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 < value < math.inf
+  return isinstance(value, numbers.Real) and not isinstance(value, bool) and not value <= 0 and value < math.inf
 
 
 def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_learning_rate,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from m2l2.evaluation.metrics.phases import coherence
 from m2l2.variants.envelope import log_magnitude
@@ -10,8 +11,9 @@ PROBED = (0.2, 1.0)  # noise levels that the probe denoises at
 SATURATED = 0.99     # |z| above this counts as saturated
 
 
-def probe(params, audio, key, *, network, representation, consistency):
-  """Does decoding use the latents? One step from sigma_max on audio [B, C, N], B >= 2.
+def probe(params, audio: Float[Array, 'B C N'], key: Key[Array, ''], *, network, representation, consistency
+          ) -> dict[str, Float[Array, '']]:
+  """Does decoding use the latents? One step from sigma_max, of B >= 2 crops.
 
   swap: relative change of the output when another item's latents meet the same noise.
   energy: RMS of the output over RMS of the source.
@@ -51,8 +53,8 @@ def probe(params, audio, key, *, network, representation, consistency):
   return jax.tree.map(jnp.float32, metrics)
 
 
-def latent_metrics(pre, z):
-  """Health of the latents [B, S, L, Z]: the known failure is a common mode that saturates the tanh.
+def latent_metrics(pre: Float[Array, 'B S L Z'], z: Float[Array, 'B S L Z']) -> dict[str, Float[Array, '']]:
+  """Health of the latents: the known failure is a common mode that saturates the tanh.
 
   rank: in how many directions beyond the first the chunks differ, of as many as 33 chunks (or all, if they are fewer)
   can have: the participation ratio of their covariance, (sum of eigenvalues)^2 / sum of squares, less 1, over that. 0
@@ -70,7 +72,7 @@ def latent_metrics(pre, z):
           'latent/common': jnp.sqrt(jnp.mean(jnp.square(jnp.mean(flat, axis=0))))}
 
 
-def feature_metrics(features):
+def feature_metrics(features: dict) -> dict[str, Float[Array, '']]:
   """RMS of the cross-connection features, and how much of it differs from chunk to chunk."""
   if 'maps' not in features:
     return {}

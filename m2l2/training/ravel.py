@@ -6,6 +6,7 @@ because each has its own sharding.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ class Ravel:
   """
 
   def __init__(self, tree):
+    self._structure: Any  # a PyTreeDef, which jax's stubs do not know
     leaves, self._structure = jax.tree.flatten(tree)
     self._shapes = [leaf.shape for leaf in leaves]
     self._ends = np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()
@@ -33,7 +35,7 @@ class Ravel:
   def tree(self, vector):
     """[size], of numpy or JAX -> the tree; numpy arrays are views of the vector."""
     starts = [0, *self._ends]
-    return self._structure.unflatten([
+    return jax.tree.unflatten(self._structure, [
         vector[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes)])
 
   def ravel(self, state):
@@ -56,7 +58,7 @@ class Ravel:
     return jax.tree.map(lambda x: self.tree(np.array(x)) if x.shape == (self.size,) else x, state)
 
   def _is_tree(self, part):
-    return jax.tree.structure(part) == self._structure
+    return self._structure == jax.tree.structure(part)
 
 
 class Apart:

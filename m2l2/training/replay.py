@@ -18,6 +18,7 @@ import numpy as np
 from m2l2 import build, compiling, sharding
 from m2l2.data.pipeline import Loader, make_loader
 from m2l2.errors import UserError
+from m2l2.model.parameters import by_path
 from m2l2.training import checkpoint, examine, hosts, metrics, preflight, programs, scaling
 from m2l2.training.train_step import MAIN
 
@@ -75,7 +76,7 @@ def replay(config, workdir, step: int) -> tuple[bool, list[str]]:
     if not main:
       return finite, []
     sample = position['next_index'] + (step - 1 - first) * fields.batch_size
-    names = examine.names_of(jax.eval_shape(functions.init, jax.random.key(0)).params)
+    names = list(by_path(jax.eval_shape(functions.init, jax.random.key(0)).params))
     return finite, describe(
       step, values, told, bad_arrays, names, _logged(workdir, step), phase=phase,
       name_of=lambda item: _name_of(loader, sample + item))
@@ -124,7 +125,7 @@ def _compiled(config, lowered):
 def _not_finite(tree) -> list[str]:
   """The names of a tree's arrays, of numbers with fractions, that hold others than finite ones."""
   finite = jax.device_get(jax.jit(examine.whole)(tree))
-  return [name for name, good in zip(examine.names_of(tree), finite) if not good]
+  return [name for name, good in zip(by_path(tree), finite) if not good]
 
 
 def _bad_items(told: Mapping) -> np.ndarray:

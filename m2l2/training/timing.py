@@ -131,7 +131,7 @@ def model_flops(config) -> Callable[[int], float]:
 def peak_flops(config) -> float | None:
   """Published peak FLOP/s of a device at the dtype of this run's activations; None if unknown."""
   chip = find_chip(jax.devices()[0].device_kind)
-  return chip and chip.flops(build.activation_dtype(config.model.dtype))
+  return chip.flops(build.activation_dtype(config.model.dtype)) if chip else None
 
 
 def demand(config, flops_until: Callable[[int], float]) -> float | None:

@@ -7,14 +7,16 @@ fold_in(seed, step, item): it depends neither on the number of devices nor on gr
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 import optax
 
 from m2l2.consistency import Consistency
 from m2l2.model.autoencoder import Network
-from m2l2.representation import Representation
+from m2l2.representation import Arrays, Representation
 from m2l2.training.examine import examine
 from m2l2.training.optim import ema_decay, ema_update
 from m2l2.training.probe import feature_metrics, latent_metrics, probe
@@ -81,13 +83,12 @@ class StepFunctions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """What a step draws for its crops: spec [B, S, F, T, 2C], unit noise alike, levels high and low [B, S], keys [B] for
-  what a bottleneck drops."""
-  spec: jax.Array
-  noise: jax.Array
-  high: jax.Array
-  low: jax.Array
-  keys: jax.Array
+  """What a step draws for its crops: unit noise, noise levels, keys for what a bottleneck drops."""
+  spec: Float[Arrays, 'B S F T 2*C']
+  noise: Float[Array, 'B S F T 2*C']
+  high: Float[Array, 'B S']
+  low: Float[Array, 'B S']
+  keys: Key[Array, ' B']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +108,14 @@ class Objective:
   def phases(self) -> tuple:
     return ((MAIN, self.steps),)
 
-  def loss_fn(self, params, audio, keys, step, *, phase: str = MAIN, watch: Callable = lambda **seen: None):
+  def loss_fn(self, params, audio: Float[Array, 'B C N'], keys: Key[Array, ' B'], step, *, phase: str = MAIN,
+              watch: Callable = lambda **seen: None) -> tuple[Float[Array, ''], dict]:
     """Student and teacher at two neighbouring noise levels, from one set of features: (scalar, metrics).
 
     Args:
       params: dict of dicts of float32 arrays.
-      audio: float32 [B, C, N], N samples of `chunks` chunks.
-      keys: [B], an item's randomness: levels, noise, what a bottleneck drops.
+      audio: of N samples, `chunks` chunks.
+      keys: an item's randomness: levels, noise, what a bottleneck drops.
       step: int32[], which tells the index step.
       phase: one of `phases`.
       watch: is told the arrays [B, S, ...] on the way to the loss (or trees of them), as they are computed.
@@ -126,8 +128,8 @@ class Objective:
     loss, metrics = self.consistency_loss(params, draw, features, watch)
     return loss, {**latent_metrics(pre, z), **feature_metrics(features), **metrics}
 
-  def draw(self, audio, keys, progress, watch) -> Draw:
-    """Of crops [B, C, N], at a fraction of training."""
+  def draw(self, audio: Float[Array, 'B C N'], keys: Key[Array, ' B'], progress, watch) -> Draw:
+    """Of crops, at a fraction of training."""
     chunks, consistency = self.network.arch.chunks, self.consistency
     with jax.named_scope('analyse'):
       spec = self.representation.analyse(audio)
@@ -137,13 +139,13 @@ class Objective:
     watch(spectrogram=spec, sigma_high=high, sigma_low=low)
     return Draw(spec, noise, high, low, drop_keys)
 
-  def encode(self, params, draw):
-    """-> what enters the bottleneck and what leaves it, [B, S, L, Z]."""
+  def encode(self, params, draw: Draw) -> tuple[Float[Array, 'B S L Z'], Float[Array, 'B S L Z']]:
+    """-> what enters the bottleneck and what leaves it."""
     pre = self.network.encode(params, draw.spec)
     return pre, self.network.arch.make_bottleneck()(pre, keys=draw.keys)
 
-  def consistency_loss(self, params, draw, features, watch):
-    """-> (scalar, metrics)."""
+  def consistency_loss(self, params, draw: Draw, features, watch) -> tuple[Float[Array, ''], dict]:
+    """-> (loss, metrics)."""
     with jax.named_scope('student'):
       student = self.denoise(params, draw, draw.high, features)
     with jax.named_scope('teacher'):
@@ -153,8 +155,8 @@ class Objective:
     loss = jnp.mean(per_chunk)
     return loss, {'loss/consistency': loss, **_loss_bands(per_chunk, draw.high)}
 
-  def denoise(self, params, draw, sigma, features):
-    """The consistency function of the crops with noise at levels sigma [B, S]."""
+  def denoise(self, params, draw: Draw, sigma: Float[Array, 'B S'], features) -> Float[Array, 'B S F T D']:
+    """The consistency function of the crops with noise at levels sigma."""
     noisy = draw.spec + sigma[:, :, None, None, None] * draw.noise
     return self.consistency.bind(self.network, params, features)(noisy, sigma)
 
@@ -201,14 +203,15 @@ def new_state(params, optimizer: optax.GradientTransformation) -> TrainState:
                     opt_state=optimizer.init(params), skipped=jnp.int32(0), skipped_in_a_row=jnp.int32(0))
 
 
-def item_keys(seed: int, step, rows):
-  """The keys [B] of a step's items: rows, a tree of arrays [B, ...]."""
+def item_keys(seed: int, step, rows) -> Key[Array, ' B']:
+  """The keys of a step's items: rows, a tree of arrays [B, ...]."""
   step_key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.vmap(lambda item: jax.random.fold_in(step_key, item))(jnp.arange(len(jax.tree.leaves(rows)[0])))
 
 
 def update(loss_fn: Callable, state: TrainState, rows, *, optimizer: optax.GradientTransformation, schedule: Callable,
-           ema_max: float, seed: int, accumulate: int = 1, stored=None, reduction: str = 'activations'):
+           ema_max: float, seed: int, accumulate: int = 1, stored=None, reduction: str = 'activations'
+           ) -> tuple[TrainState, dict]:
   """One update of any model: (ravelled state, rows) -> (ravelled state, metrics float32).
 
   Args:
@@ -241,12 +244,12 @@ def update(loss_fn: Callable, state: TrainState, rows, *, optimizer: optax.Gradi
   return state, jax.tree.map(jnp.float32, metrics)
 
 
-def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
-  """-> (gradients, metrics and the 'loss') of loss_fn(params, audio [B, C, N], keys [B], step) -> (loss, metrics), in
-  `accumulate` microbatches one after the other."""
+def gradients(loss_fn: Callable, params, rows, keys: Key[Array, ' B'], step, *, accumulate: int) -> tuple[Any, dict]:
+  """-> (gradients, metrics and the 'loss') of loss_fn(params, rows, keys, step) -> (loss, metrics), in `accumulate`
+  microbatches one after the other; rows: as of `update`."""
   grad = jax.value_and_grad(loss_fn, has_aux=True)
   if accumulate == 1:
-    (loss, metrics), grads = grad(params, audio, keys, step)
+    (loss, metrics), grads = grad(params, rows, keys, step)
     return grads, {'loss': loss, **metrics}
 
   def add(total, micro):
@@ -254,7 +257,7 @@ def gradients(loss_fn: Callable, params, audio, keys, step, *, accumulate: int):
     return jax.tree.map(jnp.add, total, grads), {'loss': loss, **metrics}
 
   # Strided, so that with a sharded batch every device works on every microbatch.
-  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (audio, keys))
+  micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), (rows, keys))
   grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
   grads = jax.tree.map(lambda g: g / accumulate, grads)
   # A microbatch may hold no draw of a sigma band; any other nan must stay one.

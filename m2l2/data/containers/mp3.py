@@ -35,7 +35,8 @@ def _alike(header: bytes) -> tuple[int, int]:
 
 def contents(buffer, at=0) -> Contents:
   """Each run of frames from the offset on; none if there is one run and its header states everything."""
-  helped, unended, parts, lacking, at = bool(at), False, [], 0, _next_run(buffer, at)
+  helped, unended, lacking, at = bool(at), False, 0, _next_run(buffer, at)
+  parts: list[Part] = []
   while at is not None and len(parts) <= MOST_PARTS:
     stated = _xing(buffer, at)
     if stated and stated[0]:
@@ -68,8 +69,8 @@ def contents(buffer, at=0) -> Contents:
 def _next_run(buffer, at) -> int | None:
   """The offset of the next run of at least _SURE frames, or of fewer until the end."""
   while buffer[at:at + 3] == b'ID3' and at + 10 <= len(buffer):
-    size = bytes(buffer[at + 6:at + 10])
-    at += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
+    a, b, c, d = buffer[at + 6:at + 10]
+    at += 10 + (a << 21 | b << 14 | c << 7 | d)
   for match in _FRAME.finditer(buffer, at):
     begin, count = match.start(), 0
     place, kind = begin, _alike(buffer[begin:begin + 4]) if begin + 4 <= len(buffer) else None

@@ -5,7 +5,7 @@ import dataclasses
 import struct
 
 from m2l2.data.containers.checksum import crc
-from m2l2.data.containers.parts import MOST_PARTS, XIPH_ORDER, Contents, Part
+from m2l2.data.containers.parts import MOST_PARTS, XIPH_ORDER, Contents, Part, Piece
 
 _APART = 2**16  # samples from one place of a Vorbis stream to the next
 _OPUS_RATE = (48000).to_bytes(4, 'little')
@@ -41,7 +41,8 @@ def pages_of(buffer) -> list[Page]:
 
 def contents(buffer) -> Contents:
   """Each chained stream; none for interleaved streams."""
-  pages, streams = pages_of(buffer), []
+  pages = pages_of(buffer)
+  streams: list[list[Page]] = []
   for number, page in enumerate(pages):
     if page.flags & 2 and (not number or not pages[number - 1].flags & 2):
       streams.append([])
@@ -56,7 +57,8 @@ def contents(buffer) -> Contents:
 
 
 def _ogg_part(buffer, pages, end) -> Part:
-  pieces, head = ((pages[0].offset, end),), bytes(buffer[pages[0].body:pages[0].body + 19])
+  pieces: tuple[Piece, ...] = ((pages[0].offset, end),)
+  head = bytes(buffer[pages[0].body:pages[0].body + 19])
   vorbis, channels = head[:7] == b'\x01vorbis', 0
   if head[:5] == b'\x7fFLAC' and head[9:13] == b'fLaC':
     return _flac_of_ogg(buffer, pages)
@@ -71,7 +73,8 @@ def _ogg_part(buffer, pages, end) -> Part:
       pieces = (_opus_page(buffer, pages[0]), (pages[0].body + sum(pages[0].lacing), end))
     return Part(pieces, order=order)
   sizes = buffer[pages[0].body + 28]
-  sizes, modes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), [], 0, 0, 0, None
+  sizes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), 0, 0, 0, None
+  modes: list[int] = []
   positions, offsets, late, step = array('q'), array('q'), 0, 0
   whole = bytearray()  # the headers' packets
   for number, page in enumerate(pages):
@@ -131,7 +134,7 @@ def _opus_page(buffer, page) -> bytes:
   return changed_page(buffer, page, body=body)
 
 
-def changed_page(buffer, page, *, granule: int | None = None, body: bytes | None = None) -> bytes:
+def changed_page(buffer, page, *, granule: int | None = None, body: bytes | bytearray | None = None) -> bytes:
   """A page with another granule position, or another body of the same length."""
   data = bytearray(buffer[page.offset:page.body + sum(page.lacing)])
   if granule is not None:

@@ -2,7 +2,7 @@
 
 Three stages, each a Beam pipeline over small work items (names of files, never audio):
 
-  probe   a block of files: what their headers say, and a hash of the first samples
+  headers a block of files: what their headers say, and a hash of the first samples
   hash    a block of files whose first samples are not theirs alone: a hash of all samples
   write   one shard: decode, resample, cut, encode and store its files; its index (m2l2.data.index)
 

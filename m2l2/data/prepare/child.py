@@ -6,7 +6,7 @@ those of a file count only when all of it is decoded, memory does not grow, and 
 this module, so it imports no more than decoding needs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ import tempfile
 import numpy as np
 
 from m2l2.data import audio_io
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 _BLOCK = 2**18  # samples decoded at once: 6 s
 _HEAD = 2**16  # samples that are compared in the search for possible duplicates
@@ -38,7 +38,7 @@ class FileFault(UserError):
 # ---- in the child: files to numbers and segments ----------------------------------------------
 
 
-def probe(path) -> dict:
+def headers(path) -> dict:
   """Cheap facts: 'seconds' by the header, 'format', and 'head', a hash of the rate, the channels and the first block
   that is not all zero. Files of equal audio have equal heads."""
   with _open(path) as reader:
@@ -57,7 +57,7 @@ def content_hash(path) -> dict:
     digest = hashlib.sha256(f'{reader.info.sample_rate} {reader.info.channels}'.encode())
     for block in reader.blocks(block_samples=_BLOCK, missing=_missing(reader)):
       _alive()
-      digest.update(np.ascontiguousarray(block.T))  # interleaved: blocks of any size give the same bytes
+      digest.update(np.ascontiguousarray(block.T).data)  # interleaved: blocks of any size give the same bytes
     return {'content': digest.hexdigest()}
 
 
@@ -166,7 +166,7 @@ def _serve(spool: int, memory: int):
   signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # without a parent there is no work
   signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then an error like that of a full disk
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-  calls = {'probe': probe, 'content_hash': content_hash, 'segment': segment}
+  calls: dict[str, Callable] = {'headers': headers, 'content_hash': content_hash, 'segment': segment}
   _write_all(_replies, b'{}\n')
   for line in sys.stdin:
     request = json.loads(line)
@@ -184,7 +184,7 @@ def _serve(spool: int, memory: int):
     except OSError as e:  # not an error of the file: audio_io raises UserError for those
       reply = {'fatal': e.strerror or str(e)}
     except Exception as e:  # a bug in m2l2 or a library: it skips one file, and is reported
-      reply = {'error': f'cannot be decoded ({type(e).__name__}: {" ".join(str(e).split())})'}
+      reply = {'error': f'cannot be decoded ({type(e).__name__}: {in_one_line(e)})'}
     _write_all(_replies, json.dumps(reply).encode() + b'\n')
 
 
@@ -203,7 +203,8 @@ class DecodingProcess:
   def __init__(self, *, timeout: float, memory: int, folder=None):
     self._timeout, self._memory, self._folder = timeout, memory, os.fspath(folder or tempfile.gettempdir())
     self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)
-    self._child, self._closed = None, False
+    self._child: subprocess.Popen | None = None
+    self._closed = False
 
   def call(self, name: str, path, **options) -> dict:
     """Calls the function `name` of this module in the child. After 'segment' see `audio`.
@@ -213,14 +214,14 @@ class DecodingProcess:
     """
     request = json.dumps({'call': name, 'path': os.fsdecode(path), 'options': options}).encode() + b'\n'
     for _ in range(2):
-      if self._child is None:
-        self._start()
+      child = self._child or self._start()
+      assert child.stdin
       try:
-        self._child.stdin.write(request)
-        self._child.stdin.flush()
+        child.stdin.write(request)
+        child.stdin.flush()
       except BrokenPipeError:
         pass  # `_receive` reports it
-      reply = self._receive(self._timeout)
+      reply = self._receive(child, self._timeout)
       if 'died' not in reply:
         break
     if 'fatal' in reply:
@@ -246,22 +247,23 @@ class DecodingProcess:
     self._closed = True
     self._kill()
 
-  def _start(self):
+  def _start(self) -> subprocess.Popen:
     if self._closed:
       raise UserError('stopped')
     package = pathlib.Path(__file__).absolute().parents[3]
     paths = [str(package), *filter(None, [os.environ.get('PYTHONPATH')])]
-    self._child = subprocess.Popen(
+    self._child = child = subprocess.Popen(
         [sys.executable, '-P', '-m', 'm2l2.data.prepare.child', str(self._spool.fileno()), str(self._memory)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[self._spool.fileno()],
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1'})
-    reply = self._receive(_READY)
+    reply = self._receive(child, _READY)
     if reply:
       raise UserError(f'the process that decodes does not start ({reply.get("died") or reply.get("error")})')
+    return child
 
-  def _receive(self, timeout: float) -> dict:
+  def _receive(self, child, timeout: float) -> dict:
     """The next reply, or {'died': how} or {'error': ...} without one."""
-    child, text = self._child, b''
+    text = b''
     poll = select.poll()
     poll.register(child.stdout, select.POLLIN)
     while not text.strip().endswith(b'}') or not text.endswith(b'\n'):
@@ -279,7 +281,7 @@ class DecodingProcess:
 
   def _kill(self):
     child, self._child = self._child, None
-    if child:
+    if child and child.stdin:
       child.kill()
       child.stdin.close()
       try:

@@ -6,9 +6,8 @@ import os
 import tempfile
 
 from absl import logging
-import tensorflow_datasets as tfds
 
-from m2l2.data import segments
+from m2l2.data import segments, storage
 from m2l2.data.audio_io import shown
 from m2l2.data.index import index_name, join
 from m2l2.data.prepare.inputs import find
@@ -69,13 +68,13 @@ def prepare(source: str, output: str, *, options: Options = Options(), limits: L
   place.make()
   with place.locked():
     _begin(place, identity)
-    probed, skipped = merge(run('probe', list(blocks(names)), len(names), 'file'))
-    suspects = list(suspects_of(probed))
+    headers, skipped = merge(run('headers', list(blocks(names)), len(names), 'file'))
+    suspects = list(suspects_of(headers))
     hashed, faults = merge(run('hash', list(blocks(suspects)), len(suspects), 'file'))
     skipped |= faults
     skipped |= duplicates(hashed)
     weights = {name: min(facts['seconds'], size / _LEAST_BYTES)
-               for name, size in zip(names, sizes) if (facts := probed.get(name)) and name not in skipped}
+               for name, size in zip(names, sizes) if (facts := headers.get(name)) and name not in skipped}
     shards = plan_shards(weights, options)
     written = run('write', shards, sum(weights.values()), 's')
     return _finish(place, identity, shards, written, skipped)
@@ -111,7 +110,7 @@ def _refuse_other(place, known, identity):
 
 def _finish(place, identity, shards, written, skipped) -> dict:
   """Metadata, report and, last of all, the manifest."""
-  silent, splits = {}, {}
+  silent, splits = dict[str, int](), dict[str, list]()
   for shard, result in zip(shards, written):
     skipped |= result['faults']
     silent |= result['silent']
@@ -171,18 +170,10 @@ def _report(count, skipped, silent) -> bytes:
 def _write_metadata(place, splits):
   """Writes the metadata that TFDS reads, without TensorFlow."""
   with tempfile.TemporaryDirectory() as folder:
-    info = tfds.core.DatasetInfo(
-        builder=tfds.core.DatasetIdentity(name=NAME, version=tfds.core.Version('1.0.0'), data_dir=folder,
-                                          module_name='m2l2'),
-        description='Segments of audio files, as FLAC, prepared by m2l2.', features=segments.features())
-    info.set_file_format('array_record')
-    info.set_splits(tfds.core.SplitDict([
-        tfds.core.SplitInfo(
-            name=split, shard_lengths=[shard['records'] for shard in of], num_bytes=sum(s['bytes'] for s in of),
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=folder, dataset_name=NAME, split=split, filetype_suffix='array_record'))
-        for split, of in splits.items()]))
-    info.write_to_directory(folder)
-    for name in sorted(os.listdir(folder), reverse=True):  # dataset_info.json last: readers look for it
+    storage.write_metadata(folder, name=NAME, features=segments.features(),
+                           description='Segments of audio files, as FLAC, prepared by m2l2.',
+                           splits={split: [shard['records'] for shard in of] for split, of in splits.items()},
+                           num_bytes={split: sum(shard['bytes'] for shard in of) for split, of in splits.items()})
+    for name in ('features.json', storage.METADATA):  # in this order: readers look for the latter
       with open(os.path.join(folder, name), 'rb') as file:
         place.write(name, file.read())

@@ -9,7 +9,7 @@ import tempfile
 from m2l2.data import sources
 from m2l2.data.audio_io import shown
 from m2l2.data.prepare.child import FileFault
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
 
 def find(source: str) -> tuple[str, list[str], list[int]]:
@@ -28,7 +28,7 @@ def find(source: str) -> tuple[str, list[str], list[int]]:
     else:
       base, infos = path, fs.find(path, detail=True)
   except Exception as e:
-    raise UserError(f'{shown(source)}: cannot be listed: {" ".join(str(e).split()) or type(e).__name__}') from e
+    raise UserError(f'{shown(source)}: cannot be listed: {in_one_line(e)}') from e
   base = base.rstrip('/')
   sizes = {name[len(base):].lstrip('/'): info.get('size') or 0 for name, info in infos.items()
            if info.get('type') == 'file' and name.lower().endswith(sources.EXTENSIONS)}
@@ -52,7 +52,7 @@ def file_system(url: str):
     import fsspec
     return fsspec.core.url_to_fs(url, use_listings_cache=False)  # no cache: other processes write there, too
   except (ImportError, ValueError) as e:
-    raise UserError(f'{shown(url)}: cannot be reached ({" ".join(str(e).split())})') from e
+    raise UserError(f'{shown(url)}: cannot be reached ({in_one_line(e)})') from e
 
 
 def remote_size(base, name) -> int:
@@ -78,6 +78,6 @@ def fetched(base: str, name: str, *, most: int | None = None) -> Iterator[str]:
     except (FileNotFoundError, PermissionError) as e:
       raise FileFault(f'cannot be fetched ({type(e).__name__})') from e
     except Exception as e:  # an error of the connection, not of the file: all other files would fail, too
-      raise UserError(f'{shown(base)}/{shown(name)}: cannot be fetched: {" ".join(str(e).split())}; run the '
+      raise UserError(f'{shown(base)}/{shown(name)}: cannot be fetched: {in_one_line(e)}; run the '
                       'command again to go on') from e
     yield copy.name

@@ -13,9 +13,9 @@ from m2l2.data.prepare.child import DecodingProcess, FileFault
 from m2l2.data.prepare.inputs import fetched, remote_size
 from m2l2.data.prepare.options import Preparation
 from m2l2.data.prepare.place import WORK, Place
-from m2l2.errors import UserError
+from m2l2.errors import UserError, in_one_line
 
-_HEAD_BYTES = 2**22  # of a remote file, for the probe
+_HEAD_BYTES = 2**22  # of a remote file, for its headers
 _SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the size of the file
 
 
@@ -33,22 +33,22 @@ def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advan
     result = {'facts': {}, 'faults': {}}
     for name in item['files']:
       try:
-        result['facts'][name] = (_probe if stage == 'probe' else _hash)(job, name, decoder)
+        result['facts'][name] = (_headers if stage == 'headers' else _hash)(job, name, decoder)
       except FileFault as e:
         result['faults'][name] = str(e)
       advance(1)
   place.write_json(result_name(stage, item), result)
 
 
-def _probe(job, name, decoder) -> dict:
+def _headers(job, name, decoder) -> dict:
   if '://' in job.base:  # the beginning is usually enough
     with contextlib.suppress(FileFault), fetched(job.base, name, most=_HEAD_BYTES) as path:
-      facts = decoder.call('probe', path)
+      facts = decoder.call('headers', path)
       if facts['format'] in _SIZED:  # else the header states the length
         facts['seconds'] *= max(1, remote_size(job.base, name) / _HEAD_BYTES)
       return facts
   with fetched(job.base, name) as path:
-    return decoder.call('probe', path)
+    return decoder.call('headers', path)
 
 
 def _hash(job, name, decoder) -> dict:
@@ -60,7 +60,7 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
   """Writes a shard. The segments of a file are added when all of it is decoded, or not at all."""
   options = job.options
   counts = {'records': 0, 'sources': 0, 'seconds': 0., 'bytes': 0}
-  result = {'counts': counts, 'faults': {}, 'silent': {}}
+  result: dict[str, dict] = {'counts': counts, 'faults': {}, 'silent': {}}
   with place.new(item['file']) as path:
     # Uncompressed: FLAC does not shrink. Groups of one record, so that each can be read alone.
     writer = array_record_module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
@@ -96,7 +96,7 @@ def _write_shard(job, place, item, decoder, advance) -> dict:
       writer.close()
       place.write(part_name(item), index_shard(path, item['file']))
     except RuntimeError as e:  # the only type of error of the writer
-      raise UserError(f'{shown(place.root)}: cannot be written: {" ".join(str(e).split())}') from e
+      raise UserError(f'{shown(place.root)}: cannot be written: {in_one_line(e)}') from e
     finally:
       with contextlib.suppress(RuntimeError):
         writer.close()

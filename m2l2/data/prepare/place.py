@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+from typing import Any
 
 from m2l2 import files
 from m2l2.data.audio_io import shown
@@ -24,6 +25,8 @@ class Place:
 
   def __init__(self, root: str):
     self.root = root.rstrip('/') or '/'
+    self._fs: Any
+    self._path: str
     self._fs, self._path = file_system(root) if '://' in root else (None, os.path.expanduser(self.root))
 
   def make(self):
@@ -46,7 +49,7 @@ class Place:
 
   def names(self, folder: str = '') -> list[str]:
     """The names in the directory, sorted; empty if it does not exist."""
-    entries = []
+    entries: list[str] = []
     with self._told(), contextlib.suppress(FileNotFoundError):
       entries = self._fs.ls(self._at(folder), detail=False) if self._fs else os.listdir(self._at(folder))
     return sorted(name.rstrip('/').rpartition('/')[2] for name in entries)
@@ -90,8 +93,7 @@ class Place:
         if self._fs:
           self._fs.put_file(part, self._at(name))
         else:
-          with open(part, 'rb') as file:
-            os.fsync(file.fileno())
+          files.sync(part)
           os.replace(part, self._at(name))
       finally:
         with contextlib.suppress(FileNotFoundError):

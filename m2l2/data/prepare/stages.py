@@ -32,8 +32,8 @@ class _Session:
   """Data that the embedded runner's workers, which are threads of this process, share with `prepare`."""
 
   def __init__(self, advance: Callable):
-    self.advance, self.decoders = advance, []
-    self.fault = None  # the exception that ended it, before Beam wrapped it
+    self.advance, self.decoders = advance, list[DecodingProcess]()
+    self.fault: BaseException | None = None  # the exception that ended it, before Beam wrapped it
 
   def stop(self):
     for decoder in self.decoders:
@@ -59,7 +59,7 @@ class _Work(beam.DoFn):
     limits = self._job.limits
     decoders = [DecodingProcess(timeout=limits.timeout, memory=limits.memory, folder=folder)
                 for _ in range(self._processes)]
-    self._decoders, self._free = decoders, queue.SimpleQueue()
+    self._decoders, self._free = decoders, queue.SimpleQueue[DecodingProcess]()
     for decoder in decoders:
       self._free.put(decoder)
     if _session:

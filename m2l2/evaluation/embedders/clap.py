@@ -190,9 +190,9 @@ def _mask(height: int, width: int, shift: int) -> np.ndarray:
     for i, rows in enumerate(edges):
       for j, columns in enumerate(edges):
         region[rows, columns] = 3 * i + j
-  region = region.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW).transpose(0, 2, 1, 3)
-  region = region.reshape(-1, WINDOW ** 2)
-  return np.where(region[:, None] == region[:, :, None], 0, -100).astype(np.float32)
+  blocks = region.reshape(height // WINDOW, WINDOW, width // WINDOW, WINDOW)
+  windows = blocks.transpose(0, 2, 1, 3).reshape(-1, WINDOW ** 2)
+  return np.where(windows[:, None] == windows[:, :, None], 0, -100).astype(np.float32)
 
 
 def _merge(params, name, x):

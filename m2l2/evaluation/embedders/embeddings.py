@@ -43,7 +43,7 @@ def remembering(embed: Callable[..., 'np.ndarray'], *, most: int = 1024) -> Call
   import hashlib
 
   import numpy as np
-  known = {}
+  known: dict[tuple, np.ndarray] = {}
 
   def embed_once(audio, sample_rate):
     key = hashlib.sha1(np.ascontiguousarray(audio).data).digest(), audio.shape, sample_rate

@@ -92,7 +92,7 @@ def mel_filterbank() -> np.ndarray:
   return np.maximum(0, np.minimum(rising, falling))
 
 
-def network(params, examples: jax.Array) -> jax.Array:
+def network(params, examples: jax.Array | np.ndarray) -> jax.Array:
   """Log-mel examples [B, 96, 64] -> [B, 128]."""
   # Compiled apart: as one, XLA on CPUs computes the last pooling anew for each of the 4096 outputs, and takes 50 times
   # as long.

@@ -88,4 +88,4 @@ def _moments(embeddings) -> tuple[np.ndarray, np.ndarray]:
     raise UserError('embeddings that are NaN or infinite have no Frechet distance')
   mean = x.mean(axis=0)
   x = (x - mean) / np.sqrt(len(x) - 1)
-  return mean, np.linalg.qr(x, mode='r') if len(x) > x.shape[1] else x
+  return mean, np.asarray(np.linalg.qr(x, mode='r')) if len(x) > x.shape[1] else x

@@ -210,7 +210,7 @@ def _whole_frames(mono: np.ndarray) -> Iterator[np.ndarray]:
     while len(held) >= 64 + outside:
       yield held[:64]
       held, short = held[64:], False
-  if short:
+  if short and held is not None:
     yield held[:-outside]
 
 
@@ -229,8 +229,8 @@ def _coherence(mono: np.ndarray, *, what: str) -> float:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Signals:
-  """The input of a metric; intermediate results that several metrics need are cached.
+class Comparison:
+  """The input of a metric: two signals. Intermediate results that several metrics need are cached.
 
   Fields:
     reference, estimate: float [channels, samples] or [samples] in [-1, 1], both at `sample_rate` (Hz);
@@ -258,11 +258,14 @@ class Signals:
     return spectral_distances(*self.mono)
 
 
+Signals = Comparison  # its name before
+
+
 def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int = 0) -> dict[str, float]:
   """The metrics `names` of one pair; by default all that need no stereo, no chunks and no further package.
 
   Args:
-    reference, estimate, seed: see `Signals`; float32.
+    reference, estimate, seed: see `Comparison`; float32.
   Returns:
     name -> finite float, in the order of `names`.
   Raises:
@@ -270,36 +273,36 @@ def pair_metrics(reference, estimate, *, sample_rate: int, names=None, seed: int
   """
   if names is None:
     names = [name for name, entry in registry.METRICS.items() if not (entry.stereo or entry.chunks or entry.package)]
-  signals = Signals(reference, estimate, sample_rate, seed=seed)
-  return {metric.name: metric(signals) for metric in registry.named(names)}
+  compared = Comparison(reference, estimate, sample_rate, seed=seed)
+  return {metric.name: metric(compared) for metric in registry.named(names)}
 
 
-def si_sdr_of(signals: Signals) -> float:
-  return si_sdr(*signals.mono)
+def si_sdr_of(compared: Comparison) -> float:
+  return si_sdr(*compared.mono)
 
 
-def mel_l1_db_of(signals: Signals) -> float:
-  return signals.distances['mel_l1_db']
+def mel_l1_db_of(compared: Comparison) -> float:
+  return compared.distances['mel_l1_db']
 
 
-def lsd_db_of(signals: Signals) -> float:
-  return signals.distances['lsd_db']
+def lsd_db_of(compared: Comparison) -> float:
+  return compared.distances['lsd_db']
 
 
-def mrstft_of(signals: Signals) -> float:
-  return mrstft(*signals.mono, sample_rate=SAMPLE_RATE)
+def mrstft_of(compared: Comparison) -> float:
+  return mrstft(*compared.mono, sample_rate=SAMPLE_RATE)
 
 
-def ratio_of(signals: Signals) -> float:
-  return _ratio(signals.distances['mel_l1_db'], signals.mono[0], seed=signals.seed)
+def ratio_of(compared: Comparison) -> float:
+  return _ratio(compared.distances['mel_l1_db'], compared.mono[0], seed=compared.seed)
 
 
-def coherence_of_estimate(signals: Signals) -> float:
-  return _coherence(signals.mono[1], what='estimate')
+def coherence_of_estimate(compared: Comparison) -> float:
+  return _coherence(compared.mono[1], what='estimate')
 
 
-def coherence_of_reference(signals: Signals) -> float:
-  return _coherence(signals.mono[0], what='reference')
+def coherence_of_reference(compared: Comparison) -> float:
+  return _coherence(compared.mono[0], what='reference')
 
 
 # ---- spectra -------------------------------------------------------------------------------------

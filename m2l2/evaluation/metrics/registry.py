@@ -21,10 +21,10 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
 
   Fields:
     name: in lists of metrics, reports and tables.
-    function: (pairs.Signals) -> float, or its place, 'module:name'. If it raises, the pair lacks this metric only.
+    function: (pairs.Comparison) -> float, or its place, 'module:name'. If it raises, the pair lacks this metric only.
     better: HIGHER, LOWER, ZERO or REFERENCE. unit: of the values; '' has none.
     stereo: only for pairs of two channels each; others lack it without a warning.
-    chunks: needs the model's chunk borders, `Signals.chunks`.
+    chunks: needs the model's chunk borders, `Comparison.chunks`.
     package: the package it needs beyond the eval extra; extra: the one of setup.cfg that installs it.
     default: whether it is measured if no metrics are named; never without its package.
   """
@@ -38,11 +38,11 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
   extra: str = ''
   default: bool = True
 
-  def __call__(self, signals) -> float:
+  def __call__(self, compared) -> float:
     if callable(self.function):
-      return self.function(signals)
+      return self.function(compared)
     module, _, name = self.function.partition(':')
-    return getattr(importlib.import_module(module), name)(signals)
+    return getattr(importlib.import_module(module), name)(compared)
 
   def require(self):
     """Raises UserError: its package is not installed."""

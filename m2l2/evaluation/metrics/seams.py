@@ -47,9 +47,9 @@ def seam_db(reference, estimate, *, sample_rate: int, chunks: Chunks = Chunks())
   return float(error[border].mean() - error[centre].mean())
 
 
-def seam_db_of(signals: pairs.Signals) -> float:
-  return seam_db(signals.reference, signals.estimate, sample_rate=signals.sample_rate,
-                 chunks=signals.chunks or Chunks())
+def seam_db_of(compared: pairs.Comparison) -> float:
+  return seam_db(compared.reference, compared.estimate, sample_rate=compared.sample_rate,
+                 chunks=compared.chunks or Chunks())
 
 
 def _near(frames: int, chunks: Chunks, shift: float) -> np.ndarray:

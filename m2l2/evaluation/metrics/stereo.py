@@ -8,17 +8,17 @@ from m2l2.evaluation.metrics import pairs
 LEVEL_LIMIT_DB = 60.
 
 
-def si_sdr_left_of(signals: pairs.Signals) -> float:
+def si_sdr_left_of(compared: pairs.Comparison) -> float:
   """`pairs.si_sdr` in dB of the first of two channels."""
-  return pairs.si_sdr(signals.reference[0], signals.estimate[0])
+  return pairs.si_sdr(compared.reference[0], compared.estimate[0])
 
 
-def si_sdr_right_of(signals: pairs.Signals) -> float:
-  return pairs.si_sdr(signals.reference[1], signals.estimate[1])
+def si_sdr_right_of(compared: pairs.Comparison) -> float:
+  return pairs.si_sdr(compared.reference[1], compared.estimate[1])
 
 
-def side_mid_db_of(signals: pairs.Signals) -> float:
-  return side_mid_error_db(signals.reference, signals.estimate)
+def side_mid_db_of(compared: pairs.Comparison) -> float:
+  return side_mid_error_db(compared.reference, compared.estimate)
 
 
 def side_mid_error_db(reference, estimate) -> float:

@@ -33,8 +33,8 @@ def visqol(reference, estimate, *, sample_rate: int) -> float:
     raise UserError(f'visqol cannot measure this pair: {error}') from error
 
 
-def visqol_of(signals: pairs.Signals) -> float:
-  return visqol(signals.reference, signals.estimate, sample_rate=signals.sample_rate)
+def visqol_of(compared: pairs.Comparison) -> float:
+  return visqol(compared.reference, compared.estimate, sample_rate=compared.sample_rate)
 
 
 @functools.cache

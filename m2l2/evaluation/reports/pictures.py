@@ -166,7 +166,7 @@ def rate_distortion(points, embedding: str) -> Figure:
   """Distortion against numbers per second: ratio, log-mel L1 and, if known, the Frechet distance.
 
   Args:
-    points: a mapping per rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `excerpts.judge`.
+    points: a mapping per rate, with 'numbers_per_second', 'ratio', 'mel_l1_db' and 'frechet', of `judging.judge`.
   """
   points = list(points)
   curves = {name: [(p['numbers_per_second'], p[name]) for p in points] for name in ('ratio', 'mel_l1_db')}

@@ -18,8 +18,8 @@ import sklearn.metrics
 
 from m2l2.codec.codec import Codec
 from m2l2.errors import UserError
-from m2l2.evaluation.clips import take_excerpt
 from m2l2.evaluation.embedders import musicnn
+from m2l2.evaluation.excerpts import take_excerpt
 from m2l2.evaluation.metrics import pairs
 from m2l2.evaluation.studies import tasks
 
@@ -81,7 +81,8 @@ def extract(music: tasks.Music, functions: Mapping[str, Callable], *, seconds: f
   Returns ({name: float32 [files read, width]}, which files they are, a warning for each that cannot be read).
   Raises UserError: no file can be read.
   """
-  features, read, warnings = {name: [] for name in functions}, [], []
+  features: dict[str, list] = {name: [] for name in functions}
+  read, warnings = [], []
   for number, path in enumerate(music.paths):
     try:
       clip = take_excerpt(path, seconds=seconds)
@@ -288,7 +289,7 @@ def table(report) -> str:
 
 def bars(report) -> dict:
   """The same numbers in the format of `pictures.bars`."""
-  rows = {}
+  rows: dict[str, dict] = {}
   for name, task in report['tasks'].items():
     metric = METRICS[task['kind']][0]
     for kind, labels in task['rows'].items():

@@ -11,8 +11,8 @@ from m2l2.codec.codec import Codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot, snapshot_place
 from m2l2.errors import UserError
 from m2l2.evaluation import evaluate
-from m2l2.evaluation.clips import Excerpt
 from m2l2.evaluation.embedders.embeddings import remembering
+from m2l2.evaluation.excerpts import Excerpt
 from m2l2.evaluation.metrics import registry, seams
 
 VALUES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 2.0, 4.0)

@@ -7,6 +7,7 @@ called `key` 'C major' ... 'B minor'; any other column is one class per file.
 The user downloads the data sets. TinySOL and Beatport key are read through mirdata (pip install 'm2l2[mir]').
 """
 
+import collections
 from collections.abc import Sequence
 import csv
 import dataclasses
@@ -112,8 +113,8 @@ def magnatagatune(folder) -> Music:
   with open(path, encoding='utf-8', newline='') as file:
     table = csv.DictReader(file, delimiter='\t')
     names = [name for name in table.fieldnames or () if name not in ('clip_id', 'mp3_path')]
-    rows = [(row['mp3_path'], {name for name in names if row[name] == '1'}) for row in table]
-  counts = {name: sum(name in tags for _, tags in rows) for name in names}
+    rows = [(row['mp3_path'], [name for name in names if row[name] == '1']) for row in table]
+  counts = collections.Counter(name for _, tags in rows for name in tags)
   top = sorted(names, key=lambda name: (-counts[name], name))[:TOP_TAGS]
   rows = [(mp3, [name for name in top if name in tags]) for mp3, tags in rows]
   rows = [(mp3, tags) for mp3, tags in rows if tags]

@@ -1,6 +1,9 @@
 """CoDiCodec's weights into a snapshot: `m2l2 import-codicodec`."""
 
 import json
+from typing import Any
+
+import jax
 
 from m2l2 import build
 from m2l2.codec.snapshot import check_place, save_snapshot
@@ -38,17 +41,12 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
     params = convert_weights(state, arch)
   except UserError as error:
     raise UserError(f'{audio_io.shown(source)}: {error}') from error
-  report = {'unused': sorted(name for name, tensor in state_dict_table(arch).items()
-                             if not tensor.path and tensor.value is None)}
+  report: dict[str, Any] = {'unused': sorted(
+      name for name, tensor in state_dict_table(arch).items() if not tensor.path and tensor.value is None)}
   if verify:
     report['errors'] = verify_against_torch(state, config, params)
   extra = {'source': 'CoDiCodec', 'licence': 'CC BY-NC 4.0 (the licence of the published weights)',
            'latent_scale': LATENT_SCALE}
   report['fingerprint'] = save_snapshot(target, params=params, config=config, step=0, extra=extra)
-  report['parameters'] = sum(array.size for array in _leaves(params))
+  report['parameters'] = sum(array.size for array in jax.tree.leaves(params))
   return report
-
-
-def _leaves(tree):
-  for value in tree.values():
-    yield from _leaves(value) if isinstance(value, dict) else (value,)

@@ -38,7 +38,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   shape = (1, 2, rep.bins, rep.frames, rep.spec_channels)
   spec, noise = (rng.standard_normal(shape, np.float32) for _ in range(2))
   spec *= np.float32(0.3)
-  levels = np.float32([[consistency.sigma_cond, consistency.sigma_max]])
+  levels = np.array([[consistency.sigma_cond, consistency.sigma_max]], np.float32)
   noisy = spec + levels[:, :, None, None, None] * noise
 
   original = UNet().eval()
@@ -66,9 +66,9 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
             'features': float(np.max([_relative_error(_join_chunks(a), _from_torch(b))
                                       for a, b in zip(ours[1], features)])),
             'denoiser': _relative_error(_join_chunks(ours[2]), _from_torch(out))}
-  for name, error in errors.items():
-    if not error <= tolerance:  # nan neither
-      raise UserError(f'm2l2 and the original differ: relative error {error:.2g} of {name}, at most {tolerance:g} is '
+  for name, value in errors.items():
+    if not value <= tolerance:  # nan neither
+      raise UserError(f'm2l2 and the original differ: relative error {value:.2g} of {name}, at most {tolerance:g} is '
                       'right; nothing was written')
   return errors
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,8 @@ class Tensor:
   shape: tuple
   path: tuple = ()
   layer: int | None = None
-  convert: Callable | None = None
-  value: object = None
+  convert: Callable = np.asarray
+  value: Any = None
 
 
 def state_dict_table(arch) -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ def convert_weights(state: Mapping[str, np.ndarray], arch) -> dict:
             for name, tensor in table.items() if state[name].shape != tensor.shape]
   if shapes:
     raise UserError(f'wrong shape: {"; ".join(shapes[:3])}{_more(shapes)}')
-  params, layers = {}, {}
+  params, layers = dict[str, Any](), dict[tuple, Any]()
   for name, tensor in table.items():
     array = np.asarray(state[name])
     if array.dtype.kind not in 'fiu' and array.dtype.name != 'bfloat16':

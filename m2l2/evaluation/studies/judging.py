@@ -42,8 +42,7 @@ def load(path, root, *, seconds: float, sample_rate: int) -> dict[str, np.ndarra
       rate = reader.info.sample_rate
       audio = reader.read(start=round(start * rate), frames=round(seconds * rate), check_finite=True)
     audio = audio.mean(axis=0, keepdims=True)
-    if rate != sample_rate:
-      audio = audio_io.resample(audio, from_rate=rate, to_rate=sample_rate)
+    audio = audio_io.resample(audio, from_rate=rate, to_rate=sample_rate)
     sounds[f'{name}@{start:g}'] = audio[:, :round(seconds * sample_rate)]
   return sounds
 
