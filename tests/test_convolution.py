@@ -21,7 +21,8 @@ def draw(shape, size, padding=((1, 1), (1, 1)), dilation=(1, 1)):
   """A map, a kernel, and a weight for each number of the result; by numpy, of which nothing is compiled."""
   rng = np.random.default_rng(0)
   out = [n + sum(pad) - d * (k - 1) for n, k, pad, d in zip(shape[1:3], size[:2], padding, dilation)]
-  return [rng.standard_normal(s, np.float32) for s in (shape, (*size[:2], shape[-1], size[2]), (shape[0], *out, size[2]))]
+  shapes = shape, (*size[:2], shape[-1], size[2]), (shape[0], *out, size[2])
+  return [rng.standard_normal(s, np.float32) for s in shapes]
 
 
 def with_gradients(function):

@@ -97,8 +97,8 @@ def envelope_loss(predicted, spec, *, bands: int = 0):
   `band_edges` counts alike, else each bin.
   """
   error = jax.lax.stop_gradient(log_magnitude(spec)) - predicted
-  # Not a maximum of both products: its gradient asks which of them the maximum equals, and where XLA computes them again
-  # with another rounding, neither.
+  # Not the maximum of both products: its gradient asks which of them the maximum equals, and where XLA computes them
+  # again with another rounding, neither does.
   loss = 2 * jnp.mean(error * jnp.where(error > 0, QUANTILE, QUANTILE - 1), axis=(3, 4))
   if not bands:
     return jnp.mean(loss, axis=2)
