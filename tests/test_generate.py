@@ -121,6 +121,18 @@ def test_sampling_follows_the_lines_to_what_is_estimated():
   np.testing.assert_allclose(beyond[0], 2 * clean[0], rtol=1e-5)  # untold it is 0
 
 
+def test_temperature_scales_the_noise_that_sampling_begins_with():
+  class Still(generate.Flow):
+    def estimate(self, params, x, given, t, label):
+      return x
+
+  run = lambda temperature: Still(SMALL, 3, ()).sample(
+      None, jax.random.key(0), np.zeros((1, 4, 3), np.float32), np.zeros((1, 4), bool), np.int32([0]), 1.0, temperature,
+      steps=5)
+  np.testing.assert_allclose(run(0.5), run(1.0) / 2, rtol=1e-5)
+  assert np.std(run(1.0)) > 0.5
+
+
 def test_what_is_drawn_leaves_something_to_learn():
   flow = generate.Flow(SMALL, K * D, ())
   draw = jax.jit(jax.vmap(lambda key: flow.draw(key, shape=(4, K * D))))

@@ -64,6 +64,7 @@ def parser():
   flags.add_argument('--seconds', type=float, default=EXCERPT)
   flags.add_argument('--steps', type=int, default=50)
   flags.add_argument('--guidance', type=float, default=1.0)
+  flags.add_argument('--temperature', type=float, default=generate.TEMPERATURE)
   flags.add_argument('--no-held-out', action='store_true', help='of generate: for choices, which they must not touch')
   flags.add_argument('--seed', type=int, default=0)
   return flags
@@ -83,7 +84,7 @@ def new_music(args) -> dict:
   corpus = np.stack([row['z'] for row in rows])
   labels = [generate.class_of(row['source']) for row, other in zip(rows, is_other) if other]
   sampled = lambda count, label: generator.sample(chunks, count=count, seed=args.seed, label=label, steps=args.steps,
-                                                  guidance=args.guidance)
+                                                  guidance=args.guidance, temperature=args.temperature)
   counts = collections.Counter(label if label in generator.classes else None for label in labels)
   systems = {
       'samples': sampled(args.count, None),
@@ -143,7 +144,7 @@ def continuations(args) -> dict:
   z = np.stack([latents.z[0] for latents in judging.encode(codec, sounds, rate).values()])
   wanted = z.shape[1] - GIVEN
   sampled = generator.sample(wanted, count=len(z), seed=args.seed, prefix=z[:, :GIVEN], steps=args.steps,
-                             guidance=args.guidance)
+                             guidance=args.guidance, temperature=args.temperature)
   again = z[:, GIVEN - wanted:GIVEN]
   start = GIVEN * codec.representation.chunk_samples
 
@@ -237,7 +238,7 @@ def main(argv) -> dict:
     raise UserError(f'{args.what} needs --workdir' + ' and --latents' * (args.what == 'generate'))
   args.output.mkdir(parents=True, exist_ok=True)
   report = {**STUDIES[args.what](args), 'checkpoint': args.checkpoint, 'seed': args.seed, 'steps': args.steps,
-            'guidance': args.guidance}
+            'guidance': args.guidance, 'temperature': args.temperature}
   files.write_json(args.output / f'{args.what}.json', report)
   return report
 

@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument('--label', help='a class of the corpus')
   flags.add_argument('--prefix', help='an audio file, after whose end it goes on; that is written, too')
   flags.add_argument('--steps', type=int, default=50)
-  flags.add_argument('--guidance', type=float, default=1.0)
+  flags.add_argument('--guidance', type=float, default=1.0, help='above 1: more of what the class adds')
+  flags.add_argument('--temperature', type=float, default=generate.TEMPERATURE, help='lower: with less variety')
   flags.add_argument('--seed', type=int, default=0)
   options.overwrite(flags)
   return root
@@ -82,7 +83,7 @@ def _sample(args):
     prefix = codec.encode(audio.mean(axis=0), own).z[0]
     prefix = prefix[:-1] if len(prefix) > 1 else prefix  # the last chunk may end in silence
   sampled = generator.sample(chunks, seed=args.seed, prefix=prefix, label=args.label, steps=args.steps,
-                             guidance=args.guidance)[0]
+                             guidance=args.guidance, temperature=args.temperature)[0]
   z = sampled if prefix is None else np.concatenate([prefix, sampled])
   sound = codec.decode(generate.as_latents(codec, z, seconds=args.seconds if prefix is None else None), seed=args.seed)
   audio_io.write(args.output, sound, rate)

@@ -45,6 +45,7 @@ UNTOLD = 0.1           # chance that the class is not told
 NONE_GIVEN, FIRST_GIVEN = 0.4, 0.8  # chances, summed: nothing is given; the first chunks; else all but a gap
 EDGE = 1e-3            # how near to 0 and 1 a time comes
 NEAREST = 0.1          # of 1 - t, beyond which the loss weighs no more
+TEMPERATURE = 0.85     # of samples; chosen on the training corpus, see launch/research/learning.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +154,13 @@ class Flow:
     return (jnp.clip(t, EDGE, 1 - EDGE), jax.random.normal(keys[4], shape), given,
             jax.random.bernoulli(keys[5], UNTOLD))
 
-  def sample(self, params, key, known, given, label, guidance, *, steps: int):
+  def sample(self, params, key, known, given, label, guidance, temperature=1.0, *, steps: int):
     """A window: from noise to x by Euler's method, whose given chunks are those of `known`.
 
     Args:
       known: [B, W, N] in unit scale; given: [B, W] bool. label: [B] int32.
       guidance: how far beyond what the class adds (Ho and Salimans, 2022); 1: no further.
+      temperature: deviation of the noise; below 1 for what is more likely, with less variety.
     """
     shown, untold = given[..., None], jnp.full_like(label, len(self.classes))
 
@@ -168,7 +170,7 @@ class Flow:
       end = plain + guidance * (end - plain)
       return jnp.where(shown, known, x + (end - x) / (steps - i))  # (end - x) / (1 - t), for a time of 1 / steps
 
-    noise = jax.random.normal(key, known.shape)
+    noise = temperature * jax.random.normal(key, known.shape)
     return jax.lax.fori_loop(0, steps, walk, jnp.where(shown, known, noise))
 
 
@@ -323,17 +325,17 @@ class Generator:
     self._sample = jax.jit(self.flow.sample, static_argnames='steps')
 
   def sample(self, chunks: int, *, count: int = 1, seed: int = 0, prefix=None, label: str | None = None,
-             steps: int = 50, guidance: float = 1.0) -> np.ndarray:
+             steps: int = 50, guidance: float = 1.0, temperature: float = TEMPERATURE) -> np.ndarray:
     """`count` pieces of `chunks` chunks, float32 [count, chunks, K, d].
 
     Args:
       prefix: float [count, some chunks, K, d] (or [chunks, K, d], for all) that is gone on with; it is not returned.
-      label: a class; None: whatever class. steps, guidance: see `Flow.sample`.
+      label: a class; None: whatever class. steps, guidance, temperature: see `Flow.sample`.
 
     Raises UserError: no such class, or a prefix of another shape.
     """
     parts, have = [], 0
-    for block in self._blocks(count, seed, prefix, label, steps, guidance):
+    for block in self._blocks(count, seed, prefix, label, steps, guidance, temperature):
       parts.append(block)
       have += block.shape[1]
       if have >= chunks:
@@ -341,13 +343,13 @@ class Generator:
     raise AssertionError('blocks never end')
 
   def stream(self, *, seed: int = 0, prefix=None, label: str | None = None, steps: int = 50,
-             guidance: float = 1.0) -> Iterator[np.ndarray]:
+             guidance: float = 1.0, temperature: float = TEMPERATURE) -> Iterator[np.ndarray]:
     """Chunks [K, d] without end, for `codec.stream`; the same as `sample`'s with count=1."""
-    for block in self._blocks(1, seed, prefix, label, steps, guidance):
+    for block in self._blocks(1, seed, prefix, label, steps, guidance, temperature):
       yield from block[0]
 
   def fill(self, z, start: int, stop: int, *, seed: int = 0, label: str | None = None, steps: int = 50,
-           guidance: float = 1.0) -> np.ndarray:
+           guidance: float = 1.0, temperature: float = TEMPERATURE) -> np.ndarray:
     """z [chunks, K, d] with its chunks start ... stop - 1 made anew, to go with those on both sides.
 
     Raises UserError: no such chunks, or more than a window less two, or fewer chunks than a window.
@@ -360,12 +362,13 @@ class Generator:
     known = self._to_unit(np.asarray(z)[None, first:first + window])
     place = first + np.arange(window)
     given = ((place < start) | (place >= stop))[None]
-    x = self._sample(self.params, jax.random.key(seed), known, given, self._label(label, 1), guidance, steps=steps)
+    x = self._sample(self.params, jax.random.key(seed), known, given, self._label(label, 1), guidance, temperature,
+                     steps=steps)
     filled = np.array(z, np.float32)
     filled[start:stop] = self._from_unit(x)[0, start - first:stop - first]
     return filled
 
-  def _blocks(self, count, seed, prefix, label, steps, guidance):
+  def _blocks(self, count, seed, prefix, label, steps, guidance, temperature):
     """New chunks [count, some, K, d], each window beginning with the end of the one before."""
     window, labels = self.flow.recipe.window, self._label(label, count)
     prefix = np.zeros((count, 0, *self.shape), np.float32) if prefix is None else np.asarray(prefix, np.float32)
@@ -378,7 +381,7 @@ class Generator:
       filled[:, :keep] = known[:, known.shape[1] - keep:]
       given = np.broadcast_to(np.arange(window) < keep, (count, window))
       known = np.asarray(self._sample(self.params, jax.random.fold_in(jax.random.key(seed), number), filled, given,
-                                      labels, guidance, steps=steps))
+                                      labels, guidance, temperature, steps=steps))
       yield self._from_unit(known[:, keep:])
 
   def _label(self, label, count):
