@@ -245,18 +245,15 @@ class _Opening:
                                 self.noisy, self.sigma)
       return jnp.mean(jnp.square(out - spec)), (pre, out)
 
-    @_jit
-    def update(params):
-      (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-      # The sign of the gradient: every parameter that may move moves by the same amount.
-      return jax.tree.map(lambda p, g: p - .02 * jnp.sign(g), params, grads), grads, aux
-
+    gradient = _jit(jax.grad(loss, has_aux=True))
     # Another generator than in training, as it compiles in no time.
     params = _jit(network.init)(jax.random.key(0, impl='unsafe_rbg'))
     params = jax.tree.map(np.asarray, params)
     self.params, self.opened = params, []
     for step in range(6):
-      params, grads, aux = update(params)
+      grads, aux = gradient(params)
+      # The sign of the gradient: every parameter that may move moves by the same amount.
+      params = jax.tree.map(lambda p, g: p - np.float32(.02) * np.sign(np.asarray(g)), params, grads)
       flat = jax.tree_util.tree_leaves_with_path(grads)
       self.opened.append({jax.tree_util.keystr(path, simple=True, separator='/')
                           for path, g in flat if np.any(np.asarray(g))})
