@@ -45,7 +45,7 @@ UNTOLD = 0.1           # chance that the class is not told
 NONE_GIVEN, FIRST_GIVEN = 0.4, 0.8  # chances, summed: nothing is given; the first chunks; else all but a gap
 EDGE = 1e-3            # how near to 0 and 1 a time comes
 NEAREST = 0.1          # of 1 - t, beyond which the loss weighs no more
-TEMPERATURE = 0.85     # of samples; chosen on the training corpus, see launch/research/learning.md
+TEMPERATURE = 0.7      # of samples; chosen on the training corpus, see launch/research/learning.md
 
 
 @dataclasses.dataclass(frozen=True)
