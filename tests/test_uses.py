@@ -62,7 +62,7 @@ def test_a_track_is_found_by_its_tone(place):
 
 def test_who_goes_on_rightly_is_nearer_to_its_own_end(place, monkeypatch):
   class Oracle:
-    def sample(self, chunks, *, count, seed, prefix, steps, guidance):
+    def sample(self, chunks, *, count, seed, prefix, steps, guidance, temperature):
       assert prefix.shape == (4, uses.GIVEN, 1, 2) and count == 4
       return prefix[self.order, -1:].repeat(chunks, axis=1)
 
