@@ -23,6 +23,7 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import soak_resume
 from test_codec import ONE_LEVEL, make_params, music
 from test_layering import ROOT
 
@@ -38,8 +39,7 @@ SETUP.read(ROOT / 'setup.cfg')
 REPOSITORY = SETUP['metadata']['url']
 STEPS = int(os.environ.get('M2L2_COLAB_STEPS', 6))
 # Compiling is most of the work then: done in a hurry, and once for the same program.
-QUICK = {'XLA_FLAGS': ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-                       '--xla_cpu_use_fusion_emitters=false'),
+QUICK = {'XLA_FLAGS': soak_resume.QUICK,
          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
 
 

@@ -26,6 +26,9 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # The shipped config, small. All programs are the same, so they are compiled once and then found in
 # the cache; optimising a program that runs for a second does not pay.
 CONFIG = 'configs/nano.py:debug'
+# For XLA: what is compiled soonest.
+QUICK = ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+         '--xla_cpu_use_fusion_emitters=false')
 SMALL = {
   'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
   'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
@@ -59,8 +62,7 @@ def environment(cache, *, devices=1):
     **os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY),
     'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_NUM_CPU_DEVICES': str(devices),
-    'XLA_FLAGS': ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-                  '--xla_cpu_use_fusion_emitters=false')}
+    'XLA_FLAGS': QUICK}
 
 
 def run(workdir, *, music, cache, fields=None, devices=1):
