@@ -627,7 +627,8 @@ def program(*argv, **environment):
 def test_the_program(models, song, folder):
   """As test_pipes does for every run of the suite."""
   done = program('reconstruct', song(), folder / 'a.wav', f'--checkpoint={models / "mono"}')
-  assert (done.returncode, done.stderr) == (0, '')  # no bar where there is no terminal
+  said = [line for line in done.stderr.splitlines() if not line.startswith('m2l2: compiling')]  # on a busy machine
+  assert (done.returncode, said) == (0, [])  # no bar where there is no terminal
   assert audio_io.info(folder / 'a.wav').frames == 5000
 
 
