@@ -39,30 +39,13 @@ def get_config(arg=''):
   model.head_dim = 128
   model.mlp_mult = 4                   # SwiGLU's inner projection is width -> mlp_mult * width (two halves)
   model.registers = 8                  # extra tokens of encoder and decoder
-  model.denoiser_registers = 0         # 512 tokens fill 128-wide tiles; registers would spill over
   model.cond_dim = 512                 # width of the noise embedding
   model.chunks = 2                     # chunks the denoiser sees at once; 1: each is decoded alone
   # Summary embeddings.
   model.num_latents = 8                # K
   model.latent_dim = 64                # d: K d = 512 numbers for 32768 samples
-  model.bottleneck = 'tanh'            # tanh or fsq
-  model.fsq_levels = 11                # levels a dimension, for fsq
-  model.fsq_dropout = 0.75             # chance that an item's latents stay unrounded in training, for fsq
-  # Departures from the paper, off here. launch/research/learning.md says what each is worth.
-  model.latents_in_denoiser = False    # the embeddings are also tokens of the denoiser, as in CoDiCodec
-  model.magnitude_input = False        # log-magnitudes as further input channels of the encoder
-  model.shortcut = False               # linear paths tokens -> latents -> tokens, parallel to the transformers
-  model.shortcut_width = 0             # numbers per token on these paths, mixed over all tokens; 0: tokens are pooled
-  model.linear_sketch = ()             # (bands, stretches of frames) of a linear autoencoder of the envelope
-  model.latent_norm = False            # each embedding has RMS 0.4 before the bottleneck, so tanh cannot saturate
-  model.envelope = False               # the decoder also predicts log-magnitudes, which the denoiser sees
-  model.feature_norm = False           # features of the cross connections are scaled to unit mean square
-  # Ablations: what the paper's choices are worth. See launch/research/ablate.sh.
-  model.embeddings = 'summary'         # summary: each sees the whole chunk; local: each sees its own slot of frames
-  model.cross_connections = True       # decoder maps enter the denoiser; without: set latents_in_denoiser
   # How it runs.
   model.remat = 'products'             # recomputed in the backward pass: none; products: all but those; blocks; full
-  model.tile = any_type('auto')        # maps narrower than this are packed (variants/packing.py): 0, 128, 256
   model.attention = 'auto'             # auto, xla, cudnn or pallas_tpu: kernels/chunk_causal.py
   model.dtype = 'auto'                 # of activations: float32, bfloat16, or auto: bfloat16 where that is fast
 
@@ -73,20 +56,60 @@ def get_config(arg=''):
   consistency.sigma_data = 0.5         # assumed deviation of the compressed spectrogram
   consistency.p_mean = -1.1            # of ln sigma in training
   consistency.p_std = 2.0
-  consistency.sampling = 'index'       # index: the official code's grid weights; lognormal: a true log-normal
   consistency.sigma_cond = 0.965       # noise put back on the previous chunk in decoding
   consistency.step_start = 0.1         # index step at the start ...
   consistency.step_exponent = 3.0      # ... and step_start ** this at the end
-  consistency.easy = 0.0               # share of training in which the step shrinks from 1 (denoising) to step_start
   consistency.huber = 0.00054          # c = huber sqrt(D)
-  consistency.skip = 'edm'             # edm: the paper's c_skip; flow: exact for Gaussian data
-  consistency.local = False            # sigma_data per bin from the predicted envelope (needs model.envelope)
-  consistency.local_floor = 0.02       # least sigma_data then
-  consistency.noise = 'bins'           # bins: every number its own; signal: the spectrogram of white noise
-  consistency.renoise = 'add'          # add: x + sigma eps (paper); variance: as CoDiCodec
   consistency.refine = True            # decoding: a chunk is denoised again as the next one's left neighbour
   consistency.steps = 1                # denoisings of a chunk in autoregressive decoding, before the refinement
-  consistency.parallel_steps = 4       # of parallel decoding
+
+  # Departures from the paper (m2l2/variants), each a group of its own, off here. launch/research/learning.md says what
+  # each is worth.
+  variants = config.variants = ml_collections.ConfigDict()
+  # The decoder also predicts log-magnitudes, which the denoiser sees. weight: of their loss, in which `bands`, as wide
+  # as an ear's, count alike; 0: bins do.
+  variants.envelope = dict(on=False, weight=0.0, bands=0)
+  # A linear autoencoder of the envelope, added to it. cells: (bands, stretches of frames); (): none.
+  variants.sketch = dict(cells=())
+  # sigma_data is each bin's own, from the predicted envelope. floor: least sigma_data.
+  variants.local_scale = dict(on=False, floor=0.02)
+  # Log-magnitudes are further input channels of the encoder.
+  variants.magnitude_input = dict(on=False)
+  # Linear paths tokens -> latents -> tokens, parallel to the transformers. width: numbers per token on them, mixed over
+  # all tokens; 0: tokens are pooled.
+  variants.shortcut = dict(on=False, width=0)
+  # Each embedding has RMS 0.4 before the bottleneck, so tanh cannot saturate.
+  variants.latent_norm = dict(on=False)
+  # Features of the cross connections are scaled to unit mean square.
+  variants.feature_norm = dict(on=False)
+  # c_skip is exact for Gaussian data.
+  variants.flow_skip = dict(on=False)
+  # Noise is the spectrogram of white noise; in the paper every number is its own.
+  variants.signal_noise = dict(on=False)
+  # Training's noise levels are a true log-normal; in the official code they are a grid's weights.
+  variants.lognormal = dict(on=False)
+  # share: of training, in which the index step shrinks from 1 (denoising) to step_start.
+  variants.easy = dict(share=0.0)
+  # share: of the steps, from the first on, that train on an easier task: regress the data, or its magnitudes, from
+  # sigma_max; or the envelope alone.
+  variants.head_start = dict(share=0.0, task='data')
+  # chance: that a chunk keeps only a random prefix of its embeddings.
+  variants.nested = dict(chance=0.0)
+  # CoDiCodec's quantised latents. levels: of a dimension; dropout: chance that an item's stay unrounded in training.
+  variants.fsq = dict(on=False, levels=11, dropout=0.75)
+  # Further tokens of the denoiser: the embeddings, as in CoDiCodec, and registers. 512 tokens fill 128-wide tiles;
+  # these spill over.
+  variants.denoiser = dict(latents=False, registers=0)
+  # CoDiCodec's noise put back in decoding, x + sqrt(sigma^2 - sigma_min^2) eps; the paper's is x + sigma eps.
+  variants.variance_renoise = dict(on=False)
+  # CoDiCodec's parallel decoding, where it is asked for. steps: denoisings.
+  variants.staggered = dict(steps=4)
+  # Ablations: what the paper's choices are worth (launch/research/ablate.py). Embeddings see their own slot of frames;
+  # decoder maps do not enter the denoiser (set denoiser.latents).
+  variants.local_embeddings = dict(on=False)
+  variants.no_cross_connections = dict(on=False)
+  # Maps narrower than tile are packed, which changes no result: 0, 128, 256, or auto: a TPU's matrix unit, elsewhere 0.
+  variants.packing = dict(tile=any_type('auto'))
 
   train = config.train = ml_collections.ConfigDict()
   train.steps = 800_000
@@ -101,11 +124,6 @@ def get_config(arg=''):
   train.b2 = 0.999
   train.clip_norm = any_type(None)     # largest gradient norm; None in the paper
   train.ema_decay = 0.9999             # with warm-up min(decay, (1 + n) / (10 + n)); less in short runs
-  train.envelope_weight = 0.0          # weight of the envelope's loss, for model.envelope
-  train.envelope_bands = 0             # bands, as wide as an ear's, that count alike in it; 0: bins do
-  train.nested = 0.0                   # chance that a chunk keeps only a random prefix of its embeddings
-  train.head_start = 0.0               # share of the steps, from the first on, that train on an easier task:
-  train.head_start_on = 'data'         # regress the data, or its magnitudes, from sigma_max; or the envelope alone
   train.log_every = 100
   train.probe_every = 1000             # steps between probes (swap, energy, SNR); 0: never
   train.checkpoint_every = 1000
@@ -175,26 +193,23 @@ def any_type(value):
 def short_run(config):
   """Sets what lets a run of minutes or hours learn. All of it is off in the paper's recipe; see
   launch/research/learning.md."""
-  config.model.magnitude_input = True
-  config.model.shortcut = True
-  config.model.envelope = True
-  config.model.feature_norm = True
-  config.consistency.local = True
-  config.consistency.local_floor = 0.004
-  config.consistency.skip = 'flow'
+  variants = config.variants
+  for variant in ('magnitude_input', 'shortcut', 'envelope', 'feature_norm', 'local_scale', 'flow_skip'):
+    variants[variant].on = True
+  variants.local_scale.floor = 0.004
+  variants.head_start.task = 'envelope'
   config.consistency.step_exponent = 2.0
-  config.train.head_start_on = 'envelope'
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps
 
 
 def stereo(config):
   """Makes a mono config stereo, with what keeps stereo runs from collapsing in their warm-up.
 
-  `latent_norm` gives each embedding RMS 0.4 before tanh, whatever its length, so tanh cannot saturate; a linear sketch
-  begins at that RMS by itself. Half the learning rate and twice the warm-up are our choice, too.
+  variants.latent_norm gives each embedding RMS 0.4 before tanh, whatever its length, so tanh cannot saturate; a linear
+  sketch begins at that RMS by itself. Half the learning rate and twice the warm-up are our choice, too.
   """
   config.model.channels = 2
-  config.model.latent_norm |= not config.model.linear_sketch
+  config.variants.latent_norm.on |= not config.variants.sketch.cells
   config.train.learning_rate /= 2
   config.train.warmup_steps *= 2
 
@@ -219,16 +234,16 @@ def finish(config, arg=''):
 
 def debug(config):
   """Shrinks every size and keeps every choice."""
-  model, train = config.model, config.train
+  model, train, variants = config.model, config.train, config.variants
   shifts = model.window // model.hop
   model.window, model.hop, model.bins, model.frames = 256, 256 // shifts, 128, 16
   model.widths = tuple(8 * width // model.widths[0] for width in model.widths)
   model.blocks = tuple(1 for _ in model.blocks)
   model.layers, model.head_dim, model.registers, model.cond_dim = 2, model.widths[-1] // 2, 2, 16
-  model.linear_sketch = (32, 4) if model.linear_sketch else ()
+  variants.sketch.cells = (32, 4) if variants.sketch.cells else ()
   model.num_latents, model.latent_dim = min(model.num_latents, 8), min(model.latent_dim, 8)
   train.steps, train.batch_size, train.warmup_steps = 8, 8, 2
   config.scaling.batch = min(config.scaling.batch, train.batch_size)
-  train.envelope_bands = min(train.envelope_bands, 32)
+  variants.envelope.bands = min(variants.envelope.bands, 32)
   train.log_every, train.probe_every, train.checkpoint_every, train.keep_every = 1, 4, 4, 0
   config.evaluate.every, config.evaluate.clips, config.evaluate.seconds = 4, 1, 0.1

@@ -33,14 +33,13 @@ def get_config(arg=''):
   model.registers = 4
   model.latent_dim = 32
   model.remat = 'none'
-  model.latent_norm = True
-  model.shortcut = True
-  model.shortcut_width = 8
+  config.variants.latent_norm.on = True
+  config.variants.shortcut.update(on=True, width=8)
+  config.variants.head_start.share = 0.25
   config.consistency.step_exponent = 2.0
 
   train = config.train
   train.steps = 1000
-  train.head_start = 0.25
   train.batch_size = 4
   train.learning_rate = 1e-3
   train.final_learning_rate = 1e-4

@@ -23,18 +23,17 @@ def get_config(arg=''):
   model.edges = 'none'
   model.transform = 'component'
   model.strides = ((2, 2), (4, 1), (2, 2))
-  model.denoiser_registers = 8
   model.num_latents, model.latent_dim = 128, 4
-  model.bottleneck = 'fsq'
-  model.latents_in_denoiser = True
 
+  config.variants.fsq.on = True
+  config.variants.denoiser.update(latents=True, registers=8)
+  config.variants.variance_renoise.on = True
   config.consistency.step_exponent = 2.0
-  config.consistency.renoise = 'variance'
   # Its decoding: the chunk before at sigma(0.4), two steps a chunk and no refinement; five steps in parallel.
   config.consistency.sigma_cond = 0.9654169263318955
   config.consistency.refine = False
   config.consistency.steps = 2
-  config.consistency.parallel_steps = 5
+  config.variants.staggered.steps = 5
 
   config.train.steps = 2_000_000
   config.data.mix = 0.5

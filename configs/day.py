@@ -18,7 +18,7 @@ from m2l2.configs import base
 def get_config(arg=''):
   config = base.get_config()
   config.model.widths = (48, 96, 192, 384)
-  config.model.latents_in_denoiser = True
+  config.variants.denoiser.latents = True
   config.consistency.step_exponent = 2.0
   config.train.steps = 300_000
   return base.finish(config, arg)

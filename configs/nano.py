@@ -23,13 +23,13 @@ def get_config(arg=''):
   model.registers = 4
   model.cond_dim = 128
   model.remat = 'none'
-  model.latent_norm = True
   base.short_run(config)
+  config.variants.latent_norm.on = True
+  config.variants.head_start.share = 0.5
+  config.variants.envelope.weight = 100.0
 
   train = config.train
   train.steps = 2000
-  train.head_start = 0.5
-  train.envelope_weight = 100.0
   train.batch_size = 2
   train.optimizer = 'adam'
   train.learning_rate = 2e-3

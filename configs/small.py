@@ -26,17 +26,18 @@ def get_config(arg=''):
   model.layers = 3
   model.head_dim = 64
   model.cond_dim = 256
-  model.linear_sketch = (128, 16)
   base.short_run(config)
-  config.consistency.noise = 'signal'
   config.consistency.refine = False
-  config.consistency.easy = 0.3        # the first steps denoise plainly
+
+  variants = config.variants
+  variants.sketch.cells = (128, 16)
+  variants.signal_noise.on = True
+  variants.easy.share = 0.3            # the first steps denoise plainly
+  variants.envelope.update(weight=30.0, bands=128)
+  variants.nested.chance = 0.25
 
   train = config.train
   train.steps = 20_000
-  train.envelope_weight = 30.0
-  train.envelope_bands = 128
-  train.nested = 0.25
   train.optimizer = 'adam'
   train.learning_rate = 5e-4
   train.final_learning_rate = 2e-5

@@ -36,18 +36,19 @@ def get_config(arg=''):
   model.registers = 4
   model.cond_dim = 128
   model.remat = 'none'
-  model.shortcut_width = 16
-  model.linear_sketch = (128, 64)
   base.short_run(config)
-  config.consistency.noise = 'signal'
   config.consistency.refine = False    # two steps did not beat one on the held-out tracks
-  config.consistency.easy = 0.3        # the first steps denoise plainly
+
+  variants = config.variants
+  variants.shortcut.width = 16
+  variants.sketch.cells = (128, 64)    # brings the envelope: no head start
+  variants.signal_noise.on = True
+  variants.easy.share = 0.3            # the first steps denoise plainly
+  variants.envelope.update(weight=30.0, bands=192)
+  variants.nested.chance = 0.25
 
   train = config.train
-  train.steps = 6000                   # full ones, without a head start: the linear sketch brings the envelope
-  train.envelope_weight = 30.0
-  train.envelope_bands = 192
-  train.nested = 0.25
+  train.steps = 6000
   train.batch_size = 2
   train.optimizer = 'adam'
   train.learning_rate = 1e-3

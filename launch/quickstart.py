@@ -51,7 +51,7 @@ def main(workdir):
   began = load(fields['init_from']) if fields['init_from'] else Codec(
       config=trained.config, fingerprint='untrained',
       params=jax.jit(trained.network.init)(jax.random.key(trained.config['seed'])))
-  if all(began.config[part] == trained.config[part] for part in ('model', 'consistency')):
+  if all(began.config[part] == trained.config[part] for part in ('model', 'consistency', 'variants')):
     params, began = began.params, copy.copy(trained)  # nothing is traced and compiled twice
     began.params = params
   rate = trained.native_rates[0]

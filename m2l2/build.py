@@ -10,8 +10,10 @@ import dataclasses
 from absl import logging
 import jax
 
+from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
+from m2l2.model.architecture import Architecture
 from m2l2.model.autoencoder import Network, make_network
 from m2l2.planning import chips
 from m2l2.representation import Representation
@@ -22,9 +24,8 @@ from m2l2.variants.consistency import VariantConsistency
 FEW_STEPS = 10
 # Fields of config.model that belong to neither dataclass.
 _MODEL_EXTRA = ('native_rates',)
-# Fields that snapshots of before may lack, with the value that they were made with.
-_ADDED = {'embeddings': 'summary', 'cross_connections': True, 'shortcut_width': 0, 'linear_sketch': (),
-          'tile': 'auto'}
+# Settings of variants that training alone knows: those of VariantObjective, which inference does not import.
+_OF_TRAINING = ('envelope_weight', 'envelope_bands', 'head_start_share', 'head_start_task', 'nested_chance')
 
 
 def representation(model: Mapping) -> Representation:
@@ -32,14 +33,31 @@ def representation(model: Mapping) -> Representation:
   return _make(Representation, _select(model, Representation), where='model')
 
 
-def network(model: Mapping) -> Network:
-  """config.model -> Network. Raises UserError for unknown or missing fields and for bad values."""
-  known = _names(Representation) | _names(Variant) | set(_MODEL_EXTRA)
+def variants(config: Mapping) -> dict:
+  """config.variants -> settings as the classes of m2l2/variants name them: GROUP for GROUP.on, GROUP_FIELD for others.
+
+  A variant that the config does not name is off. Raises UserError for unknown ones.
+  """
+  known = {*_added(Variant), *_added(VariantConsistency), *_OF_TRAINING}
+  settings = {}
+  for group, fields in config.get('variants', {}).items():
+    for field, value in fields.items():
+      name = group if field == 'on' else f'{group}_{field}'
+      if name not in known:
+        raise UserError(f'variants.{group}.{field} is not a field (configs/base.py lists them)')
+      settings[name] = value
+  return settings
+
+
+def network(config: Mapping) -> Network:
+  """config.model and .variants -> Network. Raises UserError for unknown or missing fields and for bad values."""
+  model, settings = config['model'], variants(config)
+  known = _names(Representation) | _names(Architecture) | set(_MODEL_EXTRA)
   unknown = set(model) - known
   if unknown:
     raise UserError(f'model.{sorted(unknown)[0]} is not a field of the model; it has {", ".join(sorted(known))}')
-  fields = _select({**_ADDED, **model}, Variant)
-  fields |= {'dtype': activation_dtype(fields['dtype']), 'tile': tile_width(fields['tile'])}
+  fields = _select(model, Architecture) | {name: settings[name] for name in _added(Variant) & set(settings)}
+  fields |= {'dtype': activation_dtype(fields['dtype']), 'packing_tile': tile_width(fields.get('packing_tile', 'auto'))}
   arch = _make(Variant, fields, where='model')
   try:
     check_implementation(arch.attention)
@@ -70,7 +88,7 @@ def activation_dtype(asked: str, *, devices=None) -> str:
 
 
 def tile_width(asked) -> int:
-  """config.model.tile -> the width that narrow maps are packed to: of 'auto', a TPU's matrix unit, elsewhere 0."""
+  """variants.packing.tile -> the width that narrow maps are packed to: of 'auto', a TPU's matrix unit, elsewhere 0."""
   if asked != 'auto':
     return int(asked) if str(asked).isdecimal() else asked
   if platform() != 'tpu':
@@ -103,13 +121,15 @@ def _compute_capability(device) -> tuple:
     return (float('inf'),)
 
 
-def consistency(fields: Mapping) -> VariantConsistency:
-  """config.consistency -> VariantConsistency."""
-  unknown = set(fields) - _names(VariantConsistency)
+def consistency(config: Mapping) -> VariantConsistency:
+  """config.consistency and .variants -> VariantConsistency. Raises UserError for unknown fields and bad values."""
+  fields, settings = dict(config['consistency']), variants(config)
+  unknown = set(fields) - _names(Consistency)
   if unknown:
-    known = ', '.join(sorted(_names(VariantConsistency)))
+    known = ', '.join(sorted(_names(Consistency)))
     raise UserError(f'consistency.{sorted(unknown)[0]} is not a field; there are {known}')
-  return _make(VariantConsistency, dict(fields), where='consistency')
+  fields |= {name: settings[name] for name in _added(VariantConsistency) & set(settings)}
+  return _make(VariantConsistency, fields, where='consistency')
 
 
 def native_rates(model: Mapping) -> tuple:
@@ -128,28 +148,22 @@ def step_functions(config, *, ravel=False, data=None):
   from m2l2.training import optim, train_step  # here, so that inference never imports optax
   from m2l2.variants import objective as objectives
 
-  train = config['train']
-  net, noising = network(config['model']), consistency(config['consistency'])
+  train, settings = config['train'], variants(config)
+  net, noising = network(config), consistency(config)
+  objective = _make(objectives.VariantObjective, {
+      'network': net, 'representation': data or representation(config['model']), 'consistency': noising,
+      'steps': train['steps'], **{name: settings[name] for name in _OF_TRAINING if name in settings}}, where='train')
   assert isinstance(net.arch, Variant)
-  if noising.local and not (net.arch.envelope and train['envelope_weight'] > 0):
-    raise UserError('consistency.local needs the envelope that model.envelope=True predicts and '
-                    'train.envelope_weight > 0 trains')
-  if not 0 <= train['head_start'] <= 1:
-    raise UserError(f"train.head_start={train['head_start']} is a fraction of train.steps: 0 to 1")
-  if train['head_start_on'] not in objectives.HEAD_STARTS:
-    raise UserError(f"train.head_start_on={train['head_start_on']!r} is not known: choose from "
-                    f'{", ".join(objectives.HEAD_STARTS)}')
-  if (train['head_start'] and train['head_start_on'] == 'envelope'
-      and not (net.arch.envelope and train['envelope_weight'] > 0)):
-    raise UserError("train.head_start with train.head_start_on='envelope' trains the envelope alone: it needs "
-                    'model.envelope=True and train.envelope_weight above 0')
-  if not 0 <= train['envelope_bands'] <= net.arch.bins:
-    raise UserError(f"train.envelope_bands={train['envelope_bands']} is a number of bands, 0 to model.bins")
-  if not 0 <= train['nested'] <= 1:
-    raise UserError(f"train.nested={train['nested']} is a chance, 0 to 1")
-  if train['nested'] and config['model']['bottleneck'] == 'fsq':
-    raise UserError('train.nested needs continuous latents: a token cannot say that it was left out. Set it to 0, or '
-                    "model.bottleneck='tanh'")
+  has_envelope = net.arch.envelope and objective.envelope_weight > 0
+  if noising.local_scale and not has_envelope:
+    raise UserError('variants.local_scale needs the envelope that variants.envelope.on=True predicts and '
+                    'variants.envelope.weight > 0 trains')
+  if objective.head_start_share and objective.head_start_task == 'envelope' and not has_envelope:
+    raise UserError("variants.head_start.task='envelope' trains the envelope alone: it needs "
+                    'variants.envelope.on=True and variants.envelope.weight above 0')
+  if objective.nested_chance and net.arch.fsq:
+    raise UserError('variants.nested needs continuous latents: a token cannot say that it was left out. Set its chance '
+                    'to 0, or variants.fsq.on=False')
   for level, width, numbers in net.arch.cramped:
     logging.log_first_n(logging.WARNING, 'model.widths[%d] is %d, and a patch of that level holds %d numbers of the '
                         'noisy sound: partials will break off', 1, level, width, numbers)
@@ -157,10 +171,6 @@ def step_functions(config, *, ravel=False, data=None):
       name=train['optimizer'], learning_rate=train['learning_rate'], warmup_steps=train['warmup_steps'],
       total_steps=train['steps'], final_learning_rate=train['final_learning_rate'], b1=train['b1'], b2=train['b2'],
       clip_norm=train['clip_norm'])
-  objective = objectives.VariantObjective(
-      network=net, representation=data or representation(config['model']), consistency=noising, steps=train['steps'],
-      head_start=int(train['head_start'] * train['steps']), head_start_on=train['head_start_on'],
-      envelope_weight=train['envelope_weight'], envelope_bands=train['envelope_bands'], nested=train['nested'])
   return train_step.make_step_functions(
       objective, optimizer=optimizer, schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'],
       accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel,
@@ -169,6 +179,11 @@ def step_functions(config, *, ravel=False, data=None):
 
 def _names(cls) -> set:
   return {field.name for field in dataclasses.fields(cls)}
+
+
+def _added(cls) -> set:
+  """What a variant's class has beside the fields of the paper's."""
+  return _names(cls) - _names(cls.__base__)
 
 
 def _select(fields: Mapping, cls) -> dict:
@@ -182,7 +197,8 @@ def _make(cls, fields: dict, *, where: str):
   try:
     return cls(**{name: _tuples(value) for name, value in fields.items()})
   except (TypeError, ValueError) as error:
-    raise UserError(f'config.{where}: {error}') from error
+    place = '' if str(error).startswith('variants.') else f'config.{where}: '
+    raise UserError(f'{place}{error}') from error
 
 
 def _tuples(value):

@@ -133,7 +133,8 @@ def test_bad_flags_say_what_is_allowed(capsys, argv):
 @pytest.fixture
 def small_codicodec(tmp_path):
   config = codicodec.get_config('debug')
-  return config_file(tmp_path, config, registers=config.model.denoiser_registers)  # the package has one number for both
+  # The package has one number for both.
+  return config_file(tmp_path, config, registers=config.variants.denoiser.registers)
 
 
 @pytest.mark.torch

@@ -44,10 +44,12 @@ def test_it_fits_the_box():
 
 def test_its_recipe_is_the_shipped_config(codec):
   expected = tiny.get_config().to_dict()
-  for part in ('model', 'consistency', 'train'):
+  assert codec.config['variants']['head_start'] == {'share': 0.}  # its task is newer
+  assert codec.config['variants']['sketch'] == {'cells': [128, 64]}
+  for part in ('model', 'consistency', 'variants', 'train'):
     ours, theirs = ({key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
                     for fields in (codec.config[part], expected[part]))
-    left_out = ('strides', 'init_from', 'head_start_on', 'reduction', 'compiler_options')  # the last are newer
+    left_out = ('strides', 'sketch', 'head_start', 'init_from', 'reduction', 'compiler_options')  # the last are newer
     assert {k: v for k, v in ours.items() if k not in left_out} == {
         k: v for k, v in theirs.items() if k not in left_out}
 

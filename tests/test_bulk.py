@@ -45,7 +45,7 @@ def models(tmp_path_factory):
   root = tmp_path_factory.mktemp('models')
   make_snapshot(root / 'mono')
   make_snapshot(root / 'stereo', 'debug,stereo')
-  make_snapshot(root / 'fsq', bottleneck='fsq', latent_dim=4)
+  make_snapshot(root / 'fsq', variants={'fsq.on': True}, latent_dim=4)
   return root
 
 

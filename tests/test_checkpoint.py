@@ -45,6 +45,15 @@ def test_empty_directory_restores_nothing(tmp_path):
   manager.close()
 
 
+def test_a_run_of_before_the_fields_were_renamed_is_gone_on_with(tmp_path):
+  manager = _open(tmp_path)
+  manager.save(1, _state(1), position={}, config={'model': {'width': 4, 'envelope': True}, 'train': {'nested': .5}})
+  now = {'model': {'width': 4}, 'train': {}, 'variants': {'envelope': {'on': True}, 'nested': {'chance': .5}}}
+  got = manager.restore(_abstract(_state(0)), config=now)
+  manager.close()
+  assert got.config == now and checkpoint.config_differences(got.config, now) == []
+
+
 def test_state_position_and_config_come_back_together(tmp_path):
   _write(tmp_path, [3, 7])
   manager = _open(tmp_path)

@@ -30,24 +30,25 @@ from m2l2.errors import UserError
 from m2l2.variants import envelope
 
 CODICODEC_LIKE = dict(
-    bottleneck='fsq', latent_dim=4, transform='component', edges='none', latents_in_denoiser=True,
-    consistency=dict(renoise='variance', local=False, skip='edm'))
+    latent_dim=4, transform='component', edges='none',
+    variants={'fsq.on': True, 'denoiser.latents': True, 'variance_renoise.on': True, 'local_scale.on': False,
+              'flow_skip.on': False})
 
 
 ONE_LEVEL = dict(widths=(16,), blocks=(1,), strides=(), layers=1, head_dim=8)
 
 
-def make_config(words='debug', *, consistency=(), **changes):
-  """The resolved config of tiny, in one level, as plain JSON types, with fields of both parts changed."""
-  config = importlib.import_module('m2l2.configs.nano').get_config(words).to_dict()
-  config['model'].update(ONE_LEVEL | changes)
-  config['consistency'].update(consistency)
-  return json.loads(json.dumps(config))
+def make_config(words='debug', *, variants=(), **changes):
+  """The resolved config of nano, in one level, as plain JSON types, with fields of its model and variants changed."""
+  config = importlib.import_module('m2l2.configs.nano').get_config(words)
+  config.model.update(ONE_LEVEL | changes)
+  config.variants.update_from_flattened_dict(dict(variants))
+  return json.loads(json.dumps(config.to_dict()))
 
 
 def make_params(config, *, seed=0):
   """Random weights by numpy: kernels scaled to their inputs, gains near 1, nothing zero."""
-  net = build.network(config['model'])
+  net = build.network(config)
   rng = np.random.default_rng(seed)
 
   def draw(abstract, name):
@@ -278,7 +279,7 @@ def test_the_seed_decides(mono):
 
 
 def test_any_prefix_of_nested_embeddings_decodes(mono):
-  config = {**mono.config, 'train': {**mono.config['train'], 'nested': .5}}
+  config = {**mono.config, 'variants': {**mono.config['variants'], 'nested': {'chance': .5}}}
   nested = Codec(config=config, params=mono.params, fingerprint=mono.fingerprint)
   latents = latents_for(mono, chunks=2)
   short = nested.first(latents, 3)
@@ -363,8 +364,8 @@ def plain_decoder(codec):
   def call(params, x, sigmas, z):
     """One network call: x [B, S, F, T, C], sigmas [S], z [B, S, K, d]."""
     features = net.decode(params, z)
-    data = (envelope.deviation(features['log_magnitude'], floor=consistency.local_floor)
-            if consistency.local else None)
+    data = (envelope.deviation(features['log_magnitude'], floor=consistency.local_scale_floor)
+            if consistency.local_scale else None)
     return consistency.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, features), x,
         jnp.broadcast_to(sigmas[None], x.shape[:2]), sigma_data=data)
@@ -379,7 +380,7 @@ def plain_decoder(codec):
     streams, chunks = z.shape[:2]
     eps = np.broadcast_to(noise, (streams, *noise.shape))
     level = np.float32(sigma_cond)
-    if consistency.renoise == 'variance':
+    if consistency.variance_renoise:
       level = np.float32((sigma_cond ** 2 - consistency.sigma_min ** 2) ** 0.5)
     first = [denoise([np.float32(80) * eps[:, 0, FIRST]], [80.0], z[:, :1])[:, 0]]
     done = []
@@ -792,7 +793,7 @@ def test_tokens_of_a_model_without_are_refused(mono):
 
 
 def test_tokens_too_wide_for_int32_are_refused():
-  config = make_config(bottleneck='fsq', latent_dim=10)
+  config = make_config(variants={'fsq.on': True}, latent_dim=10)
   codec = Codec(config=config, params=make_params(config), fingerprint='wide')
   with pytest.raises(UserError, match='no tokens'):
     codec.encode(music(100), 44100, discrete=True)

@@ -22,10 +22,15 @@ import pytest
 from m2l2 import build
 import m2l2.configs
 from m2l2.configs import base, nano
+from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.model.architecture import Architecture
 from m2l2.training import timing
+from m2l2.training.train_step import Objective
+from m2l2.variants.autoencoder import Variant
 from m2l2.variants.consistency import VariantConsistency
+from m2l2.variants.objective import VariantObjective
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # Each costs seconds of tracing. The sizes of pods differ from `base` in sizes alone, and `mono` in nothing.
@@ -146,14 +151,15 @@ def test_config_survives_json(name):
   config = _config(name)
   plain = _plain(config)
   assert build.representation(plain['model']) == build.representation(config.model)
-  assert build.consistency(plain['consistency']) == build.consistency(config.consistency)
+  assert build.consistency(plain) == build.consistency(config)
+  assert build.variants(plain).keys() == build.variants(config).keys()
   assert build.native_rates(plain['model']) == build.native_rates(config.model)
   assert json.loads(json.dumps(plain)) == plain
 
 
 @pytest.mark.parametrize('name', ['stereo', 'tiny'])
 def test_architecture_survives_json(name):
-  arch = build.network(_config(name).model).arch
+  arch = build.network(_config(name)).arch
   assert arch == _functions(name)[0].network.arch  # that one was built from JSON
   hash(arch)  # static arguments are hashed: lists have become tuples
 
@@ -183,7 +189,7 @@ def test_the_parameter_count_in_words_is_right(name):
 def test_the_cost_in_words_is_right(name):
   text, config = importlib.import_module(f'm2l2.configs.{name}').__doc__, _config(name)
   stated, unit, pairs = re.search(r'([\d.]+) ([TG])FLOP a\s+step\s+of\s+(\d+)\s+pairs', text).groups()
-  flops, head = timing.model_flops(config), int(config.train.head_start * config.train.steps)
+  flops, head = timing.model_flops(config), int(config.variants.head_start.share * config.train.steps)
   assert int(pairs) == config.train.batch_size
   decimals = len(stated.partition('.')[2])
   assert f'{(flops(head + 1) - flops(head)) / {"T": 1e12, "G": 1e9}[unit]:.{decimals}f}' == stated
@@ -191,10 +197,18 @@ def test_the_cost_in_words_is_right(name):
 
 def test_every_field_of_the_classes_is_in_base():
   config = base.get_config()
-  arch = type(_functions('base')[0].network.arch)
-  names = {field.name for cls in (arch, build.Representation) for field in dataclasses.fields(cls)}
+  names = {field.name for cls in (Architecture, build.Representation) for field in dataclasses.fields(cls)}
   assert set(config.model) == names | {'native_rates'}
-  assert dict(config.consistency) == dataclasses.asdict(VariantConsistency())
+  assert dict(config.consistency) == dataclasses.asdict(Consistency())
+
+
+def test_every_variant_is_off_in_base_and_is_what_its_class_leaves_it_at():
+  expected = {field.name: field.default
+              for variant, paper in ((Variant, Architecture), (VariantConsistency, Consistency),
+                                     (VariantObjective, Objective))
+              for field in dataclasses.fields(variant) if field.name not in paper.__dataclass_fields__}
+  assert build.variants(base.get_config()) == {**expected, 'packing_tile': 'auto'}
+  assert not any(fields.get('on') for fields in base.get_config().variants.values())
 
 
 # --- words after the colon ---
@@ -203,14 +217,14 @@ def test_every_field_of_the_classes_is_in_base():
 @pytest.mark.parametrize('name', EACH)
 def test_debug_shrinks_sizes_and_keeps_choices(name):
   small, full = _config(name, 'debug'), _config(name)
-  network = build.network(small.model)
+  network = build.network(small)
   count = sum(x.size for x in jax.tree.leaves(network.shapes))
   assert count < 1_000_000
   assert build.representation(small.model).crop_samples(2) < 5000
   assert small.train.log_every == 1 and small.train.steps <= 10
-  for field in ('channels', 'transform', 'edges', 'stem', 'strides', 'bottleneck', 'shortcut',
-                'envelope', 'magnitude_input', 'feature_norm', 'remat', 'dtype'):
+  for field in ('channels', 'transform', 'edges', 'stem', 'strides', 'remat', 'dtype'):
     assert small.model[field] == full.model[field]
+  assert all(fields.get('on') == full.variants[name].get('on') for name, fields in small.variants.items())
   assert len(small.model.widths) == len(full.model.widths)
   assert small.consistency.to_dict() == full.consistency.to_dict()
 
@@ -227,7 +241,7 @@ def test_stereo_means_the_same_as_a_word_and_as_a_config():
   assert _config('base', 'stereo').to_dict() == _config('stereo').to_dict()
   assert _config('stereo', 'stereo').to_dict() == _config('stereo').to_dict()
   assert _config('nano', 'stereo').train.learning_rate == .5 * _config('nano').train.learning_rate
-  assert _config('tiny', 'stereo').model.latent_norm is False and _config('nano', 'stereo').model.latent_norm is True
+  assert not _config('tiny', 'stereo').variants.latent_norm.on and _config('nano', 'stereo').variants.latent_norm.on
 
 
 @pytest.mark.parametrize('name', EACH)
@@ -248,8 +262,9 @@ def test_a_misspelt_field_in_a_config_file_is_an_error():
     config.train.steps = 'many'
 
 
-def _model(**fields):
-  return {**_plain(base.get_config('debug'))['model'], **fields}
+def _changed(group='model', **fields):
+  config = _plain(base.get_config('debug'))
+  return {**config, group: {**config[group], **fields}}
 
 
 def _one_line(error, word):
@@ -258,17 +273,20 @@ def _one_line(error, word):
 
 def test_unknown_and_missing_fields_are_one_clear_line():
   with pytest.raises(UserError, match='^model.widht is not a field') as error:
-    build.network(_model(widht=3))
+    build.network(_changed(widht=3))
   _one_line(error, 'widths')
   with pytest.raises(UserError, match='^consistency.sigma is not a field') as error:
-    build.consistency({'sigma': 3})
+    build.consistency(_changed('consistency', sigma=3))
   _one_line(error, 'sigma_max')
-  for make, field in ((build.network, 'widths'), (build.representation, 'hop'),
-                      (build.native_rates, 'native_rates')):
-    model = _model()
-    del model[field]
+  for make in (build.network, build.consistency, build.step_functions):
+    with pytest.raises(UserError, match='^variants.envelope.of is not a field'):
+      make(_changed('variants', envelope={'of': True}))
+  for make, field in ((build.network, 'widths'), (lambda config: build.representation(config['model']), 'hop'),
+                      (lambda config: build.native_rates(config['model']), 'native_rates')):
+    config = _changed()
+    del config['model'][field]
     with pytest.raises(UserError) as error:
-      make(model)
+      make(config)
     _one_line(error, f'model.{field}')
 
 
@@ -277,7 +295,7 @@ def test_unknown_and_missing_fields_are_one_clear_line():
   ('frames', 0), ('transform', 'log'), ('edges', 'mirror')])
 def test_bad_representation(field, value):
   with pytest.raises(UserError) as error:
-    build.representation(_model(**{field: value}))
+    build.representation(_changed(**{field: value})['model'])
   _one_line(error, 'config.model: ')
 
 
@@ -285,50 +303,59 @@ def test_bad_representation(field, value):
   ('frames', 17), ('strides', [[4, 2]]), ('strides', [[2, 2], [4, 0], [2, 2]]),
   ('widths', [8, 12, 24, 48]), ('widths', [8, 16]), ('widths', [11, 22, 44, 88]),
   ('widths', 'wide'), ('head_dim', 3), ('layers', 0), ('num_latents', 0), ('cond_dim', 15),
-  ('registers', -1), ('remat', 'some'), ('bottleneck', 'vae'), ('attention', 'magic'),
+  ('registers', -1), ('remat', 'some'), ('attention', 'magic'),
   ('dtype', 'float8'), ('dtype', 'int')])
 def test_bad_architecture(field, value):
   with pytest.raises(UserError) as error:
-    build.network(_model(**{field: value}))
+    build.network(_changed(**{field: value}))
   _one_line(error, 'config.model: ')
 
 
-@pytest.mark.parametrize('field, value', [('fsq_levels', 10), ('fsq_dropout', 1.5)])
+@pytest.mark.parametrize('field, value', [('levels', 10), ('dropout', 1.5)])
 def test_bad_quantiser(field, value):
   with pytest.raises(UserError) as error:
-    build.network(_model(bottleneck='fsq', **{field: value}))
+    build.network(_changed('variants', fsq={'on': True, field: value}))
   _one_line(error, field)
 
 
 @pytest.mark.parametrize('field, value', [
-  ('sampling', 'sobol'), ('skip', 'none'), ('renoise', 'no'), ('sigma_min', 0.),
-  ('sigma_max', 1e-4), ('p_std', 0.), ('easy', 2.), ('sigma_cond', 1000.),
-  ('rho', 'seven')])
+  ('sigma_min', 0.), ('sigma_max', 1e-4), ('p_std', 0.), ('sigma_cond', 1000.), ('rho', 'seven')])
 def test_bad_consistency(field, value):
-  fields = {**_plain(base.get_config())['consistency'], field: value}
   with pytest.raises(UserError) as error:
-    build.consistency(fields)
+    build.consistency(_changed('consistency', **{field: value}))
   _one_line(error, 'config.consistency: ')
+
+
+@pytest.mark.parametrize('group, field, value', [
+  ('easy', 'share', 2.), ('local_scale', 'floor', 0.), ('staggered', 'steps', 0), ('head_start', 'share', 1.5),
+  ('head_start', 'task', 'play'), ('nested', 'chance', -1.), ('envelope', 'bands', 1000)])
+def test_bad_variants(group, field, value):
+  with pytest.raises(UserError, match=rf'^variants\.{group}\.{field} is ') as error:
+    build.step_functions(_changed('variants', **{group: {field: value}}))
+  _one_line(error, str(value))
 
 
 def test_local_preconditioning_needs_the_envelope():
   config = nano.get_config('debug')
-  config.model.envelope = False
-  with pytest.raises(UserError, match='consistency.local needs the envelope') as error:
+  config.variants.envelope.on = False
+  with pytest.raises(UserError, match='variants.local_scale needs the envelope') as error:
     build.step_functions(config)
-  _one_line(error, 'model.envelope')
+  _one_line(error, 'variants.envelope.on')
 
 
-@pytest.mark.parametrize('section, field, value', [
-  ('model', 'envelope', False), ('train', 'envelope_weight', 0.)])
-def test_a_head_start_needs_the_envelope(section, field, value):
+@pytest.mark.parametrize('field, value', [('on', False), ('weight', 0.)])
+def test_a_head_start_needs_the_envelope(field, value):
   config = base.get_config('debug')
-  config.model.envelope, config.train.envelope_weight, config.train.head_start = True, 1., .5
-  config.train.head_start_on = 'envelope'
-  config[section][field] = value
-  with pytest.raises(UserError, match='^train.head_start ') as error:
+  config.variants.update(envelope={'on': True, 'weight': 1.}, head_start={'share': .5, 'task': 'envelope'})
+  config.variants.envelope[field] = value
+  with pytest.raises(UserError, match='^variants.head_start.task=') as error:
     build.step_functions(config)
-  _one_line(error, field)
+  _one_line(error, f'envelope.{field}')
+
+
+def test_prefixes_of_tokens_are_refused():
+  with pytest.raises(UserError, match='^variants.nested needs continuous latents'):
+    build.step_functions(_changed('variants', nested={'chance': .5}, fsq={'on': True}))
 
 
 def test_bad_training_fields_are_one_clear_line():
@@ -374,6 +401,6 @@ def test_activations_are_bfloat16_where_it_is_fast(monkeypatch, platform, capabi
 
 
 def test_a_network_is_built_for_the_platform_it_is_compiled_for():
-  assert build.network(_model(dtype='auto')).arch.dtype == 'float32'
+  assert build.network(_changed(dtype='auto')).arch.dtype == 'float32'
   with compiling_for('tpu'):
-    assert build.network(_model(dtype='auto')).arch.dtype == 'bfloat16'
+    assert build.network(_changed(dtype='auto')).arch.dtype == 'bfloat16'

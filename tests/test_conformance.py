@@ -36,8 +36,8 @@ def hold(outputs):
 
 
 def test_latents_of_one_seed():
-  model = port.make_config()['model']
-  network = build.network(model)
+  config = port.make_config()
+  network = build.network(config)
   state = {name: kit.weight(name, tensor.shape, 0) if tensor.path[:1] in ((), ('encoder',)) else
            np.zeros(tensor.shape, np.float32) for name, tensor in interop.state_dict_table(network.arch).items()}
   params = interop.convert_weights(state, network.arch)
@@ -47,7 +47,7 @@ def test_latents_of_one_seed():
     others = jax.tree.map(lambda x: jnp.zeros(x.shape), params)
     return network.arch.make_bottleneck()(network.encode({**others, 'encoder': encoder}, spec))
 
-  spec = port.representation(types.SimpleNamespace(representation=build.representation(model)), kit.audio(0))
+  spec = port.representation(types.SimpleNamespace(representation=build.representation(config['model'])), kit.audio(0))
   hold({'0/latents': np.asarray(encode(params['encoder'], spec[None])[0])})
 
 

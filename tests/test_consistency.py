@@ -48,7 +48,7 @@ def test_official_sampling_has_the_official_quantiles():
 
 
 def test_lognormal_sampling_is_one():
-  log_sigma = _log_sigma(VariantConsistency(sampling='lognormal'))
+  log_sigma = _log_sigma(VariantConsistency(lognormal=True))
   np.testing.assert_allclose([log_sigma.mean(), log_sigma.std()], [-1.1, 2], atol=.02)
   np.testing.assert_allclose(np.exp(np.median(log_sigma)), .333, rtol=.02)
 
@@ -79,7 +79,7 @@ def test_step_schedule(exponent, steps):
 
 
 def test_easy_training_begins_with_plain_denoising():
-  easy = VariantConsistency(easy=.5)
+  easy = VariantConsistency(easy_share=.5)
   _, low = _levels(easy, progress=0.)
   np.testing.assert_array_equal(low, np.float32(.002))  # the teacher's answer is the data itself
   steps = [easy.step(progress) for progress in np.linspace(0, 1, 21)]
@@ -96,11 +96,11 @@ def test_scalings_of_the_paper(sigma, expected):
   np.testing.assert_allclose(PAPER.scalings(jnp.float32(sigma)), expected, rtol=2e-3)
 
 
-SETTINGS = [dict(skip=skip, **data) for skip in ('edm', 'flow') for data in ({}, {'local': True})]
+SETTINGS = [dict(flow_skip=flow, local_scale=local) for flow in (False, True) for local in (False, True)]
 
 
 def _sigma_data(settings, shape):
-  if settings.get('local'):
+  if settings['local_scale']:
     return jnp.asarray(np.random.uniform(.02, 3, shape), jnp.float32)
   return None
 
@@ -129,7 +129,7 @@ def test_preconditioned_input_and_target_have_unit_size(settings):
 
 @pytest.mark.parametrize('data', [.5, .07, 2.])
 def test_flow_skip_is_exact_for_gaussian_data(data):
-  consistency = VariantConsistency(skip='flow', local=True)
+  consistency = VariantConsistency(flow_skip=True, local_scale=True)
   sigma = jnp.geomspace(.002, 80, 7)[:, None]
   start = jnp.asarray(np.random.normal(size=16), jnp.float32)
   # The probability flow of N(0, data^2) + noise: each point moves with the spread of the whole.
@@ -199,14 +199,14 @@ class _Recorder:
     return x / 2
 
 
-@pytest.mark.parametrize('renoise', ['add', 'variance'])
-def test_multi_step_sampling(renoise):
-  consistency, denoise = VariantConsistency(renoise=renoise), _Recorder()
+@pytest.mark.parametrize('variance', [False, True])
+def test_multi_step_sampling(variance):
+  consistency, denoise = VariantConsistency(variance_renoise=variance), _Recorder()
   noises = [jnp.asarray(np.random.normal(size=(3, 2, 4)), jnp.float32) for _ in range(2)]
   out = consistency.sample(denoise, noises, (80., 2.5))
   (first, sigma0), (second, sigma1) = denoise.calls
   np.testing.assert_allclose(first, 80 * noises[0])
-  spread = 2.5 if renoise == 'add' else np.sqrt(2.5**2 - .002**2)
+  spread = np.sqrt(2.5**2 - .002**2) if variance else 2.5
   np.testing.assert_allclose(second, first / 2 + spread * noises[1], rtol=1e-6)
   np.testing.assert_array_equal(sigma0, np.full((3, 2), 80))
   np.testing.assert_array_equal(sigma1, np.full((3, 2), 2.5))
@@ -217,21 +217,21 @@ def test_multi_step_sampling(renoise):
 
 def test_re_noising_rules_differ_near_sigma_min():
   x, noise = jnp.zeros(3), jnp.ones(3)
-  add, variance = (VariantConsistency(renoise=rule).add_noise for rule in ('add', 'variance'))
+  add, variance = (VariantConsistency(variance_renoise=on).add_noise for on in (False, True))
   np.testing.assert_allclose(add(x, noise, .0025), .0025)
   np.testing.assert_allclose(variance(x, noise, .0025), .0015, rtol=1e-6)
   np.testing.assert_array_equal(variance(x, noise, .002), 0)
 
 
-@pytest.mark.parametrize('renoise', ['add', 'variance'])
-def test_a_step_of_two_step_decoding(renoise):
-  consistency, denoise = VariantConsistency(renoise=renoise), _Recorder()
+@pytest.mark.parametrize('variance', [False, True])
+def test_a_step_of_two_step_decoding(variance):
+  consistency, denoise = VariantConsistency(variance_renoise=variance), _Recorder()
   previous, left, right = (jnp.asarray(np.random.normal(size=(3, 8, 4, 2)), jnp.float32)
                            for _ in range(3))
   refined, current = consistency.sample_pair(
     denoise, previous, left_noise=left, right_noises=[right], sigma_cond=.5, sigmas=(80.,))
   (x, sigma), = denoise.calls
-  spread = .5 if renoise == 'add' else np.sqrt(.5**2 - .002**2)
+  spread = np.sqrt(.5**2 - .002**2) if variance else .5
   np.testing.assert_allclose(x[:, 0], previous + spread * left, rtol=1e-6)
   np.testing.assert_allclose(x[:, 1], 80 * right, rtol=1e-6)
   np.testing.assert_array_equal(sigma, np.tile(np.float32([.5, 80]), (3, 1)))
@@ -242,7 +242,7 @@ def test_a_step_of_two_step_decoding(renoise):
 
 def test_further_steps_keep_the_left_and_renoise_the_right():
   """CoDiCodec's autoregressive decoding: the noisy neighbour is the same in every step."""
-  consistency, denoise = VariantConsistency(renoise='variance'), _Recorder()
+  consistency, denoise = VariantConsistency(variance_renoise=True), _Recorder()
   previous, left, first, second = (jnp.asarray(np.random.normal(size=(2, 4)), jnp.float32)
                                    for _ in range(4))
   _, current = consistency.sample_pair(
@@ -282,7 +282,7 @@ def _pairs(chunks, step):
 @pytest.mark.parametrize('chunks', [1, 2, 3, 6, 11])
 @pytest.mark.parametrize('steps', [1, 2, 3, 4])
 def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
-  consistency, lag = VariantConsistency(renoise='variance'), steps - 1
+  consistency, lag = VariantConsistency(variance_renoise=True), steps - 1
   noise, features = np.float32(np.random.normal(size=(steps, 2, chunks, 3))), np.float32(
     np.random.normal(size=(2, chunks, 3)))
   sigmas = consistency.schedule(steps)
@@ -317,11 +317,10 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
 
 
 @pytest.mark.parametrize('fields', [
-  dict(sampling='grid'), dict(skip='vp'), dict(renoise='none'), dict(sigma_min=0.),
-  dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
-  dict(easy=1.5), dict(easy=-.1), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
-  dict(parallel_steps=0)])
+  dict(sigma_min=0.), dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
+  dict(easy_share=1.5), dict(easy_share=-.1), dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0),
+  dict(staggered_steps=0), dict(local_scale_floor=0.)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:
     VariantConsistency(**fields)
-  assert '\n' not in str(error.value) and next(iter(fields)) in str(error.value)
+  assert '\n' not in str(error.value) and [*fields][-1].rpartition('_')[2] in str(error.value)

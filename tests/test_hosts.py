@@ -280,7 +280,7 @@ def test_no_cluster_and_no_flags_is_one_line(tmp_path):
 
 STEPS = 22
 FIELDS = {
-  'train.steps': STEPS, 'train.head_start': 0, 'train.batch_size': 8, 'mesh.preset': 'fsdp', 'mesh.fsdp': 2}
+  'train.steps': STEPS, 'variants.head_start.share': 0, 'train.batch_size': 8, 'mesh.preset': 'fsdp', 'mesh.fsdp': 2}
 ONE_MESH = 4  # devices: data 2 x fsdp 2, however many processes have them
 
 # What each step was fed, exactly: every bit of the global batch, weighed by its place in it.

@@ -30,7 +30,7 @@ get_config = recipe.get_config  # whatever a test puts in its place
 
 @functools.cache
 def make_arch(words=''):
-  return build.network(json.loads(json.dumps(get_config(words).to_dict()))['model']).arch
+  return build.network(json.loads(json.dumps(get_config(words).to_dict()))).arch
 
 
 def make_state(seed=0):
@@ -77,8 +77,7 @@ def test_every_parameter_is_filled_by_every_tensor():
       place += state[name].size
   assert place < 2 ** 24  # exact in float32
   params = interop.convert_weights(state, arch)
-  expected = jax.eval_shape(build.network(
-      json.loads(json.dumps(get_config('debug').to_dict()))['model']).init, jax.random.key(0))
+  expected = jax.eval_shape(build.network(get_config('debug')).init, jax.random.key(0))
   assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, expected)
   numbers = np.sort(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)]))
   np.testing.assert_array_equal(numbers, np.arange(place))
@@ -109,9 +108,9 @@ def test_import_of_a_safetensors_file(debug_size, tmp_path, capsys):
   assert status == 0 and said.err == ''
   snapshot = load_snapshot(target)
   assert f'fingerprint {snapshot.fingerprint}' in said.out and '14 tensors' in said.out
-  assert 'NC' in snapshot.extra['licence'] and snapshot.config['model']['bottleneck'] == 'fsq'
+  assert 'NC' in snapshot.extra['licence'] and snapshot.config['variants']['fsq']['on']
   codec = Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint)
-  assert codec.consistency.renoise == 'variance' and not codec.consistency.refine
+  assert codec.consistency.variance_renoise and not codec.consistency.refine
   np.testing.assert_array_equal(snapshot.params['encoder']['gain'], make_state()['gain_encoder'].ravel())
   status, said = run(source, target, '--quiet', capsys=capsys)  # replaces it
   assert (status, said.out, said.err) == (0, '', '')

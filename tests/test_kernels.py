@@ -152,7 +152,7 @@ def test_the_wrong_platform_is_refused_with_what_works(impl, needs):
   config = base.get_config('debug')
   config.model.attention = impl
   with pytest.raises(UserError, match=f'config.model: .*needs a {needs}'):
-    build.network(config.model)
+    build.network(config)
 
 
 def test_cudnn_takes_half_precision_only():

@@ -37,9 +37,10 @@ def test_what_does_not_learn_fails(tmp_path, capsys, monkeypatch):
 
 
 def test_fields_are_changed_and_unknown_ones_refused():
-  config = ladder.override(ladder.clip_config(False), ['train.head_start=0.5', 'consistency.skip=flow'])
-  assert config.train.head_start == 0.5 and config.consistency.skip == 'flow'
-  for change in ('train.stepz=3', 'steps=3', 'train.steps=many'):
+  config = ladder.override(ladder.clip_config(False), [
+      'variants.head_start.share=0.5', 'variants.head_start.task=magnitudes'])
+  assert config.variants.head_start.to_dict() == {'share': 0.5, 'task': 'magnitudes'}
+  for change in ('train.stepz=3', 'steps=3', 'train.steps=many', 'train.head_start=.5'):
     with pytest.raises(UserError, match=change):
       ladder.override(ladder.clip_config(False), [change])
 
@@ -49,8 +50,8 @@ def test_every_rung_is_a_network_and_a_recipe():
     for quick in (False, True):
       config = make_config(quick)
       assert build.step_functions(config).phases[-2:][0][1] == (
-          int(config.train.head_start * config.train.steps) or config.train.steps)
-  assert not build.network(ladder.corpus_config(False).model).arch.cramped
+          int(config.variants.head_start.share * config.train.steps) or config.train.steps)
+  assert not build.network(ladder.corpus_config(False)).arch.cramped
 
 
 def test_the_known_answers_of_the_gaussian_rung():

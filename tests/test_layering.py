@@ -25,7 +25,8 @@ FLOORS = {
                    'm2l2.consistency', 'm2l2.sharding'),
     'm2l2.compiling': ('jax', 'm2l2.no_collection'),
     'm2l2.errors': (),
-    'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2.errors', 'm2l2.files'),
+    'm2l2.codec.snapshot': ('numpy', 'safetensors', 'm2l2.codec.renamed', 'm2l2.errors', 'm2l2.files'),
+    'm2l2.codec.renamed': (),
 }
 
 # These may not import what is named.

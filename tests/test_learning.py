@@ -197,7 +197,7 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   listed = [f'--music={music}', f'--excerpts={music}/list.txt', '--seconds=4.3']
   run = [*listed, f'--table={tmp_path}/table', '--config=nano.py:debug', f'--config.data.root={music}',
          '--config.train.steps=2', '--config.train.batch_size=8', '--config.train.probe_every=0',
-         '--config.model.layers=1', '--config.model.native_rates=(22050,)', '--config.train.nested=0.5',
+         '--config.model.layers=1', '--config.model.native_rates=(22050,)', '--config.variants.nested.chance=0.5',
          '--config.model.num_latents=2']
   learn.run(['--name=one', *run])
   lines = [json.loads(line) for line in (tmp_path / 'table' / 'trials.jsonl').read_text().splitlines()]

@@ -1,6 +1,8 @@
 """The train command on good and bad command lines: one clear line and exit code 1."""
 
+import functools
 import logging
+import operator
 import os
 import sys
 
@@ -86,6 +88,8 @@ def test_help_shows_an_example(capsys):
   ([NANO, '--config.train.stepz=1', '--workdir=w'], "has no field 'stepz'; the nearest is train.steps "),
   ([NANO, '--config.train.steps=None', '--workdir=w'], 'steps=None'),
   ([NANO, '--config.nope.steps=1', '--workdir=w'], "has no field 'nope'"),
+  ([NANO, '--config.model.envelope=True', '--workdir=w'],
+   '--config.model.envelope: model.envelope is now variants.envelope.on (configs/base.py lists all fields)'),
   ([NANO, '--config.train.steps=many', '--workdir=w'], 'many'),
   ([NANO, '--nope=1', '--workdir=w'], 'nope'),
   ([NANO, 'nope', '--workdir=w'], "'nope'"),
@@ -189,7 +193,9 @@ def get_config(arg=None):
   ('import sys; sys.exit(3)', 'line 4: 3'),
   ('1 / 0', 'line 4: division by zero'),
   ('return', 'returned NoneType'),
-  ('config.model.tile = (', 'line 4: '),
+  ('config.model.bins = (', 'line 4: '),
+  ('config.model.envelope = True', 'line 4: model.envelope is now variants.envelope.on '),
+  ('config.consistency.update(skip="flow")', 'line 4: consistency.skip is now variants.flow_skip.on (True for flow) '),
 ])
 def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(line, says, tmp_path):
   (tmp_path / 'own.py').write_text(OWN.replace('LINE', line))
@@ -200,14 +206,15 @@ def test_what_is_wrong_in_a_config_file_is_one_line_with_its_place(line, says, t
 
 
 @pytest.mark.parametrize('name, value', [
-  ('model.tile', 0), ('model.tile', 'auto'), ('train.clip_norm', None), ('train.clip_norm', 2), ('train.clip_norm', .5),
+  ('variants.packing.tile', 0), ('variants.packing.tile', 'auto'),
+  ('train.clip_norm', None), ('train.clip_norm', 2), ('train.clip_norm', .5),
   ('train.learning_rate', 1), ('model.widths', [8, 16])])
 def test_fields_take_the_types_one_expects_in_a_file_and_in_a_flag(name, value, tmp_path):
   (tmp_path / 'own.py').write_text(OWN.replace('LINE', f'config.{name} = {value!r}'))
-  group, field = name.split('.')
   for arguments in ([f'--config={tmp_path}/own.py'], ['--config=nano', f'--config.{name}={value}']):
     config = main.parse(['m2l2', *arguments, '--workdir=w']).config
-    assert config[group][field] == (tuple(value) if isinstance(value, list) else value)
+    got = functools.reduce(operator.getitem, name.split('.'), config)
+    assert got == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize('error, status, says', [

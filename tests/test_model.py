@@ -27,21 +27,22 @@ from m2l2.variants.slots import join_slots, split_slots
 
 pytestmark = pytest.mark.usefixtures('strict_dtypes')
 
-# `base:debug` in two levels, with the paper's options (PAPER) or every departure from them (ALL).
+# `base:debug` in two levels, with the paper's options or every departure from them (ALL).
 SHAPE = dict(stem=(4, 2), bins=64, frames=8, widths=(8, 16), head_dim=8, blocks=(1, 1),
              strides=((4, 2),), remat='none')
-PAPER = {}
-ALL = dict(magnitude_input=True, shortcut=True, latent_norm=True, envelope=True, feature_norm=True,
-           latents_in_denoiser=True, denoiser_registers=2, channels=2)
+ALL = dict(channels=2, variants={
+    **{f'{name}.on': True for name in ('magnitude_input', 'shortcut', 'latent_norm', 'envelope', 'feature_norm')},
+    'denoiser.latents': True, 'denoiser.registers': 2})
 
 # Compiling is what these tests cost, and this halves it.
 _jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
-def _network(**fields):
-  model = base.get_config('debug').model
-  model.update({**SHAPE, **fields})
-  return build.network(model)
+def _network(*, variants=(), **fields):
+  config = base.get_config('debug')
+  config.model.update({**SHAPE, **fields})
+  config.variants.update_from_flattened_dict(dict(variants))
+  return build.network(config)
 
 
 def _random(tree, *, scale=.3):
@@ -207,7 +208,7 @@ def _equations(jaxpr):
 @pytest.mark.parametrize('tile', ['0', '128'])
 def test_sums_of_the_denoiser_are_never_rounded_to_bfloat16(tile):
   """Late in training student and teacher differ by less than that: see launch/research/rounding.py."""
-  network = _network(**{**ALL, 'widths': (16, 64), 'tile': tile, 'dtype': 'bfloat16'})
+  network = _network(channels=2, widths=(16, 64), dtype='bfloat16', variants={**ALL['variants'], 'packing.tile': tile})
   params = _initial(network)
   spec = jax.ShapeDtypeStruct((1, 2, 64, 8, 4), jnp.float32)
   z = jax.ShapeDtypeStruct((1, 2, 8, 8), jnp.float32)
@@ -231,7 +232,7 @@ class _Opening:
   """The paper's network at init and its gradients over the first updates of plain descent."""
 
   def __init__(self):
-    self.network = network = _network(**PAPER)
+    self.network = network = _network()
     consistency = Consistency()
     spec = _spec(network, 2, 2)
     noise = np.roll(spec, 1, axis=2)
@@ -292,7 +293,7 @@ def test_shapes_alone_are_told_without_a_draw():
 
 
 def test_networks_are_made_so(monkeypatch):
-  arch, shown = _network(**PAPER).arch, []
+  arch, shown = _network().arch, []
   monkeypatch.setattr(autoencoder, 'Autoencoder',
                       lambda arch, *, rngs: shown.append(parameters._shapes_only.get()) or nnx.Module())
   autoencoder.make_network.__wrapped__(arch)
@@ -454,7 +455,7 @@ def test_stem_folds_patches_and_unfolds_them(stem):
 
 
 def test_token_grids():
-  grid = lambda **fields: build.network({**base.get_config().model.to_dict(), **fields}).arch.grid
+  grid = lambda **fields: build.network({'model': {**base.get_config().model, **fields}}).arch.grid
   assert grid() == (64, 8)
   assert grid(frames=32, strides=((2, 2), (4, 1), (2, 2))) == (64, 8)
   with pytest.raises(UserError, match='does not divide 1000 x 64'):
@@ -533,11 +534,11 @@ def _count(tree):
 
 
 def test_codicodec_has_the_parameter_counts_of_the_original():
-  model = base.get_config('stereo').model
-  model.update(hop=1024, frames=32, transform='component', edges='none', num_latents=128,
-               latent_dim=4, strides=((2, 2), (4, 1), (2, 2)), bottleneck='fsq',
-               denoiser_registers=8, latents_in_denoiser=True)
-  network = build.network(model)
+  config = base.get_config('stereo')
+  config.model.update(hop=1024, frames=32, transform='component', edges='none', num_latents=128, latent_dim=4,
+                      strides=((2, 2), (4, 1), (2, 2)))
+  config.variants.update(fsq={'on': True}, denoiser={'latents': True, 'registers': 8})
+  network = build.network(config)
   params = network.shapes
   encoder, decoder, denoiser = (params[name] for name in ('encoder', 'decoder', 'denoiser'))
   # Theirs, less what they store and never use (the transformers' linear_input and so on).
@@ -602,7 +603,7 @@ def test_products_are_kept_and_blocks_computed_again():
 
 
 def test_local_embeddings_belong_to_their_slot_of_frames():
-  network = _network(embeddings='local', latents_in_denoiser=True)
+  network = _network(variants={'local_embeddings.on': True, 'denoiser.latents': True})
   assert network.arch.slots == 2 and network.arch.grid == (4, 2)  # 8 embeddings: 4 for each half of the frames
   params = _initial(network)
   for part in ('encoder', 'decoder'):  # convolutions stay as they begin, which reach one frame of the stem
@@ -633,7 +634,8 @@ def test_slots_are_split_and_joined():
 
 
 def test_without_cross_connections_only_the_latents_tell_the_denoiser():
-  network = _network(cross_connections=False, latents_in_denoiser=True)
+  variants = {'no_cross_connections.on': True, 'denoiser.latents': True}
+  network = _network(variants=variants)
   params = _random(_initial(network))
   assert set(params) == {'encoder', 'denoiser'}
   spec, sigma = _spec(network, 1, 2), np.float32([[.5, 3.]])
@@ -642,31 +644,28 @@ def test_without_cross_connections_only_the_latents_tell_the_denoiser():
   denoise = _jit(network.denoise)
   out = denoise(params, spec, sigma, {'z': z})
   assert _differ(denoise(params, spec, sigma, {'z': 0 * z}), out) > 1e-4
-  with_envelope = _network(cross_connections=False, latents_in_denoiser=True, envelope=True)
+  with_envelope = _network(variants={**variants, 'envelope.on': True})
   shapes = jax.eval_shape(with_envelope.decode, with_envelope.shapes,
                           jax.ShapeDtypeStruct((1, 2, 8, with_envelope.arch.latent_dim), jnp.float32))
   assert set(shapes) == {'z', 'log_magnitude'}
 
 
 @pytest.mark.parametrize('fields, message', [
-    (dict(embeddings='ordered'), "choose 'summary' or 'local'"),
-    (dict(embeddings='local', num_latents=3), 'to have a common factor'),
-    (dict(cross_connections=False), 'only by model.latents_in_denoiser')])
+    (dict(variants={'local_embeddings.on': True}, num_latents=3), 'to have a common factor'),
+    (dict(variants={'no_cross_connections.on': True}), 'needs variants.denoiser.latents')])
 def test_ablations_that_cannot_work(fields, message):
   with pytest.raises(build.UserError, match=message):
     _network(**fields)
 
 
-def test_snapshots_from_before_the_ablations_are_read():
-  model = base.get_config('debug').model.to_dict()
-  arch = build.network({name: value for name, value in model.items()
-                        if name not in ('embeddings', 'cross_connections')}).arch
-  assert arch == build.network(model).arch
+def test_a_variant_that_a_config_does_not_name_is_off():
+  config = base.get_config('debug')
+  assert build.network({'model': config.model}).arch == build.network(config).arch
 
 
 def test_by_dense_shortcuts_any_place_moves_any_latent_from_the_start():
   """The transformers' outputs are 0 then, so what moves goes by the shortcuts alone."""
-  network = _network(shortcut=True, shortcut_width=4)
+  network = _network(variants={'shortcut.on': True, 'shortcut.width': 4})
   params, spec = _initial(network), _spec(network, 1, 1)
   encode, decode = _jit(network.encode), _jit(network.decode)
   first = np.asarray(encode(params, spec))

@@ -76,11 +76,13 @@ def assert_close(wanted, actual, rtol):
 
 
 def test_the_whole_network():
-  fields = {**base.get_config('debug').model.to_dict(), 'envelope': True, 'layers': 1, 'head_dim': 8,
-            'widths': (8, 16), 'blocks': (1, 1), 'strides': ((4, 4),)}
-  plain, packed = (build.network({**fields, 'tile': tile}) for tile in ('0', '128'))
-  params = make_params({'model': {**fields, 'tile': '0'}})
-  spec = draw(1, 2, fields['bins'], fields['frames'], 2 * fields['channels'])
+  config = base.get_config('debug')
+  config.model.update(layers=1, head_dim=8, widths=(8, 16), blocks=(1, 1), strides=((4, 4),))
+  config.variants.envelope.on = True
+  plain, packed = (build.network({**config, 'variants': {**config.variants, 'packing': {'tile': tile}}})
+                   for tile in ('0', '128'))
+  params = make_params(config)
+  spec = draw(1, 2, plain.arch.bins, plain.arch.frames, 2 * plain.arch.channels)
 
   def outcome(network, params, spec):
     z = jnp.tanh(network.encode(params, spec))
@@ -114,5 +116,5 @@ def test_gradients_through_both_ladders():
 
 
 def test_a_width_that_is_none_is_refused():
-  with pytest.raises(UserError, match=r"model.tile is 'wide'; choose from \('auto', 0, 128, 256\)"):
-    build.network({**base.get_config('debug').model.to_dict(), 'tile': 'wide'})
+  with pytest.raises(UserError, match=r"^variants.packing.tile is 'wide'; choose from \('auto', 0, 128, 256\)"):
+    build.network({**base.get_config('debug'), 'variants': {'packing': {'tile': 'wide'}}})

@@ -197,7 +197,7 @@ def test_the_denoiser_runs_the_attention_kernel():
   mesh = sharding.make_mesh(devices=devices)
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   with compiling_for('tpu'), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    network = build.network(config.model)
+    network = build.network(config)
     params = network.shapes
     shape = (4, 2, config.model.bins, config.model.frames, 2)
     z = jax.ShapeDtypeStruct((4, 2, config.model.num_latents, config.model.latent_dim), np.float32)

@@ -209,8 +209,8 @@ def test_wrong_lengths_are_refused():
 def test_noise_of_a_signal_has_unit_variance_and_is_a_spectrogram(transform, channels):
   rep = Representation(channels=channels, window=256, hop=64, bins=128, frames=32, transform=transform)
   keys = jax.random.split(jax.random.key(0), 8)
-  noises = {kind: _numpy(jax.vmap(lambda key: VariantConsistency(noise=kind).unit_noise(key, rep, 2)))(keys)
-            for kind in ('bins', 'signal')}
+  noises = {kind: _numpy(jax.vmap(lambda key: VariantConsistency(signal_noise=kind == 'signal').unit_noise(
+      key, rep, 2)))(keys) for kind in ('bins', 'signal')}
   for noise in noises.values():
     assert noise.shape == (8, 2, 128, 32, 2 * channels)
     np.testing.assert_allclose(np.mean(np.square(noise[:, :, 1:])), 1, rtol=.03)  # at DC it is real

@@ -70,15 +70,17 @@ def test_flops_of_a_device_and_their_share_of_its_peak():
 def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
 
   def step_functions(config):
-    assert (config.model.attention, config.model.tile) == ('xla', '0')
+    assert (config['model']['attention'], config['variants']['packing']['tile']) == ('xla', '0')
+
+    remat = config['model']['remat']
 
     def train_step(state, batch, *, phase):
       product = batch['audio'][:, 0] @ state['w']
-      return product if phase == 'head_start' else product @ state['w'] if config.model.remat == 'none' else None
+      return product if phase == 'head_start' else product @ state['w'] if remat == 'none' else None
 
     return types.SimpleNamespace(
         init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,
-        phases=(('head_start', 4), ('consistency', config.train.steps)))
+        phases=(('head_start', 4), ('consistency', config['train']['steps'])))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)
   until = timing.model_flops(nano.get_config('debug'))  # which has model.remat = 'blocks'

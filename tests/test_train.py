@@ -813,7 +813,8 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   config = small_config(music)
   config.model.alpha = nano.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)
-  config.train.update(steps=2, head_start=0., checkpoint_every=10)
+  config.variants.head_start.share = 0.
+  config.train.update(steps=2, checkpoint_every=10)
   assert loop.train(config, str(tmp_path), ()) == 2
   assert all(np.isfinite(line['loss']) for line in soak_resume.trace(tmp_path)) and steps_of(tmp_path) == [1, 2]
   model = codec.load(tmp_path)

@@ -65,7 +65,7 @@ def _functions(*, network=TOY, **fields):
   run |= {name: fields.pop(name) for name in list(fields) if name in (*run, 'ravel', 'reduction')}
   return train_step.make_step_functions(objective.VariantObjective(**{
     'network': network, 'representation': REPRESENTATION, 'consistency': Consistency(), 'steps': 10,
-    'envelope_weight': 1., 'head_start_on': 'envelope', **fields}), **run)
+    'envelope_weight': 1., 'head_start_task': 'envelope', **fields}), **run)
 
 
 def _batch(size=16, functions=None, seed=0):
@@ -273,7 +273,7 @@ def test_one_bad_microbatch_shows_in_the_loss(toy):
 def test_teacher_and_levels_pass_no_gradient(toy):
   # With both levels at sigma_min there is nothing to learn but the envelope.
   state = toy.state
-  still = VariantConsistency(p_mean=-60., p_std=.1, sampling='lognormal')
+  still = VariantConsistency(p_mean=-60., p_std=.1, lognormal=True)
   after, metrics = _jit(_functions(consistency=still).train_step)(state, _batch())
   assert metrics['loss/consistency'] == 0 and metrics['loss/envelope'] > 0
   _same(after.params['denoiser'], state.params['denoiser'])
@@ -293,7 +293,7 @@ def test_nested_latents_lose_a_suffix():
 
 
 def test_head_start_trains_the_envelope_alone(toy):
-  functions = _functions(head_start=2)
+  functions = _functions(head_start_share=.2)
   assert functions.phases == (('head_start', 2), ('consistency', 10))
   assert [functions.phase(step) for step in (0, 1, 2, 99)] == ['head_start'] * 2 + ['consistency'] * 2
   first = _jit(functools.partial(functions.train_step, phase='head_start'))
@@ -310,7 +310,7 @@ def test_head_start_trains_the_envelope_alone(toy):
 
 @pytest.mark.parametrize('kind', ['data', 'magnitudes'])
 def test_head_start_regresses_one_step_from_sigma_max(toy, kind):
-  functions = _functions(head_start=2, head_start_on=kind, envelope_weight=0.)
+  functions = _functions(head_start_share=.2, head_start_task=kind, envelope_weight=0.)
   state, metrics = _jit(functools.partial(functions.train_step, phase='head_start'))(toy.state, toy.batch)
   consistency, params = Consistency(), toy.state.params
   spec = REPRESENTATION.analyse(toy.batch['audio'])

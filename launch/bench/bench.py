@@ -41,6 +41,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from m2l2 import build  # noqa: E402
+from m2l2.codec import renamed  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.kernels import chunk_causal  # noqa: E402
 from m2l2.model.remat import REMATS  # noqa: E402
@@ -125,7 +126,7 @@ def measure(args) -> dict:
   if args.remat:
     config['model']['remat'] = args.remat[0]
   batch = args.batch or config['train']['batch_size']
-  network = build.network(config['model'])
+  network = build.network(config)
   config['model']['dtype'] = network.arch.dtype  # what 'auto' is here
   shapes = network.shapes
   device = jax.devices()[0]
@@ -168,7 +169,7 @@ def read_config(args) -> dict:
         config = json.load(file)
     except (OSError, ValueError) as error:
       raise UserError(f'{args.config_json}: cannot be read as JSON ({error})') from error
-    return config.get('config', config)  # of a snapshot, or of a workdir
+    return renamed.current(config.get('config', config))  # of a snapshot, or of a workdir
   name, _, words = args.config.partition(':')
   try:
     presets()
@@ -214,8 +215,7 @@ def time_train(config, *, batch, args, original=None, notes=None) -> dict:
   times = seconds_of(ours, references, count=args.steps)
   per_step = times['median']
   seconds = batch * steps.crop_samples / steps.sample_rate
-  plain = build.step_functions({**config, 'model': {**config['model'], **timing.PLAIN_MODEL}})
-  flops = timing.step_flops(plain, batch).total
+  flops = timing.step_flops(build.step_functions(timing.plain_model(config)), batch).total
   result = {
       'batch': batch, 'compile_seconds': ours.compile_seconds, 'seconds_per_step': times,
       'crops_per_second': batch / per_step, 'audio_seconds_per_second': seconds / per_step,
@@ -275,7 +275,7 @@ def agreement(training, ours) -> dict:
 def time_attention(arch, *, batch, args) -> dict:
   """Chunk-causal attention of the denoiser, forward and forward with gradient, one layer."""
   tokens = math.prod(arch.grid) + arch.denoiser_registers + (
-      arch.num_latents if arch.latents_in_denoiser else 0)
+      arch.num_latents if arch.denoiser_latents else 0)
   shape = (batch, arch.chunks * tokens, arch.widths[-1] // arch.head_dim, arch.head_dim)
   q, k, v = (jax.random.normal(key, shape, jnp.dtype(arch.dtype))
              for key in jax.random.split(jax.random.key(args.seed + 2), 3))
@@ -307,7 +307,7 @@ def time_codec(config, *, parts, args, original=None) -> dict:
   from m2l2.codec.codec import Codec  # needs soundfile and soxr
 
   def calls(config):
-    params = original.params if original else jax.jit(build.network(config['model']).init)(jax.random.key(args.seed))
+    params = original.params if original else jax.jit(build.network(config).init)(jax.random.key(args.seed))
     codec = Codec(config=config, params=params, fingerprint='bench')
     latents = codec.encode(audio, rate)
     return {'encode': lambda: codec.encode(audio, rate), 'decode': lambda: codec.decode(latents)}, latents

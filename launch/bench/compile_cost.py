@@ -143,7 +143,7 @@ def codec_program(config, program):
   import jax.numpy as jnp
 
   from m2l2 import build
-  network, consistency = build.network(config['model']), build.consistency(config['consistency'])
+  network, consistency = built(config)
   representation = build.representation(config['model'])
   arch = network.arch
   params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
@@ -162,14 +162,21 @@ def codec_program(config, program):
       params, shape(arch.num_latents, arch.latent_dim), shape(arch.bins, arch.frames, 2 * arch.channels), shape())
 
 
+def built(config) -> tuple:
+  """(network, consistency) of a config."""
+  from m2l2 import build
+  if hasattr(build, 'variants'):
+    return build.network(config), build.consistency(config)
+  return build.network(config['model']), build.consistency(config['consistency'])  # a checkout before those groups
+
+
 def codec_seconds(config, program) -> float:
   """Processor seconds that a codec's first call on three chunks takes more than its second."""
   import jax
   import numpy as np
 
-  from m2l2 import build
   from m2l2.codec.codec import Codec
-  shapes = jax.eval_shape(build.network(config['model']).init, jax.eval_shape(lambda: jax.random.key(0)))
+  shapes = jax.eval_shape(built(config)[0].init, jax.eval_shape(lambda: jax.random.key(0)))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype(np.float32), shapes)
   codec = Codec(config=config.to_dict(), params=params, fingerprint='0' * 12)

@@ -39,7 +39,7 @@ def sized(arch, *, hop: int, threads: int):
   Raises UserError: an architecture that is not of its kind.
   """
   base = arch.widths[0]
-  if arch.bottleneck != 'fsq' or not arch.latents_in_denoiser or arch.chunks != 2 or arch.stem != (1, 1) or (
+  if not arch.fsq or not arch.denoiser_latents or arch.chunks != 2 or arch.stem != (1, 1) or (
       arch.bins != hop or arch.envelope or arch.shortcut or arch.magnitude_input or arch.latent_norm
       or arch.feature_norm or arch.registers != arch.denoiser_registers or set(arch.strides) - set(RESAMPLERS)):
     raise UserError('--torch compares with CoDiCodec: take --config=codicodec')
@@ -145,8 +145,8 @@ class Original:
 
   def training(self, config, audio):
     """Training on audio [B, C, N] with the noise that m2l2's first step draws."""
-    consistency, rep = build.consistency(config['consistency']), build.representation(config['model'])
-    bottleneck = build.network(config['model']).arch.make_bottleneck()
+    consistency, rep = build.consistency(config), build.representation(config['model'])
+    bottleneck = build.network(config).arch.make_bottleneck()
     step_key = jax.random.fold_in(jax.random.key(config['seed']), 0)
 
     @jax.jit

@@ -29,12 +29,12 @@ from m2l2.training import timing
 ABLATIONS = {
     'as_is': ('the config as it is', {}),
     'other_seed': ('the same with another seed: how far chance goes', {'seed': '{seed}'}),
-    'local': ('ordered, local embeddings at the same rate', {'model.embeddings': 'local'}),
+    'local': ('ordered, local embeddings at the same rate', {'variants.local_embeddings.on': True}),
     'one_chunk': ('each chunk denoised alone; as many chunks a step',
                   {'model.chunks': 1, 'train.batch_size': '{chunks}'}),
     'no_cross': ('no cross connections; the latents are tokens of the denoiser instead',
-                 {'model.cross_connections': False, 'model.latents_in_denoiser': True}),
-    'latents_in_denoiser': ('the latents are tokens of the denoiser, too', {'model.latents_in_denoiser': True}),
+                 {'variants.no_cross_connections.on': True, 'variants.denoiser.latents': True}),
+    'latents_in_denoiser': ('the latents are tokens of the denoiser, too', {'variants.denoiser.latents': True}),
     'component': ('real and imaginary parts compressed apart', {'model.transform': 'component'}),
 }
 METRICS = 'si_sdr,mel_l1_db,mrstft,ratio,seam_db,musicnn_mtt,musicnn_msd'
@@ -94,10 +94,9 @@ def parsed(config, flags):
 def describe(config, flags) -> dict:
   """{'parameters', 'gflop_a_step', 'steps'} of a config with flags. Raises UserError where it cannot be built."""
   config = parsed(config, flags)
-  plain = timing.plain_model(config)
-  functions = build.step_functions(plain)
+  functions = build.step_functions(timing.plain_model(config))
   return {'parameters': timing.parameters(functions), 'steps': config.train.steps,
-          'gflop_a_step': timing.step_flops(functions, plain.train.batch_size).total / 1e9}
+          'gflop_a_step': timing.step_flops(functions, config.train.batch_size).total / 1e9}
 
 
 def cut(reference, folder, *, seconds, most) -> Path:

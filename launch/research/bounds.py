@@ -3,7 +3,7 @@
 
   python launch/research/bounds.py --config=configs/tiny.py --config.data.root=PREPARED --components=512,1024
 
-  --components=A,B   of the log-magnitudes of the cells of model.linear_sketch (default 512)
+  --components=A,B   of the log-magnitudes of the cells of variants.sketch (default 512)
   --crops=N          of two chunks that they are fitted on, from the training music (default 5000)
   --music=DIR        default data/music/train (launch/get_music.sh)
   --excerpts=FILE    default launch/research/excerpts/validation.txt, tracks that m2l2 prepare
@@ -12,7 +12,7 @@
 
 A table: for the exact log-magnitude of every bin, for its exact means over the cells, and for so many components of
 those, the spectrogram of white noise scaled by it: ratio, level, FD and log-mel L1 of the sound. And the SNR in dB of
-denoising at sigma .2 and 1 with that scale, bin by bin: by the flow that consistency.skip='flow' begins with, and by a
+denoising at sigma .2 and 1 with that scale, bin by bin: by the flow that variants.flow_skip begins with, and by a
 Wiener filter.
 """
 
@@ -59,11 +59,11 @@ def run(argv) -> dict[str, dict]:
   config = command.parse(['bounds', *rest], required=('config',)).config
   functions, rep = build.step_functions(config), build.representation(config.model)
   arch = functions.network.arch
-  if not arch.linear_sketch:
-    raise UserError('this config names no cells: model.linear_sketch=(bands, stretches)')
+  if not arch.sketch_cells:
+    raise UserError('this config names no cells: variants.sketch.cells=(bands, stretches)')
   if rep.channels != 1:
     raise UserError('the excerpts are mono: take a config of model.channels=1')
-  rate, grid = functions.sample_rate, (*arch.linear_sketch, 1)
+  rate, grid = functions.sample_rate, (*arch.sketch_cells, 1)
   sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
   specs = {name: analysed(rep, audio) for name, audio in sounds.items()}
   cells, whole = pca_start.read(config, functions, args.crops)
@@ -82,7 +82,7 @@ def run(argv) -> dict[str, dict]:
     # Where training would set the envelope: at a quantile of the magnitudes, by frequency (0 where nothing is lost).
     bias = np.quantile(whole - code(whole), envelope.QUANTILE, axis=(0, 2))[:, None]
     table[name] = judged(lambda large: code(large) + bias, sounds, specs, rep, rate, embedders,
-                         floor=config.consistency.local_floor, power=args.power)
+                         floor=config.variants.local_scale.floor, power=args.power)
     print(line([name, *(table[name][column] for column in COLUMNS)]), flush=True)
   return table
 

@@ -17,32 +17,32 @@ from pathlib import Path
 
 import ladder
 
-PAPER = 'train.head_start=0 model.latent_norm=False model.shortcut=False model.shortcut_width=0'
-PATHS = 'train.head_start=0 model.latent_norm=True model.shortcut=True model.shortcut_width=8'
-ENVELOPE = f'{PATHS} model.envelope=True train.envelope_weight'
+PAPER = 'variants.head_start.share=0 variants.latent_norm.on=False variants.shortcut.on=False variants.shortcut.width=0'
+PATHS = 'variants.head_start.share=0 variants.latent_norm.on=True variants.shortcut.on=True variants.shortcut.width=8'
+ENVELOPE = f'{PATHS} variants.envelope.on=True variants.envelope.weight'
 ROWS = {
     'paper': PAPER,
-    'latent_norm': f'{PAPER} model.latent_norm=True',
-    'shortcut': f'{PAPER} model.latent_norm=True model.shortcut=True',
+    'latent_norm': f'{PAPER} variants.latent_norm.on=True',
+    'shortcut': f'{PAPER} variants.latent_norm.on=True variants.shortcut.on=True',
     'paths': PATHS,
     'paths, seed 1': f'{PATHS} --seed=1',
-    'head_start': f'{PAPER} train.head_start=0.1',
-    'paths, head_start': f'{PATHS} train.head_start=0.1',
-    'paths, head_start on magnitudes': f'{PATHS} train.head_start=0.1 train.head_start_on=magnitudes',
+    'head_start': f'{PAPER} variants.head_start.share=0.1',
+    'paths, head_start': f'{PATHS} variants.head_start.share=0.1',
+    'paths, head_start on magnitudes': f'{PATHS} variants.head_start.share=0.1 variants.head_start.task=magnitudes',
     'envelope .3': f'{ENVELOPE}=0.3',
     'envelope 3': f'{ENVELOPE}=3.0',
     'envelope 30': f'{ENVELOPE}=30.0',
-    'envelope 30, head_start on it': f'{ENVELOPE}=30.0 train.head_start=0.3 train.head_start_on=envelope',
-    'envelope 3, local': f'{ENVELOPE}=3.0 consistency.local=True consistency.local_floor=0.004',
+    'envelope 30, head_start on it': f'{ENVELOPE}=30.0 variants.head_start.share=0.3 variants.head_start.task=envelope',
+    'envelope 3, local': f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.local_scale.floor=0.004',
     'envelope 3, local, flow':
-        f'{ENVELOPE}=3.0 consistency.local=True consistency.local_floor=0.004 consistency.skip=flow',
-    'skip flow': f'{PATHS} consistency.skip=flow',
-    'noise signal': f'{PATHS} consistency.noise=signal',
-    'feature_norm': f'{PATHS} model.feature_norm=True',
-    'magnitude_input': f'{PATHS} model.magnitude_input=True',
-    'latents_in_denoiser': f'{PATHS} model.latents_in_denoiser=True',
-    'nested': f'{PATHS} train.nested=0.25',
-    'easy': f'{PATHS} consistency.easy=0.5',
+        f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.local_scale.floor=0.004 variants.flow_skip.on=True',
+    'skip flow': f'{PATHS} variants.flow_skip.on=True',
+    'noise signal': f'{PATHS} variants.signal_noise.on=True',
+    'feature_norm': f'{PATHS} variants.feature_norm.on=True',
+    'magnitude_input': f'{PATHS} variants.magnitude_input.on=True',
+    'latents_in_denoiser': f'{PATHS} variants.denoiser.latents=True',
+    'nested': f'{PATHS} variants.nested.chance=0.25',
+    'easy': f'{PATHS} variants.easy.share=0.5',
     'clip_norm': f'{PATHS} train.clip_norm=1.0',
 }
 SMALL = ('model.native_rates=(4000,) model.window=64 model.hop=16 model.bins=32 model.frames=32 '

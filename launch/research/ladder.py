@@ -2,7 +2,7 @@
 """A ladder of known answers: does the recipe learn? Each rung says what must come out, and fails where it does not.
 
   python launch/research/ladder.py T1                                   # one rung; exits 1 where it fails
-  python launch/research/ladder.py C train.head_start=0                 # the same without its head start
+  python launch/research/ladder.py C variants.head_start.share=0        # the same without its head start
   python launch/research/ladder.py M --data=data/prepared
 
   G   independent Gaussian bins: the network must become their flow map, which is known in closed form
@@ -53,7 +53,7 @@ from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics.phases import coherence
 from m2l2.evaluation.studies import judging
-from m2l2.training import timing
+from m2l2.training import config_file, timing
 from m2l2.training.loop import train
 from m2l2.variants import envelope
 
@@ -98,18 +98,20 @@ def tones_config(quick):
     # A quarter of the numbers, in one level; and linear paths, because without them it is a matter of luck in which
     # thousand of steps the latents begin to differ.
     config.train.update(steps=100, warmup_steps=50)
-    config.model.update(SMALL | PATHS | dict(stem=(4, 4), widths=(64,), blocks=(1,), strides=()))
+    config.model.update(SMALL | dict(stem=(4, 4), widths=(64,), blocks=(1,), strides=()))
+    config.variants.update(PATHS)
   return config
 
 
 SMALL = dict(native_rates=(4000,), window=64, hop=16, bins=32, frames=32)
-PATHS = dict(latent_norm=True, shortcut=True, shortcut_width=8)  # tokens -> latents -> tokens
+PATHS = {'latent_norm': {'on': True}, 'shortcut': {'on': True, 'width': 8}}  # tokens -> latents -> tokens
 
 
 def unheard_tones_config(quick):
   config = tones_config(False)
-  config.model.update(SMALL | PATHS)
-  config.train.update(steps=3000, batch_size=8, ema_decay=0.99, head_start=0.1)
+  config.model.update(SMALL)
+  config.variants.update(PATHS, head_start={'share': 0.1})
+  config.train.update(steps=3000, batch_size=8, ema_decay=0.99)
   return config
 
 
@@ -121,8 +123,8 @@ def clip_config(quick):
 def corpus_config(quick):
   """Room on every level: as many channels as a patch holds numbers (64 in 64, 256 in 256). 11.5 M parameters."""
   config = clip_config(quick)
-  config.train.update(steps=2400, warmup_steps=200, ema_decay=0.99, head_start=0.1, probe_every=200,
-                      checkpoint_every=200)
+  config.train.update(steps=2400, warmup_steps=200, ema_decay=0.99, probe_every=200, checkpoint_every=200)
+  config.variants.head_start.share = 0.1
   config.model.update(widths=(64, 256), blocks=(1, 1), strides=((4, 4),), cond_dim=128)
   return config
 
@@ -211,7 +213,7 @@ def jit(function):
 
 def judge(functions, config, params, audio, seed=5):
   """Figures of a network on audio [B, 1, N], B >= 2: see the top."""
-  network, consistency = functions.network, build.consistency(config.consistency)
+  network, consistency = functions.network, build.consistency(config)
   representation = build.representation(config.model)
   bottleneck = network.arch.make_bottleneck()
   run = jit(lambda x, noise, sigma, features: consistency.bind(network, params, features)(
@@ -264,7 +266,7 @@ def gaussian(config, args):
   3; a Wiener filter has 10.8, 3.0, .5."""
   representation = Gaussian()
   functions = build.step_functions(config, ravel=True, data=representation)
-  consistency, network = build.consistency(config.consistency), functions.network
+  consistency, network = build.consistency(config), functions.network
   rng = np.random.default_rng(config.seed)
   params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size),
                         output=workdir(args))
@@ -424,15 +426,14 @@ def override(config, changes):
   """Applies group.field=VALUE to the config. Raises UserError for what it does not have."""
   for change in changes:
     name, _, value = change.partition('=')
-    group, _, field = name.partition('.')
-    if not value or field not in config.get(group, {}):
-      raise UserError(f'{change!r}: give group.field=VALUE with a field of configs/base.py')
+    if not value or name not in config_file.field_names():
+      raise UserError(f'{change!r}: give group.field=VALUE; {config_file.missing(name.rpartition(".")[2], near=name)}')
     try:
       value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
       pass  # a word
     try:
-      config[group][field] = value
+      config.update_from_flattened_dict({name: value})
     except TypeError as error:
       raise UserError(f'{change!r}: {error}') from error
   return config

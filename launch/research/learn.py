@@ -36,6 +36,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from m2l2 import build, files
+from m2l2.codec import renamed
 from m2l2.codec.codec import Codec, load
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
@@ -99,7 +100,7 @@ def curves(table: Path, names) -> dict[str, list[dict]]:
   runs = {}
   for name in names:
     lines = pictures.read_metrics(table / name)
-    config = config_dict.ConfigDict(json.loads((table / name / 'config.json').read_text()))
+    config = config_dict.ConfigDict(renamed.current(json.loads((table / name / 'config.json').read_text())))
     measured = [line for line in lines if any(key.startswith('evaluate_ema/') for key in line)]
     if not measured:
       raise UserError(f'{table / name} was trained without config.evaluate.root: nothing to compare')

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Initial weights: the linear sketch (model.linear_sketch) as the principal components of the music's envelopes.
+"""Initial weights: the linear sketch (variants.sketch) as the principal components of the music's envelopes.
 
   python launch/research/pca_start.py --output=runs/start --config=configs/tiny.py --config.data.root=PREPARED
   m2l2 train --config=configs/tiny.py --config.data.root=PREPARED --config.train.init_from=runs/start --workdir=...
@@ -38,8 +38,8 @@ def run(argv):
   args, rest = flags.parse_known_args(argv)
   config = command.parse(['pca_start', *rest], required=('config',)).config
   functions = build.step_functions(config)
-  if not functions.network.arch.linear_sketch:
-    raise UserError('this config has no linear sketch to be set: model.linear_sketch=(bands, stretches)')
+  if not functions.network.arch.sketch_cells:
+    raise UserError('this config has no linear sketch to be set: variants.sketch.cells=(bands, stretches)')
   params = jax.jit(functions.network.init)(jax.random.key(config.seed))
   params = with_components(params, *read(config, functions, args.crops))
   save_snapshot(args.output, params=jax.device_get(params), config=json.loads(json.dumps(config.to_dict())), step=0)
@@ -50,7 +50,7 @@ def read(config, functions, crops):
   if crops < BATCH:
     raise UserError(f'--crops={crops}: take {BATCH} or more (5,000 make a good start)')
   arch, rep = functions.network.arch, build.representation(config.model)
-  grid = (*arch.linear_sketch, arch.channels)
+  grid = (*arch.sketch_cells, arch.channels)
 
   @jax.jit
   def analyse(audio):

@@ -29,8 +29,8 @@ STEPS = (0.01, 0.001)
 
 def differences(config, params, audio, *, dtype):
   """student - teacher of audio [B, C, N] for all of SIGMAS and STEPS: {(sigma, dt): [B, S, F, T, 2C]}."""
-  network = build.network({**config['model'], 'dtype': dtype})
-  representation, consistency = build.representation(config['model']), build.consistency(config['consistency'])
+  network = build.network({**config, 'model': {**config['model'], 'dtype': dtype}})
+  representation, consistency = build.representation(config['model']), build.consistency(config)
   spec = representation.analyse(audio)
   features = jax.jit(network.decode)(params, network.arch.make_bottleneck()(jax.jit(network.encode)(params, spec)))
   keys = jax.random.split(jax.random.key(0), len(audio))

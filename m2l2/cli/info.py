@@ -65,7 +65,7 @@ def _checkpoint_facts(path) -> dict:
     if not os.path.isdir(os.path.join(path, 'snapshot')):
       return {**facts, 'snapshot': 'none yet (training writes one when it saves)'}
   snapshot = load_snapshot(path)
-  model = snapshot.config.get('model', {})
+  model, variants = (snapshot.config.get(group, {}) for group in ('model', 'variants'))
   facts |= {'fingerprint': snapshot.fingerprint, 'snapshot_step': snapshot.step}
   facts |= {name: snapshot.extra[name] for name in ('source', 'licence') if name in snapshot.extra}
   if 'latents' in snapshot.extra:
@@ -77,7 +77,8 @@ def _checkpoint_facts(path) -> dict:
     numbers = model['num_latents'] * model['latent_dim']
     facts |= {'channels': model['channels'], 'native_rates': model['native_rates'],
               'chunk_seconds': chunk / rate, 'embeddings_per_chunk': model['num_latents'],
-              'numbers_per_embedding': model['latent_dim'], 'bottleneck': model['bottleneck'],
+              'numbers_per_embedding': model['latent_dim'],
+              'bottleneck': 'fsq' if variants.get('fsq', {}).get('on') else 'tanh',
               'numbers_per_second': numbers * rate / chunk,
               'numbers_per_second_of_stereo': numbers * rate / chunk * (2 if model['channels'] == 1 else 1),
               'samples_per_number': chunk * model['channels'] / numbers}

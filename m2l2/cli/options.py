@@ -36,7 +36,7 @@ def discrete(parser):
 
 def embeddings(parser):
   parser.add_argument('--embeddings', type=int, metavar='K',
-                      help='keep only the first K of each chunk, for a lower rate (models trained with train.nested)')
+                      help='keep only the first K of each chunk, for a lower rate (of models of variants.nested)')
 
 
 def features(parser):

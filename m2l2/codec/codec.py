@@ -64,9 +64,9 @@ class Codec:
     self.fingerprint = fingerprint
     self.latent_scale = latent_scale
     # The implementation of attention depends on the device, not on the weights.
-    self.network = build.network({**config['model'], 'attention': 'auto'})
+    self.network = build.network({**config, 'model': {**config['model'], 'attention': 'auto'}})
     self.representation = build.representation(config['model'])
-    self.consistency = build.consistency(config['consistency'])
+    self.consistency = build.consistency(config)
     self.native_rates = build.native_rates(config['model'])
     self._bottleneck = self.network.arch.make_bottleneck()
     check_params(params, self.network.shapes)
@@ -383,7 +383,7 @@ class Codec:
     return dataclasses.replace(latents, z=z, num_samples=max(samples, fewest), padding=max(fewest - samples, 0))
 
   def first(self, latents: Latents, embeddings: int) -> Latents:
-    """Keeps the first `embeddings` of every chunk, a lower rate that a model trained with train.nested can decode.
+    """Keeps the first `embeddings` of every chunk, a lower rate that a model trained with variants.nested can decode.
 
     Raises UserError: another model, or a number of embeddings that is out of range.
     """
@@ -394,14 +394,14 @@ class Codec:
     """Raises UserError if `first` would, for `most` embeddings per chunk (by default all of the model's)."""
     most = most or self.network.arch.num_latents
     if not self.nested:
-      raise UserError('this model needs all its embeddings: it was not trained to decode the first few (train.nested)')
+      raise UserError('this model needs all its embeddings: it never learned to decode the first few (variants.nested)')
     if not 1 <= embeddings <= most:
       raise UserError(f'there are 1 to {most} embeddings a chunk to keep, not {embeddings}')
 
   @property
   def nested(self) -> bool:
     """Whether any prefix of a chunk's embeddings can be decoded."""
-    return not self._discrete and (self.config.get('train') or {}).get('nested', 0) > 0
+    return not self._discrete and build.variants(self.config).get('nested_chance', 0) > 0
 
   def most_samples(self, chunks, sample_rate):
     """The number of samples of the longest signal at `sample_rate` that has `chunks` chunks."""

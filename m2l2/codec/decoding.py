@@ -111,7 +111,7 @@ class BlockDecoder:
     Raises UserError: noise of another shape; from `draw`: more chunks than the noise has.
     """
     if steps is None:
-      steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.parallel_steps
+      steps = self.consistency.steps if mode == 'autoregressive' else self.consistency.staggered_steps
     if noise is None:
       return (lambda first, count, needed: self.compiled.noise(
           np.uint32(seed), np.int32(first), count=count, roles=steps + 1)), self.consistency.schedule(steps)

@@ -62,7 +62,8 @@ class Model:
 
 def portable(config) -> dict:
   """The config of the same model, lowered the same way for every platform."""
-  return {**config, 'model': {**config['model'], 'attention': 'xla', 'dtype': 'float32', 'tile': '0'}}
+  return {**config, 'model': {**config['model'], 'attention': 'xla', 'dtype': 'float32'},
+          'variants': {**config.get('variants', {}), 'packing': {'tile': '0'}}}
 
 
 def programs(codec, *, platforms=PLATFORMS) -> dict:

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from m2l2.codec import renamed
 from m2l2.errors import UserError
 from m2l2.files import sync
 
@@ -36,7 +37,7 @@ _DTYPES = {'F16': '<f2', 'F32': '<f4', 'F64': '<f8', 'I8': 'i1', 'I16': '<i2', '
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-  """The contents of a snapshot; `params` is a nested dict of numpy arrays."""
+  """The contents of a snapshot; `params` is a nested dict of numpy arrays, `config` has the names of today."""
 
   params: dict
   config: dict
@@ -103,7 +104,7 @@ def load_snapshot(path) -> Snapshot:
   if _fingerprint(arrays) != record['fingerprint']:
     raise UserError(f'{WEIGHTS} and {CONFIG} in {place} are not of one save (the fingerprints '
                     'differ); copy the whole snapshot again')
-  return Snapshot(params=_nest(arrays), config=record['config'], step=record['step'],
+  return Snapshot(params=_nest(arrays), config=renamed.current(record['config']), step=record['step'],
                   fingerprint=record['fingerprint'], extra=record['extra'])
 
 

@@ -32,8 +32,8 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   """Compiles the train step of a config for a TPU topology; nothing is run.
 
   Args:
-    config: as `configs/base.py` makes it; model.dtype, .tile and .attention left at 'auto' become what they would be
-      on that TPU.
+    config: as `configs/base.py` makes it; model.dtype, model.attention and variants.packing.tile left at 'auto' become
+      what they would be on that TPU.
     topology: 'v5e:16x16', 'v5p:4x8x8', ...
     preset, batch: instead of the config's mesh.preset and train.batch_size.
     max_batch: looks for the largest batch that fits, in at most MAX_COMPILES compilations.
@@ -64,8 +64,8 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   config = scaling.scaled(config).copy_and_resolve_references().unlock()
   config_crops = config.train.steps * config.train.batch_size
   config.mesh.preset = preset or config.mesh.preset
-  if config.model.tile == 'auto':
-    config.model.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
+  if config.variants.packing.tile == 'auto':
+    config.variants.packing.tile = str(chip.matrix_unit)  # text, as its type is once references are resolved
   mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor, devices=devices)
   unit = sharding.batch_shards(mesh) * config.train.accumulate
   # A batch of the paper's size does not divide over a pod: then one crop per chip.

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from m2l2.codec import renamed
 from m2l2.errors import UserError, first_line
 from m2l2.model.parameters import by_path
 
@@ -177,7 +178,7 @@ class Checkpoints:
     flat = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))['state']
     state = jax.tree.unflatten(jax.tree.structure(abstract_state), [flat[name] for name in wanted])
-    return Restored(step=step, state=state, position=about['position'], config=about['config'])
+    return Restored(step=step, state=state, position=about['position'], config=renamed.current(about['config']))
 
   def _check_fit(self, step, about, wanted, config):
     if about['format'] != FORMAT:
@@ -188,7 +189,7 @@ class Checkpoints:
     if differ:
       name = min(differ, key=lambda n: (not n.startswith('params'), n))  # before the moments
       there, here = saved.get(name, 'absent'), wanted.get(name, 'absent')
-      fields = '; '.join(config_differences(about['config'], config)) or 'none'
+      fields = '; '.join(config_differences(renamed.current(about['config']), config)) or 'none'
       raise UserError(
         f'checkpoint {step} in {self.directory} does not fit this config: {len(differ)} arrays '
         f'differ, such as {name} ({there} there, {here} here); changed fields: {fields}. '

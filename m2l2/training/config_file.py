@@ -16,6 +16,7 @@ import traceback
 import ml_collections
 
 from m2l2 import configs
+from m2l2.codec import renamed
 from m2l2.configs import base
 from m2l2.errors import UserError, in_one_line
 
@@ -92,6 +93,8 @@ def _told(error, path) -> str:
 def missing(name: str, *, near: str = '') -> str:
   """The message that there is no such field, with the nearest of base's. near: text with its group, such as
   'train.stepz'."""
+  if moved := renamed.hint(name, near=near):
+    return f'{moved} (configs/base.py lists all fields)'
   known = field_names()
   close = difflib.get_close_matches(name, {path.rpartition('.')[2] for path in known}, n=1, cutoff=0.6)
   paths = [path for path in known if close and path.rpartition('.')[2] == close[0]]
@@ -101,7 +104,7 @@ def missing(name: str, *, near: str = '') -> str:
 
 
 def field_names() -> list[str]:
-  """All fields and groups of configs/base.py: 'seed', 'model', 'model.tile', ..."""
+  """All fields and groups of configs/base.py: 'seed', 'model', 'model.channels', ..."""
   return [name for name, _ in _flat(base.get_config())]
 
 

@@ -33,19 +33,19 @@ class Symptom:
 
 SYMPTOMS = (
     Symptom('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
-            'train.head_start, or set model.shortcut and model.shortcut_width'),
-    Symptom('latent/rank', 0.05, 'the latents differ in very few directions; set model.shortcut_width, or lower '
+            'variants.head_start.share, or set variants.shortcut.on and variants.shortcut.width'),
+    Symptom('latent/rank', 0.05, 'the latents differ in very few directions; set variants.shortcut.width, or lower '
             'train.learning_rate'),
     # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.
-    Symptom('latent/pre_rms', 1.2, 'the latents grow to where tanh saturates; set model.latent_norm (not with '
-            'model.linear_sketch), or lower train.learning_rate', above=True),
-    Symptom('latent/saturated', 0.05, 'the latents saturate; set model.latent_norm (not with model.linear_sketch), or '
-            'lower train.learning_rate or lengthen train.warmup_steps', above=True),
-    Symptom('feature/rms', 10.0, "the decoder's features grow without bound; set model.feature_norm", above=True),
+    Symptom('latent/pre_rms', 1.2, 'the latents grow to where tanh saturates; set variants.latent_norm.on (not '
+            'with variants.sketch), or lower train.learning_rate', above=True),
+    Symptom('latent/saturated', 0.05, 'the latents saturate; set variants.latent_norm.on (not with variants.sketch), '
+            'or lower train.learning_rate or lengthen train.warmup_steps', above=True),
+    Symptom('feature/rms', 10.0, "the decoder's features grow without bound; set variants.feature_norm.on", above=True),
     Symptom('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
-            'start, train.head_start'),
+            'start, variants.head_start.share'),
     Symptom('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start, '
-            'train.head_start', since=500))
+            'variants.head_start.share', since=500))
 LASTING = 3  # logged steps in a row
 
 

@@ -87,16 +87,11 @@ class Throughput:
     return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
 
 
-# Fields of config.model for counting FLOPs: no recomputation, no packed maps, attention as matrix products. These are
-# the FLOPs that a step needs, so that MFU compares machines and settings.
-PLAIN_MODEL = {'remat': 'none', 'tile': '0', 'attention': 'xla', 'dtype': 'float32'}
-
-
-def plain_model(config):
-  """The config with PLAIN_MODEL."""
-  plain = config.copy_and_resolve_references()
-  plain.model.update(PLAIN_MODEL)
-  return plain
+def plain_model(config) -> dict:
+  """The config for counting FLOPs: no recomputation, no packed maps, attention as matrix products. These are the FLOPs
+  that a step needs, so that MFU compares machines and settings."""
+  return {**config, 'model': {**config['model'], 'remat': 'none', 'attention': 'xla', 'dtype': 'float32'},
+          'variants': {**config['variants'], 'packing': {'tile': '0'}}}
 
 
 def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flops:

@@ -25,68 +25,65 @@ TILES = (0, 128, 256)
 
 @dataclasses.dataclass(frozen=True)
 class Variant(Architecture):
-  """An Architecture and its departures.
+  """An Architecture and its departures, each off by default.
 
   Attributes:
-    bottleneck: 'tanh' or 'fsq' (then fsq_levels, fsq_dropout), see fsq.py.
-    latents_in_denoiser: the embeddings are also tokens of the denoiser's transformer, as in CoDiCodec.
+    fsq, fsq_levels, fsq_dropout: quantised latents in place of tanh's, see fsq.py.
+    denoiser_latents: the embeddings are also tokens of the denoiser's transformer, as in CoDiCodec.
     denoiser_registers: further tokens of it.
     magnitude_input: log-magnitudes as further input channels of the encoder.
     shortcut, shortcut_width, latent_norm, feature_norm: see linear_paths.py. shortcut_width: numbers a token on the
       linear paths, all mixed with all; 0: each latent is one pooling of the tokens.
     envelope: the decoder also predicts log-magnitudes, which are further input channels of the denoiser: envelope.py.
-    linear_sketch: (bands, stretches of frames) of a linear autoencoder of the log-magnitudes, see there; () for none.
-    embeddings: 'summary' (the paper's) or 'local', see slots.py.
-    cross_connections: the decoder's maps enter the denoiser's patchifier (the paper's); without them (and without the
-      envelope) there is no decoder, and only latents_in_denoiser tells the denoiser anything.
-    tile: maps narrower than this are packed, frames into channels, see packing.py; 0: never.
+    sketch_cells: (bands, stretches of frames) of a linear autoencoder of the log-magnitudes, see there; () for none.
+    local_embeddings: each embedding sees its own slot of frames alone, see slots.py.
+    no_cross_connections: the decoder's maps do not enter the denoiser's patchifier; without the envelope there is no
+      decoder then, and only denoiser_latents tells the denoiser anything.
+    packing_tile: maps narrower than this are packed, frames into channels, see packing.py; 0: never.
   """
-  bottleneck: str
-  fsq_levels: int
-  fsq_dropout: float
-  denoiser_registers: int
-  latents_in_denoiser: bool
-  magnitude_input: bool
-  shortcut: bool
-  shortcut_width: int
-  linear_sketch: tuple
-  latent_norm: bool
-  envelope: bool
-  feature_norm: bool
-  embeddings: str
-  cross_connections: bool
-  tile: int
+  fsq: bool = False
+  fsq_levels: int = 11
+  fsq_dropout: float = 0.75
+  denoiser_latents: bool = False
+  denoiser_registers: int = 0
+  magnitude_input: bool = False
+  shortcut: bool = False
+  shortcut_width: int = 0
+  sketch_cells: tuple = ()
+  latent_norm: bool = False
+  envelope: bool = False
+  feature_norm: bool = False
+  local_embeddings: bool = False
+  no_cross_connections: bool = False
+  packing_tile: int = 0
 
   def __post_init__(self):
     super().__post_init__()
     if min(self.denoiser_registers, self.shortcut_width) < 0:
-      raise ValueError('model.denoiser_registers and model.shortcut_width cannot be negative')
-    if self.linear_sketch and not self.envelope:
-      raise ValueError('model.linear_sketch needs model.envelope, to which it is added')
-    if self.linear_sketch and self.embeddings != 'summary':
-      raise ValueError("model.linear_sketch goes with model.embeddings='summary' alone")
-    if self.linear_sketch and not (len(self.linear_sketch) == 2 and 1 <= self.linear_sketch[0] <= self.bins
-                                   and self.linear_sketch[1] > 0 and self.frames % self.linear_sketch[1] == 0):
-      raise ValueError(f'model.linear_sketch is {self.linear_sketch}; it is (bands, stretches), at most {self.bins} '
+      raise ValueError('variants.denoiser.registers and variants.shortcut.width cannot be negative')
+    if self.sketch_cells and not self.envelope:
+      raise ValueError('variants.sketch needs variants.envelope.on, to which it is added')
+    if self.sketch_cells and self.local_embeddings:
+      raise ValueError('variants.sketch does not go with variants.local_embeddings')
+    if self.sketch_cells and not (len(self.sketch_cells) == 2 and 1 <= self.sketch_cells[0] <= self.bins
+                                  and self.sketch_cells[1] > 0 and self.frames % self.sketch_cells[1] == 0):
+      raise ValueError(f'variants.sketch.cells is {self.sketch_cells}; it is (bands, stretches), at most {self.bins} '
                        f'bands and a divisor of the {self.frames} frames')
-    if self.tile not in TILES:
-      raise ValueError(f"model.tile is {self.tile!r}; choose from ('auto', {', '.join(map(str, TILES))})")
-    if self.bottleneck not in ('tanh', 'fsq'):
-      raise ValueError(f"model.bottleneck is {self.bottleneck!r}; choose 'tanh' or 'fsq'")
-    if self.embeddings not in ('summary', 'local'):
-      raise ValueError(f"model.embeddings is {self.embeddings!r}; choose 'summary' or 'local'")
-    if not self.cross_connections and not self.latents_in_denoiser:
-      raise ValueError('without model.cross_connections the latents reach the denoiser only by '
-                       'model.latents_in_denoiser=True')
+    if self.packing_tile not in TILES:
+      raise ValueError(f"variants.packing.tile is {self.packing_tile!r}; choose from ('auto', "
+                       f"{', '.join(map(str, TILES))})")
+    if self.no_cross_connections and not self.denoiser_latents:
+      raise ValueError('variants.no_cross_connections needs variants.denoiser.latents: the latents reach the denoiser '
+                       'in no other way')
     _ = self.make_bottleneck()  # raises for bad fsq_levels or fsq_dropout
-    if self.embeddings == 'local' and self.slots == 1:
-      raise ValueError(f"model.embeddings='local' needs model.num_latents, {self.num_latents}, and the {self.grid[1]} "
-                       'frames of the token grid to have a common factor')
+    if self.local_embeddings and self.slots == 1:
+      raise ValueError(f'variants.local_embeddings needs model.num_latents, {self.num_latents}, and the '
+                       f'{self.grid[1]} frames of the token grid to have a common factor')
 
   @property
   def slots(self) -> int:
     """Parts of a chunk's frames that have embeddings of their own: 1 for summary embeddings."""
-    return 1 if self.embeddings == 'summary' else math.gcd(self.num_latents, self.grid[1])
+    return math.gcd(self.num_latents, self.grid[1]) if self.local_embeddings else 1
 
   @property
   def sequence(self) -> tuple:
@@ -102,24 +99,24 @@ class Variant(Architecture):
 
   @property
   def denoiser_extra(self) -> int:
-    return self.denoiser_registers + (self.num_latents if self.latents_in_denoiser else 0)
+    return self.denoiser_registers + (self.num_latents if self.denoiser_latents else 0)
 
   @property
   def packs(self) -> tuple:
-    return packing.ladder_packs(self.widths, self.strides, tile=self.tile)
+    return packing.ladder_packs(self.widths, self.strides, tile=self.packing_tile)
 
   def patchifier(self, in_channels, **options):
-    if not self.tile:
+    if not self.packing_tile:
       return super().patchifier(in_channels, **options)
     return packing.PackedPatchifier(in_channels, stem=self.stem, packs=self.packs, **self.ladder, **options)
 
   def depatchifier(self, **options):
-    if not self.tile:
+    if not self.packing_tile:
       return super().depatchifier(**options)
     return packing.PackedDePatchifier(grid=self.grid, packs=self.packs, **self.ladder, **options)
 
   def output_head(self, out_channels, **options):
-    if not self.tile:
+    if not self.packing_tile:
       return super().output_head(out_channels, **options)
     return packing.PackedOutputHead(self.widths[0], out_channels, stem=self.stem, pack=self.packs[0],
                                     dtype=jnp.dtype(self.dtype), **options)
@@ -128,21 +125,21 @@ class Variant(Architecture):
     return VariantEncoder(self, rngs=rngs)
 
   def decoder(self, *, rngs):
-    return VariantDecoder(self, rngs=rngs) if self.cross_connections or self.envelope else None
+    return VariantDecoder(self, rngs=rngs) if self.envelope or not self.no_cross_connections else None
 
   def denoiser(self, *, rngs):
     return VariantDenoiser(self, rngs=rngs)
 
   def make_bottleneck(self):
-    if self.bottleneck == 'fsq':
+    if self.fsq:
       return FSQ(levels=self.fsq_levels, dropout=self.fsq_dropout)
     return super().make_bottleneck()
 
   def features(self, decoded, z):
     features = dict(decoded or {})
-    if not self.cross_connections:
+    if self.no_cross_connections:
       features.pop('maps', None)
-    return {**features, 'z': z} if self.latents_in_denoiser else features
+    return {**features, 'z': z} if self.denoiser_latents else features
 
 
 class VariantEncoder(Encoder):
@@ -153,7 +150,7 @@ class VariantEncoder(Encoder):
     tokens, latents = (arch.sequence[0], arch.dim), (arch.sequence[1], arch.latent_dim)
     self.shortcut = (
         linear_paths.to_latents(tokens, latents, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
-    self.sketch = LatentSketch((*arch.linear_sketch, arch.channels), latents, rngs=rngs) if arch.linear_sketch else None
+    self.sketch = LatentSketch((*arch.sketch_cells, arch.channels), latents, rngs=rngs) if arch.sketch_cells else None
     self.grid, self.slots = arch.grid, arch.slots
     self.magnitude_input, self.latent_norm = arch.magnitude_input, arch.latent_norm
 
@@ -186,8 +183,8 @@ class VariantDecoder(Decoder):
         linear_paths.to_tokens(latents, tokens, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
     self.envelope = EnvelopeHead(arch, rngs=rngs) if arch.envelope else None
     self.sketch = EnvelopeSketch(
-        latents, (*arch.linear_sketch, arch.channels), bins=arch.bins, frames=arch.frames,
-        rngs=rngs) if arch.linear_sketch else None
+        latents, (*arch.sketch_cells, arch.channels), bins=arch.bins, frames=arch.frames,
+        rngs=rngs) if arch.sketch_cells else None
     self.grid, self.slots = arch.grid, arch.slots
     self.feature_norm = arch.feature_norm
 
@@ -211,7 +208,7 @@ class VariantDenoiser(Denoiser):
     super().__init__(arch, rngs=rngs)
     dim, registers = arch.dim, arch.denoiser_registers
     self.latents_in = (
-        Linear(arch.latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs) if arch.latents_in_denoiser else None)
+        Linear(arch.latent_dim, dim, axes=('latent_dim', 'embed'), rngs=rngs) if arch.denoiser_latents else None)
     self.registers = (
         param(rngs, (registers, dim), ('registers', 'embed'), normal(dim ** -0.5)) if registers else None)
     self.envelope_input = arch.envelope

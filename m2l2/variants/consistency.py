@@ -1,4 +1,4 @@
-"""The paper's consistency model with what departs from it (config.consistency; each is off by default)."""
+"""The paper's consistency model with what departs from it, each off by default."""
 
 import dataclasses
 import math
@@ -11,78 +11,69 @@ from m2l2.consistency import Consistency
 from m2l2.representation import Representation
 from m2l2.variants import envelope
 
-SAMPLINGS = ('index', 'lognormal')
-SKIPS = ('edm', 'flow')
-RENOISES = ('add', 'variance')
-NOISES = ('bins', 'signal')
-
 
 @dataclasses.dataclass(frozen=True)
 class VariantConsistency(Consistency):
   """A Consistency and its departures.
 
   Attributes:
-    sampling: 'index' is the paper's; 'lognormal' is a true clipped log-normal of ln sigma.
-    easy: part of training in which dt comes down from 1, where the lower level is sigma_min and the target the data, as
-      in plain denoising, to the schedule (easy consistency tuning, arXiv 2406.14548); 0 is the paper's.
-    skip: 'edm' is the paper's; 'flow' lets a zero-output network be the exact consistency function of
-      Gaussian data of deviation sigma_data: the probability flow scales x by
-      sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
-    local: sigma_data is given per element by the decoder's predicted envelope, of at least `local_floor`.
-    noise: 'bins' is the paper's; 'signal': the spectrogram of white noise, see `signal_noise`.
-    renoise: 'add' is x + sigma eps (paper, figure 2), 'variance' x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec).
-    parallel_steps: denoisings of parallel decoding (CoDiCodec, staggered.py), unless its caller says otherwise.
+    lognormal: training's noise levels are a true clipped log-normal of ln sigma, not the index grid's.
+    easy_share: part of training in which dt comes down from 1, where the lower level is sigma_min and the target the
+      data, as in plain denoising, to the schedule (easy consistency tuning, arXiv 2406.14548); 0 is the paper's.
+    flow_skip: c_skip lets a zero-output network be the exact consistency function of Gaussian data of deviation
+      sigma_data: the probability flow scales x by sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
+    local_scale: sigma_data is given per element by the decoder's predicted envelope, of at least `local_scale_floor`.
+    signal_noise: noise is the spectrogram of white noise, see the function of that name.
+    variance_renoise: x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec), not x + sigma eps (paper, figure 2).
+    staggered_steps: denoisings of parallel decoding (CoDiCodec, staggered.py), unless its caller says otherwise.
   """
-  sampling: str = 'index'
-  easy: float = 0.0
-  skip: str = 'edm'
-  local: bool = False
-  local_floor: float = 0.02
-  noise: str = 'bins'
-  renoise: str = 'add'
-  parallel_steps: int = 4
+  lognormal: bool = False
+  easy_share: float = 0.0
+  flow_skip: bool = False
+  local_scale: bool = False
+  local_scale_floor: float = 0.02
+  signal_noise: bool = False
+  variance_renoise: bool = False
+  staggered_steps: int = 4
 
   def __post_init__(self):
     super().__post_init__()
-    for field, choices in (('sampling', SAMPLINGS), ('skip', SKIPS), ('noise', NOISES), ('renoise', RENOISES)):
-      if getattr(self, field) not in choices:
-        raise ValueError(f'consistency.{field} is {getattr(self, field)!r}; choose from {choices}')
-    if not self.local_floor > 0:
-      raise ValueError(f'consistency.local_floor is {self.local_floor}; it must be above 0')
-    if self.parallel_steps < 1:
-      raise ValueError(f'consistency.parallel_steps is {self.parallel_steps}; it must be at least 1')
-    if not 0 <= self.easy <= 1:
-      raise ValueError(f'consistency.easy is {self.easy}; it is a fraction, 0 to 1')
+    if not self.local_scale_floor > 0:
+      raise ValueError(f'variants.local_scale.floor is {self.local_scale_floor}; it must be above 0')
+    if self.staggered_steps < 1:
+      raise ValueError(f'variants.staggered.steps is {self.staggered_steps}; it must be at least 1')
+    if not 0 <= self.easy_share <= 1:
+      raise ValueError(f'variants.easy.share is {self.easy_share}; it is a fraction, 0 to 1')
 
   def sample_index(self, key, shape=()):
-    if self.sampling == 'index':
+    if not self.lognormal:
       return super().sample_index(key, shape)
     log_sigma = self.p_mean + self.p_std * jax.random.normal(key, shape)
     return jnp.clip(self.index(jnp.clip(jnp.exp(log_sigma), self.sigma_min, self.sigma_max)), 0.0, 1.0)
 
   def exponent(self, progress):
     exponent = super().exponent(progress)
-    return exponent * jnp.minimum(progress / self.easy, 1.0) if self.easy else exponent
+    return exponent * jnp.minimum(progress / self.easy_share, 1.0) if self.easy_share else exponent
 
   def unit_noise(self, key, representation, chunks):
-    if self.noise == 'bins':
+    if not self.signal_noise:
       return super().unit_noise(key, representation, chunks)
     return signal_noise(key, representation, chunks)
 
   def skip_scaling(self, sigma, data):
-    if self.skip == 'edm':
+    if not self.flow_skip:
       return super().skip_scaling(sigma, data)
     return jnp.sqrt((jnp.square(data) + self.sigma_min ** 2) / (jnp.square(sigma) + jnp.square(data)))
 
   def bind(self, network, params, features):
-    if not self.local:
+    if not self.local_scale:
       return super().bind(network, params, features)
-    data = jax.lax.stop_gradient(envelope.deviation(features['log_magnitude'], floor=self.local_floor))
+    data = jax.lax.stop_gradient(envelope.deviation(features['log_magnitude'], floor=self.local_scale_floor))
     return lambda x, sigma: self.denoise(
         lambda x, s: network.denoise(params, x, s, features), x, sigma, sigma_data=data)
 
   def add_noise(self, x, noise, sigma):
-    if self.renoise == 'add':
+    if not self.variance_renoise:
       return super().add_noise(x, noise, sigma)
     return x + (sigma ** 2 - self.sigma_min ** 2) ** 0.5 * noise
 

@@ -1,7 +1,7 @@
 """The magnitude envelope: a head start for the latents in short runs (off in the paper's recipe).
 
 The decoder also predicts the log-magnitude of every bin. That loss reaches the latents from the first
-step, and the prediction can scale the consistency model's preconditioning (consistency.local).
+step, and the prediction can scale the consistency model's preconditioning (variants.local_scale).
 
 Log-magnitudes here are (log(1 + 100 |c|) - 2) / 1.5 of compressed magnitudes |c|: logarithmic above about
 0.01 (-100 dB of a full-scale sine), linear below, with mean near 0 and deviation near 1 on music.
@@ -106,7 +106,7 @@ def envelope_loss(predicted, spec, *, bands: int = 0):
   return loss @ jnp.asarray(np.repeat(1 / (bands * widths), widths), jnp.float32)
 
 
-# A linear autoencoder of the envelope (`model.linear_sketch`), beside the networks.
+# A linear autoencoder of the envelope (`variants.sketch`), beside the networks.
 
 
 class LatentSketch(nnx.Module):

@@ -1,4 +1,4 @@
-"""Finite scalar quantisation, CoDiCodec's bottleneck (`model.bottleneck='fsq'`): latents that are also tokens.
+"""Finite scalar quantisation, CoDiCodec's bottleneck (`variants.fsq`): latents that are also tokens.
 
 It takes the encoder's raw output [..., L, Z] float32 and gives latents in [-1, 1], as the paper's tanh does.
 """

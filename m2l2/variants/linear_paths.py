@@ -1,5 +1,5 @@
-"""Linear paths tokens -> latents -> tokens beside the transformers, and a norm of the latents (`model.shortcut`,
-`model.shortcut_width`, `model.latent_norm`).
+"""Linear paths tokens -> latents -> tokens beside the transformers, and a norm of the latents (`variants.shortcut`,
+`variants.latent_norm`).
 
 By themselves the latents of all chunks stay alike for hundreds of steps on music: the output projection starts at 0,
 and what a decoder cannot read yet is noise to the loss. Linear paths cure that from the first step on

@@ -17,19 +17,33 @@ class VariantObjective(Objective):
   """An Objective and its departures.
 
   Attributes:
-    head_start: of the run's steps the first ones, which train on what `head_start_on` says:
+    head_start_share: of the run's steps, from the first on, that train on the `head_start_task`:
       'data': one step from sigma_max is to give the data itself (a regression through all three networks);
       'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
       'envelope': the envelope alone; the denoiser does not even run.
       The index step shrinks over those that are left.
     envelope_weight, envelope_bands: of the envelope's loss, see envelope.py.
-    nested: chance that a chunk keeps a prefix of its embeddings alone, see `shorten`.
+    nested_chance: that a chunk keeps a prefix of its embeddings alone, see `shorten`.
   """
-  head_start: int = 0
-  head_start_on: str = 'data'
+  head_start_share: float = 0.0
+  head_start_task: str = 'data'
   envelope_weight: float = 0.0
   envelope_bands: int = 0
-  nested: float = 0.0
+  nested_chance: float = 0.0
+
+  def __post_init__(self):
+    for name, share in (('head_start.share', self.head_start_share), ('nested.chance', self.nested_chance)):
+      if not 0 <= share <= 1:
+        raise ValueError(f'variants.{name} is {share}; it lies in 0..1')
+    if self.head_start_task not in HEAD_STARTS:
+      raise ValueError(f'variants.head_start.task is {self.head_start_task!r}; choose from {", ".join(HEAD_STARTS)}')
+    if not 0 <= self.envelope_bands <= self.representation.bins:
+      raise ValueError(f'variants.envelope.bands is {self.envelope_bands}; it is a number of bands, 0 to model.bins')
+
+  @property
+  def head_start(self) -> int:
+    """Steps."""
+    return int(self.head_start_share * self.steps)
 
   @property
   def phases(self) -> tuple:
@@ -41,15 +55,15 @@ class VariantObjective(Objective):
     draw = self.draw(audio, keys, progress, watch)
     pre, z = self.encode(params, draw)
     kept = z
-    if self.nested:
-      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(draw.keys), chance=self.nested)
+    if self.nested_chance:
+      kept = shorten(z, jax.vmap(lambda k: jax.random.fold_in(k, 0))(draw.keys), chance=self.nested_chance)
     features = self.network.decode(params, kept)
     watch(latents_before_bottleneck=pre, latents=z, features=features)
     metrics = {**latent_metrics(pre, z), **feature_metrics(features)}
     if phase == MAIN:
       loss, more = self.consistency_loss(params, draw, features, watch)
       metrics |= more
-    elif self.head_start_on != 'envelope':
+    elif self.head_start_task != 'envelope':
       loss = metrics['loss/head_start'] = jnp.mean(self._head_loss(params, draw, features))
     else:
       loss = jnp.float32(0)
@@ -62,7 +76,7 @@ class VariantObjective(Objective):
   def _head_loss(self, params, draw, features):
     with jax.named_scope('student'):
       estimate = self.denoise(params, draw, jnp.full_like(draw.high, self.consistency.sigma_max), features)
-    if self.head_start_on == 'data':
+    if self.head_start_task == 'data':
       return self.consistency.distance(estimate, draw.spec)
     return jnp.mean(jnp.abs(log_magnitude(estimate) - log_magnitude(draw.spec)), axis=(2, 3, 4))
 

@@ -1,4 +1,4 @@
-"""Local embeddings (`model.embeddings='local'`): in order, each belongs to a slot of the chunk's frames, as in an
+"""Local embeddings (`variants.local_embeddings`): in order, each belongs to a slot of the chunk's frames, as in an
 ordinary autoencoder. What the paper's summary embeddings are compared with: each slot goes through the transformers of
 encoder and decoder by itself and has its share of the embeddings."""
 

@@ -28,14 +28,14 @@ def make_config(dtype='float32'):
 
 
 def make_params(seed):
-  return interop.convert_weights(kit.weights(seed), build.network(make_config()['model']).arch)
+  return interop.convert_weights(kit.weights(seed), build.network(make_config()).arch)
 
 
 @functools.cache
 def compiled(dtype='float32'):
   """A Codec whose weights are still to be set: what it compiles serves every seed."""
   config = make_config(dtype)
-  shapes = build.network(config['model']).shapes
+  shapes = build.network(config).shapes
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   return Codec(config=config, params=zeros, fingerprint='kit')
 

@@ -32,7 +32,7 @@ def make_snapshot(config, directory):
   from m2l2.codec import snapshot
   name, _, words = config.partition(':')
   fields = importlib.import_module(f'm2l2.configs.{name}').get_config(words).to_dict()
-  params = jax.jit(build.network(fields['model']).init)(jax.random.key(0))
+  params = jax.jit(build.network(fields).init)(jax.random.key(0))
   snapshot.save_snapshot(directory, params=params, config=fields, step=0)
   return build.native_rates(fields['model'])[0]
 

@@ -33,7 +33,7 @@ def import_codicodec(source, target, *, verify: bool = False) -> dict:
 
   check_place(target)
   config = json.loads(json.dumps(recipe.get_config().to_dict()))
-  arch = build.network(config['model']).arch
+  arch = build.network(config).arch
   if verify:
     require_package()
   state = read_state_dict(source)

@@ -32,7 +32,7 @@ def verify_against_torch(state, config, params, *, tolerance: float = 1e-4) -> d
   import jax
   import torch
 
-  net, consistency = build.network(config['model']), build.consistency(config['consistency'])
+  net, consistency = build.network(config), build.consistency(config)
   rep = build.representation(config['model'])
   rng = np.random.default_rng(0)
   shape = (1, 2, rep.bins, rep.frames, rep.spec_channels)
