@@ -525,7 +525,7 @@ def test_the_config_decides_unless_told(ancestor):
   latents = latents_for(ancestor, chunks=3, channels=2)
   changed = copy.copy(ancestor)
   changed.consistency = dataclasses.replace(
-      ancestor.consistency, steps=2, refine=False, parallel_steps=3)
+      ancestor.consistency, steps=2, refine=False, staggered_steps=3)
   np.testing.assert_array_equal(changed.decode(latents), ancestor.decode(latents, steps=2, refine=False))
   for refine in (None, True, False):  # parallel decoding has none
     np.testing.assert_array_equal(changed.decode(latents, mode='parallel', refine=refine),

@@ -22,7 +22,7 @@ BAD = 19  # sample: item 3 of step 3, at 8 a step
 
 def _toy_functions(config, ravel=False):
   return _functions(network=dataclasses.replace(TOY, logical_axes=AXES), optimizer=optax.adam(1e-3),
-                    native_rates=(RATE,), steps=config.train.steps, ravel=ravel)
+                    native_rates=(RATE,), steps=config['train']['steps'], ravel=ravel)
 
 
 @pytest.fixture(scope='module')

@@ -41,7 +41,7 @@ CROP, RATE = 64, 8000
 
 def small_functions(config, ravel=False):
   """A step as the loop wants it: 'audio' is fitted by one matrix; as quick to compile as can be."""
-  width = config.model.latent_dim
+  width, first_bad = config['model']['latent_dim'], int(config['model']['alpha'])  # a bad step is for the guard
 
   def init(key):
     params = {'layer': {'w': 0.1 * jax.random.normal(key, (CROP, width))}}
@@ -56,7 +56,7 @@ def small_functions(config, ravel=False):
       return jnp.mean(jnp.square(x @ w @ w.T - x))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    bad = state.step + 1 >= int(config.model.alpha)  # the first bad step, for the guard
+    bad = state.step + 1 >= first_bad
     params = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, grads)
     ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.ema, params)
     in_a_row = jnp.where(bad, state.skipped_in_a_row + 1, 0)
