@@ -254,6 +254,29 @@ def test_vorbis_cut_out_without_decoding_is_read_to_its_end(tmp_path):
   same_wherever_it_is_read(cut, range(0, audio.shape[1] - 6000, 20_000))
 
 
+def test_an_opus_that_states_more_than_its_packets_hold_is_read_to_its_end(tmp_path):
+  path = encode(tmp_path / 'a.opus', tone(rate=48000, samples=150_000), rate=48000, format='OGG', subtype='OPUS')
+  whole, _ = audio_io.read(path)
+  data = open(path, 'rb').read()
+  last = ogg.pages_of(data)[-1]
+  more = tmp_path / 'more.opus'
+  more.write_bytes(data[:last.offset] + ogg.changed_page(data, last, granule=last.granule + 5000))
+  audio, _ = audio_io.read(more)
+  assert 0 <= audio.shape[1] - whole.shape[1] < 960 and audio_io.info(more).frames == audio.shape[1]  # a packet
+  np.testing.assert_array_equal(audio[:, :whole.shape[1]], whole)
+
+
+def test_pages_after_the_end_mark_of_a_vorbis_are_told_and_not_read(tmp_path, caplog):
+  path = encode(tmp_path / 'a.ogg', tone(rate=44100, samples=50_000), rate=44100, format='OGG', subtype='VORBIS')
+  data = open(path, 'rb').read()
+  pages = ogg.pages_of(data)
+  assert len(pages) > 3 and pages[-1].flags & 4
+  after = tmp_path / 'after.ogg'
+  after.write_bytes(data + ogg.changed_page(data, pages[-1], granule=pages[-1].granule + 44100))
+  np.testing.assert_array_equal(audio_io.read(after)[0], audio_io.read(path)[0])
+  assert 'holds 1.1 of the 2.1 s that its header states' in caplog.text
+
+
 CHAINS = {'a.ogg': ('OGG', 'VORBIS'), 'a.opus': ('OGG', 'OPUS'), 'a.flac': ('FLAC', 'PCM_16'),
           'a.mp3': ('MP3', 'MPEG_LAYER_III')}
 

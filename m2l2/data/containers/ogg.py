@@ -52,8 +52,15 @@ def contents(buffer) -> Contents:
   if not 1 <= len(streams) <= MOST_PARTS or any(len({page.serial for page in stream}) > 1 for stream in streams):
     return Contents()  # interleaved streams, as in a film
   ends = [stream[0].offset for stream in streams[1:]] + [len(buffer)]
+  stated = 0
+  for number, stream in enumerate(streams):
+    marked = [page for page in stream[:-1] if page.flags & 4]
+    if marked:  # decoders of libsndfile stop at the first end mark, and pages may follow it
+      stated += max(0, stream[-1].granule - marked[0].granule)
+      ends[number] = marked[0].body + sum(marked[0].lacing)
+      streams[number] = stream[:stream.index(marked[0]) + 1]
   parts = tuple(_ogg_part(buffer, stream, end) for stream, end in zip(streams, ends, strict=True))
-  return Contents(parts, unended=not pages[-1].flags & 4)
+  return Contents(parts, stated=stated, unended=not pages[-1].flags & 4)
 
 
 def _ogg_part(buffer, pages, end) -> Part:
@@ -69,8 +76,8 @@ def _ogg_part(buffer, pages, end) -> Part:
   of_wav = XIPH_ORDER.get(channels, ())
   order = tuple(of_wav.index(channel) for channel in range(len(of_wav)))
   if not vorbis:
-    if head[:8] == b'OpusHead' and head[12:16] != _OPUS_RATE:
-      pieces = (_opus_page(buffer, pages[0]), (pages[0].body + sum(pages[0].lacing), end))
+    if head[:8] == b'OpusHead':
+      pieces = _opus_pieces(buffer, pages, end)
     return Part(pieces, order=order)
   sizes = buffer[pages[0].body + 28]
   sizes, heads, position, last, first = (1 << (sizes & 15), 1 << (sizes >> 4)), 0, 0, 0, None
@@ -124,6 +131,35 @@ def _flac_of_ogg(buffer, pages) -> Part:
   length = max(0, *(page.granule for page in pages))
   head[21:26] = (int.from_bytes(head[21:26], 'big') & ~(2**36 - 1) | length & 2**36 - 1).to_bytes(5, 'big')
   return Part((bytes(head), *bodies[1:]))
+
+
+def _opus_pieces(buffer, pages, end) -> tuple[Piece, ...]:
+  """An Opus stream with its first page at 48 kHz, and with no later end than its last packets have: libsndfile takes
+  the length from the last page, and some encoders state more there."""
+  begin = pages[0].offset
+  first: tuple[Piece, ...] = ()
+  last: tuple[Piece, ...] = ()
+  if bytes(buffer[pages[0].body + 12:pages[0].body + 16]) != _OPUS_RATE:
+    first, begin = (_opus_page(buffer, pages[0]),), pages[0].body + sum(pages[0].lacing)
+  samples = _opus_samples(buffer, pages[-1]) if len(pages) > 3 else None  # two of headers, one of audio
+  if samples is not None and pages[-1].granule > pages[-2].granule + samples > 0:
+    last, end = (changed_page(buffer, pages[-1], granule=pages[-2].granule + samples),), pages[-1].offset
+  return *first, (begin, end), *last
+
+
+def _opus_samples(buffer, page) -> int | None:
+  """Samples at 48 kHz of the packets of a page (RFC 6716, section 3.1); None: one of them began in an earlier page."""
+  samples = 0
+  for begin, length, continued in _starts(page):
+    if continued:
+      return None
+    if not length:
+      continue
+    config, code = buffer[begin] >> 3, buffer[begin] & 3
+    of_10_ms = (1, 2, 4, 6)[config & 3] if config < 12 else (1, 2)[config & 1] if config < 16 else 2 ** (config & 3) / 4
+    frames = 1 if not code else 2 if code < 3 else buffer[begin + 1] & 63
+    samples += round(480 * of_10_ms) * frames
+  return samples
 
 
 def _opus_page(buffer, page) -> bytes:
