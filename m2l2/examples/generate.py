@@ -45,7 +45,7 @@ UNTOLD = 0.1           # chance that the class is not told
 NONE_GIVEN, FIRST_GIVEN = 0.4, 0.8  # chances, summed: nothing is given; the first chunks; else all but a gap
 EDGE = 1e-3            # how near to 0 and 1 a time comes
 NEAREST = 0.1          # of 1 - t, beyond which the loss weighs no more
-TEMPERATURE = 0.7      # of samples; chosen on the training corpus, see launch/research/learning.md
+TEMPERATURE = 0.6      # of samples; chosen on the training corpus, see launch/research/learning.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Recipe:
   heads: int = 8
   mlp_mult: int = 2
   cond_dim: int = 128
-  steps: int = 1000
-  batch_size: int = 64
+  steps: int = 1500
+  batch_size: int = 32
   learning_rate: float = 1e-3
-  warmup_steps: int = 50
+  warmup_steps: int = 100
   ema_decay: float = 0.995
   time_mean: float = -0.4
   time_std: float = 1.0
@@ -166,8 +166,13 @@ class Flow:
 
     def walk(i, x):
       t = jnp.full(len(label), jnp.maximum(i / steps, EDGE), jnp.float32)
-      end, plain = (self.estimate(params, x, given, t, told) for told in (label, untold))
-      end = plain + guidance * (end - plain)
+      end = self.estimate(params, x, given, t, label)
+
+      def further():
+        plain = self.estimate(params, x, given, t, untold)
+        return plain + guidance * (end - plain)
+
+      end = jax.lax.cond(guidance == 1, lambda: end, further)
       return jnp.where(shown, known, x + (end - x) / (steps - i))  # (end - x) / (1 - t), for a time of 1 / steps
 
     noise = temperature * jax.random.normal(key, known.shape)
