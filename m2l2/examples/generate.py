@@ -11,7 +11,8 @@ some chunks of a window are given as they are: none, the first few, or those aro
 nothing, continues what it is given, and fills gaps. It is told the class of the piece, the folder of the corpus that it
 lies in, and is sometimes not told.
 
-It has not yet been trained to the end on music (launch/research/learning.md).
+In a quarter of an hour of CPU time it learns music that is nearer to its corpus than the corpus's own chunks in random
+order are (launch/research/learning.md).
 
 Letters as everywhere; W chunks of a window, N = K d numbers of a chunk, a token each.
 """
