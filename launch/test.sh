@@ -37,8 +37,6 @@ options=()
 # Two processes, each with whole files: compiling keeps one core busy, and shared compiled functions stay shared;
 # in the order of tests/conftest.py, not files of many tests first.
 [ $# -gt 0 ] || options+=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
-# What both processes import is compiled to bytecode once, before they start, not by each of them.
-[ -e tests/__pycache__ ] || "$bin/python" -m pytest tests --collect-only -q </dev/null >/dev/null 2>&1 || true
 without='not gpu and not tpu and not torch and not visqol'
 command -v chromium >/dev/null || without+=' and not chromium'
 [ -z "$soak" ] || options+=(-m "$without")
