@@ -217,6 +217,7 @@ class Hosts:
     self._store: Any = state.client
     self._id, self._count = state.process_id, state.num_processes
     self._words, self._timeout = words, peer_timeout
+    self._interval = min(2.0, peer_timeout / 5)  # seconds between heartbeats
     self._ending, self._stop = threading.Lock(), threading.Event()
     self._name, self._pace, self._stacks = socket.gethostname(), None, ''
     self._watchdog = Watchdog(limit=STALLED * peer_timeout, window=peer_timeout)
@@ -240,7 +241,7 @@ class Hosts:
     """The thread of heartbeats. It uses only this process's clock: the time since another's value last changed."""
     seen = {i: ('', time.monotonic()) for i in range(self._count) if i != self._id}
     beat, answered = 0, time.monotonic()
-    while not self._stop.wait(min(2.0, self._timeout / 5)):
+    while not self._stop.wait(self._interval):
       beat += 1
       try:
         self._say(json.dumps(self._heartbeat(beat)))
@@ -308,6 +309,7 @@ class Hosts:
     if isinstance(error, KeyboardInterrupt):
       self._end(f'stopped by Ctrl-C (SIGTERM saves first): {AGAIN}', reason='stopped by Ctrl-C')
     if COLLECTIVE_FAILED.search(str(error)):
+      time.sleep(2 * self._interval + 1)  # the thread of heartbeats ends this process if the other one said why it ended
       self._end(f'lost the link to another process ({first_line(error)}): {AGAIN}', reason='lost another process')
     logging.error('process %d of %d fails', self._id, self._count, exc_info=error)
     name = f'{type(error).__name__}: {first_line(error)}'
