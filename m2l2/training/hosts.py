@@ -309,7 +309,7 @@ class Hosts:
     if isinstance(error, KeyboardInterrupt):
       self._end(f'stopped by Ctrl-C (SIGTERM saves first): {AGAIN}', reason='stopped by Ctrl-C')
     if COLLECTIVE_FAILED.search(str(error)):
-      time.sleep(2 * self._interval + 1)  # the thread of heartbeats ends this process if the other one said why it ended
+      time.sleep(2 * self._interval + 1)  # the heartbeats end this process if the other one said why it ended
       self._end(f'lost the link to another process ({first_line(error)}): {AGAIN}', reason='lost another process')
     logging.error('process %d of %d fails', self._id, self._count, exc_info=error)
     name = f'{type(error).__name__}: {first_line(error)}'
