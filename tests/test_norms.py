@@ -61,12 +61,9 @@ def test_silu_and_its_gate():
   agree(norms.swiglu, lambda a, b: jax.nn.silu(a) * b, *draw((3, 5), (3, 5)))
 
 
-def test_queries_and_keys_are_normalised_and_values_are_not():
-  def plain(qkv, gains):
-    q, k = (plain_rows(qkv[:, :, i], gains[i].reshape(1, 1, 1, -1), False) for i in (0, 1))
-    return q, k, qkv[:, :, 2]
-
-  agree(lambda qkv, gains: norms.normalised_qkv(qkv, gains, EPS), plain, *draw((2, 5, 3, 2, 4), (2, 4)))
+def test_heads_are_normalised_one_by_one():
+  agree(lambda x, gain: norms.head_norm(x, gain, eps=EPS),
+        lambda x, gain: plain_rows(x, gain.reshape(1, 1, 1, -1), False), *draw((2, 5, 3, 4), (4,)))
 
 
 @pytest.mark.parametrize('x,kernel,axes', [

@@ -100,35 +100,29 @@ def _row_norm_backward(eps, centred, saved, gradient):
 _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 
 
-def normalised_qkv(qkv: Float[Array, 'B L 3 H K'], gains: Float[Array, '2 K'], eps: float, dtype=None) -> tuple[
-    Float[Array, 'B L H K'], Float[Array, 'B L H K'], Float[Array, 'B L H K']]:
-  """qkv [B, P, 3, H, K] -> (q, k, v), each [B, P, H, K], the first two after `rms_norm` with gains [2, K].
-
-  Its gradient is computed as one array; that of three slices would be three padded arrays and their sum. `dtype` as of
-  `swiglu`.
-  """
-  return _normalised_qkv(qkv, gains, eps, jnp.dtype(dtype or qkv.dtype))
+def head_norm(x: Float[Array, 'B L H K'], gain: Float[Array, ' K'], *, eps: float,
+              dtype=None) -> Float[Array, 'B L H K']:
+  """`rms_norm` of each head of queries or keys; `dtype` as of `swiglu`."""
+  return _head_norm(x, gain, eps, jnp.dtype(dtype or x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _normalised_qkv(qkv, gains, eps, dtype):
-  qk = rms_norm(qkv[:, :, :2], gains[None, None, :, None], eps=eps)
-  return tuple(x.astype(dtype) for x in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
+def _head_norm(x, gain, eps, dtype):
+  return rms_norm(x, gain[None, None, None], eps=eps).astype(dtype)
 
 
-def _normalised_qkv_forward(qkv, gains, eps, dtype):
-  return _normalised_qkv(qkv, gains, eps, dtype), (keep(qkv, dtype), gains, jnp.zeros((), qkv.dtype))
+def _head_norm_forward(x, gain, eps, dtype):
+  return _head_norm(x, gain, eps, dtype), (keep(x, dtype), gain, jnp.zeros((), x.dtype))
 
 
-def _normalised_qkv_backward(eps, dtype, saved, gradients):
-  qkv, gains, like = saved
-  scale, qk = gains[None, None, :, None], qkv[:, :, :2]
-  _, moments = _row_norm_forward(qk, scale, eps, False)
-  inner, gain = _row_norm_backward(eps, False, moments, jnp.stack(gradients[:2], axis=2))
-  return jnp.concatenate([inner, gradients[2][:, :, None]], axis=2).astype(like.dtype), gain[0, 0, :, 0]
+def _head_norm_backward(eps, dtype, saved, gradient):
+  x, gain, like = saved
+  _, moments = _row_norm_forward(x, gain[None, None, None], eps, False)
+  inner, gain = _row_norm_backward(eps, False, moments, gradient)
+  return inner.astype(like.dtype), gain[0, 0, 0]
 
 
-_normalised_qkv.defvjp(_normalised_qkv_forward, _normalised_qkv_backward)
+_head_norm.defvjp(_head_norm_forward, _head_norm_backward)
 
 
 def group_norm(x: Float[Array, 'N F T PC'], scale: Float[Array, '#N C'], *, groups: int,

@@ -32,10 +32,14 @@ class Attention(nnx.Module):
   def __call__(self, x):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     b, s, p, d = x.shape
-    qkv = self.qkv(x.reshape(b, s * p, d), jnp.float32)
-    qkv = sharding.constrain(qkv, 'batch', None, None, 'heads', None)
-    gains = jnp.stack([self.q_norm.gain[...], self.k_norm.gain[...]])
-    q, k, v = norms.normalised_qkv(qkv, gains, self.q_norm.eps, x.dtype)
+    # Three products, though they are one parameter: slicing their common result costs a TPU passes of its own.
+    x, kernel = x.reshape(b, s * p, d), self.qkv.kernel[...].astype(x.dtype)
+    q, k, v = (sharding.constrain(contract(x, kernel[:, i], 1, dtype), 'batch', None, 'heads', None)
+               for i, dtype in enumerate((jnp.float32, jnp.float32, x.dtype)))
+    # What is marked as a product here is narrow: computed again from float32, it would be kept in that as well.
+    q, k = (product(norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype))
+            for x32, norm in ((q, self.q_norm), (k, self.k_norm)))
+    v = product(v)
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
     out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
     return product(contract(out, self.out[...].astype(x.dtype), 2, jnp.float32)).reshape(b, s, p, d)
@@ -53,9 +57,9 @@ class SwiGLU(nnx.Module):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     # Two products, though the halves are one parameter: slicing their common result costs a TPU passes of its own.
     kernel = self.inner.kernel[...].astype(x.dtype)
-    a, b = (sharding.constrain(product(contract(x, kernel[:, i], 1, jnp.float32)), 'batch', None, None, 'mlp')
+    a, b = (sharding.constrain(contract(x, kernel[:, i], 1, jnp.float32), 'batch', None, None, 'mlp')
             for i in range(2))
-    return self.out(norms.swiglu(a, b, x.dtype), jnp.float32)
+    return self.out(product(norms.swiglu(a, b, x.dtype)), jnp.float32)
 
 
 class Block(nnx.Module):
