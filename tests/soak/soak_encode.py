@@ -20,10 +20,12 @@ import time
 
 import numpy as np
 import soundfile
-from test_codec import make_snapshot, music
-from test_hosts import flags, started
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / 'tests'))
+
+from test_codec import make_snapshot, music  # noqa: E402  (a script finds them by the line above)
+from test_hosts import flags, started  # noqa: E402
 SHARDS = 24
 
 
