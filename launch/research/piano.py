@@ -6,7 +6,7 @@
 
 Needs fluidsynth and its General MIDI soundfont (Debian, Ubuntu: apt install fluidsynth fluid-soundfont-gm) and mido.
 Each piece has its own score (key, mode, tempo, accompaniment, melody), so held-out pieces are unknown to the model.
-Writes DIR/train and DIR/heldout as mono FLAC; existing files are kept.
+Writes DIR/train and DIR/heldout as mono FLAC with a peak of .9; existing files are kept.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from m2l2.errors import UserError  # noqa: E402
 MODES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 8, 11))
 FIGURES = ((0, 1, 2), (0, 2, 1, 2), (0, 1, 2, 1))  # in which order an accompaniment plays its chord
 HELD_SEED = 1_000_000
+PEAK = 0.9
 
 
 def score(seed: int, seconds: float) -> mido.MidiFile:
@@ -78,6 +79,8 @@ def midi(notes, pedals, tempo) -> mido.MidiFile:
 def render(seed: int, path: Path, *, seconds: float, rate: int):
   """Writes the piece of that seed; `audio_io` leaves no half file."""
   audio = probe_data.render(score(seed, seconds), probe_data.SOUNDFONTS[0])
+  # As loud as published music: the soundfont's own level is a tenth of what sigma_data expects.
+  audio *= PEAK / max(np.abs(audio).max(), 1e-9)
   audio_io.write(path, audio_io.resample(audio, from_rate=probe_data.RATE, to_rate=rate), rate)
 
 

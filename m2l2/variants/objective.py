@@ -19,7 +19,7 @@ class VariantObjective(Objective):
   Attributes:
     head_start_share: of the run's steps, from the first on, that train on the `head_start_task`:
       'data': one step from sigma_max is to give the data itself (a regression through all three networks);
-      'denoise': one step from a level above 1 (uniform in ln sigma) is: where the noise hides what the latents tell;
+      'denoise': one step from a level above sigma_data (uniform in ln sigma) is to, where noise hides what latents tell;
       'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
       'envelope': the envelope alone; the denoiser does not even run.
       The index step shrinks over those that are left.
@@ -75,9 +75,10 @@ class VariantObjective(Objective):
     return loss, metrics
 
   def _head_loss(self, params, draw, features):
-    level = jnp.full_like(draw.high, self.consistency.sigma_max)
+    least, level = self.consistency.sigma_data, jnp.full_like(draw.high, self.consistency.sigma_max)
     if self.head_start_task == 'denoise':
-      level **= jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), level.shape[1:]))(draw.keys)
+      share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), level.shape[1:]))(draw.keys)
+      level = least * (level / least) ** share
     with jax.named_scope('student'):
       estimate = self.denoise(params, draw, level, features)
     if self.head_start_task in ('data', 'denoise'):
