@@ -19,7 +19,7 @@ class VariantObjective(Objective):
   Attributes:
     head_start_share: of the run's steps, from the first on, that train on the `head_start_task`:
       'data': one step from sigma_max is to give the data itself (a regression through all three networks);
-      'denoise': one step from a level above sigma_data (uniform in ln sigma) is to, where noise hides what latents tell;
+      'denoise': one step from a level above sigma_data (uniform in ln sigma) is to: there the latents tell most;
       'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
       'envelope': the envelope alone; the denoiser does not even run.
       The index step shrinks over those that are left.
