@@ -90,8 +90,8 @@ def get_config(arg=''):
   variants.lognormal = dict(on=False)
   # share: of training, in which the index step shrinks from 1 (denoising) to step_start.
   variants.easy = dict(share=0.0)
-  # share: of the steps, from the first on, that train on an easier task: to regress the data ('data') or their
-  # magnitudes ('magnitudes') from sigma_max, the data from levels above sigma_data ('denoise'), or the 'envelope'.
+  # share: of the steps, from the first on, that train on an easier task: to regress the data, or its magnitudes, from
+  # sigma_max, or the envelope alone: 'data', 'magnitudes' or 'envelope'.
   variants.head_start = dict(share=0.0, task='data')
   # chance: that a chunk keeps only a random prefix of its embeddings.
   variants.nested = dict(chance=0.0)

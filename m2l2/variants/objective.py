@@ -9,7 +9,7 @@ from m2l2.training.probe import feature_metrics, latent_metrics
 from m2l2.training.train_step import MAIN, Objective
 from m2l2.variants.envelope import envelope_loss, log_magnitude
 
-HEAD_STARTS = ('data', 'denoise', 'magnitudes', 'envelope')
+HEAD_STARTS = ('data', 'magnitudes', 'envelope')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,6 @@ class VariantObjective(Objective):
   Attributes:
     head_start_share: of the run's steps, from the first on, that train on the `head_start_task`:
       'data': one step from sigma_max is to give the data itself (a regression through all three networks);
-      'denoise': one step from a level above sigma_data (uniform in ln sigma) is to: there the latents tell most;
       'magnitudes': it is to give the data's log-magnitudes, with whatever phases;
       'envelope': the envelope alone; the denoiser does not even run.
       The index step shrinks over those that are left.
@@ -75,13 +74,9 @@ class VariantObjective(Objective):
     return loss, metrics
 
   def _head_loss(self, params, draw, features):
-    least, level = self.consistency.sigma_data, jnp.full_like(draw.high, self.consistency.sigma_max)
-    if self.head_start_task == 'denoise':
-      share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), level.shape[1:]))(draw.keys)
-      level = least * (level / least) ** share
     with jax.named_scope('student'):
-      estimate = self.denoise(params, draw, level, features)
-    if self.head_start_task in ('data', 'denoise'):
+      estimate = self.denoise(params, draw, jnp.full_like(draw.high, self.consistency.sigma_max), features)
+    if self.head_start_task == 'data':
       return self.consistency.distance(estimate, draw.spec)
     return jnp.mean(jnp.abs(log_magnitude(estimate) - log_magnitude(draw.spec)), axis=(2, 3, 4))
 
