@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -465,3 +467,20 @@ def test_the_container_is_built_from_what_is_sent():
   lines = (LAUNCH / 'Containerfile').read_text().splitlines()
   assert lines.index('USER m2l2') > next(i for i, line in enumerate(lines) if line.startswith('RUN'))
   assert 'ENTRYPOINT ["m2l2"]' in lines
+
+
+def test_the_scripts_of_the_soak_start():
+  """Each by itself finds what it imports: a script has its own folder in its path, and not the tests'."""
+  names = re.findall(r'tests/soak/(\w+)\.py', (LAUNCH / 'test.sh').read_text())
+  assert len(names) == 4
+  code = f"""
+import sys
+path = list(sys.path)
+for name in {names}:
+  __import__(name)
+  sys.path[:] = path  # what one adds must not serve the next
+  for module in [module for module in sys.modules if module.startswith('test_')]:
+    del sys.modules[module]
+"""
+  subprocess.run([sys.executable, '-c', code], cwd=LAUNCH.parent / 'tests/soak', check=True,
+                 env={**os.environ, 'PYTHONPATH': str(LAUNCH.parent)})
