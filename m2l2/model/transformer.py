@@ -34,12 +34,12 @@ class Attention(nnx.Module):
     b, s, p, d = x.shape
     # Three products, though they are one parameter: slicing their common result costs a TPU passes of its own.
     x, kernel = x.reshape(b, s * p, d), self.qkv.kernel[...].astype(x.dtype)
-    q, k, v = (sharding.constrain(contract(x, kernel[:, i], 1, dtype), 'batch', None, 'heads', None)
-               for i, dtype in enumerate((jnp.float32, jnp.float32, x.dtype)))
+    q, k, v = (sharding.constrain(contract(x, kernel[:, i], 1, jnp.float32), 'batch', None, 'heads', None)
+               for i in range(3))
     # What is marked as a product here is narrow: computed again from float32, it would be kept in that as well.
     q, k = (product(norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype))
             for x32, norm in ((q, self.q_norm), (k, self.k_norm)))
-    v = product(v)
+    v = product(v.astype(x.dtype))
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
     out = product(chunk_causal_attention(q, k, v, num_chunks=s, impl=self.impl, spec=spec))
     return product(contract(out, self.out[...].astype(x.dtype), 2, jnp.float32)).reshape(b, s, p, d)
