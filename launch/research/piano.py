@@ -79,7 +79,7 @@ def midi(notes, pedals, tempo) -> mido.MidiFile:
 def render(seed: int, path: Path, *, seconds: float, rate: int):
   """Writes the piece of that seed; `audio_io` leaves no half file."""
   audio = probe_data.render(score(seed, seconds), probe_data.SOUNDFONTS[0])
-  # As loud as published music: the soundfont's own level is a tenth of what sigma_data expects.
+  # The soundfont's own level gives spectrograms of RMS .03, where music has .2 and sigma_data expects .5.
   audio *= PEAK / max(np.abs(audio).max(), 1e-9)
   audio_io.write(path, audio_io.resample(audio, from_rate=probe_data.RATE, to_rate=rate), rate)
 

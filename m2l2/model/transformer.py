@@ -18,6 +18,15 @@ from m2l2.model.parameters import ZEROS, normal, param
 from m2l2.model.remat import product, rematerialised
 
 
+def by_parts(x, kernel, *axes):
+  """x by each part of a kernel [D, parts, ...] -> as many float32 arrays, sharded along `axes`.
+
+  Not one product that is sliced: on a TPU the slices, and the padding of their gradients, are passes of their own.
+  """
+  kernel = kernel[...].astype(x.dtype)
+  return [sharding.constrain(contract(x, kernel[:, i], 1, jnp.float32), *axes) for i in range(kernel.shape[1])]
+
+
 class Attention(nnx.Module):
   """x -> to_out(SDPA(q, k, v)); q and k are RMS-normalised per head; the output projection starts at 0."""
 
@@ -32,10 +41,7 @@ class Attention(nnx.Module):
   def __call__(self, x):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     b, s, p, d = x.shape
-    # Three products, though they are one parameter: slicing their common result costs a TPU passes of its own.
-    x, kernel = x.reshape(b, s * p, d), self.qkv.kernel[...].astype(x.dtype)
-    q, k, v = (sharding.constrain(contract(x, kernel[:, i], 1, jnp.float32), 'batch', None, 'heads', None)
-               for i in range(3))
+    q, k, v = by_parts(x.reshape(b, s * p, d), self.qkv.kernel, 'batch', None, 'heads', None)
     # What is marked as a product here is narrow: computed again from float32, it would be kept in that as well.
     q, k = (product(norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype))
             for x32, norm in ((q, self.q_norm), (k, self.k_norm)))
@@ -55,10 +61,7 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
-    # Two products, though the halves are one parameter: slicing their common result costs a TPU passes of its own.
-    kernel = self.inner.kernel[...].astype(x.dtype)
-    a, b = (sharding.constrain(contract(x, kernel[:, i], 1, jnp.float32), 'batch', None, None, 'mlp')
-            for i in range(2))
+    a, b = by_parts(x, self.inner.kernel, 'batch', None, None, 'mlp')
     return self.out(product(norms.swiglu(a, b, x.dtype)), jnp.float32)
 
 
