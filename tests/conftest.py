@@ -13,8 +13,10 @@ import random
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # inherited by the processes that tests start
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # also: nothing runs long, everything is compiled
 os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # or each of them parses all that it imports again, for seconds
-# XLA's older loops on CPUs, of which small programs compile in half the time and train steps in a third.
-os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
+# XLA's older loops on CPUs, of which small programs compile in half the time and train steps in a third. And eight
+# devices may wait for each other as long as a busy machine takes: after 40 s XLA would end the process.
+os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false '
+                                   '--xla_cpu_collective_call_terminate_timeout_seconds=600')
 
 from jaxtyping import install_import_hook  # noqa: E402
 

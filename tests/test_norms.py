@@ -39,7 +39,9 @@ def plain_rows(x, scale, centred):
 @pytest.mark.parametrize('shape', [(1, 1, 1, 6), (2, 3, 1, 6)])  # a gain of its own, or one a chunk
 def test_norms_of_rows(centred, shape):
   ours = norms.layer_norm if centred else norms.rms_norm
-  agree(lambda x, s: ours(x, s, eps=EPS), lambda x, s: plain_rows(x, s, centred), *draw((2, 3, 5, 6), shape))
+  x, scale = draw((2, 3, 5, 6), shape)
+  for offset in (0, 3):
+    agree(lambda x, s: ours(x, s, eps=EPS), lambda x, s: plain_rows(x, s, centred), x + offset, scale)
 
 
 @pytest.mark.parametrize('items', [1, 3])
@@ -58,7 +60,16 @@ def test_norm_of_groups(items, packed):
 
 def test_silu_and_its_gate():
   agree(norms.silu, lambda x: x / (1 + jnp.exp(-x)), *draw((4, 7)))
-  agree(norms.swiglu, lambda a, b: jax.nn.silu(a) * b, *draw((3, 5), (3, 5)))
+  agree(norms.swiglu_product, lambda a, b, w: (jax.nn.silu(a) * b) @ w, *draw((3, 5), (3, 5), (5, 4)))
+
+
+def test_what_swiglu_stores_is_half_precision():
+  arrays = draw((3, 64), (3, 64))
+  kernel = draw((64, 8))[0].astype(jnp.bfloat16)
+  _, pull = jax.vjp(lambda a, b: norms.swiglu_product(a, b, kernel, jnp.bfloat16), *arrays)
+  stored = [x for x in jax.tree.leaves(pull) if x.shape == (3, 64)]
+  assert [x.dtype for x in stored] == [jnp.bfloat16] * 2  # a and b; not what they make
+  assert all(gradient.dtype == jnp.float32 for gradient in pull(jnp.ones((3, 8))))
 
 
 def test_heads_are_normalised_one_by_one():

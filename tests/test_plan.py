@@ -170,10 +170,11 @@ def test_each_layer_costs_as_much_as_the_one_before():
 
 @pytest.mark.tpu
 def test_what_the_layers_of_bases_denoiser_cost():
-  """12 layers, 4 pairs, on v5p: 22.1 M cycles and 10.8 GiB while float32 copies were kept for the backward pass."""
+  """12 layers, 4 pairs, on v5p: 22.1 M cycles and 10.8 GiB while float32 copies were kept for the backward pass, 19.9
+  and 7.6 while what SwiGLU makes was."""
   traffic, _ = compiled_transformer('v5p:2x2x1', 4, 512, 512, cond_dim=512, layers=12, heads=4, output_norm=False)
   print(f'{traffic.cycles / 1e6:.2f} M cycles, {traffic.accessed / 2**30:.2f} GiB')
-  assert traffic.cycles < 21e6 and traffic.accessed < 8.2 * 2**30
+  assert traffic.cycles < 17.8e6 and traffic.accessed < 7.2 * 2**30
 
 
 @pytest.mark.tpu

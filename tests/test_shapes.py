@@ -17,7 +17,7 @@ Shape = jax.ShapeDtypeStruct
 
 
 @pytest.mark.parametrize('call, shapes', [
-    (norms.swiglu, [(4, 8), (4, 7)]),  # no halves
+    (norms.swiglu_product, [(4, 8), (4, 7), (8, 3)]),  # no halves
     (lambda x, scale: norms.group_norm(x, scale, groups=2, eps=1e-5), [(3, 4, 4, 8), (2, 8)]),  # gains of other maps
     (lambda q, k, v: chunk_causal_attention(q, k, v, num_chunks=2), [(1, 8, 2, 4), (1, 8, 2, 4), (1, 8, 4, 4)]),
     (join_patches, [(2, 4, 4, 8)]),

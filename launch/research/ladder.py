@@ -236,6 +236,7 @@ def judge(functions, config, params, audio, seed=5):
               'energy': jnp.sqrt(jnp.sum(estimate ** 2) / jnp.sum(spec ** 2)),
               'log_magnitude': error(estimate), 'log_magnitude_wrong': error(estimate_wrong),
               'left_1': snr(spec[:, :1], estimate[:, :1])}
+  each = snr_of_each(spec[:, :1], estimate[:, :1])
   for sigma in LEVELS:
     for name, features in (('own', own), ('wrong', wrong)):
       figures[f'{name}_{sigma:g}'] = snr(spec, run(spec, noise, level(sigma), features))
@@ -245,7 +246,9 @@ def judge(functions, config, params, audio, seed=5):
     pair = jnp.stack([estimate[:, 0], jnp.zeros_like(estimate[:, 0])], axis=1)
     levels = jnp.stack([jnp.full(len(spec), sigma), jnp.full(len(spec), consistency.sigma_max)], axis=1)
     two = run(pair, second, levels, own)
-    curve[f'{sigma:g}'] = {'left': snr(spec[:, :1], two[:, :1]), 'coherence': coherent(two[:, :1])}
+    gain = snr_of_each(spec[:, :1], two[:, :1]) - each
+    curve[f'{sigma:g}'] = {'left': snr(spec[:, :1], two[:, :1]), 'coherence': coherent(two[:, :1]),
+                           'gain_error': jnp.std(gain, ddof=1) / math.sqrt(len(spec))}
   at = curve[f'{consistency.sigma_cond:g}']
   figures |= {'left_2': at['left'], 'coherence_2': at['coherence'], 'sigma_cond': curve}
   return jax.tree.map(float, figures)
@@ -254,8 +257,13 @@ def judge(functions, config, params, audio, seed=5):
 @jax.jit
 def snr(target, estimate):
   """Mean over chunks of the SNR in dB."""
+  return jnp.mean(snr_of_each(target, estimate))
+
+
+@jax.jit
+def snr_of_each(target, estimate):
   axes = (2, 3, 4)
-  return jnp.mean(10 * jnp.log10(jnp.sum(target ** 2, axis=axes) / jnp.sum((target - estimate) ** 2, axis=axes)))
+  return 10 * jnp.log10(jnp.sum(target ** 2, axis=axes) / jnp.sum((target - estimate) ** 2, axis=axes))
 
 
 # The rungs: each returns (figures, failures).

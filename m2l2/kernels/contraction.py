@@ -22,12 +22,17 @@ def _forward(x, kernel, axes, dtype):
   return contract(x, kernel, axes, dtype), (x, kernel)
 
 
-def _backward(axes, dtype, saved, gradient):
-  x, kernel = saved
+def contract_backward(x, kernel, gradient, axes: int = 1):
+  """-> the gradients of x and of the kernel, in their dtypes, for that of contract(x, kernel, axes)."""
   gradient = gradient.astype(x.dtype)
   out, lead = kernel.ndim - axes, x.ndim - axes
   dx = _dot(gradient, kernel, range(lead, lead + out), range(axes, kernel.ndim))
   return dx, _dot(x, gradient, range(lead), range(lead)).astype(kernel.dtype)
+
+
+def _backward(axes, dtype, saved, gradient):
+  x, kernel = saved
+  return contract_backward(x, kernel, gradient, axes)
 
 
 contract.defvjp(_forward, _backward)

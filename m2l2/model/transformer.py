@@ -42,6 +42,8 @@ class Attention(nnx.Module):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     b, s, p, d = x.shape
     q, k, v = by_parts(x.reshape(b, s * p, d), self.qkv.kernel, 'batch', None, 'heads', None)
+    # Fused with what its product gives, the norm's sum is taken across lanes on a TPU, and the heads copied twice.
+    q, k = jax.lax.optimization_barrier((q, k))
     # What is marked as a product here is narrow: computed again from float32, it would be kept in that as well.
     q, k = (product(norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype))
             for x32, norm in ((q, self.q_norm), (k, self.k_norm)))
@@ -62,7 +64,7 @@ class SwiGLU(nnx.Module):
   def __call__(self, x):
     """[B, S, P, D] in the dtype of products -> the same shape, float32."""
     a, b = by_parts(x, self.inner.kernel, 'batch', None, None, 'mlp')
-    return self.out(product(norms.swiglu(a, b, x.dtype)), jnp.float32)
+    return product(norms.swiglu_product(a, b, self.out.kernel[...].astype(x.dtype), x.dtype))
 
 
 class Block(nnx.Module):

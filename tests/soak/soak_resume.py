@@ -28,7 +28,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'configs/nano.py:debug'
 # For XLA: what is compiled soonest.
 QUICK = ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-         '--xla_cpu_use_fusion_emitters=false')
+         '--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600')
 SMALL = {
   'model.widths': '(8, 16)', 'model.strides': '((4, 4),)', 'model.blocks': '(1, 1)',
   'model.layers': 1, 'model.head_dim': 8, 'train.probe_every': 0, 'train.checkpoint_every': 3,
