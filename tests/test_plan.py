@@ -174,7 +174,7 @@ def test_what_the_layers_of_bases_denoiser_cost():
   and 7.6 while what SwiGLU makes was."""
   traffic, _ = compiled_transformer('v5p:2x2x1', 4, 512, 512, cond_dim=512, layers=12, heads=4, output_norm=False)
   print(f'{traffic.cycles / 1e6:.2f} M cycles, {traffic.accessed / 2**30:.2f} GiB')
-  assert traffic.cycles < 17.8e6 and traffic.accessed < 7.2 * 2**30
+  assert traffic.cycles < 17e6 and traffic.accessed < 7.2 * 2**30
 
 
 @pytest.mark.tpu

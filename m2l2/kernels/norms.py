@@ -40,8 +40,8 @@ def swiglu_product(a: Float[Array, '*lead M'], b: Float[Array, '*lead M'], kerne
                    dtype=None) -> Float[Array, '*lead D']:
   """SiLU(a) b in `dtype` (a's by default), by the kernel of that dtype -> float32.
 
-  For the backward pass a and b are stored in `dtype`. What they make is not stored but computed again: on a TPU it was
-  a seventh of what a layer of `base` wrote and read.
+  For the backward pass a and b are stored in `dtype`; what they make is computed again, which costs less than reading
+  it.
   """
   return _swiglu_product(a, b, kernel, jnp.dtype(dtype or a.dtype))
 
@@ -95,22 +95,28 @@ def _row_norm_forward(x, scale, eps, centred):
   power, mean = jnp.mean(jnp.square(y), axis=-1, keepdims=True), None
   if centred:  # both moments in one pass, as in flax; a mean of ten deviations costs two of seven digits
     mean = jnp.mean(y, axis=-1, keepdims=True)
-    power, y = jnp.maximum(power - jnp.square(mean), 0.0), y - mean
-  inverse = jax.lax.rsqrt(power + eps)
+    power, mean = jnp.maximum(power - jnp.square(mean), 0.0), keep(mean)
+    y = y - mean
+  inverse = keep(jax.lax.rsqrt(power + eps))
   return (y * inverse * scale).astype(x.dtype), (x, scale, mean, inverse)
 
 
 def _row_norm_backward(eps, centred, saved, gradient):
   x, scale, mean, inverse = saved
-  y = x.astype(jnp.float32)
-  normal = ((y - mean) if centred else y) * inverse
-  gradient = gradient.astype(jnp.float32)
+  y, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
   inner = gradient * scale
-  out = inner - normal * jnp.mean(inner * normal, axis=-1, keepdims=True)
+  # With normal = (y - mean) inverse: inverse (inner - mean(inner) - normal mean(inner normal)), here with few numbers a
+  # row, as a TPU spends more on spreading these over the row than on arithmetic.
+  along = jnp.mean(inner * y, axis=-1, keepdims=True)
   if centred:
-    out = out - jnp.mean(inner, axis=-1, keepdims=True)
+    first = jnp.mean(inner, axis=-1, keepdims=True)
+    along = along - mean * first
+  slope = along * inverse ** 3
+  out, normal = inner * inverse - y * slope, y * inverse
+  if centred:
+    out, normal = out + (mean * slope - first * inverse), normal - mean * inverse
   shared = tuple(i for i, size in enumerate(scale.shape) if size == 1 and x.shape[i] > 1)
-  return (inverse * out).astype(x.dtype), jnp.sum(gradient * normal, axis=shared, keepdims=True)
+  return out.astype(x.dtype), jnp.sum(gradient * normal, axis=shared, keepdims=True)
 
 
 _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
@@ -118,27 +124,34 @@ _row_norm.defvjp(_row_norm_forward, _row_norm_backward)
 
 def head_norm(x: Float[Array, 'B L H K'], gain: Float[Array, ' K'], *, eps: float,
               dtype=None) -> Float[Array, 'B L H K']:
-  """`rms_norm` of each head of queries or keys; `dtype` as of `swiglu`."""
-  return _head_norm(x, gain, eps, jnp.dtype(dtype or x.dtype))
+  """`rms_norm` of each head of queries or keys, in `dtype`, x's by default.
+
+  Before the gain it is rounded to `dtype` too: so it is stored for the backward pass, and neither x nor the result is.
+  """
+  dtype = jnp.dtype(dtype or x.dtype)
+  return (_unit(x, eps, dtype).astype(jnp.float32) * gain[None, None, None]).astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _head_norm(x, gain, eps, dtype):
-  return rms_norm(x, gain[None, None, None], eps=eps).astype(dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _unit(x, eps, dtype):
+  return _unit_forward(x, eps, dtype)[0]
 
 
-def _head_norm_forward(x, gain, eps, dtype):
-  return _head_norm(x, gain, eps, dtype), (keep(x, dtype), gain, jnp.zeros((), x.dtype))
+def _unit_forward(x, eps, dtype):
+  y = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+  unit = keep(y * inverse, dtype)
+  return unit, (unit, keep(inverse), jnp.zeros((), x.dtype))
 
 
-def _head_norm_backward(eps, dtype, saved, gradient):
-  x, gain, like = saved
-  _, moments = _row_norm_forward(x, gain[None, None, None], eps, False)
-  inner, gain = _row_norm_backward(eps, False, moments, gradient)
-  return inner.astype(like.dtype), gain[0, 0, 0]
+def _unit_backward(eps, dtype, saved, gradient):
+  unit, inverse, like = saved
+  unit, gradient = unit.astype(jnp.float32), gradient.astype(jnp.float32)
+  out = (gradient - unit * jnp.mean(gradient * unit, axis=-1, keepdims=True)) * inverse
+  return (out.astype(like.dtype),)
 
 
-_head_norm.defvjp(_head_norm_forward, _head_norm_backward)
+_unit.defvjp(_unit_forward, _unit_backward)
 
 
 def group_norm(x: Float[Array, 'N F T PC'], scale: Float[Array, '#N C'], *, groups: int,
@@ -167,8 +180,8 @@ def _group_norm_forward(x, scale, groups, packed, eps):
   shift = means(jnp.mean(y[:, 0], axis=1))
   shifted = y - shift[:, None, None]
   first, second = means(jnp.stack([jnp.mean(shifted, axis=(1, 2)), jnp.mean(jnp.square(shifted), axis=(1, 2))]))
-  inverse = jax.lax.rsqrt(jnp.maximum(second - jnp.square(first), 0.0) + eps)
-  mean = shift + first
+  inverse = keep(jax.lax.rsqrt(jnp.maximum(second - jnp.square(first), 0.0) + eps))
+  mean = keep(shift + first)
   out = (y - mean[:, None, None]) * (inverse * scale)[:, None, None]
   return out.astype(x.dtype), (x, scale, mean, inverse)
 

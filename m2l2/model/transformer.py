@@ -44,8 +44,7 @@ class Attention(nnx.Module):
     q, k, v = by_parts(x.reshape(b, s * p, d), self.qkv.kernel, 'batch', None, 'heads', None)
     # Fused with what its product gives, the norm's sum is taken across lanes on a TPU, and the heads copied twice.
     q, k = jax.lax.optimization_barrier((q, k))
-    # What is marked as a product here is narrow: computed again from float32, it would be kept in that as well.
-    q, k = (product(norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype))
+    q, k = (norms.head_norm(x32, norm.gain[...], eps=norm.eps, dtype=x.dtype)
             for x32, norm in ((q, self.q_norm), (k, self.k_norm)))
     v = product(v.astype(x.dtype))
     spec = sharding.activation_spec(q.shape, 'batch', None, 'heads', None)
