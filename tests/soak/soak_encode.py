@@ -63,7 +63,8 @@ def done(output):
 
 def run(base, output, *, processes, kill=None, devices=None):
   """One run; `kill` (processes) -> None is called once they were started. Returns the exit statuses."""
-  own = flags(processes) if processes > 1 else [()]
+  # Of two of which one is killed before they met, the other waits this long.
+  own = [(*more, '--start_timeout=120') for more in flags(processes)] if processes > 1 else [()]
   where = environment(base / 'cache', devices=devices or 8 // processes)
   with started([command(base, output, *more) for more in own], [where] * processes, log=base / output.name) as running:
     if kill:
