@@ -16,9 +16,11 @@ from m2l2 import cli, sharding
 from m2l2.configs import base, nano
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.model import remat
 from m2l2.model.transformer import Transformer
 from m2l2.planning import chips, plan
 from m2l2.planning.traffic import OperationCost, Traffic, count_traffic
+from m2l2.variants.packing import PackedConvBlock
 
 
 @pytest.mark.parametrize('flags,message', [
@@ -138,22 +140,27 @@ def test_a_whole_plan(preset, kinds, capsys):
   assert report['estimate']['cycles'] == pytest.approx(sum(part['cycles'] for part in report['parts']))
 
 
-def compiled_transformer(topology, pairs, width, tokens, cond_dim=None, **fields):
-  """(Traffic, estimate) of a transformer, forward and backward, on one chip."""
+def compiled(topology, make, *inputs):
+  """(Traffic, estimate) of the module that `make` gives, called on `inputs` forward and backward on one chip."""
   chip, devices = plan._topology(topology)
   on_one_chip = jax.sharding.SingleDeviceSharding(devices[0])
-  make = lambda: Transformer(width, mlp_mult=4, tokens=tokens, chunks=2, cond_dim=cond_dim, remat='products',
-                             rngs=nnx.Rngs(params=jax.random.key(0)), **fields)
   with compiling_for('tpu'):
     graphdef, params = nnx.split(jax.eval_shape(make))
-    x = jax.ShapeDtypeStruct((pairs, 2, tokens, width), jnp.bfloat16)
-    cond = jax.ShapeDtypeStruct((pairs, 2, cond_dim), jnp.float32) if cond_dim else None
-    loss = lambda params, x, cond: jnp.sum(nnx.merge(graphdef, params)(x, cond) ** 2)
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_chip), (params, x, cond))
+    loss = lambda params, *inputs: jnp.sum(nnx.merge(graphdef, params)(*inputs).astype(jnp.float32) ** 2)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_chip), (params, *inputs))
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*placed).compile().as_text()
-  assert ' while(' in text and 'known_trip_count' not in text
   traffic = count_traffic(text)
-  return traffic, plan.estimate_step(traffic, chip)[0]
+  return traffic, plan.estimate_step(traffic, chip)[0], text
+
+
+def compiled_transformer(topology, pairs, width, tokens, cond_dim=None, **fields):
+  make = lambda: Transformer(width, mlp_mult=4, tokens=tokens, chunks=2, cond_dim=cond_dim, remat='products',
+                             rngs=nnx.Rngs(params=jax.random.key(0)), **fields)
+  traffic, estimate, text = compiled(
+      topology, make, jax.ShapeDtypeStruct((pairs, 2, tokens, width), jnp.bfloat16),
+      jax.ShapeDtypeStruct((pairs, 2, cond_dim), jnp.float32) if cond_dim else None)
+  assert ' while(' in text and 'known_trip_count' not in text
+  return traffic, estimate
 
 
 @pytest.mark.tpu
@@ -175,6 +182,33 @@ def test_what_the_layers_of_bases_denoiser_cost():
   traffic, _ = compiled_transformer('v5p:2x2x1', 4, 512, 512, cond_dim=512, layers=12, heads=4, output_norm=False)
   print(f'{traffic.cycles / 1e6:.2f} M cycles, {traffic.accessed / 2**30:.2f} GiB')
   assert traffic.cycles < 17e6 and traffic.accessed < 7.2 * 2**30
+
+
+class Blocks(nnx.Module):
+  """Blocks of a packed level of 64 channels, one after the other as a ladder runs them."""
+
+  def __init__(self, count, **options):
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    self.blocks = nnx.List([PackedConvBlock(64, pack=(1, 2), rngs=rngs, **options) for _ in range(count)])
+
+  def __call__(self, x, *cond):
+    for block in self.blocks:
+      x = remat.call(block, x, *cond, remat='products')
+    return x
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('dtype,options,most', [
+    (jnp.bfloat16, {}, 3.2e6),                                                             # encoder, decoder
+    (jnp.float32, {'dtype': jnp.bfloat16, 'exact': True, 'cond_dim': 512}, 4.8e6)])        # denoiser
+def test_what_a_block_of_bases_finest_level_costs(dtype, options, most):
+  """8 chunks on v5p: what two blocks cost more than one."""
+  x = jax.ShapeDtypeStruct((8, 1024, 32, 128), dtype)
+  cond = [jax.ShapeDtypeStruct((8, 512), jnp.float32)] if 'cond_dim' in options else []
+  one, two = (compiled('v5p:2x2x1', lambda: Blocks(count, **options), x, *cond)[0] for count in (1, 2))
+  cycles, accessed = two.cycles - one.cycles, two.accessed - one.accessed
+  print(f'{cycles / 1e6:.2f} M cycles, {accessed / 2**30:.2f} GiB')
+  assert 0 < cycles < most
 
 
 @pytest.mark.tpu
