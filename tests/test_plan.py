@@ -141,7 +141,7 @@ def test_a_whole_plan(preset, kinds, capsys):
 
 
 def compiled(topology, make, *inputs):
-  """(Traffic, estimate) of the module that `make` gives, called on `inputs` forward and backward on one chip."""
+  """(Traffic, estimate, text) of the module that `make` gives, called on `inputs` forward and backward on one chip."""
   chip, devices = plan._topology(topology)
   on_one_chip = jax.sharding.SingleDeviceSharding(devices[0])
   with compiling_for('tpu'):

@@ -24,7 +24,8 @@
 
 Figures: SNR in dB of the compressed spectrogram, of one step from sigma_max with the right latents and with another
 crop's (`own`, `wrong`), of denoising at lower levels (`own_1`, `wrong_1`: sigma 1); `left_1`, `left_2`: of the left
-chunk after one step and after the second denoising; `coherence`: evaluation/metrics/phases.py, beside the source's;
+chunk after one step and after the second denoising, `gain_error` the standard error of their difference;
+`coherence`: evaluation/metrics/phases.py, beside the source's;
 `log_magnitude`: mean error of log-magnitudes from sigma_max, with right and wrong latents.
 """
 
@@ -236,7 +237,7 @@ def judge(functions, config, params, audio, seed=5):
               'energy': jnp.sqrt(jnp.sum(estimate ** 2) / jnp.sum(spec ** 2)),
               'log_magnitude': error(estimate), 'log_magnitude_wrong': error(estimate_wrong),
               'left_1': snr(spec[:, :1], estimate[:, :1])}
-  each = snr_of_each(spec[:, :1], estimate[:, :1])
+  first = snr_of_each(spec[:, :1], estimate[:, :1])
   for sigma in LEVELS:
     for name, features in (('own', own), ('wrong', wrong)):
       figures[f'{name}_{sigma:g}'] = snr(spec, run(spec, noise, level(sigma), features))
@@ -246,9 +247,9 @@ def judge(functions, config, params, audio, seed=5):
     pair = jnp.stack([estimate[:, 0], jnp.zeros_like(estimate[:, 0])], axis=1)
     levels = jnp.stack([jnp.full(len(spec), sigma), jnp.full(len(spec), consistency.sigma_max)], axis=1)
     two = run(pair, second, levels, own)
-    gain = snr_of_each(spec[:, :1], two[:, :1]) - each
-    curve[f'{sigma:g}'] = {'left': snr(spec[:, :1], two[:, :1]), 'coherence': coherent(two[:, :1]),
-                           'gain_error': jnp.std(gain, ddof=1) / math.sqrt(len(spec))}
+    left = snr_of_each(spec[:, :1], two[:, :1])
+    curve[f'{sigma:g}'] = {'left': left.mean(), 'coherence': coherent(two[:, :1]),
+                           'gain_error': jnp.std(left - first, ddof=1) / math.sqrt(len(spec))}
   at = curve[f'{consistency.sigma_cond:g}']
   figures |= {'left_2': at['left'], 'coherence_2': at['coherence'], 'sigma_cond': curve}
   return jax.tree.map(float, figures)
@@ -262,6 +263,7 @@ def snr(target, estimate):
 
 @jax.jit
 def snr_of_each(target, estimate):
+  """[B, S] in dB."""
   axes = (2, 3, 4)
   return 10 * jnp.log10(jnp.sum(target ** 2, axis=axes) / jnp.sum((target - estimate) ** 2, axis=axes))
 

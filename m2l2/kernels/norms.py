@@ -48,11 +48,7 @@ def swiglu_product(a: Float[Array, '*lead M'], b: Float[Array, '*lead M'], kerne
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _swiglu_product(a, b, kernel, dtype):
-  return contract(_gated(a, b).astype(dtype), kernel, 1, jnp.float32)
-
-
-def _gated(a, b):
-  return jax.nn.silu(a.astype(jnp.float32)) * b
+  return contract((jax.nn.silu(a.astype(jnp.float32)) * b).astype(dtype), kernel, 1, jnp.float32)
 
 
 def _swiglu_product_forward(a, b, kernel, dtype):
@@ -61,10 +57,10 @@ def _swiglu_product_forward(a, b, kernel, dtype):
 
 def _swiglu_product_backward(dtype, saved, gradient):
   a, b, kernel, like = saved
-  inner, of_kernel = contract_backward(_gated(a, b).astype(dtype), kernel, gradient, 1)
+  gate = jax.nn.silu(a.astype(jnp.float32))
+  inner, of_kernel = contract_backward((gate * b).astype(dtype), kernel, gradient)
   inner = inner.astype(jnp.float32)
-  return (_silu_gradient(a, inner * b).astype(like.dtype),
-          (inner * jax.nn.silu(a.astype(jnp.float32))).astype(like.dtype), of_kernel)
+  return _silu_gradient(a, inner * b).astype(like.dtype), (inner * gate).astype(like.dtype), of_kernel
 
 
 _swiglu_product.defvjp(_swiglu_product_forward, _swiglu_product_backward)
