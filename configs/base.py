@@ -86,10 +86,6 @@ def get_config(arg=''):
   variants.flow_skip = dict(on=False)
   # Noise is the spectrogram of white noise; in the paper every number is its own.
   variants.signal_noise = dict(on=False)
-  # Training's noise levels are a true log-normal; in the official code they are a grid's weights.
-  variants.lognormal = dict(on=False)
-  # share: of training, in which the index step shrinks from 1 (denoising) to step_start.
-  variants.easy = dict(share=0.0)
   # share: of the steps, from the first on, that train on an easier task: to regress the data, or its magnitudes, from
   # sigma_max, or the envelope alone: 'data', 'magnitudes' or 'envelope'.
   variants.head_start = dict(share=0.0, task='data')

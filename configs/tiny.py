@@ -43,7 +43,6 @@ def get_config(arg=''):
   variants.shortcut.width = 16
   variants.sketch.cells = (128, 64)    # brings the envelope: no head start
   variants.signal_noise.on = True
-  variants.easy.share = 0.3            # the first steps denoise plainly
   variants.envelope.update(weight=30.0, bands=192)
   variants.nested.chance = 0.25
 

@@ -13,7 +13,7 @@ from m2l2.training import config_file
 
 CONFIGS = sorted(module.name for module in pkgutil.iter_modules(m2l2.configs.__path__))
 # What a field of several values had where its one departure was off.
-PAPER = {'consistency.skip': 'edm', 'consistency.noise': 'bins', 'consistency.sampling': 'index',
+PAPER = {'consistency.skip': 'edm', 'consistency.noise': 'bins',
          'consistency.renoise': 'add', 'model.bottleneck': 'tanh', 'model.embeddings': 'summary',
          'model.cross_connections': True}
 
@@ -41,6 +41,16 @@ def test_a_config_of_before_is_that_of_today(name):
   untouched = copy.deepcopy(old)
   assert renamed.current(old) == config and old == untouched
   assert renamed.current(config) == config
+
+
+def test_what_is_no_more_is_left_out():
+  config = plain('tiny')
+  old = copy.deepcopy(config)
+  old['consistency'] |= {'easy': .3, 'sampling': 'index'}
+  old['variants'] |= {'easy': {'share': .3}, 'lognormal': {'on': False}}
+  assert renamed.current(old) == config and old['variants']['easy'] == {'share': .3}
+  assert renamed.hint('easy', near='config.variants.easy.share').startswith('variants.easy is no more')
+  assert renamed.hint('easy', near='consistency.easy').startswith('consistency.easy is no more')
 
 
 def test_what_is_no_config_of_a_model_stays_as_it_is():

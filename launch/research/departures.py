@@ -2,7 +2,7 @@
 """What each departure from the paper's recipe is worth on two rungs of the ladder, in sizes of minutes. Prints a table.
 
   python launch/research/departures.py                     # all rows; those that are there already are left alone
-  python launch/research/departures.py --only=easy,nested
+  python launch/research/departures.py --only="nested; clip_norm"
 
   T1s  two pairs of tones remembered: rung T1 at a quarter of the numbers, 800 steps, processor minutes each
   T2s  tones never heard: rung T2 at half its steps and half its batch
@@ -42,7 +42,6 @@ ROWS = {
     'magnitude_input': f'{PATHS} variants.magnitude_input.on=True',
     'latents_in_denoiser': f'{PATHS} variants.denoiser.latents=True',
     'nested': f'{PATHS} variants.nested.chance=0.25',
-    'easy': f'{PATHS} variants.easy.share=0.5',
     'clip_norm': f'{PATHS} train.clip_norm=1.0',
 }
 SMALL = ('model.native_rates=(4000,) model.window=64 model.hop=16 model.bins=32 model.frames=32 '

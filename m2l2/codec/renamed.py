@@ -18,8 +18,6 @@ _MOVED: dict[str, tuple] = {
     'model.feature_norm': ('feature_norm.on',),
     'consistency.skip': ('flow_skip.on', 'flow'),
     'consistency.noise': ('signal_noise.on', 'signal'),
-    'consistency.sampling': ('lognormal.on', 'lognormal'),
-    'consistency.easy': ('easy.share',),
     'train.head_start': ('head_start.share',),
     'train.head_start_on': ('head_start.task',),
     'train.nested': ('nested.chance',),
@@ -35,6 +33,9 @@ _MOVED: dict[str, tuple] = {
     'model.tile': ('packing.tile',),
 }
 
+# Settings of training that are no more, because they moved no rung of the ladder (launch/research/learning.md).
+_GONE = ('consistency.sampling', 'consistency.easy', 'variants.lognormal', 'variants.easy')
+
 
 def current(config: Mapping) -> dict:
   """A config (nested dicts) with the names of today; equal to what is given where it has no other."""
@@ -46,6 +47,10 @@ def current(config: Mapping) -> dict:
       variant, setting = name.split('.')
       fields = new.setdefault('variants', {})
       fields[variant] = {**fields.get(variant, {}), setting: value in true if true else value}
+  for old in _GONE:
+    group, field = old.split('.')
+    if isinstance(new.get(group), dict):
+      new[group].pop(field, None)
   return new
 
 
@@ -54,4 +59,5 @@ def hint(name: str, *, near: str = '') -> str:
   for old, (new, *true) in _MOVED.items():
     if re.search(rf'\b{re.escape(old)}\b', near) or old.endswith(f'.{name}'):
       return f'{old} is now variants.{new}' + (f' (True for {true[0]})' if true else '')
-  return ''
+  gone = [old for old in _GONE if re.search(rf'\b{re.escape(old)}\b', near)]
+  return f'{gone[0]} is no more: it helped nothing (launch/research/learning.md)' if gone else ''

@@ -17,9 +17,6 @@ class VariantConsistency(Consistency):
   """A Consistency and its departures.
 
   Attributes:
-    lognormal: training's noise levels are a true clipped log-normal of ln sigma, not the index grid's.
-    easy_share: part of training in which dt comes down from 1, where the lower level is sigma_min and the target the
-      data, as in plain denoising, to the schedule (easy consistency tuning, arXiv 2406.14548); 0 is the paper's.
     flow_skip: c_skip lets a zero-output network be the exact consistency function of Gaussian data of deviation
       sigma_data: the probability flow scales x by sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
     local_scale: sigma_data is given per element by the decoder's predicted envelope, of at least `local_scale_floor`.
@@ -27,8 +24,6 @@ class VariantConsistency(Consistency):
     variance_renoise: x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec), not x + sigma eps (paper, figure 2).
     staggered_steps: denoisings of parallel decoding (CoDiCodec, staggered.py), unless its caller says otherwise.
   """
-  lognormal: bool = False
-  easy_share: float = 0.0
   flow_skip: bool = False
   local_scale: bool = False
   local_scale_floor: float = 0.02
@@ -42,18 +37,6 @@ class VariantConsistency(Consistency):
       raise ValueError(f'variants.local_scale.floor is {self.local_scale_floor}; it must be above 0')
     if self.staggered_steps < 1:
       raise ValueError(f'variants.staggered.steps is {self.staggered_steps}; it must be at least 1')
-    if not 0 <= self.easy_share <= 1:
-      raise ValueError(f'variants.easy.share is {self.easy_share}; it is a fraction, 0 to 1')
-
-  def sample_index(self, key, shape=()):
-    if not self.lognormal:
-      return super().sample_index(key, shape)
-    log_sigma = self.p_mean + self.p_std * jax.random.normal(key, shape)
-    return jnp.clip(self.index(jnp.clip(jnp.exp(log_sigma), self.sigma_min, self.sigma_max)), 0.0, 1.0)
-
-  def exponent(self, progress):
-    exponent = super().exponent(progress)
-    return exponent * jnp.minimum(progress / self.easy_share, 1.0) if self.easy_share else exponent
 
   def unit_noise(self, key, representation, chunks):
     if not self.signal_noise:
