@@ -73,9 +73,9 @@ def run(argv) -> dict[str, dict]:
   codes = {'every bin': lambda large: large,
            f'{grid[0]} x {grid[1]} cells': lambda large: spread(means(large))}
   for count in args.components:
-    pca = fit_pca(cells.reshape(len(cells), -1), count, iterations=8)
+    pca = fit_pca(cells.reshape(len(cells), -1), count)
     codes[f'{count} components'] = lambda large, pca=pca: spread(
-        pca(means(large).reshape(len(large), -1)).reshape(-1, *grid))
+        pca.inverse_transform(pca.transform(means(large).reshape(len(large), -1))).reshape(-1, *grid))
   embedders = {EMBEDDING: make_embedder(EMBEDDING)}
   table = {}
   for name, code in codes.items():

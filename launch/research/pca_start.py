@@ -7,7 +7,7 @@
   --crops=N    crops of two chunks of the training music (default 5000)
 
 Components are ordered by variance, 64 per embedding, each with RMS 0.4. The envelope's bias is set to the quantile that
-training aims at. All other weights are initialised as in training.
+training aims at. All other weights are initialised as in training. Needs the `eval` extra, too (scikit-learn).
 """
 
 import argparse
@@ -76,15 +76,15 @@ def with_components(params, cells, whole):
   grid, latents = encoder['mix'].shape[:3], encoder['mix'].shape[3:]
   count = latents[0] * latents[1]
   flat = cells.reshape(len(cells), -1)
-  pca = fit_pca(flat, count, iterations=8)
-  deviation = np.maximum(np.std((flat - pca.mean) @ pca.basis.T, axis=0), 1e-3)
-  into, out = pca.basis.T * (RMS / deviation) * 64, pca.basis * (deviation / RMS)[:, None] * 32
-  centre = pca.mean.reshape(grid)
+  pca = fit_pca(flat, count)
+  deviation = np.maximum(np.sqrt(pca.explained_variance_), 1e-3)
+  into, out = pca.components_.T * (RMS / deviation) * 64, pca.components_ * (deviation / RMS)[:, None] * 32
+  centre = pca.mean_.reshape(grid)
   encoder = {'centre': centre, 'mix': into.reshape(*grid, *latents)}
   decoder = {'centre': centre, 'mix': out.reshape(*latents, *grid)}
   # What is left of whole bins: its quantile, by frequency.
   small = np.asarray(envelope.band_means(whole, grid))
-  rebuilt = pca(small.reshape(len(whole), -1)).reshape(small.shape)
+  rebuilt = pca.inverse_transform(pca.transform(small.reshape(len(whole), -1))).reshape(small.shape)
   left = whole - np.asarray(envelope.spread_bands(rebuilt, *whole.shape[1:3]))
   bias = np.quantile(left, envelope.QUANTILE, axis=(0, 2))[:, None] / envelope.BIAS_RATE
   as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))

@@ -3,8 +3,6 @@
 All take and return float32 [1, samples] at a sample rate.
 """
 
-import dataclasses
-
 import numpy as np
 
 from m2l2.errors import UserError
@@ -44,32 +42,15 @@ def _mel_edges(bands, nyquist):
   return edges
 
 
-@dataclasses.dataclass(frozen=True)
-class PCA:
-  """Principal components of blocks [n]: mean [n] and an orthonormal basis [k, n]."""
-  mean: np.ndarray
-  basis: np.ndarray
-
-  def __call__(self, blocks):
-    """[m, n] -> their projection on the k components."""
-    return (blocks - self.mean) @ self.basis.T @ self.basis + self.mean
-
-
-def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 4) -> PCA:
-  """By subspace iteration from a random start (Halko et al., 2011), in float32: blocks [m, n], m > components.
+def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 8):
+  """sklearn.decomposition.PCA fitted to blocks [m, n], m > components, by subspace iteration (Halko et al., 2011).
 
   Raises UserError: too few blocks.
   """
+  from sklearn.decomposition import PCA  # here: it takes a second to import
   if len(blocks) <= components:
     raise UserError(f'{components} principal components need more than {len(blocks)} blocks to be fitted')
-  mean = blocks.mean(axis=0, dtype=np.float64).astype(np.float32)
-  centred = blocks - mean
-  width = min(components + 16, len(blocks))
-  q = np.random.default_rng(seed).standard_normal((blocks.shape[1], width)).astype(np.float32)
-  for _ in range(iterations):
-    q = np.linalg.qr(centred.T @ (centred @ q))[0]
-  _, _, rotation = np.linalg.svd(centred @ q, full_matrices=False)
-  return PCA(mean, (q @ rotation.T).T[:components])
+  return PCA(components, svd_solver='randomized', iterated_power=iterations, random_state=seed).fit(blocks)
 
 
 def paired_bootstrap(differences, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
