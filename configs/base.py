@@ -71,13 +71,12 @@ def get_config(arg=''):
   variants.envelope = dict(on=False, weight=0.0, bands=0)
   # A linear autoencoder of the envelope, added to it. cells: (bands, stretches of frames); (): none.
   variants.sketch = dict(cells=())
-  # sigma_data is each bin's own, from the predicted envelope. floor: least sigma_data.
-  variants.local_scale = dict(on=False, floor=0.02)
+  # sigma_data is each bin's own, from the predicted envelope.
+  variants.local_scale = dict(on=False)
   # Log-magnitudes are further input channels of the encoder.
   variants.magnitude_input = dict(on=False)
-  # Linear paths tokens -> latents -> tokens, parallel to the transformers. width: numbers per token on them, mixed over
-  # all tokens; 0: tokens are pooled.
-  variants.shortcut = dict(on=False, width=0)
+  # Linear paths tokens -> latents -> tokens, parallel to the transformers. width: numbers per token on them; 0: none.
+  variants.shortcut = dict(width=0)
   # Each embedding has RMS 0.4 before the bottleneck, so tanh cannot saturate.
   variants.latent_norm = dict(on=False)
   # Features of the cross connections are scaled to unit mean square.
@@ -190,9 +189,8 @@ def short_run(config):
   """Sets what lets a run of minutes or hours learn. All of it is off in the paper's recipe; see
   launch/research/learning.md."""
   variants = config.variants
-  for variant in ('magnitude_input', 'shortcut', 'envelope', 'feature_norm', 'local_scale', 'flow_skip'):
+  for variant in ('magnitude_input', 'envelope', 'feature_norm', 'local_scale', 'flow_skip'):
     variants[variant].on = True
-  variants.local_scale.floor = 0.004
   variants.head_start.task = 'envelope'
   config.consistency.step_exponent = 2.0
   config.evaluate.raw = True  # the average lags behind in the first thousands of steps

@@ -34,7 +34,7 @@ def get_config(arg=''):
   model.latent_dim = 32
   model.remat = 'none'
   config.variants.latent_norm.on = True
-  config.variants.shortcut.update(on=True, width=8)
+  config.variants.shortcut.width = 8
   config.variants.head_start.share = 0.25
   config.consistency.step_exponent = 2.0
 

@@ -1,4 +1,4 @@
-"""For tests and first runs on a CPU, 44.1 kHz mono. 2.2 M parameters.
+"""For tests and first runs on a CPU, 44.1 kHz mono. 3.2 M parameters.
 
     m2l2 train --config=configs/nano.py --config.data.root=MUSIC --workdir=runs/nano
 
@@ -25,6 +25,7 @@ def get_config(arg=''):
   model.remat = 'none'
   base.short_run(config)
   config.variants.latent_norm.on = True
+  config.variants.shortcut.width = 8
   config.variants.head_start.share = 0.5
   config.variants.envelope.weight = 100.0
 

@@ -29,7 +29,7 @@ def get_config(arg=''):
   model.head_dim = 64
   model.cond_dim = 256
   config.variants.latent_norm.on = True
-  config.variants.shortcut.update(on=True, width=8)
+  config.variants.shortcut.width = 8
   config.variants.head_start.update(share=0.02, task='magnitudes')
   config.consistency.step_exponent = 2.0
 

@@ -10,6 +10,7 @@ import dataclasses
 from absl import logging
 import jax
 
+from m2l2.codec import renamed
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
 from m2l2.kernels.chunk_causal import check_implementation, platform
@@ -44,7 +45,8 @@ def variants(config: Mapping) -> dict:
     for field, value in fields.items():
       name = group if field == 'on' else f'{group}_{field}'
       if name not in known:
-        raise UserError(f'variants.{group}.{field} is not a field (configs/base.py lists them)')
+        raise UserError(renamed.hint(field, near=f'variants.{group}.{field}')
+                        or f'variants.{group}.{field} is not a field (configs/base.py lists them)')
       settings[name] = value
   return settings
 

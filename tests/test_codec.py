@@ -42,6 +42,7 @@ def make_config(words='debug', *, variants=(), **changes):
   """The resolved config of nano, in one level, as plain JSON types, with fields of its model and variants changed."""
   config = importlib.import_module('m2l2.configs.nano').get_config(words)
   config.model.update(ONE_LEVEL | changes)
+  config.variants.shortcut.width = 2
   config.variants.update_from_flattened_dict(dict(variants))
   return json.loads(json.dumps(config.to_dict()))
 
@@ -55,9 +56,13 @@ def make_params(config, *, seed=0):
     noise = rng.standard_normal(abstract.shape, np.float32)
     if name in ('ones', 'zeros'):
       return np.float32(name == 'ones') + np.float32(0.02) * noise
+    if name == 'normal(1)':  # scaled in use
+      return noise
     return noise * np.float32(np.prod(abstract.shape[:-1]) ** -0.5)
 
   params = jax.tree.map(draw, net.shapes, net.init_names)
+  if 'shortcut' in params['encoder']:
+    params['encoder']['shortcut']['bias'] *= 0  # else most of the latents
   heads = [params['denoiser']['output'], params['decoder'].get('envelope', {}).get('head')]
   for head in filter(None, heads):  # small enough that no sound is clipped
     head['conv_out']['kernel'] *= np.float32(0.3)
@@ -364,7 +369,7 @@ def plain_decoder(codec):
   def call(params, x, sigmas, z):
     """One network call: x [B, S, F, T, C], sigmas [S], z [B, S, K, d]."""
     features = net.decode(params, z)
-    data = (envelope.deviation(features['log_magnitude'], floor=consistency.local_scale_floor)
+    data = (envelope.deviation(features['log_magnitude'])
             if consistency.local_scale else None)
     return consistency.denoise(
         lambda x, sigma: net.denoise(params, x, sigma, features), x,

@@ -327,7 +327,7 @@ def test_bad_consistency(field, value):
 
 
 @pytest.mark.parametrize('group, field, value', [
-  ('local_scale', 'floor', 0.), ('staggered', 'steps', 0), ('head_start', 'share', 1.5),
+  ('staggered', 'steps', 0), ('head_start', 'share', 1.5),
   ('head_start', 'task', 'play'), ('nested', 'chance', -1.), ('envelope', 'bands', 1000)])
 def test_bad_variants(group, field, value):
   with pytest.raises(UserError, match=rf'^variants\.{group}\.{field} is ') as error:

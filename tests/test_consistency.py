@@ -301,7 +301,7 @@ def test_parallel_sampling_is_that_of_all_chunks_at_once(steps, chunks, width):
 
 @pytest.mark.parametrize('fields', [
   dict(sigma_min=0.), dict(sigma_min=2., sigma_max=1.), dict(p_std=0.), dict(huber=0.), dict(rho=-1.),
-  dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0), dict(staggered_steps=0), dict(local_scale_floor=0.)])
+  dict(sigma_cond=100.), dict(step_start=0.), dict(steps=0), dict(staggered_steps=0)])
 def test_bad_values_are_one_line(fields):
   with pytest.raises(ValueError) as error:
     VariantConsistency(**fields)

@@ -40,7 +40,7 @@ def sized(arch, *, hop: int, threads: int):
   """
   base = arch.widths[0]
   if not arch.fsq or not arch.denoiser_latents or arch.chunks != 2 or arch.stem != (1, 1) or (
-      arch.bins != hop or arch.envelope or arch.shortcut or arch.magnitude_input or arch.latent_norm
+      arch.bins != hop or arch.envelope or arch.shortcut_width or arch.magnitude_input or arch.latent_norm
       or arch.feature_norm or arch.registers != arch.denoiser_registers or set(arch.strides) - set(RESAMPLERS)):
     raise UserError('--torch compares with CoDiCodec: take --config=codicodec')
   sizes = {

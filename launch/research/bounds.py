@@ -82,7 +82,7 @@ def run(argv) -> dict[str, dict]:
     # Where training would set the envelope: at a quantile of the magnitudes, by frequency (0 where nothing is lost).
     bias = np.quantile(whole - code(whole), envelope.QUANTILE, axis=(0, 2))[:, None]
     table[name] = judged(lambda large: code(large) + bias, sounds, specs, rep, rate, embedders,
-                         floor=config.variants.local_scale.floor, power=args.power)
+                         power=args.power)
     print(line([name, *(table[name][column] for column in COLUMNS)]), flush=True)
   return table
 
@@ -95,11 +95,11 @@ def analysed(rep, audio):
   return np.asarray(jax.jit(rep.analyse)(padded)), layout.lead
 
 
-def judged(code, sounds, specs, rep, rate, embedders, *, floor, power) -> dict[str, float | tuple]:
+def judged(code, sounds, specs, rep, rate, embedders, *, power) -> dict[str, float | tuple]:
   """What comes of noise scaled by `code` of the excerpts' log-magnitudes, and of denoising with that scale."""
   estimates, signal, errors = {}, 0.0, {(kind, sigma): 0.0 for kind in ('flow', 'wiener') for sigma in SIGMAS}
   for number, (name, (spec, lead)) in enumerate(specs.items()):
-    scale = np.asarray(envelope.deviation(jnp.asarray(code(np.asarray(envelope.log_magnitude(spec)))), floor=floor))
+    scale = np.asarray(envelope.deviation(jnp.asarray(code(np.asarray(envelope.log_magnitude(spec))))))
     noise = np.asarray(signal_noise(jax.random.key(number), rep, len(spec)))
     signal += float(np.sum(np.square(spec)))
     for (kind, sigma), error in errors.items():

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import ladder
 
-PAPER = 'variants.head_start.share=0 variants.latent_norm.on=False variants.shortcut.on=False variants.shortcut.width=0'
-PATHS = 'variants.head_start.share=0 variants.latent_norm.on=True variants.shortcut.on=True variants.shortcut.width=8'
+PAPER = 'variants.head_start.share=0 variants.latent_norm.on=False variants.shortcut.width=0'
+PATHS = 'variants.head_start.share=0 variants.latent_norm.on=True variants.shortcut.width=8'
 ENVELOPE = f'{PATHS} variants.envelope.on=True variants.envelope.weight'
 ROWS = {
     'paper': PAPER,
     'latent_norm': f'{PAPER} variants.latent_norm.on=True',
-    'shortcut': f'{PAPER} variants.latent_norm.on=True variants.shortcut.on=True',
     'paths': PATHS,
     'paths, seed 1': f'{PATHS} --seed=1',
     'head_start': f'{PAPER} variants.head_start.share=0.1',
@@ -33,9 +32,9 @@ ROWS = {
     'envelope 3': f'{ENVELOPE}=3.0',
     'envelope 30': f'{ENVELOPE}=30.0',
     'envelope 30, head_start on it': f'{ENVELOPE}=30.0 variants.head_start.share=0.3 variants.head_start.task=envelope',
-    'envelope 3, local': f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.local_scale.floor=0.004',
+    'envelope 3, local': f'{ENVELOPE}=3.0 variants.local_scale.on=True',
     'envelope 3, local, flow':
-        f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.local_scale.floor=0.004 variants.flow_skip.on=True',
+        f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.flow_skip.on=True',
     'skip flow': f'{PATHS} variants.flow_skip.on=True',
     'noise signal': f'{PATHS} variants.signal_noise.on=True',
     'feature_norm': f'{PATHS} variants.feature_norm.on=True',

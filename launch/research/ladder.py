@@ -105,7 +105,7 @@ def tones_config(quick):
 
 
 SMALL = dict(native_rates=(4000,), window=64, hop=16, bins=32, frames=32)
-PATHS = {'latent_norm': {'on': True}, 'shortcut': {'on': True, 'width': 8}}  # tokens -> latents -> tokens
+PATHS = {'latent_norm': {'on': True}, 'shortcut': {'width': 8}}  # tokens -> latents -> tokens
 
 
 def unheard_tones_config(quick):

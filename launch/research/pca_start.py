@@ -90,7 +90,7 @@ def with_components(params, cells, whole):
   as_arrays = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
   # What the networks add, to the latents and to the envelope, begins at nothing.
   head = jax.tree.map(jnp.zeros_like, params['decoder']['envelope']['head']['conv_out'])
-  last = ('mix', 'bias', 'project')  # of a path beside the transformers, dense or pooled
+  last = ('mix', 'bias')  # of a path beside the transformers
   shortcut = {name: jnp.zeros_like(x) if name in last else x
               for name, x in params['encoder'].get('shortcut', {}).items()}
   others = {'shortcut': shortcut} if shortcut else {}

@@ -10,9 +10,7 @@ _MOVED: dict[str, tuple] = {
     'train.envelope_bands': ('envelope.bands',),
     'model.linear_sketch': ('sketch.cells',),
     'consistency.local': ('local_scale.on',),
-    'consistency.local_floor': ('local_scale.floor',),
     'model.magnitude_input': ('magnitude_input.on',),
-    'model.shortcut': ('shortcut.on',),
     'model.shortcut_width': ('shortcut.width',),
     'model.latent_norm': ('latent_norm.on',),
     'model.feature_norm': ('feature_norm.on',),
@@ -33,31 +31,63 @@ _MOVED: dict[str, tuple] = {
     'model.tile': ('packing.tile',),
 }
 
-# Settings of training that are no more, because they moved no rung of the ladder (launch/research/learning.md).
-_GONE = ('consistency.sampling', 'consistency.easy', 'variants.lognormal', 'variants.easy')
+# What is no more, and what to know instead.
+_GONE = {
+    'consistency.sampling': 'it helped nothing (launch/research/learning.md)',
+    'consistency.easy': 'it helped nothing (launch/research/learning.md)',
+    'consistency.local_floor': 'it is 0.004',
+    'model.shortcut': 'variants.shortcut.width is above 0 where it is on',
+    'variants.lognormal': 'it helped nothing (launch/research/learning.md)',
+    'variants.easy': 'it helped nothing (launch/research/learning.md)',
+    'variants.local_scale.floor': 'it is 0.004',
+    'variants.shortcut.on': 'variants.shortcut.width is above 0 where it is on',
+}
 
 
 def current(config: Mapping) -> dict:
-  """A config (nested dicts) with the names of today; equal to what is given where it has no other."""
+  """A config (nested dicts) with the names of today; equal to what is given where it has no other.
+
+  What is no more is left out, unless a network needs it: that stays, so that whoever builds it hears of it.
+  """
   new = {group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in config.items()}
+  if isinstance(new.get('variants'), dict):
+    new['variants'] = {name: dict(fields) for name, fields in new['variants'].items()}
   for old, (name, *true) in _MOVED.items():
     group, field = old.split('.')
     if isinstance(new.get(group), dict) and field in new[group]:
       value = new[group].pop(field)
       variant, setting = name.split('.')
-      fields = new.setdefault('variants', {})
-      fields[variant] = {**fields.get(variant, {}), setting: value in true if true else value}
-  for old in _GONE:
-    group, field = old.split('.')
-    if isinstance(new.get(group), dict):
-      new[group].pop(field, None)
+      new.setdefault('variants', {}).setdefault(variant, {})[setting] = value in true if true else value
+  gone = {name: _pop(new, *name.split('.')) for name in _GONE}
+  shortcut, local = (new.get('variants', {}).get(name, {}) for name in ('shortcut', 'local_scale'))
+  first = lambda *names: next((gone[name] for name in names if gone[name] is not None), None)
+  on = first('model.shortcut', 'variants.shortcut.on')
+  floor = first('consistency.local_floor', 'variants.local_scale.floor')
+  if on and not shortcut.get('width'):
+    new.setdefault('variants', {})['shortcut'] = {**shortcut, 'on': True}  # paths that pooled the tokens
+  elif on is False and shortcut:
+    shortcut['width'] = 0
+  if local.get('on') and floor not in (None, 0.004):
+    local['floor'] = floor
   return new
+
+
+def _pop(config, *path):
+  """The value at the path of a nested dict, which loses it; None where there is none."""
+  *groups, last = path
+  for group in groups:
+    config = config.get(group) if isinstance(config, dict) else None
+  return config.pop(last, None) if isinstance(config, dict) else None
 
 
 def hint(name: str, *, near: str = '') -> str:
   """'OLD is now NEW' of a field's old name, alone or in the text near it ('model.envelope'); '' where it is none."""
   for old, (new, *true) in _MOVED.items():
-    if re.search(rf'\b{re.escape(old)}\b', near) or old.endswith(f'.{name}'):
+    if _says(old, name, near):
       return f'{old} is now variants.{new}' + (f' (True for {true[0]})' if true else '')
-  gone = [old for old in _GONE if re.search(rf'\b{re.escape(old)}\b', near)]
-  return f'{gone[0]} is no more: it helped nothing (launch/research/learning.md)' if gone else ''
+  return next((f'{old} is no more: {instead}' for old, instead in _GONE.items() if _says(old, name, near)), '')
+
+
+def _says(old, name, near):
+  return re.search(rf'\b{re.escape(old)}\b', near) or (
+      not old.startswith('variants.') and old.endswith(f'.{name}'))

@@ -33,7 +33,7 @@ class Symptom:
 
 SYMPTOMS = (
     Symptom('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
-            'variants.head_start.share, or set variants.shortcut.on and variants.shortcut.width'),
+            'variants.head_start.share, or set variants.shortcut.width'),
     Symptom('latent/rank', 0.05, 'the latents differ in very few directions; set variants.shortcut.width, or lower '
             'train.learning_rate'),
     # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.

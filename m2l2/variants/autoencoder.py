@@ -32,8 +32,8 @@ class Variant(Architecture):
     denoiser_latents: the embeddings are also tokens of the denoiser's transformer, as in CoDiCodec.
     denoiser_registers: further tokens of it.
     magnitude_input: log-magnitudes as further input channels of the encoder.
-    shortcut, shortcut_width, latent_norm, feature_norm: see linear_paths.py. shortcut_width: numbers a token on the
-      linear paths, all mixed with all; 0: each latent is one pooling of the tokens.
+    shortcut_width, latent_norm, feature_norm: see linear_paths.py. shortcut_width: numbers a token on the linear
+      paths; 0: there are none.
     envelope: the decoder also predicts log-magnitudes, which are further input channels of the denoiser: envelope.py.
     sketch_cells: (bands, stretches of frames) of a linear autoencoder of the log-magnitudes, see there; () for none.
     local_embeddings: each embedding sees its own slot of frames alone, see slots.py.
@@ -47,7 +47,6 @@ class Variant(Architecture):
   denoiser_latents: bool = False
   denoiser_registers: int = 0
   magnitude_input: bool = False
-  shortcut: bool = False
   shortcut_width: int = 0
   sketch_cells: tuple = ()
   latent_norm: bool = False
@@ -148,8 +147,8 @@ class VariantEncoder(Encoder):
   def __init__(self, arch, *, rngs):
     super().__init__(arch, rngs=rngs)
     tokens, latents = (arch.sequence[0], arch.dim), (arch.sequence[1], arch.latent_dim)
-    self.shortcut = (
-        linear_paths.to_latents(tokens, latents, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
+    self.shortcut = linear_paths.LatentShortcut(
+        tokens, latents, width=arch.shortcut_width, rngs=rngs) if arch.shortcut_width else None
     self.sketch = LatentSketch((*arch.sketch_cells, arch.channels), latents, rngs=rngs) if arch.sketch_cells else None
     self.grid, self.slots = arch.grid, arch.slots
     self.magnitude_input, self.latent_norm = arch.magnitude_input, arch.latent_norm
@@ -179,8 +178,8 @@ class VariantDecoder(Decoder):
   def __init__(self, arch, *, rngs):
     super().__init__(arch, rngs=rngs)
     tokens, latents = (arch.sequence[0], arch.dim), (arch.sequence[1], arch.latent_dim)
-    self.shortcut = (
-        linear_paths.to_tokens(latents, tokens, width=arch.shortcut_width, rngs=rngs) if arch.shortcut else None)
+    self.shortcut = linear_paths.TokenShortcut(
+        latents, tokens, width=arch.shortcut_width, rngs=rngs) if arch.shortcut_width else None
     self.envelope = EnvelopeHead(arch, rngs=rngs) if arch.envelope else None
     self.sketch = EnvelopeSketch(
         latents, (*arch.sketch_cells, arch.channels), bins=arch.bins, frames=arch.frames,

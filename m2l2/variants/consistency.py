@@ -19,22 +19,19 @@ class VariantConsistency(Consistency):
   Attributes:
     flow_skip: c_skip lets a zero-output network be the exact consistency function of Gaussian data of deviation
       sigma_data: the probability flow scales x by sqrt((sigma_data^2 + sigma_min^2) / (sigma_data^2 + sigma^2)).
-    local_scale: sigma_data is given per element by the decoder's predicted envelope, of at least `local_scale_floor`.
+    local_scale: sigma_data is given per element by the decoder's predicted envelope.
     signal_noise: noise is the spectrogram of white noise, see the function of that name.
     variance_renoise: x + sqrt(sigma^2 - sigma_min^2) eps (CoDiCodec), not x + sigma eps (paper, figure 2).
     staggered_steps: denoisings of parallel decoding (CoDiCodec, staggered.py), unless its caller says otherwise.
   """
   flow_skip: bool = False
   local_scale: bool = False
-  local_scale_floor: float = 0.02
   signal_noise: bool = False
   variance_renoise: bool = False
   staggered_steps: int = 4
 
   def __post_init__(self):
     super().__post_init__()
-    if not self.local_scale_floor > 0:
-      raise ValueError(f'variants.local_scale.floor is {self.local_scale_floor}; it must be above 0')
     if self.staggered_steps < 1:
       raise ValueError(f'variants.staggered.steps is {self.staggered_steps}; it must be at least 1')
 
@@ -51,7 +48,7 @@ class VariantConsistency(Consistency):
   def bind(self, network, params, features):
     if not self.local_scale:
       return super().bind(network, params, features)
-    data = jax.lax.stop_gradient(envelope.deviation(features['log_magnitude'], floor=self.local_scale_floor))
+    data = jax.lax.stop_gradient(envelope.deviation(features['log_magnitude']))
     return lambda x, sigma: self.denoise(
         lambda x, s: network.denoise(params, x, s, features), x, sigma, sigma_data=data)
 

@@ -22,6 +22,7 @@ SLOPE, CENTRE, UNIT = 100.0, 2.0, 1.5
 # The loss aims at this quantile of the magnitude. Where the prediction cannot resolve partials, few bins
 # hold most of the energy: aimed at the median (0.5) it came out 5 to 7 dB too quiet, at 0.7 2 to 4 dB.
 QUANTILE = 0.7
+LEAST = 0.004  # deviation that scales the preconditioning: -90 dB of a full-scale sine
 LARGEST = 0.999  # |z| that the linear sketch still tells apart: 9.5 times the RMS it begins with
 BIAS_RATE = 10.0  # the bias learns ten times as fast as the rest: it is the music's mean spectrum
 
@@ -35,14 +36,14 @@ def log_magnitude(spec):
   return (jnp.log1p(SLOPE * magnitude) - CENTRE) / UNIT
 
 
-def deviation(log_mag, *, floor: float):
+def deviation(log_mag):
   """Predicted log-magnitudes [..., C] -> standard deviation of each real and imaginary part [..., 2C].
 
   The QUANTILE of a complex Gaussian's magnitude is s sqrt(-2 ln(1 - QUANTILE)) for deviation s per part.
   """
   # 8: magnitudes of 30, half as much again as a full-scale sine's 19.6.
   magnitude = jnp.expm1(jnp.clip(log_mag * UNIT + CENTRE, 0.0, 8.0)) / SLOPE
-  return jnp.repeat(jnp.maximum(magnitude / math.sqrt(-2 * math.log(1 - QUANTILE)), floor), 2, axis=-1)
+  return jnp.repeat(jnp.maximum(magnitude / math.sqrt(-2 * math.log(1 - QUANTILE)), LEAST), 2, axis=-1)
 
 
 @functools.cache

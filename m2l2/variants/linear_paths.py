@@ -11,24 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from m2l2.kernels.contraction import contract
-from m2l2.model.layers import LayerNorm
 from m2l2.model.parameters import normal, param
 
 
 class LatentShortcut(nnx.Module):
-  """Tokens [N, P, D] -> latents [N, L, Z]: a learned pooling over positions and a projection per latent."""
-
-  def __init__(self, tokens, latents, *, rngs):
-    (p, d), (l, z) = tokens, latents
-    self.norm = LayerNorm(d, rngs=rngs)
-    self.pool = param(rngs, (l, p), ('latents', 'tokens'), normal(p ** -0.5))
-    self.project = param(rngs, (l, d, z), ('latents', 'embed', 'latent_dim'), normal(d ** -0.5))
-
-  def __call__(self, tokens):
-    return jnp.einsum('npd,lp,ldz->nlz', self.norm(tokens[:, None])[:, 0], self.pool[...], self.project[...])
-
-
-class DenseLatentShortcut(nnx.Module):
   """Tokens [N, P, D] -> latents [N, L, Z]: each token as `width` numbers, then one affine map of all of them.
 
   Any latent can so depend on any place from the first step on, as in a linear autoencoder. No norm before it: how
@@ -49,18 +35,6 @@ class DenseLatentShortcut(nnx.Module):
 
 
 class TokenShortcut(nnx.Module):
-  """Latents [N, L, Z] -> tokens [N, P, D]: a projection per latent, spread over positions."""
-
-  def __init__(self, latents, tokens, *, rngs):
-    (l, z), (p, d) = latents, tokens
-    self.spread = param(rngs, (l, p), ('latents', 'tokens'), normal(1.0))
-    self.project = param(rngs, (l, z, d), ('latents', 'latent_dim', 'embed'), normal((l * z) ** -0.5))
-
-  def __call__(self, z):
-    return jnp.einsum('nlz,lp,lzd->npd', z, self.spread[...], self.project[...])
-
-
-class DenseTokenShortcut(nnx.Module):
   """Latents [N, L, Z] -> tokens [N, P, D]: one linear map to `width` numbers a token, and these to its channels."""
 
   def __init__(self, latents, tokens, *, width, rngs):
@@ -71,18 +45,6 @@ class DenseTokenShortcut(nnx.Module):
   def __call__(self, z):
     l, size = self.mix.shape[:2]
     return contract(z * (l * size) ** -0.5, self.mix[...], 2) @ self.expand[...]
-
-
-def to_latents(tokens, latents, *, width: int, rngs):
-  """The path (P, D) -> (L, Z): pooled where `width` is 0."""
-  return DenseLatentShortcut(tokens, latents, width=width, rngs=rngs) if width else (
-      LatentShortcut(tokens, latents, rngs=rngs))
-
-
-def to_tokens(latents, tokens, *, width: int, rngs):
-  """The path (L, Z) -> (P, D), likewise."""
-  return DenseTokenShortcut(latents, tokens, width=width, rngs=rngs) if width else (
-      TokenShortcut(latents, tokens, rngs=rngs))
 
 
 def latent_norm(latents):
