@@ -31,6 +31,6 @@ say "Learning: a small model, $steps steps on that clip alone; its programs are 
 # on one core (configs/clip.py).
 .venv/bin/m2l2 train --config=configs/clip.py --config.data.root=$clip --config.train.steps="$steps" \
   --config.variants.head_start.share=1 --config.variants.head_start.task=magnitudes --config.train.batch_size=2 \
-  --config.train.learning_rate=2e-3 --config.train.warmup_steps=10 --config.train.probe_every=0 --workdir="$run"
+  --config.train.warmup_steps=10 --config.train.probe_every=0 --workdir="$run"
 .venv/bin/python launch/quickstart.py "$run"
 say "quickstart.sh: done after $SECONDS s"
