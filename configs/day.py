@@ -1,9 +1,11 @@
-"""For one GPU and a day: `base` at three quarters of its width, 85.9 M parameters, mono 44.1 kHz.
+"""For one GPU and a day: `base` at three quarters of its width, 90.1 M parameters, mono 44.1 kHz.
 
     m2l2 train --config=configs/day.py --config.data.root=MUSIC --workdir=runs/day
 
-Against `base`: 300,000 steps instead of 800,000 (the last ones twice as long, see consistency.step_exponent), and the
-latents are also tokens of the denoiser. Give it 200 hours of music or more; with less it overfits.
+Against `base`: 300,000 steps instead of 800,000 (the last ones twice as long, see consistency.step_exponent), the
+latents are also tokens of the denoiser, and what the ladder found to make them matter early: linear paths to them and
+back, and a head start of 3,000 steps on magnitudes (launch/research/learning.md). Give it 200 hours of music or more;
+with less it overfits.
 
 Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all. Expected time: 22 hours on an A100 at 40 % of its peak
 (computed; not run).
@@ -19,6 +21,9 @@ def get_config(arg=''):
   config = base.get_config()
   config.model.widths = (48, 96, 192, 384)
   config.variants.denoiser.latents = True
+  config.variants.latent_norm.on = True
+  config.variants.shortcut.width = 8
+  config.variants.head_start.update(share=0.01, task='magnitudes')
   config.consistency.step_exponent = 2.0
   config.train.steps = 300_000
   return base.finish(config, arg)
