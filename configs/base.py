@@ -189,7 +189,7 @@ def short_run(config):
   """Sets what lets a run of minutes or hours learn. All of it is off in the paper's recipe; see
   launch/research/learning.md."""
   variants = config.variants
-  for variant in ('magnitude_input', 'envelope', 'feature_norm', 'local_scale', 'flow_skip'):
+  for variant in ('envelope', 'local_scale', 'flow_skip'):
     variants[variant].on = True
   variants.head_start.task = 'envelope'
   config.consistency.step_exponent = 2.0

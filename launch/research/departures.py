@@ -36,6 +36,9 @@ ROWS = {
     'envelope 3, local, flow':
         f'{ENVELOPE}=3.0 variants.local_scale.on=True variants.flow_skip.on=True',
     'skip flow': f'{PATHS} variants.flow_skip.on=True',
+    'skip flow, seed 1': f'{PATHS} variants.flow_skip.on=True --seed=1',
+    'skip flow, envelope .3': f'{ENVELOPE}=0.3 variants.flow_skip.on=True',
+    'paper, skip flow': f'{PAPER} variants.flow_skip.on=True',
     'noise signal': f'{PATHS} variants.signal_noise.on=True',
     'feature_norm': f'{PATHS} variants.feature_norm.on=True',
     'magnitude_input': f'{PATHS} variants.magnitude_input.on=True',

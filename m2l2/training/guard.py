@@ -41,7 +41,7 @@ SYMPTOMS = (
             'with variants.sketch), or lower train.learning_rate', above=True),
     Symptom('latent/saturated', 0.05, 'the latents saturate; set variants.latent_norm.on (not with variants.sketch), '
             'or lower train.learning_rate or lengthen train.warmup_steps', above=True),
-    Symptom('feature/rms', 10.0, "the decoder's features grow without bound; set variants.feature_norm.on", above=True),
+    Symptom('feature/rms', 10.0, "the decoder's features grow without bound; lower train.learning_rate", above=True),
     Symptom('feature/varying', 0.03, "the decoder's features are nearly the same for all chunks; begin with a head "
             'start, variants.head_start.share'),
     Symptom('probe_ema/swap', 0.01, 'decoding does not use the latents yet; if this lasts, begin with a head start, '
