@@ -3,9 +3,9 @@
     m2l2 train --config=configs/day.py --config.data.root=MUSIC --workdir=runs/day
 
 Against `base`: 300,000 steps instead of 800,000 (the last ones twice as long, see consistency.step_exponent), the
-latents are also tokens of the denoiser, and what the ladder found to make them matter early: linear paths to them and
-back, and a head start of 3,000 steps on magnitudes (launch/research/learning.md). Give it 200 hours of music or more;
-with less it overfits.
+latents are also tokens of the denoiser, and what the ladder found to make them matter early: the flow's c_skip, linear
+paths to them and back, a head start of 3,000 steps on magnitudes (launch/research/learning.md). Give it 200 hours of
+music or more; with less it overfits.
 
 Expected cost: 33.7 TFLOP a step of 16 pairs, 10.1 EFLOP in all. Expected time: 22 hours on an A100 at 40 % of its peak
 (computed; not run).
@@ -21,6 +21,7 @@ def get_config(arg=''):
   config = base.get_config()
   config.model.widths = (48, 96, 192, 384)
   config.variants.denoiser.latents = True
+  config.variants.flow_skip.on = True
   config.variants.latent_norm.on = True
   config.variants.shortcut.width = 8
   config.variants.head_start.update(share=0.01, task='magnitudes')

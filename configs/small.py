@@ -8,8 +8,8 @@ or with `:stereo`:
 
     m2l2 train --config=configs/small.py --config.data.root=MUSIC --workdir=runs/small
 
-Every level has room for what a patch holds. The recipe is the paper's with linear paths to the latents and back, and a
-head start on magnitudes (2 % of the steps), as on the ladder (launch/research/learning.md).
+Every level has room for what a patch holds. The recipe is the paper's with the flow's c_skip, linear paths to the
+latents and back, and a head start on magnitudes (2 % of the steps), as on the ladder (launch/research/learning.md).
 
 Expected cost: 9.0 TFLOP a step of 16 pairs, 0.18 EFLOP in all. Expected time: 30 minutes on an A100 at a third of its
 peak (computed; not run on a GPU).
@@ -28,6 +28,7 @@ def get_config(arg=''):
   model.layers = 3
   model.head_dim = 64
   model.cond_dim = 256
+  config.variants.flow_skip.on = True
   config.variants.latent_norm.on = True
   config.variants.shortcut.width = 8
   config.variants.head_start.update(share=0.02, task='magnitudes')

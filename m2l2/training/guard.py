@@ -32,8 +32,8 @@ class Symptom:
 
 
 SYMPTOMS = (
-    Symptom('latent/spread', 0.03, 'the latents of all chunks are nearly equal; begin with a head start, '
-            'variants.head_start.share, or set variants.shortcut.width'),
+    Symptom('latent/spread', 0.03, 'the latents of all chunks are nearly equal; set variants.flow_skip.on '
+            'or variants.shortcut.width, or begin with a head start, variants.head_start.share'),
     Symptom('latent/rank', 0.05, 'the latents differ in very few directions; set variants.shortcut.width, or lower '
             'train.learning_rate'),
     # At an RMS of 1.2 some 3 % of normal numbers saturate; a healthy run stays below 1.
