@@ -10,8 +10,8 @@ clip's magnitudes alone.
 
 Expected cost: 67.0 GFLOP a step of 4 pairs after the head start, 0.065 PFLOP in all. Expected time: some 20 minutes on
 one core of an AMD EPYC.
-Expected quality, on the clip itself: SNR of the compressed spectrogram -.1 dB in one step, .2 dB after a second one from
-sigma 5, coherence .61 (the clip: .62).
+Expected quality, on the clip itself: SNR of the compressed spectrogram -.1 dB in one step, .2 dB after a second one
+from sigma 5, coherence .61 (the clip: .62).
 """
 
 from m2l2.configs import base

@@ -49,6 +49,7 @@ from m2l2.assets import TRAINING
 from m2l2.codec.codec import load
 from m2l2.codec.snapshot import save_snapshot
 from m2l2.configs import base, clip
+from m2l2.configs import piano as piano_preset
 from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
@@ -121,11 +122,16 @@ def clip_config(quick):
   return clip.get_config().unlock()
 
 
+def piano_config(quick):
+  return piano_preset.get_config().unlock()
+
+
 def corpus_config(quick):
   """Room on every level: as many channels as a patch holds numbers (64 in 64, 256 in 256). 11.5 M parameters."""
   config = clip_config(quick)
   config.train.update(steps=2400, warmup_steps=200, ema_decay=0.99, probe_every=200, checkpoint_every=200)
-  config.variants.head_start.share = 0.1
+  config.variants.flow_skip.on = True
+  config.variants.head_start.update(share=0.05, task='magnitudes')
   config.model.update(widths=(64, 256), blocks=(1, 1), strides=((4, 4),), cond_dim=128)
   return config
 
@@ -423,7 +429,7 @@ def check(figures, conditions):
 
 
 RUNGS = {'G': (gaussian_config, gaussian), 'T1': (tones_config, remembered_tones),
-         'T2': (unheard_tones_config, unheard_tones), 'C': (clip_config, one_clip), 'P': (corpus_config, piano),
+         'T2': (unheard_tones_config, unheard_tones), 'C': (clip_config, one_clip), 'P': (piano_config, piano),
          'M': (corpus_config, music)}
 
 

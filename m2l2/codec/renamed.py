@@ -33,14 +33,14 @@ _MOVED: dict[str, tuple] = {
 
 # What is no more, and what to know instead.
 _GONE = {
-    'consistency.sampling': 'it helped nothing (launch/research/learning.md)',
-    'consistency.easy': 'it helped nothing (launch/research/learning.md)',
-    'consistency.local_floor': 'it is 0.004',
-    'model.shortcut': 'variants.shortcut.width is above 0 where it is on',
     'variants.lognormal': 'it helped nothing (launch/research/learning.md)',
     'variants.easy': 'it helped nothing (launch/research/learning.md)',
     'variants.local_scale.floor': 'it is 0.004',
     'variants.shortcut.on': 'variants.shortcut.width is above 0 where it is on',
+    'consistency.sampling': 'it helped nothing (launch/research/learning.md)',
+    'consistency.easy': 'it helped nothing (launch/research/learning.md)',
+    'consistency.local_floor': 'it is 0.004',
+    'model.shortcut': 'variants.shortcut.width is above 0 where it is on',
 }
 
 
