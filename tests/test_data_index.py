@@ -136,6 +136,8 @@ def test_frames_that_are_none_are_not_taken_for_one():
     false = flac.copy()
     false[place:place + 9] = flac[offsets[4]:offsets[4] + 9]
     assert containers.flac_frames(bytes(false), channels=2)[1] == offsets
+  for end in (1, 2, 3, 4):  # a frame's two bytes of synchronisation among the last of the stream
+    assert containers.flac_frames(bytes(flac[:-2]) + b'\xff\xf8' + bytes(end - 1), channels=2)[1] == offsets
   for bad in (b'RIFF' + flac[4:], flac[:offsets[2]]):
     with pytest.raises(ValueError):
       index._frames(bytes(bad), samples=60_000, channels=2)

@@ -45,6 +45,8 @@ def _ends(buffer, begin, end, *, sure=False):
 
 def _frame_end(head, block, channels) -> int | None:
   """The sample after a frame, by its header; None: not a frame."""
+  if len(head) < 6:  # the last bytes of a stream, a checksum that looks like a frame's beginning
+    return None
   code, layout = head[2] >> 4, head[3] >> 4
   if not code or layout > 10 or head[3] & 1 or head[2] & 15 == 15 or (layout + 1 if layout < 8 else 2) != channels:
     return None
