@@ -17,7 +17,6 @@ from m2l2.configs import base
 
 def get_config(arg=''):
   config = base.get_config()
-  config.data.root = 'data/piano/train'
   model = config.model
   model.native_rates = (11025,)
   model.window = 512

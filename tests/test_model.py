@@ -470,7 +470,7 @@ def test_envelope_of_two_channels_and_of_silence():
   errors = np.asarray(_jit(envelope_loss)(np.concatenate([levels, levels - np.float32(.5)], axis=1),
                                           np.concatenate([spec, spec], axis=1)))
   assert errors.shape == (1, 2) and errors[0, 0] == 0 and errors[0, 1] > .1  # per chunk
-  got = np.asarray(_jit(lambda levels: deviation(levels))(levels))[0, 0, 0, 0]
+  got = np.asarray(_jit(deviation)(levels))[0, 0, 0, 0]
   assert got[0] == got[1] > 1 and np.all(got[2:] == np.float32(.004))
 
 
@@ -664,7 +664,7 @@ def test_a_variant_that_a_config_does_not_name_is_off():
   assert build.network({'model': config.model}).arch == build.network(config).arch
 
 
-def test_by_dense_shortcuts_any_place_moves_any_latent_from_the_start():
+def test_by_shortcuts_any_place_moves_any_latent_from_the_start():
   """The transformers' outputs are 0 then, so what moves goes by the shortcuts alone."""
   network = _network(variants={'shortcut.width': 4})
   params, spec = _initial(network), _spec(network, 1, 1)

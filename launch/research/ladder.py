@@ -65,7 +65,8 @@ LEVELS = (0.2, 1.0, 5.0)
 
 
 # Rungs' configs: base with other sizes, and with learning rate, warm-up and average to match the steps. G and T1 are
-# the paper's recipe but for these; T2, C, P and M have linear paths to the latents and a head start.
+# the paper's recipe but for these; T2, C, P and M have linear paths to the latents and a head start, P and M the flow's
+# c_skip, too.
 
 
 def recipe(*, steps, batch_size, learning_rate=1e-3, warmup_steps=100, ema_decay=0.95):
