@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import re
 import sys
 import types
 
@@ -173,6 +174,27 @@ def test_each_layer_costs_as_much_as_the_one_before():
   four, eight, twelve = (count(layers) for layers in (4, 8, 12))
   np.testing.assert_allclose(eight - four, twelve - eight, rtol=.02)
   assert (eight > four).all()
+
+
+@pytest.mark.tpu
+def test_seven_layers_more_of_a_whole_step_cost_as_much_as_the_seven_before():
+  """Maps this small may stay on the chip, and with fewer layers more of them do: so bytes are counted wherever the
+  arrays lie."""
+  def count(layers):
+    config = base.get_config('debug').copy_and_resolve_references().unlock()
+    config.model.layers = layers
+    chip, devices = plan._topology('v5e:2x2')
+    config.variants.packing.tile = str(chip.matrix_unit)
+    step, _ = plan._compile(config, sharding.make_mesh(devices=devices), lambda *_: None)
+    text = step.as_text()
+    main = count_traffic(text)
+    return np.array([main.cycles, count_traffic(re.sub(r'S\(\d+\)', '', text)).accessed]), main.accessed
+
+  (two, _), (nine, _), (sixteen, _) = counted = [count(layers) for layers in (2, 9, 16)]
+  for layers, ((cycles, accessed), main) in zip((2, 9, 16), counted):
+    print(f'{layers} layers: {cycles / 1e6:.3f} M cycles, {accessed / 1e6:.1f} MB, {main / 1e6:.1f} in main memory')
+  np.testing.assert_allclose(nine - two, sixteen - nine, rtol=.02)
+  assert (nine > two).all()
 
 
 @pytest.mark.tpu

@@ -190,18 +190,20 @@ def crops(audio, starts, samples):
 # Training and measuring.
 
 
-def fit(functions, config, batches, *, output):
+def fit(functions, config, batches, *, output, quick=False):
   """config.train.steps steps on what `batches(step)` gives -> the averaged weights, which m2l2.load(output) reads too,
-  and the processor seconds of the steps."""
+  and the processor seconds of the steps. quick: so few and small steps that they take less time than optimising them.
+  """
+  options = build.compiler_options(config) | (few_runs() if quick else {})
   jitted = {name: jax.jit(functools.partial(functions.train_step, phase=name), donate_argnums=0)
             for name, _ in functions.phases}
-  state = functions.ravel(jax.jit(functions.init)(jax.random.key(config.seed)))
+  state = functions.ravel(jit(functions.init)(jax.random.key(config.seed)))
   compiled, began = {}, None
   for step in range(config.train.steps):
     batch = {'audio': jnp.asarray(batches(step))}
     phase = functions.phase(step)
     if phase not in compiled:
-      compiled[phase] = jitted[phase].lower(state, batch).compile(compiler_options=build.compiler_options(config))
+      compiled[phase] = jitted[phase].lower(state, batch).compile(compiler_options=options)
     began = began or time.process_time()
     state, metrics = compiled[phase](state, batch)
     if (step + 1) % max(1, config.train.steps // 10) == 0:
@@ -214,9 +216,13 @@ def fit(functions, config, batches, *, output):
 
 
 def jit(function):
-  """jax.jit for what runs a few times alone: on a CPU it is compiled in half the time, to run at half the speed."""
-  few = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return jax.jit(function, compiler_options=few)
+  """jax.jit for what runs a few times alone."""
+  return jax.jit(function, compiler_options=few_runs())
+
+
+def few_runs():
+  """What XLA is told of it: on a CPU it is compiled in a third of the time, to run at half the speed."""
+  return build.UNOPTIMISED if jax.default_backend() == 'cpu' else {}
 
 
 def judge(functions, config, params, audio, seed=5):
@@ -286,11 +292,11 @@ def gaussian(config, args):
   consistency, network = build.consistency(config), functions.network
   rng = np.random.default_rng(config.seed)
   params, seconds = fit(functions, config, lambda step: representation.draw(rng, config.train.batch_size),
-                        output=workdir(args))
+                        output=workdir(args), quick=args.quick)
 
   spec = representation.analyse(jnp.asarray(representation.draw(np.random.default_rng(999), 16)))
   features = jit(network.decode)(params, network.arch.make_bottleneck()(jit(network.encode)(params, spec)))
-  noise = jax.random.normal(jax.random.key(5), spec.shape)
+  noise = jit(lambda key: jax.random.normal(key, spec.shape))(jax.random.key(5))
   run = jit(lambda x, sigma: consistency.bind(network, params, features)(
       x + sigma * noise, jnp.full(spec.shape[:2], sigma, jnp.float32)))
   figures, failures = {}, []
@@ -319,7 +325,7 @@ def remembered_tones(config, args):
   functions = build.step_functions(config, ravel=True)
   audio = tones(np.random.default_rng(config.seed), config.train.batch_size, functions.crop_samples,
                 rate=functions.sample_rate)
-  params, seconds = fit(functions, config, lambda step: audio, output=workdir(args))
+  params, seconds = fit(functions, config, lambda step: audio, output=workdir(args), quick=args.quick)
   figures = judge(functions, config, params, audio)
   conditions = {f'one step reaches {5 if args.quick else 14} dB': figures['own'] >= (5 if args.quick else 14),
                 'wrong latents stay below 0 dB': figures['wrong'] < 0}
