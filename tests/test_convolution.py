@@ -44,17 +44,17 @@ def test_result_and_gradients_are_those_of_the_plain_convolution(shape, size, pa
     assert np.abs(got - want).max() < 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize('exact,error,dilation', [(False, 4e-3, (1, 1)), (True, 1e-5, (1, 1)), (True, 1e-5, (1, 4))])
-def test_products_of_float32_maps_may_read_bfloat16(exact, error, dilation):
+@pytest.mark.parametrize('dilation', [(1, 1), (1, 4)])
+def test_products_of_float32_maps_may_read_two_bfloat16(dilation):
   x, kernel, weight = draw((2, 8, 16, 4), (3, 3, 4), dilation=dilation)
   low = kernel.astype(jnp.bfloat16)
   ours = with_gradients(lambda x, kernel: convolution.convolve(
-      x, kernel, ((1, 1), (1, 1)), exact=exact, dilation=dilation))(x, low, weight)
+      x, kernel, ((1, 1), (1, 1)), dilation=dilation))(x, low, weight)
   plain = with_gradients(lambda x, kernel: convolution._plain(x, kernel, ((1, 1), (1, 1)), dilation))(
       x, low.astype(np.float32), weight)
   assert [a.dtype for a in ours] == [jnp.float32, jnp.float32, jnp.bfloat16]
   out, *gradients = [np.asarray(a, np.float32) for a in ours]
-  assert 0 < np.linalg.norm(out - plain[0]) / np.linalg.norm(plain[0]) < error
+  assert 0 < np.linalg.norm(out - plain[0]) / np.linalg.norm(plain[0]) < 1e-5
   for got, want in zip(gradients, plain[1:], strict=True):
     assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
 

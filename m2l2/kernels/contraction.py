@@ -43,8 +43,8 @@ def _dot(x, y, of_x, of_y, dtype=None):
                              preferred_element_type=dtype or jnp.promote_types(x.dtype, y.dtype))
 
 
-def einsum(formula, x, kernel, dtype, *, exact=False):
-  """jnp.einsum in x's dtype, whose products read `dtype` (None: x's); `exact` as of `convolve`."""
+def einsum(formula, x, kernel, dtype):
+  """jnp.einsum in x's dtype, whose products read the kernel in `dtype` (None: x's) and x as `convolve` does."""
   dtype = jnp.dtype(dtype or x.dtype)
-  parts = split(x, dtype) if exact and dtype != x.dtype else (x.astype(dtype),)
-  return sum(jnp.einsum(formula, part, kernel.astype(dtype), preferred_element_type=x.dtype) for part in parts)
+  return functools.reduce(jnp.add, [
+      jnp.einsum(formula, part, kernel.astype(dtype), preferred_element_type=x.dtype) for part in split(x, dtype)])

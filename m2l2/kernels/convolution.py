@@ -16,24 +16,26 @@ from m2l2.kernels.chunk_causal import platform
 BLOCK = 1024  # most positions of a map in each product; small maps are left to XLA
 
 
-def convolve(x: Float[Array, 'N F T I'], kernel: Float[Array, 'A B I O'], padding, *, exact=False,
+def convolve(x: Float[Array, 'N F T I'], kernel: Float[Array, 'A B I O'], padding, *,
              dilation=(1, 1)) -> Float[Array, 'N F2 T2 O']:
   """[N, F, T, I] by [A, B, I, O] -> [N, F', T', O] in x's dtype.
 
   Args:
-    kernel: of x's dtype, or bfloat16 where x is float32: the products then read x rounded to bfloat16, and their sums
-      are not rounded.
+    kernel: of x's dtype, or bfloat16 where x is float32: the products then read x as the sum of two bfloat16 (twice as
+      many forward, none more backward), and their sums are not rounded.
     padding: ((before, after), (before, after)), rows and frames.
-    exact: x is read as the sum of two bfloat16 then: twice the products forward, none more backward.
     dilation: of the kernel.
   """
   if kernel.dtype == x.dtype and not _blocks_pay(x, dilation):
     return _plain(x, kernel, padding, dilation)
-  return _convolve(x, kernel, tuple(tuple(pair) for pair in padding), exact, tuple(dilation))
+  return _convolve(x, kernel, tuple(tuple(pair) for pair in padding), tuple(dilation))
 
 
 def split(x, dtype):
-  """x, float32, as two numbers of a lower `dtype` whose sum it is up to 2^-16; gradients pass by the first alone."""
+  """x, float32, as two numbers of a lower `dtype` whose sum it is up to 2^-16; gradients pass by the first alone. x
+  itself, where it is of that dtype."""
+  if x.dtype == dtype:
+    return (x,)
   info = jnp.finfo(dtype)
   rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # XLA may remove a cast and its inverse
   return x.astype(dtype), jax.lax.stop_gradient(x - rounded).astype(dtype)
@@ -51,22 +53,19 @@ def _plain(x, kernel, padding, dilation, dtype=None):
                                       dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _convolve(x, kernel, padding, exact, dilation):
-  return _forward(x, kernel, padding, exact, dilation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, padding, dilation):
+  return _forward(x, kernel, padding, dilation)[0]
 
 
-def _forward(x, kernel, padding, exact, dilation):
-  low = x.astype(kernel.dtype)
-  out = _plain(low, kernel, padding, dilation, x.dtype)
-  if exact and x.dtype != kernel.dtype:
-    # Not as channels of one convolution: the TPU compiler crashes for some sizes.
-    low, rest = split(x, kernel.dtype)
-    out = out + _plain(rest, kernel, padding, dilation, x.dtype)
-  return out, (low, kernel)
+def _forward(x, kernel, padding, dilation):
+  # Not as channels of one convolution: the TPU compiler crashes for some sizes.
+  parts = split(x, kernel.dtype)
+  out = functools.reduce(jnp.add, [_plain(part, kernel, padding, dilation, x.dtype) for part in parts])
+  return out, (parts[0], kernel)
 
 
-def _backward(padding, exact, dilation, saved, out_gradient):
+def _backward(padding, dilation, saved, out_gradient):
   x, kernel = saved
   dtype, out_gradient = out_gradient.dtype, out_gradient.astype(x.dtype)
   if not _blocks_pay(x, dilation):

@@ -44,15 +44,15 @@ class Conv3x3(nnx.Module):
   """Same-padded 3x3 convolution on [N, F, T, C]. The result is in x's dtype; products read `dtype`, x's by default, see
   `convolve`."""
 
-  def __init__(self, in_dim, out_dim, *, init=None, bias=False, dtype=None, exact=False, rngs):
+  def __init__(self, in_dim, out_dim, *, init=None, bias=False, dtype=None, rngs):
     self.kernel = param(rngs, (3, 3, in_dim, out_dim), ('kernel_f', 'kernel_t', 'conv_in', 'conv_out'),
                         init or xavier(9 * in_dim, 9 * out_dim))
     self.bias = param(rngs, (out_dim,), ('conv_out',), ZEROS) if bias else None
-    self.dtype, self.exact = dtype, exact
+    self.dtype = dtype
 
   def __call__(self, x):
     kernel = self.kernel[...].astype(self.dtype or x.dtype)
-    out = product(convolve(x, kernel, [(1, 1), (1, 1)], exact=self.exact))
+    out = product(convolve(x, kernel, [(1, 1), (1, 1)]))
     return out if self.bias is None else out + as_last(self.bias[...].astype(out.dtype), out)
 
 

@@ -4,8 +4,8 @@ Maps are [N, F, T, C] with N = B*S: chunks never mix here. Both are ladders of r
 resamplers between the levels. A patchifier takes one feature map per conv block and records
 one; a de-patchifier does the same in the opposite order, so the lists line up.
 
-Maps stay in the dtype they come in, float32 in the denoiser; products read `dtype`. What is averaged there, and what
-convolutions of the finest level and of the output read, is not rounded either (`exact`): the others matter little.
+Maps stay in the dtype they come in, float32 in the denoiser; products read `dtype`, and a float32 map as the sum of two
+numbers of it.
 """
 
 import math
@@ -26,10 +26,10 @@ from m2l2.sharding import constrain
 class ConvBlock(nnx.Module):
   """x + conv3x3_zero(SiLU(conv3x3(GroupNorm(x)))), no biases."""
 
-  def __init__(self, dim, *, cond_dim=None, dtype=None, exact=False, rngs):
+  def __init__(self, dim, *, cond_dim=None, dtype=None, rngs):
     self.norm = GroupNorm(dim, cond_dim=cond_dim, rngs=rngs)
-    self.conv1 = Conv3x3(dim, dim, dtype=dtype, exact=exact, rngs=rngs)
-    self.conv2 = Conv3x3(dim, dim, init=ZEROS, dtype=dtype, exact=exact, rngs=rngs)
+    self.conv1 = Conv3x3(dim, dim, dtype=dtype, rngs=rngs)
+    self.conv2 = Conv3x3(dim, dim, init=ZEROS, dtype=dtype, rngs=rngs)
     self.dtype = dtype
 
   def __call__(self, x, cond=None):
@@ -74,7 +74,7 @@ class Ladder(nnx.Module):
     for level, after in zip(order, [*order[1:], None]):
       for i in range(blocks[level]):
         self._add(f'level{level}_block{i}', self.block(
-            level, widths[level], cond_dim=cond_dim, dtype=dtype, exact=level == 0, rngs=rngs), True)
+            level, widths[level], cond_dim=cond_dim, dtype=dtype, rngs=rngs), True)
       if after is not None:
         self._add(f'level{level}_{"up" if up else "down"}', self.resampler(
             level, after, widths, stride=strides[min(level, after)], dtype=dtype, rngs=rngs), False)
@@ -151,8 +151,7 @@ class OutputHead(nnx.Module):
 
   def __init__(self, dim, out_channels, *, stem, cond_dim=None, init=ZEROS, dtype=None, rngs):
     self.norm = GroupNorm(dim, cond_dim=cond_dim, rngs=rngs)
-    self.conv_out = Conv3x3(dim, out_channels * stem[0] * stem[1], init=init, bias=True, dtype=dtype, exact=True,
-                            rngs=rngs)
+    self.conv_out = Conv3x3(dim, out_channels * stem[0] * stem[1], init=init, bias=True, dtype=dtype, rngs=rngs)
     self.stem = tuple(stem)
 
   def __call__(self, x, *, gain=None, cond=None):

@@ -106,7 +106,7 @@ def convolve_packed(conv, x, pack, *, inward=False, aligned=False):
     return conv(x)
   kernel = packed_kernel(conv.kernel[...], pack, aligned=aligned).astype(conv.dtype or x.dtype)
   padding = [(0, 0) if inward and p > 1 else (1, 1) for p in pack]
-  return _add_bias(conv, product(convolve(x, kernel, padding, exact=conv.exact)))
+  return _add_bias(conv, product(convolve(x, kernel, padding)))
 
 
 def enter(conv, x, pack):
@@ -146,9 +146,9 @@ class PackedDownsample(Downsample):
     repeat = np.arange(c)[:, None] == np.arange(d) // (d // c)
     mean = np.broadcast_to(repeat / math.prod(self.stride), self.kernel.shape)
     out = self._project(self.norm(x), self.kernel[...])
-    return space_to_depth(out + self._project(x, jnp.asarray(mean, jnp.float32), exact=True), self.packs[1])
+    return space_to_depth(out + self._project(x, jnp.asarray(mean, jnp.float32)), self.packs[1])
 
-  def _project(self, x, kernel, exact=False):
+  def _project(self, x, kernel):
     """The strided conv of a packed map: its rows that fall together side by side, then one dilated conv over them."""
     (a, b), (p, q) = self.stride, self.packs[0]
     rows, frames = a // p, b // q
@@ -156,7 +156,7 @@ class PackedDownsample(Downsample):
     kernel = jnp.moveaxis(kernel.reshape(rows, p, frames, q, *kernel.shape[2:]), 1, 2)
     kernel = kernel.reshape(1, rows, frames * c, -1).astype(self.dtype or x.dtype)
     t = t // frames
-    return product(convolve(x.reshape(n, f // rows, rows * t, frames * c), kernel, ((0, 0), (0, 0)), exact=exact,
+    return product(convolve(x.reshape(n, f // rows, rows * t, frames * c), kernel, ((0, 0), (0, 0)),
                             dilation=(1, t)))
 
 
@@ -174,7 +174,7 @@ class PackedUpsample(Upsample):
     average = (np.arange(c)[:, None] // (c // d) == np.arange(d)) * (d / c)
     average = jnp.asarray(np.broadcast_to(np.tile(average, p * q), kernel.shape), jnp.float32)
     learned = einsum('nftc,abcd->nfatbd', self.norm(x), kernel, self.dtype)
-    return join_patches(einsum('nftc,abcd->nfatbd', x, average, self.dtype, exact=True) + learned)
+    return join_patches(einsum('nftc,abcd->nfatbd', x, average, self.dtype) + learned)
 
 
 class _PackedSteps:
