@@ -47,7 +47,7 @@ ROWS = {
     'clip_norm': f'{PATHS} train.clip_norm=1.0',
 }
 SMALL = ('model.native_rates=(4000,) model.window=64 model.hop=16 model.bins=32 model.frames=32 '
-         'train.steps=800 train.ema_decay=0.98')
+         'train.steps=800 train.ema_decay=0.98 train.learning_rate=1e-3 train.final_learning_rate=1e-4')
 RUNGS = {'T1s': ('T1', SMALL), 'T2s': ('T2', 'train.steps=1500 train.batch_size=4')}
 
 
