@@ -49,7 +49,7 @@ if [ -n "$checks" ] && [ ! -e "$output/checks.log" ]; then
   { printf '%s\n' "$device"
     JAX_PLATFORMS= timeout 120 "$python" -m pytest -q tests/test_kernels.py -m gpu ||
       printf 'the tests failed or did not end\n'
-    timeout 120 "$python" launch/bench/bench.py --config="$(basename "${config%%.*}")" --only=train,attention --no-pairs ||
+    timeout 120 "$python" launch/bench/bench.py --config="$config" --only=train,attention --no-pairs ||
       printf 'the benchmarks failed or did not end\n'
   } > "$output/checks.part" 2>&1
   mv "$output/checks.part" "$output/checks.log"
