@@ -2,8 +2,8 @@
 
     m2l2 train --config=configs/base.py --config.data.root=MUSIC --workdir=runs/base
 
-Expected cost: 58.9 TFLOP a step of 16 pairs, student and teacher; 47 EFLOP for the 800,000 steps of the ancestor's
-recipe. Expected time: 4.4 days on an A100 at 40 % of its peak, 1.4 days on an H100 (computed; not run).
+Expected cost: 48.9 TFLOP a step of 16 pairs, student and teacher; 39 EFLOP for the 800,000 steps of the ancestor's
+recipe. Expected time: 3.6 days on an A100 at 40 % of its peak, 1.1 days on an H100 (computed; not run).
 Expected quality: the paper's (m2l2/evaluation/README.md has its figures). No run here was long enough to tell.
 
 Other configs state what they change of this one. Append `:debug` to any of them to shrink it so that it runs in

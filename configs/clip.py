@@ -8,7 +8,7 @@ regress from pure noise onto the clip), without which the latents of all chunks 
 rung C of launch/research/ladder.py, which states what must come out. The quickstart trains it for a minute on the
 clip's magnitudes alone.
 
-Expected cost: 67.0 GFLOP a step of 4 pairs after the head start, 0.065 PFLOP in all. Expected time: some 20 minutes on
+Expected cost: 55.4 GFLOP a step of 4 pairs after the head start, 0.054 PFLOP in all. Expected time: some 20 minutes on
 one core of an AMD EPYC.
 Expected quality, on the clip itself: SNR of the compressed spectrogram -.1 dB in one step, .2 dB after a second one
 from sigma 5, coherence .61 (the clip: .62).

@@ -7,7 +7,7 @@ The network is that of the published weights. The training recipe is what its pa
 half of the samples sums of two crops, and the noise levels of its ancestor's index grid (whose code calls that
 log-normal).
 
-Expected cost: 45.6 TFLOP a step of 16 pairs, 91 EFLOP in all. Expected time: 8.4 days on an A100 at 40 % of its peak
+Expected cost: 39.4 TFLOP a step of 16 pairs, 79 EFLOP in all. Expected time: 7.3 days on an A100 at 40 % of its peak
 (computed; not run).
 Expected quality: that of the published weights, which m2l2 runs (m2l2/interop/README.md). Nothing was trained here.
 """

@@ -2,8 +2,8 @@
 
     m2l2 train --config=configs/large.py --config.train.batch_size=256 --config.data.root=MUSIC --workdir=runs/large
 
-Expected cost: 140 TFLOP a step of 16 pairs, 2.4 times what `base` costs. Expected time, for 800,000 steps of 256 pairs:
-11 hours on 256 chips of TPU v5p at 40 % of their peak (computed; not run).
+Expected cost: 117 TFLOP a step of 16 pairs, 2.4 times what `base` costs. Expected time, for 800,000 steps of 256 pairs:
+9 hours on 256 chips of TPU v5p at 40 % of their peak (computed; not run).
 Expected quality: unknown, no model of this size was trained.
 """
 

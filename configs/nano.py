@@ -2,7 +2,7 @@
 
     m2l2 train --config=configs/nano.py --config.data.root=MUSIC --workdir=runs/nano
 
-Expected cost: 26.7 GFLOP a step of 2 pairs after the head start, which is the first half of the steps. Expected time:
+Expected cost: 22.2 GFLOP a step of 2 pairs after the head start, which is the first half of the steps. Expected time:
 2,000 steps in a quarter of an hour on one core of an AMD EPYC.
 Expected quality: it follows the spectrum of a few clips chunk by chunk (ratio 0.44 on the one clip it was trained on,
 28 Nov 2026, before its linear paths mixed all tokens); for music in general it is too small.

@@ -2,12 +2,12 @@
 
     m2l2 train --config=configs/pod.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/pod
 
-Expected cost: 3028 TFLOP a step of 1024 pairs, .80 of the cost of `base` a pair. By config.scaling the recipe of
+Expected cost: 2551 TFLOP a step of 1024 pairs, .81 of the cost of `base` a pair. By config.scaling the recipe of
 `base`, written for a batch of 16, becomes 100,000 steps with 2,000 of warm-up to a rate of 8e-4. They take 102 M crops,
 8 times the paper's, or 42,000 hours of sound; with less than some 2,000 hours of music each is seen twenty times.
-Expected time: 68 ms a step or more on TPU v5e-256 and 29 ms on TPU v5p-256 (the compute bound of `m2l2 plan` with
---topology=v5e:16x16 and v5p:4x8x8), so 480 and 210 chip-hours at least for the 100,000 steps; 1,450 and 620 chip-hours
-at three times the bound, which is what the TPU's compiler estimated for `base`. Computed, not run.
+Expected time: 85 ms a step on TPU v5p-256 as its compiler estimates, 600 chip-hours for the 100,000 steps; 29 ms, 210
+chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`). On v5e-256, for
+which it was not compiled, as much traffic takes 99 ms a step or more, 700 chip-hours. Computed, not run.
 Expected quality: unknown; no model of this family has been trained at such a batch.
 """
 

@@ -11,9 +11,9 @@ or with `:stereo`:
 Every level has room for what a patch holds. The recipe is the paper's with the flow's c_skip, linear paths to the
 latents and back, and a head start on magnitudes (2 % of the steps), as on the ladder (launch/research/learning.md).
 
-Expected cost: 9.0 TFLOP a step of 16 pairs, 0.18 EFLOP in all. Expected time: 30 minutes on an A100 at a third of its
+Expected cost: 7.3 TFLOP a step of 16 pairs, 0.14 EFLOP in all. Expected time: 25 minutes on an A100 at a third of its
 peak (computed; not run on a GPU).
-Expected quality: unknown, and little: 0.18 EFLOP is a sixtieth of `day`. See whether probe_ema/swap rises above .1 and
+Expected quality: unknown, and little: 0.14 EFLOP is 1/70 of `day`. See whether probe_ema/swap rises above .1 and
 probe_ema/coherence above .25, where models whose phases are noise stay.
 """
 

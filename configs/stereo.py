@@ -5,7 +5,7 @@
 Stereo runs are known to collapse near the end of warm-up (every latent at +-1). `base.stereo` says what is changed
 against that.
 
-Expected cost: 58.9 TFLOP a step of 16 pairs, as `base`. Expected time: 4.4 days on an A100 at 40 % of its peak
+Expected cost: 49.0 TFLOP a step of 16 pairs, as `base`. Expected time: 3.6 days on an A100 at 40 % of its peak
 (computed; not run).
 Expected quality: unknown. A small stereo run of 600 steps did not collapse (launch/research/learning.md).
 """

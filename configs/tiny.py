@@ -10,7 +10,7 @@ Windows are as long as the paper's in seconds, chunks are twice as long (1.49 s)
 numbers: 344.5. Patches are 4 x 4 bins: those of 8 x 4 hold more numbers than their 48 channels, and training then added
 nothing to the linear start.
 
-Expected cost: 48.8 GFLOP a step of 2 pairs, 0.29 PFLOP in all. Expected time: 6,000 steps see 10 hours of audio in
+Expected cost: 40.0 GFLOP a step of 2 pairs, 0.24 PFLOP in all. Expected time: 6,000 steps see 10 hours of audio in
 1 h 10 min on two cores of an AMD EPYC, or 1 h 50 min on one.
 Expected quality: FD 200 and ratio 0.52 on the held-out tracks of the same corpus (the start has 248 and 0.52); on other
 music log-mel L1 4.06 dB and FD 283 (m2l2/assets/models/tiny/MODEL.md).

@@ -7,6 +7,7 @@ import pytest
 
 from m2l2.kernels import convolution
 from m2l2.kernels.chunk_causal import compiling_for
+from m2l2.planning.flops import count_flops
 
 CASES = [  # map [N, F, T, I], kernel [A, B, O], padding
     ((2, 64, 32, 8), (3, 3, 5), ((1, 1), (1, 1))),
@@ -81,3 +82,14 @@ def test_it_serves_one_cpu_and_large_maps_alone():
     assert 'scan' not in primitives(x, kernel)
   with jax.set_mesh(jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))):
     assert 'scan' not in primitives(x, kernel)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_gradient_takes_twice_the_flops_of_the_forward_pass(dtype):
+  """The kernel's by blocks, or as a convolution; nothing is computed again."""
+  forward = lambda x, kernel: convolution.convolve(x, kernel, ((1, 1), (1, 1)))
+  both = lambda x, kernel: jax.vjp(forward, x, kernel)[1](x)
+  x, kernel = jax.ShapeDtypeStruct((2, 64, 32, 4), jnp.float32), jax.ShapeDtypeStruct((3, 3, 4, 4), dtype)
+  once, all_three = (count_flops(jax.make_jaxpr(function)(x, kernel).jaxpr).total for function in (forward, both))
+  parts = 2 if dtype == jnp.bfloat16 else 1  # x is read as two numbers, forward alone
+  assert once == parts * 2 * 2 * 64 * 32 * 9 * 4 * 4 and all_three == once * (1 + 2 / parts)

@@ -68,12 +68,13 @@ def _forward(x, kernel, padding, dilation):
 def _backward(padding, dilation, saved, out_gradient):
   x, kernel = saved
   dtype, out_gradient = out_gradient.dtype, out_gradient.astype(x.dtype)
-  if not _blocks_pay(x, dilation):
-    _, pull = jax.vjp(lambda x, kernel: _plain(x, kernel, padding, dilation), x, kernel)
-    x_gradient, gradient = pull(out_gradient)
-    return x_gradient.astype(dtype), gradient
-  _, pull = jax.vjp(lambda x: _plain(x, kernel, padding, dilation), x)
-  return pull(out_gradient)[0].astype(dtype), kernel_gradient(x, out_gradient, kernel.shape[:2], padding)
+  # Transposed, not by jax.vjp, which would trace the forward pass again (and `count_flops` count it).
+  x_gradient, = jax.linear_transpose(lambda x: _plain(x, kernel, padding, dilation), x)(out_gradient)
+  if _blocks_pay(x, dilation):
+    gradient = kernel_gradient(x, out_gradient, kernel.shape[:2], padding)
+  else:
+    gradient, = jax.linear_transpose(lambda kernel: _plain(x, kernel, padding, dilation), kernel)(out_gradient)
+  return x_gradient.astype(dtype), gradient
 
 
 _convolve.defvjp(_forward, _backward)
