@@ -129,7 +129,7 @@ def piano_config(quick):
 
 
 def corpus_config(quick):
-  """Room on every level: as many channels as a patch holds numbers (64 in 64, 256 in 256). 11.5 M parameters."""
+  """Room on every level: as many channels as a patch holds numbers (16 in 64, 256 in 256). 11.5 M parameters."""
   config = clip_config(quick)
   config.train.update(steps=2400, warmup_steps=200, ema_decay=0.99, probe_every=200, checkpoint_every=200)
   config.variants.flow_skip.on = True
