@@ -222,7 +222,7 @@ class Blocks(nnx.Module):
 @pytest.mark.tpu
 @pytest.mark.parametrize('dtype,options,most', [
     (jnp.bfloat16, {}, 3.2e6),                                                             # encoder, decoder
-    (jnp.float32, {'dtype': jnp.bfloat16, 'cond_dim': 512}, 4.8e6)])        # denoiser
+    (jnp.float32, {'dtype': jnp.bfloat16, 'cond_dim': 512}, 4.8e6)])                      # denoiser
 def test_what_a_block_of_bases_finest_level_costs(dtype, options, most):
   """8 chunks on v5p: what two blocks cost more than one."""
   x = jax.ShapeDtypeStruct((8, 1024, 32, 128), dtype)

@@ -44,8 +44,9 @@ def _dot(x, y, of_x, of_y, dtype=None):
 
 
 def einsum(formula, x, kernel, dtype):
-  """jnp.einsum in x's dtype, whose products read the kernel in `dtype` (None: x's) and x as `convolve` does; the
-  kernel's gradient reads both of x's parts."""
+  """jnp.einsum in x's dtype, whose products read the kernel in `dtype` (None: x's) and x as `convolve` does."""
   dtype = jnp.dtype(dtype or x.dtype)
-  return functools.reduce(jnp.add, [
-      jnp.einsum(formula, part, kernel.astype(dtype), preferred_element_type=x.dtype) for part in split(x, dtype)])
+  multiply = lambda part: jnp.einsum(formula, part, kernel.astype(dtype), preferred_element_type=x.dtype)
+  low, *rest = split(x, dtype)
+  out = multiply(low)
+  return out + jax.lax.stop_gradient(multiply(*rest)) if rest else out
