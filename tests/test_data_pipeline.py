@@ -82,12 +82,13 @@ def test_threads_do_not_change_the_order(music, straight, options):
 
 
 @pytest.mark.parametrize('demand, seconds, cpu, cores, expected', [
-    (200, .053, .003, 2, (11, 1)),     # 11 under way give 200 a second; .6 of a core is more than the run can spare
-    (500, .083, .003, 100, (14, 3)),   # 42 under way
+    (200, .053, .003, 2, (16, 0)),     # 11 under way give 200 a second if none is late
+    (200, .053, .003, 4, (16, 1)),     # .6 of a core is more than the run can spare
+    (500, .083, .003, 100, (21, 3)),   # 42 under way
     (100, .003, .003, 8, (4, 0)),
     (None, .003, .003, 2, (4, 0)),
     (None, .053, .003, 2, (36, 0)),    # while one waits, others keep both cores busy
-    (1e6, .1, .05, 2, (256, 1)),
+    (1e6, .1, .05, 2, (256, 0)),
     (1e6, .1, .05, 200, (256, 16)),
     (None, 0., 0., 1, (4, 0))])
 def test_threads_and_workers_follow_the_demand(demand, seconds, cpu, cores, expected):

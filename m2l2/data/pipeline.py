@@ -30,6 +30,7 @@ _ENDLESS = 2**62
 _MOST_GAIN = 60  # dB
 _TRIALS = 8  # crops that are read to measure the cost of one, after one more to warm up
 _THREADS = 4, 256  # least and most
+_SPARE = 1.5  # threads beyond those that would do if none ever waited: reads take longer now and then
 _OF_A_CORE = .5  # share of a core that a process spends on reading; above it, workers read
 _OF_A_WORKER = .7
 _WORKERS = 16  # upper limit; a small model stays far below the peak that the demand is computed from
@@ -208,8 +209,9 @@ def readers(demand: float | None, cost: CropCost, *, cores: int) -> tuple[int, i
   if demand is None:  # while one thread waits, others use the cores
     return _within(cores * cost.seconds / max(cost.cpu, 1e-6)), 0
   load = demand * cost.cpu
-  workers = 0 if load <= _OF_A_CORE else min(math.ceil(load / _OF_A_WORKER), _WORKERS, max(1, cores - 1))
-  return _within(demand * cost.seconds / max(1, workers)), workers
+  # On two cores a worker takes the same ones as this process's threads would, and copies every batch besides.
+  workers = 0 if load <= _OF_A_CORE or cores < 3 else min(math.ceil(load / _OF_A_WORKER), _WORKERS, cores - 1)
+  return _within(_SPARE * demand * cost.seconds / max(1, workers)), workers
 
 
 def _within(threads: float) -> int:
@@ -225,7 +227,7 @@ def _chosen(crop, *, num_threads, num_workers, demand, first) -> tuple[int, int]
   threads, workers = readers(demand, cost, cores=cores)
   if num_workers != AUTO:
     workers = num_workers
-    threads = _within(demand * cost.seconds / max(1, workers)) if demand else threads
+    threads = _within(_SPARE * demand * cost.seconds / max(1, workers)) if demand else threads
   threads = threads if num_threads == AUTO else num_threads
   wanted = f'for {demand:.0f} crops/s ' if demand else ''
   logging.info('input: %d threads in %s %sat %.1f ms a crop, %.1f ms of them of a core', threads,
