@@ -6,8 +6,8 @@ Expected cost: 2551 TFLOP a step of 1024 pairs, .81 of the cost of `base` a pair
 `base`, written for a batch of 16, becomes 100,000 steps with 2,000 of warm-up to a rate of 8e-4. They take 102 M crops,
 8 times the paper's, or 42,000 hours of sound; with less than some 2,000 hours of music each is seen twenty times.
 Expected time: 85 ms a step on TPU v5p-256 as its compiler estimates, 600 chip-hours for the 100,000 steps; 29 ms, 210
-chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`). On v5e-256, for
-which it was not compiled, as much traffic takes 99 ms a step or more, 700 chip-hours. Computed, not run.
+chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`). On v5e-256
+(`--topology=v5e:16x16`) 186 ms, 1,320 chip-hours; 66 ms, 470 chip-hours at least. Computed, not run.
 Expected quality: unknown; no model of this family has been trained at such a batch.
 """
 

@@ -110,6 +110,19 @@ def share_cache():
   jax_compiler._compile_and_write_cache = keep
 
 
+# ---- what XLA is told
+
+
+def soon() -> dict | None:
+  """XLA's options, on CPUs, for a program that should compile in half the time: less optimised, by its older loops.
+
+  For what runs seldom, or spends its time in calls of libraries (products, convolutions).
+  """
+  if jax.default_backend() != 'cpu':
+    return None
+  return {'xla_backend_optimization_level': 1, 'xla_cpu_use_fusion_emitters': False}
+
+
 # ---- the message before a wait
 
 

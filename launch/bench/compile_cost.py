@@ -175,7 +175,10 @@ def codec_seconds(config, program) -> float:
   import jax
   import numpy as np
 
-  from m2l2.codec.codec import Codec
+  try:
+    from m2l2.codec.codec import Codec
+  except ModuleNotFoundError:  # a checkout before that package
+    from m2l2.codec import Codec
   shapes = jax.eval_shape(built(config)[0].init, jax.eval_shape(lambda: jax.random.key(0)))
   draw = np.random.default_rng(0)
   params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype(np.float32), shapes)

@@ -21,10 +21,9 @@ import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from m2l2 import files, sharding
+from m2l2 import compiling, files, sharding
 from m2l2.codec import encoding
 from m2l2.codec.codec import Codec
-from m2l2.compiling import Told
 from m2l2.data import audio_io, latents, storage
 from m2l2.data.signals import find_signals
 from m2l2.errors import UserError, in_one_line
@@ -330,8 +329,8 @@ class GroupEncoder:
 
     # Each device runs the program for a single device, so that latents do not depend on the number of devices.
     rows_of = P(sharding.BATCH_AXES)
-    self.compiled = Told(jax.jit(jax.shard_map(
-        encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False)))
+    each = jax.shard_map(encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False)
+    self.compiled = compiling.Told(jax.jit(each, compiler_options=compiling.soon()))
 
   def group(self) -> Group:
     return Group(self._shape, self._rows)

@@ -6,9 +6,9 @@ import types
 import jax
 import jax.numpy as jnp
 
+from m2l2 import compiling
 from m2l2.codec import encoding
 from m2l2.codec.sampler import Sampler
-from m2l2.compiling import Told
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,12 +32,14 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
     return encoding.encode_chunks(params, audio, frames, representation=sampler.representation,
                                   network=sampler.network, bottleneck=bottleneck)
 
+  # What these two do is in products and convolutions, or little; decoding takes a seventh longer with such loops.
+  soon = compiling.soon()
   programs = dict(
-      encode_block=jax.jit(encode_block),
-      noise=jax.jit(noise, static_argnames=('count', 'roles')),
+      encode_block=jax.jit(encode_block, compiler_options=soon),
+      noise=jax.jit(noise, static_argnames=('count', 'roles'), compiler_options=soon),
       advance=jax.jit(advance, static_argnames='sigmas'),
       parallel_block=jax.jit(parallel_block, static_argnames='sigmas'))
-  return types.SimpleNamespace(**{name: Told(program) for name, program in programs.items()})
+  return types.SimpleNamespace(**{name: compiling.Told(program) for name, program in programs.items()})
 
 
 def block_chunks() -> int:
