@@ -45,7 +45,7 @@ def measured(times):
 def test_a_report(tmp_path, capsys, monkeypatch, real):
   """In float32, so that one train step and one codec are compiled; decoding is timed as encoding is."""
   if not real:  # the step of test_train.py, of one matrix: the real one takes 25 s to compile
-    monkeypatch.setattr(build, 'step_functions', lambda config: small_functions(ConfigDict(config)))
+    monkeypatch.setattr(build, 'step_functions', lambda config, ravel=False: small_functions(ConfigDict(config)))
   path = config_file(tmp_path, base.get_config('debug'), **SMALLEST)
   status, report, err = run(capsys, f'--config-json={path}', '--only=train,attention,encode', '--batch=2', '--steps=2',
                             '--seconds=.05', '--seed=3', '--peak-tflops=1')

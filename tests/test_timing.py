@@ -69,7 +69,7 @@ def test_flops_of_a_device_and_their_share_of_its_peak():
 
 def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
 
-  def step_functions(config):
+  def step_functions(config, *, ravel):
     assert (config['model']['attention'], config['variants']['packing']['tile']) == ('xla', '0')
 
     remat = config['model']['remat']
@@ -79,7 +79,7 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
       return product if phase == 'head_start' else product @ state['w'] if remat == 'none' else None
 
     return types.SimpleNamespace(
-        init=lambda key: {'w': jax.numpy.zeros((64, 64))}, train_step=train_step, channels=1, crop_samples=64,
+        init=lambda key: {'w': jax.numpy.zeros((64, 64))}, ravel=lambda state: state, train_step=train_step, channels=1, crop_samples=64,
         phases=(('head_start', 4), ('consistency', config['train']['steps'])))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)

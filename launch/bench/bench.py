@@ -215,7 +215,7 @@ def time_train(config, *, batch, args, original=None, notes=None) -> dict:
   times = seconds_of(ours, references, count=args.steps)
   per_step = times['median']
   seconds = batch * steps.crop_samples / steps.sample_rate
-  flops = timing.step_flops(build.step_functions(timing.plain_model(config)), batch).total
+  flops = timing.step_flops(build.step_functions(timing.plain_model(config), ravel=True), batch).total
   result = {
       'batch': batch, 'compile_seconds': ours.compile_seconds, 'seconds_per_step': times,
       'crops_per_second': batch / per_step, 'audio_seconds_per_second': seconds / per_step,
@@ -229,15 +229,18 @@ def time_train(config, *, batch, args, original=None, notes=None) -> dict:
 
 
 class CompiledStep:
-  """One config's train step and its state; every call is an update and returns the metrics."""
+  """One config's train step and its state, as `m2l2 train` has them on one device; every call is an update and returns
+  the metrics."""
 
   def __init__(self, config, params, audio):
-    steps = build.step_functions(config)
+    steps = build.step_functions(config, ravel=True)
     self.batch = {'audio': audio}
     copy = functools.partial(jax.tree.map, jnp.array)  # donated at the first call, and `params` serve others too
-    self.state = dataclasses.replace(jax.jit(steps.init)(jax.random.key(0)), params=copy(params), ema=copy(params))
+    state = dataclasses.replace(jax.jit(steps.init)(jax.random.key(0)), params=copy(params), ema=copy(params))
+    self.state = steps.ravel(state)
     start = time.perf_counter()
-    self.compiled = jax.jit(steps.train_step, donate_argnums=0).lower(self.state, self.batch).compile()
+    self.compiled = jax.jit(steps.train_step, donate_argnums=0).lower(self.state, self.batch).compile(
+        compiler_options=build.compiler_options(config))
     self.compile_seconds = time.perf_counter() - start
 
   def __call__(self):

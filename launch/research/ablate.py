@@ -94,7 +94,7 @@ def parsed(config, flags):
 def describe(config, flags) -> dict:
   """{'parameters', 'gflop_a_step', 'steps'} of a config with flags. Raises UserError where it cannot be built."""
   config = parsed(config, flags)
-  functions = build.step_functions(timing.plain_model(config))
+  functions = build.step_functions(timing.plain_model(config), ravel=True)
   return {'parameters': timing.parameters(functions), 'steps': config.train.steps,
           'gflop_a_step': timing.step_flops(functions, config.train.batch_size).total / 1e9}
 

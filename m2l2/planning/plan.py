@@ -96,7 +96,7 @@ def _figures(config, compiled, probe, chip, report, *, config_crops) -> dict:
   count, batch = report['devices'], report['batch']
   traffic = count_traffic(compiled.as_text())
   with compiling_for('tpu'):
-    nominal, executed = (timing.step_flops(build.step_functions(variant), batch, unit=chip.matrix_unit)
+    nominal, executed = (timing.step_flops(build.step_functions(variant, ravel=True), batch, unit=chip.matrix_unit)
                          for variant in (timing.plain_model(config), config))
   seconds = {
       'compute': executed.padded / count / chip.bf16_flops,

@@ -96,7 +96,8 @@ def plain_model(config) -> dict:
 
 def step_flops(functions, batch_size: int, *, unit: int = 128, **options) -> Flops:
   """FLOPs of one step of `build.step_functions` over all devices; `options` go to train_step."""
-  state = jax.eval_shape(functions.init, jax.random.key(0))
+  # Of a few ravelled arrays the update, which has no products, is traced in no time.
+  state = functions.ravel(jax.eval_shape(functions.init, jax.random.key(0)))
   shape = (batch_size, functions.channels, functions.crop_samples)
   step = lambda *args: functions.train_step(*args, **options)
   return count_flops(
@@ -110,7 +111,7 @@ def parameters(functions) -> int:
 
 def model_flops(config) -> Callable[[int], float]:
   """n -> FLOPs that the first n training steps of the plain model need, over all devices; probes are not counted."""
-  functions, batch = build.step_functions(plain_model(config)), config.train.batch_size
+  functions, batch = build.step_functions(plain_model(config), ravel=True), config.train.batch_size
   ends = [end for _, end in functions.phases]
   costs = [step_flops(functions, batch, phase=name).total for name, _ in functions.phases]
 
