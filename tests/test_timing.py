@@ -79,8 +79,8 @@ def test_the_flops_of_a_run_do_not_depend_on_how_it_computes_them(monkeypatch):
       return product if phase == 'head_start' else product @ state['w'] if remat == 'none' else None
 
     return types.SimpleNamespace(
-        init=lambda key: {'w': jax.numpy.zeros((64, 64))}, ravel=lambda state: state, train_step=train_step, channels=1, crop_samples=64,
-        phases=(('head_start', 4), ('consistency', config['train']['steps'])))
+        init=lambda key: {'w': jax.numpy.zeros((64, 64))}, ravel=lambda state: state, train_step=train_step, channels=1,
+        crop_samples=64, phases=(('head_start', 4), ('consistency', config['train']['steps'])))
 
   monkeypatch.setattr(build, 'step_functions', step_functions)
   until = timing.model_flops(nano.get_config('debug'))  # which has model.remat = 'blocks'
