@@ -5,9 +5,10 @@
 Expected cost: 2551 TFLOP a step of 1024 pairs, .81 of the cost of `base` a pair. By config.scaling the recipe of
 `base`, written for a batch of 16, becomes 100,000 steps with 2,000 of warm-up to a rate of 8e-4. They take 102 M crops,
 8 times the paper's, or 42,000 hours of sound; with less than some 2,000 hours of music each is seen twenty times.
-Expected time: 85 ms a step on TPU v5p-256 as its compiler estimates, 600 chip-hours for the 100,000 steps; 29 ms, 210
-chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`). On v5e-256
-(`--topology=v5e:16x16`) 186 ms, 1,320 chip-hours; 66 ms, 470 chip-hours at least. Computed, not run.
+Expected time: 85 ms a step on 256 chips of TPU v5p (v5p-512) as its compiler estimates, 600 chip-hours for the 100,000
+steps; 29 ms, 210 chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`).
+On v5e-256 (`--topology=v5e:16x16`) 186 ms, 1,320 chip-hours; 66 ms, 470 chip-hours at least (by compute). Computed, not
+run.
 Expected quality: unknown; no model of this family has been trained at such a batch.
 """
 

@@ -30,6 +30,7 @@ from m2l2 import no_collection
 
 _log = logging.getLogger(__name__)
 _config: Any = jax.config  # its fields are made when it is imported
+_JAX_MIN_SECONDS = 1.0  # JAX's default: programs that compile faster are not kept
 _SHORT = 3.0  # seconds of waiting without a message
 _PATIENCE = 1.0
 _PER_LOWERING = 20  # seconds of compiling for one of lowering: 17 to 28 in the programs of the codec, on CPUs
@@ -62,6 +63,10 @@ def use_cache(workdir: str | None = None):
     workdir: of the training run that this process belongs to, if any: a path in the file system. Then JAX's devices are
       asked for, which starts its backends.
   """
+  set_by_user = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' in os.environ
+  if not set_by_user and _config.jax_persistent_cache_min_compile_time_secs == _JAX_MIN_SECONDS:
+    # Small programs too: there are dozens, and reading one takes a tenth of the time of compiling it.
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.)
   if _config.jax_compilation_cache_dir is not None:
     return
   folder = cache_folder()
@@ -74,9 +79,6 @@ def use_cache(workdir: str | None = None):
   if not os.access(folder, os.W_OK):  # not writable: JAX would warn at each program
     return
   jax.config.update('jax_compilation_cache_dir', folder)
-  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
-    # Small programs too: there are dozens, and reading one takes a tenth of the time of compiling it.
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.)
 
 
 def share_cache():

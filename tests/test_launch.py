@@ -1,5 +1,6 @@
 """The scripts that run m2l2 elsewhere: what a dry run prints is what is run, with stand-ins for gcloud and the like."""
 
+import importlib
 import os
 from pathlib import Path
 import re
@@ -118,6 +119,16 @@ def test_a_dry_run_prints_what_is_run(script, arguments, place):
   if script == 'slurm.sh':  # its second line is the job's own
     assert would.pop()[0] == 'srun'
   assert did == would
+
+
+@pytest.mark.parametrize('page, devices', [
+  ('README.md', 256), ('launch/cloud/tpu.sh', 256), ('launch/cloud/gke.sh', 512), ('launch/cloud/slurm.sh', 32)])
+def test_the_batch_of_a_pods_command_divides_among_its_devices(page, devices):
+  text = (LAUNCH.parent / page).read_text().replace('\\\n', ' ')
+  command = re.findall(r'launch/cloud/\w+\.sh .*--config=configs/.*', text)[-1]
+  config = importlib.import_module('m2l2.configs.' + re.search(r'configs/(\w+)\.py', command)[1]).get_config()
+  batch = re.search(r'--config\.train\.batch_size=(\d+)', command)
+  assert (int(batch[1]) if batch else config.train.batch_size) % devices == 0
 
 
 @pytest.mark.parametrize('script, arguments, devices, looks', [

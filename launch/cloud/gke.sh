@@ -25,8 +25,8 @@ bucket needs a hierarchical namespace (launch/cloud/cloud.sh says why), the clus
 Data on gs:// are mounted read-only and cached, from any bucket.
 GKE gives the workers their numbers, several slices through MEGASCALE_...: m2l2 needs only --multihost.
 
-Example: launch/cloud/gke.sh --name=base --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
-  --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base
+Example: launch/cloud/gke.sh --name=pod --image=REGISTRY/m2l2:tpu --type=v5e --topology=16x16 --slices=2 -- \
+  --config=configs/pod.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/pod
 
   kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME
   kubectl delete jobset NAME           makes it save and end; the same call of this script resumes

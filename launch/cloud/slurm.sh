@@ -27,7 +27,7 @@ idle with one process a node. The workdir and the music must be on a file system
 The job's log is slurm-JOB.out in the current folder, one file for all restarts.
 
 Example: launch/cloud/slurm.sh --nodes=4 --gpus=8 --partition=gpu -- \
-  --config=configs/base.py --config.data.root=/data/music --workdir=/data/runs/base
+  --config=configs/pod.py --config.train.batch_size=256 --config.data.root=/data/music --workdir=/data/runs/pod
 HELP
 }
 

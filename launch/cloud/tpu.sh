@@ -37,8 +37,8 @@ hierarchical namespace (launch/cloud/cloud.sh says why).
 Workers find each other through the metadata of their machines, several slices through the
 MEGASCALE_... entries of the queued resource: m2l2 needs only --multihost.
 
-Example: launch/cloud/tpu.sh keep --name=base --type=v5litepod-256 --zone=us-west4-a --spot -- \
-  --config=configs/base.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/base
+Example: launch/cloud/tpu.sh keep --name=pod --type=v5litepod-256 --zone=us-west4-a --spot -- \
+  --config=configs/pod.py --config.data.root=gs://BUCKET/music --workdir=gs://BUCKET/runs/pod
 HELP
 }
 

@@ -31,7 +31,7 @@ _MOST_GAIN = 60  # dB
 _TRIALS = 8  # crops that are read to measure the cost of one, after one more to warm up
 _THREADS = 4, 256  # least and most
 _SPARE = 1.5  # threads beyond those that would do if none ever waited: reads take longer now and then
-_OF_A_CORE = .5  # share of a core that a process spends on reading; above it, workers read
+_OF_A_CORE = .5  # share of a core that a process spends on reading; above it, and on three cores or more, workers read
 _OF_A_WORKER = .7
 _WORKERS = 16  # upper limit; a small model stays far below the peak that the demand is computed from
 
@@ -262,8 +262,8 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     start_index: the first global index.
     blocks: the numbers h of this process's blocks, in rising order (`sharding.batch_blocks`).
     of_blocks: H.
-    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs. They help only if one process
-      cannot keep up; they are spawned, so a script that uses them needs `if __name__ == '__main__':`.
+    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs, none on two cores. They help only if one
+      process cannot keep up; they are spawned, so a script that uses them needs `if __name__ == '__main__':`.
     num_threads: crops read at once, in each worker (or here, without workers); 0 reads one after another in `next`;
       AUTO (-1) as many as `demand` needs, by the measured cost of some crops.
     prefetch: batches read ahead, in each worker (or here), and as many as keep the threads busy; their memory is held.
