@@ -262,8 +262,8 @@ def make_loader(*, root, sample_rate: int, native_rates: tuple[int, ...], channe
     start_index: the first global index.
     blocks: the numbers h of this process's blocks, in rising order (`sharding.batch_blocks`).
     of_blocks: H.
-    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs, none on two cores. They help only if one
-      process cannot keep up; they are spawned, so a script that uses them needs `if __name__ == '__main__':`.
+    num_workers: reader processes, 0 for none, AUTO (-1) as many as `demand` needs, none on two cores. They help only if
+      one process cannot keep up; they are spawned, so a script that uses them needs `if __name__ == '__main__':`.
     num_threads: crops read at once, in each worker (or here, without workers); 0 reads one after another in `next`;
       AUTO (-1) as many as `demand` needs, by the measured cost of some crops.
     prefetch: batches read ahead, in each worker (or here), and as many as keep the threads busy; their memory is held.
