@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+import types
 
 import jax
 import numpy as np
@@ -64,6 +65,8 @@ def in_this_process(what, *arguments):
 def test_the_command_trains_measures_and_goes_on(tmp_path, monkeypatch, capsys, trained):
   if not trained:
     monkeypatch.setattr(ablate, 'run', in_this_process)
+    # Counted in test_timing.py: seconds of tracing.
+    monkeypatch.setattr(ablate.timing, 'step_flops', lambda *_: types.SimpleNamespace(total=1e9))
   for name, value in soak_resume.environment(tmp_path / 'compiled').items() if trained else ():
     monkeypatch.setenv(name, value)
   soak_resume.write_music(tmp_path / 'train')

@@ -125,9 +125,9 @@ def test_parameters_are_float32_and_name_their_axes(name):
   jax.tree.map(check, state.params, functions.logical_axes)
 
 
-# Tracing takes seconds: of the full sizes one in every run of the suite, the one in the box.
+# Tracing takes seconds: of the full sizes one in every run of the suite.
 @pytest.mark.parametrize('name', [
-  name if name == 'tiny' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
+  name if name == 'nano' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
 def test_the_whole_step_at_full_size_by_shapes(name):
   config = _config(name)
   functions, state = _functions(name)
@@ -185,7 +185,7 @@ def test_the_parameter_count_in_words_is_right(name):
 
 # Tracing takes seconds: one in every run of the suite.
 @pytest.mark.parametrize('name', [
-  name if name == 'clip' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
+  name if name == 'nano' else pytest.param(name, marks=pytest.mark.soak) for name in CONFIGS])
 def test_the_cost_in_words_is_right(name):
   text, config = importlib.import_module(f'm2l2.configs.{name}').__doc__, _config(name)
   stated, unit, pairs = re.search(r'([\d.]+) ([TG])FLOP a\s+step\s+of\s+(\d+)\s+pairs', text).groups()
