@@ -51,7 +51,8 @@ def _gpu(name, kinds, bf16, f32, gb, bandwidth, link=None):
 
 # No chip has options of its own yet. A larger scoped VMEM on v5p (xla_tpu_scoped_vmem_limit_kib=65472) makes a packed
 # block of 64 channels cheaper and all else dearer, by the compiler's estimate of 8 chunks, forward and backward, on
-# 30 Nov 2026: 3.39 -> 3.19 M cycles; a block of 128 channels 1.46 -> 1.55, a transformer of 12 layers 22.6 -> 24.6.
+# 30 Nov 2026 with the code of then: 3.39 -> 3.19 M cycles; a block of 128 channels 1.46 -> 1.55, a transformer of 12
+# layers 22.6 -> 24.6. To try others: m2l2 plan ... --config.train.compiler_options=NAME=VALUE.
 CHIPS = (
     # cloud.google.com/tpu/docs, one page a version. Links: half of the sum of both directions; none is given there up
     # to v4 (the paper on v4 has six links of 50 GB/s). 'GB' of memory are GiB, less what the runtime keeps (v5p: 96).
