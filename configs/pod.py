@@ -9,8 +9,8 @@ Expected time: 85 ms a step on 256 chips of TPU v5p (v5p-512) as its compiler es
 steps; 29 ms, 210 chip-hours at least (the bound by memory of `m2l2 plan --config=configs/pod.py --topology=v5p:4x8x8`).
 On v5e-256 (`--topology=v5e:16x16`) 186 ms, 1,320 chip-hours; 66 ms, 470 chip-hours at least (by compute). Computed, not
 run.
-Expected quality: unknown; no model of this family has been trained at such a batch. On rung T1 of the ladder such a patch
-loses nothing (launch/research/learning.md).
+Expected quality: unknown; no model of this family has been trained at such a batch. On rung T1 of the ladder such a
+patch loses nothing (launch/research/learning.md).
 """
 
 from m2l2.configs import base

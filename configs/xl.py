@@ -3,7 +3,7 @@
     m2l2 train --config=configs/xl.py --config.train.batch_size=512 --config.data.root=MUSIC --workdir=runs/xl
 
 Expected cost: 238 TFLOP a step of 16 pairs, 4.9 times what `base` costs. Expected time, for 800,000 steps of 512 pairs:
-36 hours on 256 chips of TPU v5p at 40 % of their peak (computed; not run; of `base` the compiler expects 20 %, see `m2l2
+36 hours on 256 chips of TPU v5p at 40 % of their peak (computed; not run). Of `base` the compiler expects 20 % (`m2l2
 plan`).
 Expected quality: unknown, no model of this size was trained.
 """
