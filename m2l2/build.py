@@ -10,6 +10,7 @@ import dataclasses
 from absl import logging
 import jax
 
+from m2l2 import compiling
 from m2l2.codec import renamed
 from m2l2.consistency import Consistency
 from m2l2.errors import UserError
@@ -21,10 +22,7 @@ from m2l2.representation import Representation
 from m2l2.variants.autoencoder import Variant
 from m2l2.variants.consistency import VariantConsistency
 
-# Runs of so many steps are compiled without optimisation on CPUs: in a third of the time, for steps twice as long. The
-# older loops are compiled in half the time of the newer, and at this level are as fast.
-FEW_STEPS = 10
-UNOPTIMISED = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False}
+FEW_STEPS = 10  # Runs of so many steps are compiled without optimisation on CPUs.
 # Fields of config.model that belong to neither dataclass.
 _MODEL_EXTRA = ('native_rates',)
 # Settings of variants that training alone knows: those of VariantObjective, which inference does not import.
@@ -110,7 +108,7 @@ def compiler_options(config) -> dict:
   if config['train']['steps'] <= FEW_STEPS and 'xla_backend_optimization_level' not in options:
     # Compiling then takes longer than all the steps. A matter of the whole run's length, so that a resumed one computes
     # the same digits.
-    options = UNOPTIMISED | options
+    options = compiling.optimised(0) | options
   if max(config['model']['widths']) < 128:
     # Convolutions of narrow maps by Eigen: twice as fast as by YNNPACK, which is ahead from 128 channels on.
     options.setdefault('xla_cpu_experimental_ynn_fusion_type', 'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE')

@@ -12,7 +12,6 @@ largest relative difference; exit 1 if it is above --tolerance.
 
 import argparse
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -57,15 +56,13 @@ def in_a_process_of_its_own(root, snapshot, name, args) -> list:
 
 def train(root, snapshot, name, count) -> list:
   """Losses of `count` steps of the checkout at `root`, which writes the snapshot if there is none yet."""
+  from compile_cost import preset  # beside this script
   import jax
   import jax.numpy as jnp
   import numpy as np
 
   from m2l2 import build
-  sys.modules.setdefault('m2l2.configs', importlib.import_module('configs'))
-  assert os.path.dirname(sys.modules['m2l2.configs'].__file__) == os.path.join(root, 'configs')
-  name, _, words = name.partition(':')
-  config = importlib.import_module(f'm2l2.configs.{name}').get_config(words)
+  config = preset(name, root)
   try:
     from m2l2.codec import snapshot as snapshots
   except ImportError:  # a checkout before that package

@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2l2 import build
+from m2l2 import build, compiling
 from m2l2.assets import TRAINING
 from m2l2.codec.codec import load
 from m2l2.codec.snapshot import save_snapshot
@@ -195,7 +195,7 @@ def fit(functions, config, batches, *, output, quick=False):
   """config.train.steps steps on what `batches(step)` gives -> the averaged weights, which m2l2.load(output) reads too,
   and the processor seconds of the steps. quick: so few and small steps that they take less time than optimising them.
   """
-  options = build.compiler_options(config) | (few_runs() if quick else {})
+  options = build.compiler_options(config) | (compiling.optimised(0) if quick else {})
   jitted = {name: jax.jit(functools.partial(functions.train_step, phase=name), donate_argnums=0)
             for name, _ in functions.phases}
   state = functions.ravel(jit(functions.init)(jax.random.key(config.seed)))
@@ -218,12 +218,7 @@ def fit(functions, config, batches, *, output, quick=False):
 
 def jit(function):
   """jax.jit for what runs a few times alone."""
-  return jax.jit(function, compiler_options=few_runs())
-
-
-def few_runs():
-  """What XLA is told of it: on a CPU it is compiled in a third of the time, to run at half the speed."""
-  return build.UNOPTIMISED if jax.default_backend() == 'cpu' else {}
+  return jax.jit(function, compiler_options=compiling.optimised(0))
 
 
 def judge(functions, config, params, audio, seed=5):

@@ -330,7 +330,7 @@ class GroupEncoder:
     # Each device runs the program for a single device, so that latents do not depend on the number of devices.
     rows_of = P(sharding.BATCH_AXES)
     each = jax.shard_map(encode, mesh=mesh, in_specs=(P(), rows_of, rows_of), out_specs=rows_of, check_vma=False)
-    self.compiled = compiling.Told(jax.jit(each, compiler_options=compiling.soon()))
+    self.compiled = compiling.Told(jax.jit(each, compiler_options=compiling.optimised(1)))
 
   def group(self) -> Group:
     return Group(self._shape, self._rows)

@@ -33,7 +33,7 @@ def compiled_programs(sampler: Sampler, bottleneck) -> types.SimpleNamespace:
                                   network=sampler.network, bottleneck=bottleneck)
 
   # What these two do is in products and convolutions, or little; decoding takes a seventh longer with such loops.
-  soon = compiling.soon()
+  soon = compiling.optimised(1)
   programs = dict(
       encode_block=jax.jit(encode_block, compiler_options=soon),
       noise=jax.jit(noise, static_argnames=('count', 'roles'), compiler_options=soon),

@@ -211,7 +211,12 @@ def readers(demand: float | None, cost: CropCost, *, cores: int) -> tuple[int, i
   load = demand * cost.cpu
   # On two cores a worker takes the same ones as this process's threads would, and copies every batch besides.
   workers = 0 if load <= _OF_A_CORE or cores < 3 else min(math.ceil(load / _OF_A_WORKER), _WORKERS, cores - 1)
-  return _within(_SPARE * demand * cost.seconds / max(1, workers)), workers
+  return _threads(demand, cost, workers), workers
+
+
+def _threads(demand: float, cost: CropCost, workers: int) -> int:
+  """In each reading process."""
+  return _within(_SPARE * demand * cost.seconds / max(1, workers))
 
 
 def _within(threads: float) -> int:
@@ -227,7 +232,7 @@ def _chosen(crop, *, num_threads, num_workers, demand, first) -> tuple[int, int]
   threads, workers = readers(demand, cost, cores=cores)
   if num_workers != AUTO:
     workers = num_workers
-    threads = _within(_SPARE * demand * cost.seconds / max(1, workers)) if demand else threads
+    threads = _threads(demand, cost, workers) if demand else threads
   threads = threads if num_threads == AUTO else num_threads
   wanted = f'for {demand:.0f} crops/s ' if demand else ''
   logging.info('input: %d threads in %s %sat %.1f ms a crop, %.1f ms of them of a core', threads,
