@@ -249,6 +249,32 @@ def test_the_command_writes_the_report(folders, tmp_path, capsys):
   assert not list(tmp_path.glob('*.part'))
 
 
+def test_other_reconstructions_stand_beside(folders, tmp_path, capsys, music):
+  reference, estimate = folders
+  for name, audio in (('a', music[0]), ('deep/b', music[1])):
+    write(tmp_path / 'worse' / f'{name}.wav', noisy(audio, .5))
+  args = (f'--reference={reference}', f'--estimate={estimate}', '--metrics=si_sdr,musicnn_msd', '--workers=1')
+  assert run(*args, f'--beside=worse={tmp_path}/worse', '--players=1', f'--output={tmp_path}/report.json',
+             f'--html={tmp_path}/report.html') == 0
+  results = json.loads((tmp_path / 'report.json').read_text())
+  worse = results['beside']['worse']
+  assert results['pairs'] == 3 and worse['pairs'] == 2
+  assert worse['metrics']['si_sdr']['mean'] < results['metrics']['si_sdr']['mean'] - 5
+  assert any(line.startswith('worse: broken.wav: partner: no estimate') for line in results['warnings'])
+  shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ['estimate', 'worse'] in shown
+  (row,) = (line for line in shown if line[0] == 'si_sdr')
+  means = [each['metrics']['si_sdr']['mean'] for each in (results, worse)]
+  assert [row[1], row[4]] == [f'{mean:.4g}' for mean in means]
+  page = (tmp_path / 'report.html').read_text()
+  assert page.count('data:audio/flac;base64,') == 3 == page.count('data:image/png;base64,')
+  assert '<div>worse<br><audio' in page and '<th>worse</th>' in page
+  for wrong in ('worse', '=x', 'reference=x', 'estimate=x'):
+    assert run(*args, f'--beside={wrong}', f'--output={tmp_path}/r.json') == 1
+    assert 'give NAME=DIR' in capsys.readouterr().err
+  assert not (tmp_path / 'r.json').exists()
+
+
 def test_identical_folders(folders, tmp_path):
   reference, _ = folders
   shutil.rmtree(reference / 'deep')
@@ -300,14 +326,14 @@ def test_mistakes_are_one_line_and_leave_nothing(folders, tmp_path, capsys, args
   assert not (tmp_path / 'report.json').exists()
 
 
-def test_a_page_of_ten_pairs_has_plots_over_them_and_ends_with_the_credits(music, tmp_path, monkeypatch):
-  monkeypatch.setattr(report, 'PAGE_FILES', 1)
+def test_a_page_of_ten_pairs_has_plots_over_them_and_ends_with_the_credits(music, tmp_path):
   items = [evaluate.Pair(str(i), music[0][:, :RATE], noisy(music[0][:, :RATE], .01 * (1 + i)), sample_rate=RATE)
            for i in range(10)]
   page = {}
   for count in (9, 10):
     results = evaluate.evaluate(items[:count], metrics=('mel_l1_db',))
-    report.write_html(tmp_path / 'page.html', results, items[:count], about={'model': 'a < b'}, credits='By A & B.\n')
+    report.write_html(tmp_path / 'page.html', results, items[:count], about={'model': 'a < b'}, credits='By A & B.\n',
+                      players=1)
     page[count] = (tmp_path / 'page.html').read_text()
   assert 'Over the files' not in page[9] and page[9].count('data:image/png') == 2
   assert 'Over the files' in page[10] and page[10].count('data:image/png') == 3

@@ -12,12 +12,15 @@
   --sigma-cond=A,B   noise added to a chunk in two-step decoding: two steps less one, paired, for each
   --workers=N        processes for the signal metrics
   --visqol-every=N   ViSQOL, which is slow, on every N-th excerpt (default 1; 0: none)
+  --sounds=N         how many excerpts to write, of every row (default 3)
 
 All at the model's own sample rate. Writes to OUTPUT table.md, report.json, spectrograms.png, swapped.png, rates.png
-(nested models) and a few sounds.
-The rows: the model in one and in two steps; untrained weights of it; a noise vocoder of 16 bands with as many numbers a
-second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own spectrogram with as many
-numbers a second (of its frames eight at a time, fitted on the training music); the excerpts themselves as a check.
+(nested models) and sounds/ROW/EXCERPT.flac, which `m2l2 evaluate --beside` makes a page of.
+The rows: the model in one and in two steps and by parallel decoding; untrained weights of it; a noise vocoder of 16
+bands with as many numbers a second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own
+spectrogram with as many numbers a second (of its frames eight at a time, fitted on the training music); exact
+magnitudes of every bin with random phases; the excerpts themselves as a check. +- is a standard error, of Frechet
+distances a bootstrap standard deviation.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+import re
 import sys
 
 import jax
@@ -37,6 +41,7 @@ from m2l2.codec.codec import Codec, load
 from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
+from m2l2.evaluation import excerpts
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics import pairs, registry
 from m2l2.evaluation.metrics.frechet import frechet_distance, paired_difference
@@ -46,6 +51,7 @@ from m2l2.evaluation.studies import baselines, judging
 EMBEDDING = 'musicnn_mtt'
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
 BLOCK = 8              # frames that the PCA takes at once
+PARALLEL_STEPS = 3     # CoDiCodec's
 CROPS = 600            # of two chunks, that it is fitted on
 METRICS = ('ratio', 'mel_l1_db', 'lsd_db', 'coherence', 'coherence_reference', 'si_sdr')
 COLUMNS = (*METRICS, 'visqol', 'level_db', EMBEDDING)
@@ -64,6 +70,7 @@ def parser():
                      default=[.03, .1, .3, .965, 3.])
   flags.add_argument('--workers', type=int, default=1)
   flags.add_argument('--visqol-every', type=int, default=1)
+  flags.add_argument('--sounds', type=int, default=3)
   return flags
 
 
@@ -103,7 +110,7 @@ def run(argv) -> dict:
             'rates': rates(codec, sounds, latents, rate, embed),
             'rates_beside': {name: rates(other, sounds, beside_latents[name], rate, embed)
                              for name, other in beside.items()}}
-  write(report, systems, sounds, rate, args.output)
+  write(report, systems, sounds, rate, args.output, args.sounds)
   return report
 
 
@@ -121,11 +128,14 @@ def made_by_all(codec, sounds, latents, rate, args):
   systems = {
       'm2l2, one step': judging.decode(codec, latents, refine=False),
       'm2l2, two steps': judging.decode(codec, latents, refine=True),
+      'm2l2, parallel': judging.decode(codec, latents, mode='parallel', steps=PARALLEL_STEPS),
       '(a) untrained': judging.decode(untrained, judging.encode(untrained, sounds, rate), refine=False),
       '(b) noise vocoder, 16 bands': each(lambda audio: baselines.noise_vocoder(
           audio, sample_rate=rate, parameters_per_second=per_second)),
       '(c) Opus': {name: audio for name, (audio, _) in coded.items()},
       '(d) PCA': pca_reconstructions(codec, sounds, args.train),
+      '(e) exact magnitudes, random phases': {name: baselines.noise_phases(audio, codec.representation, seed=number)
+                                              for number, (name, audio) in enumerate(sounds.items())},
       'noise with the mean spectrum': each(lambda audio: shaped_noise(audio, rate)),
       'the excerpt itself': sounds}
   return systems, {'m2l2 in float16': 16 * per_second / 1000,
@@ -254,20 +264,20 @@ def swapped(codec, sounds, latents, rate, output, embed) -> dict:
           'mel_l1_db_to_source_of_latents': over(lambda name: mel(sounds[others[name]], estimates[name]))}
 
 
-def write(report, systems, sounds, rate, output):
-  names = list(sounds)[::max(1, len(sounds) // 3)][:3]
+def write(report, systems, sounds, rate, output, kept):
+  names = list(sounds)
   rows = {}
-  for name in names:
+  for name in excerpts.evenly(names, 3):
     rows[name] = (sounds[name], rate)
     rows[f'm2l2, one step: {name}'] = (systems['m2l2, one step'][name], rate)
   pictures.save(pictures.spectrograms(rows), output / 'spectrograms.png')
   if report['rates']:
     pictures.save(pictures.rate_distortion(report['rates'].values(), EMBEDDING), output / 'rates.png')
-  for number, name in enumerate(names):
-    audio_io.write(output / f'{number}_original.wav', sounds[name], rate)
-    for system in systems:
-      word = system.split(', ')[-1].strip('()').replace(' ', '_').replace(')', '')
-      audio_io.write(output / f'{number}_{word}.wav', systems[system][name], rate)
+  for system in systems:
+    folder = output / 'sounds' / re.sub(r'[^a-z0-9]+', '_', system.lower()).strip('_')
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in excerpts.evenly(names, kept):
+      audio_io.write(folder / f'{name.replace("/", "_")}.flac', systems[system][name], rate)
   files.write_json(output / 'report.json', report, indent=1)
   files.write_text(output / 'table.md', markdown(report))
 
@@ -280,7 +290,10 @@ def markdown(report) -> str:
       return f'{distance["value"]:.1f} +- {distance["bootstrap_sd"] or 0:.1f}' if distance else ''
     if column == 'level_db':
       return f'{judged["level_db"]:+.1f}'
-    return f'{judged["metrics"][column]["mean"]:.2f}' if column in judged['metrics'] else ''
+    if column not in judged['metrics']:
+      return ''
+    metric = judged['metrics'][column]
+    return f'{metric["mean"]:.2f}' + (f' +- {metric["sem"]:.2f}' if metric['sem'] else '')
 
   columns = [c for c in COLUMNS if any(value(judged, c) for judged in report['systems'].values())]
   lines = [['system', *columns], ['---'] * (len(columns) + 1),

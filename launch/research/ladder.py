@@ -54,7 +54,7 @@ from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.embedders.embeddings import make_embedder
 from m2l2.evaluation.metrics.phases import coherence
-from m2l2.evaluation.studies import judging
+from m2l2.evaluation.studies import baselines, judging
 from m2l2.training import config_file, timing
 from m2l2.training.loop import train
 from m2l2.variants import envelope
@@ -376,27 +376,13 @@ def corpus(config, args, sounds, goals):
   latents = judging.encode(codec, sounds, rate)
   for name, estimates in (('', judging.decode(codec, latents, refine=False)),
                           ('_2', judging.decode(codec, latents, refine=True)),
-                          ('_bound', noise_phases(codec.representation, sounds))):
+                          ('_bound', {name: baselines.noise_phases(audio, codec.representation)
+                                      for name, audio in sounds.items()})):
     judged = judging.judge(sounds, estimates, rate, metrics=('mel_l1_db', 'coherence', 'coherence_reference'),
                            embedders=embedders)
     figures[f'fd{name}'] = judged['frechet'][EMBEDDING]['value']
     figures |= {f'{metric}_of_sound{name}': judged['metrics'][metric]['mean'] for metric in judged['metrics']}
   return {**figures, 'cpu_s': seconds}, check(figures, goals(figures))
-
-
-def noise_phases(representation, sounds):
-  """Each sound with its magnitudes and the phases of noise: what a model comes to that knows all but phases."""
-  rng, sounds_out = np.random.default_rng(0), {}
-  for name, audio in sounds.items():
-    layout = representation.layout(audio.shape[1])
-    padded = np.pad(audio, ((0, 0), (layout.lead, representation.crop_samples(layout.chunks) - layout.lead
-                                     - audio.shape[1])))
-    spec = representation.analyse(jnp.asarray(padded))
-    angle = rng.uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
-    spec = np.linalg.norm(spec, axis=-1, keepdims=True) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
-    sound, _ = representation.synthesise(jnp.float32(spec))
-    sounds_out[name] = np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
-  return sounds_out
 
 
 def piano(config, args):

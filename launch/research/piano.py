@@ -76,12 +76,18 @@ def midi(notes, pedals, tempo) -> mido.MidiFile:
   return mido.MidiFile(ticks_per_beat=480, tracks=[track])
 
 
-def render(seed: int, path: Path, *, seconds: float, rate: int):
-  """Writes the piece of that seed; `audio_io` leaves no half file."""
-  audio = probe_data.render(score(seed, seconds), probe_data.SOUNDFONTS[0])
+def render(piece: mido.MidiFile, path: Path, *, rate: int):
+  """Writes the piece as the soundfont's piano plays it, mono; `audio_io` leaves no half file."""
+  audio = probe_data.render(piece, probe_data.SOUNDFONTS[0])
   # The soundfont's own level gives spectrograms of RMS .03, where music has .2 and sigma_data expects .5.
   audio *= PEAK / max(np.abs(audio).max(), 1e-9)
   audio_io.write(path, audio_io.resample(audio, from_rate=probe_data.RATE, to_rate=rate), rate)
+
+
+def require_fluidsynth():
+  """Raises UserError: fluidsynth or the soundfont is not installed."""
+  if not shutil.which('fluidsynth') or not os.path.isfile(probe_data.SOUNDFONTS[0]):
+    raise UserError('fluidsynth or its soundfont is missing: apt install fluidsynth fluid-soundfont-gm')
 
 
 def main(argv=None):
@@ -91,14 +97,13 @@ def main(argv=None):
     flags.add_argument(f'--{name}', type=int, default=default)
   flags.add_argument('--seconds', type=float, default=180.0)
   args = flags.parse_args(argv)
-  if not shutil.which('fluidsynth') or not os.path.isfile(probe_data.SOUNDFONTS[0]):
-    raise UserError('fluidsynth or its soundfont is missing: apt install fluidsynth fluid-soundfont-gm')
+  require_fluidsynth()
   work = [(seed, args.output / 'train' / f'{seed:04d}.flac') for seed in range(args.pieces)]
   work += [(HELD_SEED + seed, args.output / 'heldout' / f'{seed:04d}.flac') for seed in range(args.held)]
   for _, path in work:
     path.parent.mkdir(parents=True, exist_ok=True)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(lambda item: render(*item, seconds=args.seconds, rate=args.rate),
+    list(pool.map(lambda item: render(score(item[0], args.seconds), item[1], rate=args.rate),
                   [item for item in work if not item[1].exists()]))
   print(f'{args.output}: {args.pieces} pieces to train on, {args.held} held out, of {args.seconds:g} s and more')
 

@@ -25,9 +25,13 @@ def add(command):
                       help='their reconstructions; with --checkpoint, the folder to write them to')
   options.checkpoint(parser, required=False,
                      help='reconstruct first, with this snapshot, workdir or model in the box')
+  parser.add_argument('--beside', metavar='NAME=DIR', action='append', default=[],
+                      help='other reconstructions of the same files: a column of the tables and a player of the page; '
+                      'repeat for several')
   options.report(parser)
   parser.add_argument('--csv', metavar='*.csv', help='a table with one row per file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
+  parser.add_argument('--players', type=int, default=6, metavar='N', help='files with players in it (default 6)')
   parser.add_argument('--credits', metavar='FILE', help='text for the end of that page: whose music it is, its licence')
   parser.add_argument('--metrics', metavar='A,B,...',
                       help=f'some of {", ".join(METRICS)}, and Frechet distances over {", ".join(EMBEDDINGS)} '
@@ -109,6 +113,9 @@ def _evaluate(args):
     raise UserError('give --estimate=DIR, or --checkpoint=DIR to reconstruct first')
   if args.workers < 0 or (args.chunk_seconds is not None and not args.chunk_seconds > 0):
     raise UserError('--workers must not be negative, and --chunk-seconds must be positive')
+  if args.players < 0:
+    raise UserError('--players must not be negative')
+  folders = _named_folders(args.beside)
   for path, extension in ((args.output, '.json'), (args.csv, '.csv'), (args.html, '.html')):
     if path:
       audio_io.check_writable(path, extensions=(extension,))
@@ -131,19 +138,40 @@ def _evaluate(args):
       items, warnings = evaluate.find_pairs(args.reference, args.estimate)
     if args.chunk_seconds:
       chunks = seams.Chunks(period=args.chunk_seconds)
-    with terminal.bar('evaluate', evaluate.steps_of(items, embedders), quiet=args.quiet) as progress:
-      results = evaluate.evaluate(items, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks,
-                                  seed=args.seed, progress=progress)
+    beside = {}
+    for name, folder in folders.items():
+      beside[name], without = evaluate.find_pairs(args.reference, folder)
+      warnings += [f'{name}: {line}' for line in without]
+    steps = sum(evaluate.steps_of(pairs, embedders) for pairs in (items, *beside.values()))
+    with terminal.bar('evaluate', steps, quiet=args.quiet) as progress:
+      results, *others = (evaluate.evaluate(
+          pairs, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks, seed=args.seed,
+          progress=progress) for pairs in (items, *beside.values()))
     results['warnings'] = warnings + results['warnings']
+    if beside:
+      results['beside'] = dict(zip(beside, others, strict=True))
     report.write_json(args.output, results)
     if args.csv:
       report.write_csv(args.csv, results)
     if args.html:
-      report.write_html(args.html, results, items, about=about, credits=credits)
-  for name, value, count in report.table(results):
-    terminal.say(args, f'{name:20} {value:22} n={count}')
+      report.write_html(args.html, results, items, beside=beside, about=about, credits=credits, players=args.players)
+  if beside:
+    terminal.say(args, ' ' * 21 + ' '.join(f'{name:22}' for name in ('estimate', *beside)))
+  for name, *values, count in report.table(results):
+    terminal.say(args, f'{name:20} {" ".join(f"{value:22}" for value in values)} n={count}')
   for line in results['warnings']:
     terminal.say(args, f'warning: {line}')
+
+
+def _named_folders(texts) -> dict[str, str]:
+  """{name: folder} of the values of --beside. Raises UserError: not NAME=DIR, or a name twice."""
+  folders = {}
+  for text in texts:
+    name, _, folder = text.partition('=')
+    if not name or not folder or name in (*folders, 'reference', 'estimate'):
+      raise UserError(f'--beside={text}: give NAME=DIR, with another NAME for each (not reference, not estimate)')
+    folders[name] = folder
+  return folders
 
 
 def _reconstruct_all(codec, folder, args):

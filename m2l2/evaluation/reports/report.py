@@ -17,7 +17,7 @@ from m2l2.evaluation.evaluate import load_pair
 from m2l2.evaluation.metrics import registry
 from m2l2.evaluation.reports import pictures
 
-PAGE_FILES = 6  # pairs with spectrograms and players
+PAGE_FILES = 6  # with spectrograms and players, by default
 EXCERPT_SECONDS = 10.
 PLOTTED_FILES = 10  # for fewer, the table of files is enough
 _STYLE = '''
@@ -30,7 +30,7 @@ img { max-width: 100% } li { color: #a00 } .scroll { overflow-x: auto } .credits
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0 1rem } .pair audio { width: 100% }
 .pair button { grid-column: 1 / -1; justify-self: start; font: inherit }
 '''
-# One player of a pair plays at a time; starting the other continues at the same place.
+# One player of a file plays at a time; starting another continues at the same place.
 _SCRIPT = '''
 for (const pair of document.querySelectorAll('.pair')) {
   const players = [...pair.querySelectorAll('audio')];
@@ -42,20 +42,23 @@ for (const pair of document.querySelectorAll('.pair')) {
     player.currentTime = other.currentTime;
     other.pause();
   }));
-  pair.querySelector('button').addEventListener('click', () => players[1 - current].play());
+  pair.querySelector('button').addEventListener('click', () => players[(current + 1) % players.length].play());
 }
 '''
 
 
-def table(report) -> list[tuple[str, str, str]]:
-  """Rows (name, value, pairs or clips) of all means and distances."""
+def table(report) -> list[tuple[str, ...]]:
+  """Rows (name, value, values of report['beside'], pairs or clips) of all means and distances."""
+  reports = [report, *report.get('beside', {}).values()]
+  told = lambda number, spread: f'{number:.4g}' + ('' if spread is None else f' +- {spread:.3g}')
   rows = []
   for name, metric in report['metrics'].items():
-    spread = '' if metric['sem'] is None else f' +- {metric["sem"]:.3g}'
-    rows.append((name, f'{metric["mean"]:.4g}{spread}', str(len(metric['per_file']))))
+    of = [each['metrics'].get(name) for each in reports]
+    rows.append((name, *(told(x['mean'], x['sem']) if x else '-' for x in of), str(len(metric['per_file']))))
   for name, distance in report['frechet'].items():
-    spread = '' if distance['bootstrap_sd'] is None else f' +- {distance["bootstrap_sd"]:.3g}'
-    rows.append((f'frechet {name}', f'{distance["value"]:.4g}{spread}', str(distance['clips'])))
+    of = [each['frechet'].get(name) for each in reports]
+    rows.append((f'frechet {name}', *(told(x['value'], x['bootstrap_sd']) if x else '-' for x in of),
+                 str(distance['clips'])))
   return rows
 
 
@@ -74,32 +77,39 @@ def write_csv(path, report):
   files.write_text(path, text.getvalue())
 
 
-def write_html(path, report, items, *, title: str = 'm2l2 evaluate', about: Mapping[str, str] | None = None,
-               credits: str = ''):
+def write_html(path, report, items, *, beside: Mapping[str, list] | None = None, title: str = 'm2l2 evaluate',
+               about: Mapping[str, str] | None = None, credits: str = '', players: int = PAGE_FILES):
   """Writes the page: tables, plots of the metrics over the files if there are PLOTTED_FILES or more, and spectrograms
-  and players of up to PAGE_FILES pairs.
+  and players of some files.
 
   Args:
     items: the `evaluate.Pair`s of the report.
+    beside: the pairs of each of report['beside'], by name.
     about: what made the page, by name: {'command': 'm2l2 evaluate ...', 'date': ...}.
     credits: plain text about the audio, such as its licence, shown at the end.
+    players: how many files get spectrograms and players, at most.
   """
-  shown = _from_best_to_worst(report, items)
+  beside = beside or {}
+  shown = _from_best_to_worst(report, items, players)
+  estimates = {name: {item.name: item for item in others} for name, others in beside.items()}
   facts = {**(about or {}), 'pairs': str(report['pairs'])}
   body = [f'<h1>{html.escape(title)}</h1>',
           f'<dl>{"".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())}</dl>',
           _html_table(('metric', 'unit', 'which values are good', 'mean +- standard error (Frechet: bootstrap sd)',
-                       'pairs'), [(name, *_unit_and_good(name), *cells) for name, *cells in table(report)])]
+                       *beside, 'pairs'),
+                      [(name, *_unit_and_good(name), value, *others, count) for name, value, *others, count
+                       in table(report)])]
   if report['warnings']:
     lines = ''.join(f'<li>{html.escape(line)}</li>' for line in report['warnings'])
     body.append(f'<h2>Warnings</h2><ul>{lines}</ul>')
   if report['metrics'] and report['pairs'] >= PLOTTED_FILES:
     body.append(f'<h2>Over the files</h2>{_image(_plot_metrics(report), "every metric over the files")}')
   low, high = pictures.DB
-  body.append(f'<h2>Listen</h2><p>At most {PAGE_FILES} pairs, from best to worst by {_ranking(report)}; up to '
+  body.append(f'<h2>Listen</h2><p>At most {players} files, from best to worst by {_ranking(report)}; up to '
               f'{EXCERPT_SECONDS:.0f} s of each. Starting one player stops the other and continues at the same place. '
               f'Spectrograms: log-mel, colours from {low} dB (dark) to {high} dB.</p>')
-  body += [_listen(item) for item in shown]
+  body += [_listen(item, {name: others[item.name] for name, others in estimates.items() if item.name in others})
+           for item in shown]
   names = list(report['metrics'])
   values = {name: report['metrics'][name]['per_file'] for name in names}
   rows = [(file, *(f'{values[name][file]:.4g}' if file in values[name] else '-' for name in names))
@@ -117,15 +127,15 @@ def _files(report) -> list[str]:
   return list(dict.fromkeys(file for metric in report['metrics'].values() for file in metric['per_file']))
 
 
-def _from_best_to_worst(report, items):
-  """Up to PAGE_FILES pairs, evenly over the ranking by the mel distance (or the first metric, without it)."""
+def _from_best_to_worst(report, items, most):
+  """Up to `most` pairs, evenly over the ranking by the mel distance (or the first metric, without it)."""
   if not report['metrics']:
-    return items[:PAGE_FILES]
+    return items[:most]
   name = _ranking(report)
   values = report['metrics'][name]['per_file']
   measured = sorted((item for item in items if item.name in values),
                     key=lambda item: registry.badness(name, values[item.name]))
-  picks = np.unique(np.linspace(0, len(measured) - 1, PAGE_FILES).round().astype(int))
+  picks = np.unique(np.linspace(0, len(measured) - 1, most).round().astype(int))
   return [measured[i] for i in picks]
 
 
@@ -146,16 +156,19 @@ def _html_table(head, rows) -> str:
   return f'<table>{row(head, "th")}{"".join(row(cells, "td") for cells in rows)}</table>'
 
 
-def _listen(item) -> str:
+def _listen(item, others) -> str:
+  """The reference, the estimate, and those of `others` (name -> pair with the same reference)."""
   loaded = load_pair(item, check=False)
+  sides = {'reference': loaded.reference, 'estimate': loaded.estimate}
+  sides |= {name: load_pair(other, check=False).estimate for name, other in others.items()}
   length = int(EXCERPT_SECONDS * loaded.sample_rate)
-  sides = (('reference', loaded.reference[:, :length]), ('estimate', loaded.estimate[:, :length]))
   cells = ''.join(
-      f'<div>{name}<br><audio controls src="data:audio/flac;base64,{_flac(audio, loaded.sample_rate)}"></audio>'
-      f'{_image(_plot_spectrogram(audio, loaded.sample_rate), f"spectrogram of the {name}")}</div>'
-      for name, audio in sides)
+      f'<div>{html.escape(name)}<br>'
+      f'<audio controls src="data:audio/flac;base64,{_flac(audio[:, :length], loaded.sample_rate)}"></audio>'
+      f'{_image(_plot_spectrogram(audio[:, :length], loaded.sample_rate), f"spectrogram: {name}")}</div>'
+      for name, audio in sides.items())
   return (f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}'
-          '<button type="button">Switch between reference and estimate</button></div>')
+          '<button type="button">Switch to the next player</button></div>')
 
 
 def _flac(audio, sample_rate) -> str:

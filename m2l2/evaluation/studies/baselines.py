@@ -34,6 +34,19 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
   return output[None].astype(np.float32)
 
 
+def noise_phases(audio, representation, *, seed: int = 0):
+  """`audio`, at the representation's rate, with its magnitudes and random phases: what a model comes to that knows all
+  but phases."""
+  layout = representation.layout(audio.shape[1])
+  padded = np.zeros((1, representation.crop_samples(layout.chunks)), np.float32)
+  padded[:, layout.lead:layout.lead + audio.shape[1]] = audio
+  spec = representation.analyse(padded)
+  angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
+  spec = np.linalg.norm(spec, axis=-1, keepdims=True) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+  sound, _ = representation.synthesise(np.float32(spec))
+  return np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
+
+
 def _mel_edges(bands, nyquist):
   """Borders in Hz, 0 to just beyond `nyquist`, equally far apart on the mel scale 2595 log10(1 + hz / 700)."""
   mel = np.linspace(0, 2595 * np.log10(1 + nyquist / 700), bands + 1)
