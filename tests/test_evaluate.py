@@ -269,6 +269,11 @@ def test_other_reconstructions_stand_beside(folders, tmp_path, capsys, music):
   page = (tmp_path / 'report.html').read_text()
   assert page.count('data:audio/flac;base64,') == 3 == page.count('data:image/png;base64,')
   assert '<div>worse<br><audio' in page and '<th>worse</th>' in page
+  assert run(*args, f'--beside=worse={tmp_path}/worse', '--players=1', '--small', f'--output={tmp_path}/report.json',
+             f'--html={tmp_path}/report.html') == 0
+  small = (tmp_path / 'report.html').read_text()
+  assert small.count('data:audio/mpeg;base64,') == 3 == small.count('data:image/jpeg;base64,')
+  assert len(small) < len(page) / 3
   for wrong in ('worse', '=x', 'reference=x', 'estimate=x'):
     assert run(*args, f'--beside={wrong}', f'--output={tmp_path}/r.json') == 1
     assert 'give NAME=DIR' in capsys.readouterr().err

@@ -193,9 +193,9 @@ def crops(audio, starts, samples):
 
 def fit(functions, config, batches, *, output, quick=False):
   """config.train.steps steps on what `batches(step)` gives -> the averaged weights, which m2l2.load(output) reads too,
-  and the processor seconds of the steps. quick: so few and small steps that they take less time than optimising them.
+  and the processor seconds of the steps. quick: so few steps that optimising them takes longer.
   """
-  options = build.compiler_options(config) | (compiling.optimised(0) if quick else {})
+  options = build.compiler_options(config) | (compiling.optimised(1) if quick else {})
   jitted = {name: jax.jit(functools.partial(functions.train_step, phase=name), donate_argnums=0)
             for name, _ in functions.phases}
   state = functions.ravel(jit(functions.init)(jax.random.key(config.seed)))

@@ -32,6 +32,7 @@ def add(command):
   parser.add_argument('--csv', metavar='*.csv', help='a table with one row per file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
   parser.add_argument('--players', type=int, default=6, metavar='N', help='files with players in it (default 6)')
+  parser.add_argument('--small', action='store_true', help='MP3 and JPEG in it: a fifth of the bytes')
   parser.add_argument('--credits', metavar='FILE', help='text for the end of that page: whose music it is, its licence')
   parser.add_argument('--metrics', metavar='A,B,...',
                       help=f'some of {", ".join(METRICS)}, and Frechet distances over {", ".join(EMBEDDINGS)} '
@@ -154,7 +155,8 @@ def _evaluate(args):
     if args.csv:
       report.write_csv(args.csv, results)
     if args.html:
-      report.write_html(args.html, results, items, beside=beside, about=about, credits=credits, players=args.players)
+      report.write_html(args.html, results, items, beside=beside, about=about, credits=credits, players=args.players,
+                        small=args.small)
   if beside:
     terminal.say(args, ' ' * 21 + ' '.join(f'{name:22}' for name in ('estimate', *beside)))
   for name, *values, count in report.table(results):

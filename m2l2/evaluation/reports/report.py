@@ -6,13 +6,11 @@ import csv
 import html
 import io
 import json
-import os
-import tempfile
 
 import numpy as np
+import soundfile
 
 from m2l2 import files
-from m2l2.data import audio_io
 from m2l2.evaluation.evaluate import load_pair
 from m2l2.evaluation.metrics import registry
 from m2l2.evaluation.reports import pictures
@@ -78,7 +76,8 @@ def write_csv(path, report):
 
 
 def write_html(path, report, items, *, beside: Mapping[str, list] | None = None, title: str = 'm2l2 evaluate',
-               about: Mapping[str, str] | None = None, credits: str = '', players: int = PAGE_FILES):
+               about: Mapping[str, str] | None = None, credits: str = '', players: int = PAGE_FILES,
+               small: bool = False):
   """Writes the page: tables, plots of the metrics over the files if there are PLOTTED_FILES or more, and spectrograms
   and players of some files.
 
@@ -88,6 +87,7 @@ def write_html(path, report, items, *, beside: Mapping[str, list] | None = None,
     about: what made the page, by name: {'command': 'm2l2 evaluate ...', 'date': ...}.
     credits: plain text about the audio, such as its licence, shown at the end.
     players: how many files get spectrograms and players, at most.
+    small: with MP3 and JPEG, in a fifth of the bytes of FLAC and PNG.
   """
   beside = beside or {}
   shown = _from_best_to_worst(report, items, players)
@@ -108,7 +108,7 @@ def write_html(path, report, items, *, beside: Mapping[str, list] | None = None,
   body.append(f'<h2>Listen</h2><p>At most {players} files, from best to worst by {_ranking(report)}; up to '
               f'{EXCERPT_SECONDS:.0f} s of each. Starting one player stops the other and continues at the same place. '
               f'Spectrograms: log-mel, colours from {low} dB (dark) to {high} dB.</p>')
-  body += [_listen(item, {name: others[item.name] for name, others in estimates.items() if item.name in others})
+  body += [_listen(item, {name: others[item.name] for name, others in estimates.items() if item.name in others}, small)
            for item in shown]
   names = list(report['metrics'])
   values = {name: report['metrics'][name]['per_file'] for name in names}
@@ -156,35 +156,33 @@ def _html_table(head, rows) -> str:
   return f'<table>{row(head, "th")}{"".join(row(cells, "td") for cells in rows)}</table>'
 
 
-def _listen(item, others) -> str:
+def _listen(item, others, small) -> str:
   """The reference, the estimate, and those of `others` (name -> pair with the same reference)."""
   loaded = load_pair(item, check=False)
+  rate, length = loaded.sample_rate, int(EXCERPT_SECONDS * loaded.sample_rate)
   sides = {'reference': loaded.reference, 'estimate': loaded.estimate}
   sides |= {name: load_pair(other, check=False).estimate for name, other in others.items()}
-  length = int(EXCERPT_SECONDS * loaded.sample_rate)
   cells = ''.join(
-      f'<div>{html.escape(name)}<br>'
-      f'<audio controls src="data:audio/flac;base64,{_flac(audio[:, :length], loaded.sample_rate)}"></audio>'
-      f'{_image(_plot_spectrogram(audio[:, :length], loaded.sample_rate), f"spectrogram: {name}")}</div>'
+      f'<div>{html.escape(name)}<br><audio controls src="{_sound(audio[:, :length], rate, small)}"></audio>'
+      f'{_image(_plot_spectrogram(audio[:, :length], rate), f"spectrogram: {name}", small)}</div>'
       for name, audio in sides.items())
   return (f'<h3>{html.escape(item.name)}</h3><div class="pair">{cells}'
           '<button type="button">Switch to the next player</button></div>')
 
 
-def _flac(audio, sample_rate) -> str:
-  with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, 'audio.flac')
-    # Rounded to 16 bits, which halves the FLAC, and clipped, which would be logged otherwise.
-    audio_io.write(path, np.clip(np.round(audio * 2 ** 15), -2 ** 15, 2 ** 15 - 1) / 2 ** 15, sample_rate)
-    with open(path, 'rb') as file:
-      return base64.b64encode(file.read()).decode()
+def _sound(audio, sample_rate, small) -> str:
+  file = io.BytesIO()
+  kind, options = ('mpeg', {'format': 'MP3', 'bitrate_mode': 'VARIABLE', 'compression_level': 0.}) if small else (
+      'flac', {'format': 'FLAC', 'subtype': 'PCM_16'})
+  soundfile.write(file, np.clip(audio.T, -1, 1), sample_rate, **options)
+  return f'data:audio/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-def _image(figure, description) -> str:
-  png = io.BytesIO()
-  figure.savefig(png, format='png', dpi=100)
-  data = base64.b64encode(png.getvalue()).decode()
-  return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+def _image(figure, description, small=False) -> str:
+  kind, file = 'jpeg' if small else 'png', io.BytesIO()
+  figure.savefig(file, format=kind, dpi=100)
+  data = base64.b64encode(file.getvalue()).decode()
+  return f'<img alt="{html.escape(description)}" src="data:image/{kind};base64,{data}">'
 
 
 def _figure(size):
