@@ -104,7 +104,7 @@ def test_seams_are_found_where_the_chunks_meet(music):
   for border in range(period, clicks.shape[1], period):
     clicks[:, border - 600:border + 600] += .1 * rng.standard_normal(1200).astype(np.float32)
   assert seams.seam_db(music[0], clicks, sample_rate=RATE) > 3
-  shifted = seams.Chunks(first=period / 2 / RATE)
+  shifted = seams.Chunks(first=period / 2)
   assert seams.seam_db(music[0], clicks, sample_rate=RATE, chunks=shifted) < -3
   assert abs(seams.seam_db(music[0], noisy(music[0], .01), sample_rate=RATE)) < 1
   with pytest.raises(UserError, match='no chunk border'):
@@ -112,10 +112,12 @@ def test_seams_are_found_where_the_chunks_meet(music):
 
 
 def test_borders_of_a_model_lie_between_its_frames():
-  chunks = seams.of_model(Representation(), sample_rate=RATE)
+  chunks = seams.of_model(Representation(), rates=(RATE, 48000))
   # Frame j is centred on sample 512 j - 1536 + 1024; chunk 1 starts with frame 64.
-  assert chunks.period * RATE == pytest.approx(32768)
-  assert (chunks.first + chunks.period) * RATE == pytest.approx((512 * 63 - 512 + 512 * 64 - 512) / 2)
+  assert chunks.period == 32768
+  assert chunks.first + chunks.period == (512 * 63 - 512 + 512 * 64 - 512) / 2
+  for sample_rate, native in ((RATE, RATE), (48000, 48000), (22050, RATE)):  # at its own rate, if that is native
+    assert chunks.in_seconds(sample_rate) == (32768 / native, chunks.first / native)
 
 
 def test_stereo_metrics():
@@ -269,11 +271,14 @@ def test_other_reconstructions_stand_beside(folders, tmp_path, capsys, music):
   page = (tmp_path / 'report.html').read_text()
   assert page.count('data:audio/flac;base64,') == 3 == page.count('data:image/png;base64,')
   assert '<div>worse<br><audio' in page and '<th>worse</th>' in page
-  assert run(*args, f'--beside=worse={tmp_path}/worse', '--players=1', '--small', f'--output={tmp_path}/report.json',
-             f'--html={tmp_path}/report.html') == 0
+  # What cannot be read is told and has no player; the rest of the page is written.
+  (tmp_path / 'worse' / 'a.wav').write_bytes(b'RIFF')
+  assert run(*args[:2], '--metrics=musicnn_msd', '--workers=1', f'--beside=worse={tmp_path}/worse', '--players=2',
+             '--small', f'--output={tmp_path}/report.json', f'--html={tmp_path}/report.html') == 0
   small = (tmp_path / 'report.html').read_text()
-  assert small.count('data:audio/mpeg;base64,') == 3 == small.count('data:image/jpeg;base64,')
-  assert len(small) < len(page) / 3
+  assert small.count('data:audio/mpeg;base64,') == 2 + 3 == small.count('data:image/jpeg;base64,')
+  assert len(small) < len(page) / 2
+  assert 'warning: worse: a.flac: unreadable' in capsys.readouterr().out
   for wrong in ('worse', '=x', 'reference=x', 'estimate=x'):
     assert run(*args, f'--beside={wrong}', f'--output={tmp_path}/r.json') == 1
     assert 'give NAME=DIR' in capsys.readouterr().err
@@ -293,7 +298,7 @@ def test_identical_folders(folders, tmp_path):
   assert distance['value'] <= 1e-3 and distance['bootstrap_sd'] is None
 
 
-def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch):
+def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch, capsys):
   monkeypatch.setattr(codec, 'load', load_once)
   reference = tmp_path / 'short'
   write(reference / 'a.flac', music[0][:, :RATE // 2])
@@ -309,6 +314,19 @@ def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch):
   assert cli.main(['reconstruct', str(reference / 'a.flac'), str(again), f'--checkpoint={tmp_path}/model',
                    '--seed=3', '--quiet']) == 0
   np.testing.assert_array_equal(audio_io.read(keep / 'a.wav')[0], audio_io.read(again)[0])
+
+  # Nothing that is there already is replaced: an original never, a reconstruction only with --overwrite.
+  (reference / 'bad.wav').unlink()
+  write(reference / 'z.wav', music[0][:, :RATE // 2])
+  before = {path: path.read_bytes() for path in (reference / 'z.wav', keep / 'a.wav')}
+  command = (f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--output={tmp_path}/report.json')
+  for folder, options, told in ((reference, ('--overwrite',), 'z.wav: is a reference'), (keep, (), 'is there already')):
+    assert run(*command, f'--estimate={folder}', *options) == 1
+    assert told in capsys.readouterr().err
+  assert not (reference / 'a.wav').exists() and before == {path: path.read_bytes() for path in before}
+  write(reference / 'a.wav', music[0][:, :RATE // 2])
+  assert run(*command, f'--estimate={tmp_path}/new') == 1
+  assert 'another reference has that name' in capsys.readouterr().err and not (tmp_path / 'new').exists()
 
 
 @pytest.mark.parametrize('args, message', [

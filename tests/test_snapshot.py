@@ -214,6 +214,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
     workdir = tmp_path / str(point)
     place = workdir / 'snapshot'
     save(place, 1)
+    (place / 'MODEL.md').write_text('card')
     if leftovers:
       shutil.copytree(place, workdir / '.snapshot.new')
       shutil.copytree(place, workdir / '.snapshot.old')
@@ -231,7 +232,7 @@ def test_a_crash_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, 
     seen.append(loaded.step)
     save(place, 3)  # the next save mends whatever was left
     assert snapshot.load_snapshot(place).step == 3
-    assert os.listdir(workdir) == ['snapshot']
+    assert os.listdir(workdir) == ['snapshot'] and (place / 'MODEL.md').read_text() == 'card'
     if not crashed:
       break
   assert calls == point >= 10  # every call was a crash point once

@@ -32,7 +32,7 @@ from m2l2 import build  # noqa: E402
 from m2l2.errors import UserError  # noqa: E402
 from m2l2.evaluation.embedders.embeddings import make_embedder  # noqa: E402
 from m2l2.evaluation.studies import judging  # noqa: E402
-from m2l2.evaluation.studies.baselines import fit_pca  # noqa: E402
+from m2l2.evaluation.studies.baselines import fit_pca, in_chunks  # noqa: E402
 from m2l2.training import main as command  # noqa: E402
 from m2l2.variants import envelope  # noqa: E402
 from m2l2.variants.consistency import signal_noise  # noqa: E402
@@ -65,7 +65,9 @@ def run(argv) -> dict[str, dict]:
     raise UserError('the excerpts are mono: take a config of model.channels=1')
   rate, grid = functions.sample_rate, (*arch.sketch_cells, 1)
   sounds = judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
-  specs = {name: analysed(rep, audio) for name, audio in sounds.items()}
+  analyse = jax.jit(rep.analyse)
+  chunked = {name: in_chunks(audio, rep) for name, audio in sounds.items()}
+  specs = {name: (np.asarray(analyse(padded)), signal) for name, (padded, signal) in chunked.items()}
   cells, whole = pca_start.read(config, functions, args.crops)
 
   spread = lambda small: np.asarray(envelope.spread_bands(small, arch.bins, arch.frames))
@@ -87,18 +89,10 @@ def run(argv) -> dict[str, dict]:
   return table
 
 
-def analysed(rep, audio):
-  """Audio [1, samples] padded to whole chunks -> (spectrogram [S, F, T, 2], samples before the audio)."""
-  layout = rep.layout(audio.shape[1])
-  padded = np.zeros((1, rep.crop_samples(layout.chunks)), np.float32)
-  padded[:, layout.lead:layout.lead + audio.shape[1]] = audio
-  return np.asarray(jax.jit(rep.analyse)(padded)), layout.lead
-
-
 def judged(code, sounds, specs, rep, rate, embedders, *, power) -> dict[str, float | tuple]:
   """What comes of noise scaled by `code` of the excerpts' log-magnitudes, and of denoising with that scale."""
   estimates, signal, errors = {}, 0.0, {(kind, sigma): 0.0 for kind in ('flow', 'wiener') for sigma in SIGMAS}
-  for number, (name, (spec, lead)) in enumerate(specs.items()):
+  for number, (name, (spec, where)) in enumerate(specs.items()):
     scale = np.asarray(envelope.deviation(jnp.asarray(code(np.asarray(envelope.log_magnitude(spec))))))
     noise = np.asarray(signal_noise(jax.random.key(number), rep, len(spec)))
     signal += float(np.sum(np.square(spec)))
@@ -108,7 +102,7 @@ def judged(code, sounds, specs, rep, rate, embedders, *, power) -> dict[str, flo
       errors[kind, sigma] = error + float(np.sum(np.square(gain * (spec + sigma * noise) - spec)))
     body, tail = rep.synthesise(jnp.asarray(scale * bent(noise, power)))
     whole = np.concatenate([np.asarray(body), np.asarray(tail)], axis=-1)
-    estimates[name] = np.clip(whole[:, lead:lead + sounds[name].shape[1]], -1, 1)
+    estimates[name] = np.clip(whole[:, where], -1, 1)
   scores = judging.judge(sounds, estimates, rate, metrics=('ratio', 'mel_l1_db'), embedders=embedders)
   snr = lambda kind: tuple(10 * np.log10(signal / errors[kind, sigma]) for sigma in SIGMAS)
   return {'ratio': scores['metrics']['ratio']['mean'], 'mel_l1_db': scores['metrics']['mel_l1_db']['mean'],

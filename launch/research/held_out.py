@@ -24,7 +24,6 @@ distances a bootstrap standard deviation.
 """
 
 import argparse
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -32,7 +31,6 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import soundfile
 
@@ -42,7 +40,7 @@ from m2l2.data import audio_io
 from m2l2.data.pipeline import make_loader
 from m2l2.errors import UserError
 from m2l2.evaluation import excerpts
-from m2l2.evaluation.embedders.embeddings import make_embedder
+from m2l2.evaluation.embedders.embeddings import make_embedder, remembering
 from m2l2.evaluation.metrics import pairs, registry
 from m2l2.evaluation.metrics.frechet import frechet_distance, paired_difference
 from m2l2.evaluation.reports import pictures
@@ -186,13 +184,11 @@ def pca_reconstructions(codec, sounds, train):
   del blocks
 
   def reconstruct(audio):
-    layout = rep.layout(audio.shape[1])
-    padded = np.zeros((1, rep.channels, rep.crop_samples(layout.chunks)), np.float32)  # mono on both of two channels
-    padded[0, :, layout.lead:layout.lead + audio.shape[1]] = audio
-    spec = np.asarray(analyse(padded))
-    spec = from_blocks(pca(blocks_of(spec)).astype(np.float32), spec.shape)
-    waveform = np.concatenate(synthesise(jnp.asarray(spec)), axis=-1)[0]
-    return waveform[:len(audio), layout.lead:layout.lead + audio.shape[1]]
+    padded, signal = baselines.in_chunks(audio, rep)
+    spec = np.asarray(analyse(padded[None]))
+    coded = pca.inverse_transform(pca.transform(blocks_of(spec)))
+    waveform = np.concatenate(synthesise(from_blocks(coded.astype(np.float32), spec.shape)), axis=-1)[0]
+    return waveform[:1, signal]
 
   return {name: reconstruct(audio) for name, audio in sounds.items()}
 
@@ -232,18 +228,6 @@ def rates(codec, sounds, latents, rate, embed) -> dict:
                       'ratio': judged['metrics']['ratio']['mean'], 'mel_l1_db': judged['metrics']['mel_l1_db']['mean'],
                       'frechet': judged['frechet']}
   return by_rate
-
-
-def remembering(embed):
-  """The embedder, which embeds equal sounds once: every system is compared with the same excerpts."""
-  known = {}
-
-  def once(audio, sample_rate):
-    key = hashlib.sha256(audio.tobytes()).digest()
-    if key not in known:
-      known[key] = embed(audio, sample_rate=sample_rate)
-    return known[key]
-  return once
 
 
 def swapped(codec, sounds, latents, rate, output, embed) -> dict:

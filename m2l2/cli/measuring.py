@@ -23,6 +23,7 @@ def add(command):
   parser.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
   parser.add_argument('--estimate', metavar='DIR',
                       help='their reconstructions; with --checkpoint, the folder to write them to')
+  options.overwrite(parser)
   options.checkpoint(parser, required=False,
                      help='reconstruct first, with this snapshot, workdir or model in the box')
   parser.add_argument('--beside', metavar='NAME=DIR', action='append', default=[],
@@ -132,13 +133,13 @@ def _evaluate(args):
     if args.checkpoint:
       codec = options.load_codec(args)
       about['model'] = f'{args.checkpoint}, weights {codec.fingerprint}'
-      chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
+      chunks = seams.of_model(codec.representation, rates=codec.native_rates)
       folder = args.estimate or stack.enter_context(tempfile.TemporaryDirectory())
       items, warnings = _reconstruct_all(codec, folder, args)
     else:
       items, warnings = evaluate.find_pairs(args.reference, args.estimate)
     if args.chunk_seconds:
-      chunks = seams.Chunks(period=args.chunk_seconds)
+      chunks = seams.Chunks(period=args.chunk_seconds, rates=(1,))
     beside = {}
     for name, folder in folders.items():
       beside[name], without = evaluate.find_pairs(args.reference, folder)
@@ -149,8 +150,9 @@ def _evaluate(args):
           pairs, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks, seed=args.seed,
           progress=progress) for pairs in (items, *beside.values()))
     results['warnings'] = warnings + results['warnings']
-    if beside:
-      results['beside'] = dict(zip(beside, others, strict=True))
+    for name, other in zip(beside, others, strict=True):
+      results.setdefault('beside', {})[name] = other
+      results['warnings'] += [f'{name}: {line}' for line in other['warnings']]
     report.write_json(args.output, results)
     if args.csv:
       report.write_csv(args.csv, results)
@@ -182,14 +184,20 @@ def _reconstruct_all(codec, folder, args):
   from m2l2.evaluation.evaluate import Pair
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
   references, items, warnings = sources.find_audio_files(args.reference), list[Pair](), []
+  targets = [os.path.join(folder, f'{os.path.splitext(name)[0]}.wav') for name in references.names]
+  originals = {os.path.realpath(references.path(number)) for number in range(len(references))}
+  for number, target in enumerate(targets):
+    if target in targets[:number]:
+      raise UserError(f'{references.names[number]}: another reference has that name with another extension; give it a '
+                      'name of its own')
+    if os.path.realpath(target) in originals:
+      raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
+    if os.path.exists(target) and not args.overwrite:
+      raise UserError(f'{audio_io.shown(target)}: is there already; name another folder with --estimate, or add '
+                      '--overwrite')
   quiet = argparse.Namespace(**{**vars(args), 'quiet': True})
   with terminal.bar('reconstruct', len(references), quiet=args.quiet) as progress:
-    for number, name in enumerate(references.names):
-      target = os.path.join(folder, f'{os.path.splitext(name)[0]}.wav')
-      if any(item.estimate == target for item in items):
-        raise UserError(f'{name}: another reference has that name with another extension; give it a name of its own')
-      if os.path.exists(target) and os.path.samefile(target, references.path(number)):
-        raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
+    for number, (name, target) in enumerate(zip(references.names, targets, strict=True)):
       try:
         info = audio_io.info(references.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)

@@ -277,8 +277,9 @@ def _write(path: Path, shards: dict[str, dict], config: str) -> None:
       sync(new / file)
     (new / CONFIG).write_text(config, encoding='utf-8')
     sync(new / CONFIG)
-    if path.exists():
-      _copy_foreign_files(path, new)
+    before = path if path.exists() else old  # aside, after a save that ended between the two renames below
+    if before.exists():
+      _copy_foreign_files(before, new)
     sync(new)
   except BaseException:
     _remove(new)

@@ -79,8 +79,9 @@ def _sample(args):
   rate, prefix = codec.native_rates[0], None
   chunks = codec.layout(round(args.seconds * rate), rate).chunks
   if args.prefix:
-    audio, own = codec.at_model_rate(*audio_io.read(args.prefix))
-    prefix = codec.encode(audio.mean(axis=0), own).z[0]
+    audio, own = audio_io.read(args.prefix)
+    audio = audio_io.resample(audio.mean(axis=0, keepdims=True), from_rate=own, to_rate=rate)
+    prefix = codec.encode(audio, rate).z[0]
     prefix = prefix[:-1] if len(prefix) > 1 else prefix  # the last chunk may end in silence
   sampled = generator.sample(chunks, seed=args.seed, prefix=prefix, label=args.label, steps=args.steps,
                              guidance=args.guidance, temperature=args.temperature)[0]

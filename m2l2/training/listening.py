@@ -102,7 +102,7 @@ class Listener:
     items = [evaluate.Pair(clip.name, clip.audio, sound, clip.sample_rate)
              for clip, sound in zip(self._clips, decoded)]
     assert self._codec
-    chunks = seams.of_model(self._codec.representation, sample_rate=self._rate)
+    chunks = seams.of_model(self._codec.representation, rates=self._codec.native_rates)
     report = evaluate.evaluate(items, metrics=self._metrics, embedders=self._embedders, chunks=chunks, seed=SEED)
     return sweep.means(report), decoded[0]
 

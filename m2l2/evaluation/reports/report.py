@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 
 from m2l2 import files
+from m2l2.errors import UserError
 from m2l2.evaluation.evaluate import load_pair
 from m2l2.evaluation.metrics import registry
 from m2l2.evaluation.reports import pictures
@@ -91,7 +92,7 @@ def write_html(path, report, items, *, beside: Mapping[str, list] | None = None,
   """
   beside = beside or {}
   shown = _from_best_to_worst(report, items, players)
-  estimates = {name: {item.name: item for item in others} for name, others in beside.items()}
+  estimates = {name: {item.name: item for item in _readable(others)} for name, others in beside.items()}
   facts = {**(about or {}), 'pairs': str(report['pairs'])}
   body = [f'<h1>{html.escape(title)}</h1>',
           f'<dl>{"".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())}</dl>',
@@ -130,13 +131,24 @@ def _files(report) -> list[str]:
 def _from_best_to_worst(report, items, most):
   """Up to `most` pairs, evenly over the ranking by the mel distance (or the first metric, without it)."""
   if not report['metrics']:
-    return items[:most]
+    return _readable(items)[:most]
   name = _ranking(report)
   values = report['metrics'][name]['per_file']
   measured = sorted((item for item in items if item.name in values),
                     key=lambda item: registry.badness(name, values[item.name]))
   picks = np.unique(np.linspace(0, len(measured) - 1, most).round().astype(int))
   return [measured[i] for i in picks]
+
+
+def _readable(items) -> list:
+  """Without the pairs that cannot be compared, of which the report warns."""
+  def is_readable(item):
+    try:
+      load_pair(item, check=False)
+    except UserError:
+      return False
+    return True
+  return list(filter(is_readable, items))
 
 
 def _ranking(report) -> str:

@@ -37,14 +37,23 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
 def noise_phases(audio, representation, *, seed: int = 0):
   """`audio`, at the representation's rate, with its magnitudes and random phases: what a model comes to that knows all
   but phases."""
+  padded, signal = in_chunks(audio, representation)
+  spec = np.asarray(representation.analyse(padded))
+  parts = spec.reshape(*spec.shape[:-1], representation.channels, 2)
+  angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, parts.shape[:-1])
+  turned = np.linalg.norm(parts, axis=-1, keepdims=True) * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+  sound, _ = representation.synthesise(np.float32(turned.reshape(spec.shape)))
+  return np.asarray(sound)[:1, signal]
+
+
+def in_chunks(audio, representation) -> tuple[np.ndarray, slice]:
+  """audio [1, samples] on all of the representation's channels, in silence up to whole chunks: (float32 [channels,
+  crop_samples], where the audio is in it)."""
   layout = representation.layout(audio.shape[1])
-  padded = np.zeros((1, representation.crop_samples(layout.chunks)), np.float32)
-  padded[:, layout.lead:layout.lead + audio.shape[1]] = audio
-  spec = representation.analyse(padded)
-  angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (*spec.shape[:-1], 1))
-  spec = np.linalg.norm(spec, axis=-1, keepdims=True) * np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
-  sound, _ = representation.synthesise(np.float32(spec))
-  return np.asarray(sound)[:, layout.lead:layout.lead + audio.shape[1]]
+  signal = slice(layout.lead, layout.lead + audio.shape[1])
+  padded = np.zeros((representation.channels, representation.crop_samples(layout.chunks)), np.float32)
+  padded[:, signal] = audio
+  return padded, signal
 
 
 def _mel_edges(bands, nyquist):

@@ -48,7 +48,7 @@ def sweep(codec: Codec, clips: Sequence[Excerpt], *, values: Sequence[float] = V
     raise UserError(f'{by} tells no best sigma_cond: neither high nor low values are good, but those near the original')
   for value in values:
     codec.check_decoding(seed, sigma_cond=value)
-  chunks = seams.of_model(codec.representation, sample_rate=codec.native_rates[0])
+  chunks = seams.of_model(codec.representation, rates=codec.native_rates)
   encoded = [codec.encode(clip.audio, clip.sample_rate) for clip in clips]
   settings, warnings = [], []
   for value in sorted(set(values)):
