@@ -125,7 +125,7 @@ def get_config(arg=''):
   train.keep_last = 3                  # the newest checkpoints are kept
   train.keep_every = 50_000            # and one every so many steps for good; 0: none
   train.max_skipped_in_a_row = 20      # that many non-finite gradients in a row end the run
-  train.compiler_options = ''          # NAME=VALUE,... for XLA, over those of the chip: planning/chips.py
+  train.compiler_options = ''          # NAME=VALUE,... for XLA
   train.profile = ''                   # FIRST:LAST, steps whose profiler trace goes to workdir/profile
   train.init_from = ''                 # snapshot, workdir or model in the box whose weights a new run starts from
 

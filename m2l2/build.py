@@ -101,8 +101,7 @@ def tile_width(asked) -> int:
 
 def compiler_options(config) -> dict:
   """What XLA is told when it compiles this run's steps."""
-  chip = chips.find_chip(jax.devices()[0].device_kind)
-  options: dict = chips.compiler_options(chip, config['train']['compiler_options'])
+  options: dict = chips.compiler_options(config['train']['compiler_options'])
   if platform() != 'cpu':
     return options
   if config['train']['steps'] <= FEW_STEPS and 'xla_backend_optimization_level' not in options:

@@ -82,10 +82,7 @@ class Consistency:
 
   def step(self, progress):
     """Index step dt at a fraction of training in [0, 1]: 0.1 at the start, 0.001 at the end by default."""
-    return jnp.float32(self.step_start) ** self.exponent(jnp.clip(progress, 0.0, 1.0))
-
-  def exponent(self, progress):
-    return 1 + progress * (self.step_exponent - 1)
+    return jnp.float32(self.step_start) ** (1 + jnp.clip(progress, 0.0, 1.0) * (self.step_exponent - 1))
 
   def sample_levels(self, key, *, chunks: int, progress):
     """One item's upper and lower noise levels (high [S], low [S])."""

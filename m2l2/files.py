@@ -57,6 +57,18 @@ def write_text(target, text: str, *, durable: bool = False):
     file.write(text)
 
 
+def read_json_lines(path, *, having: str = '') -> Iterator[dict]:
+  """The objects of a file with one on each line, a run's log; nothing where there is no file.
+
+  A line that is no object, as one that a crash cut short, is left out; so are those without the text `having`.
+  """
+  with open(path, encoding='utf-8', errors='replace') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
+    for line in lines:
+      with contextlib.suppress(ValueError):
+        if having in line and isinstance(row := json.loads(line), dict):
+          yield row
+
+
 def write_json(target, value, *, indent: int = 2, durable: bool = False):
   """Writes JSON atomically. durable: see `whole`. Raises UserError: it cannot be written."""
   write_text(target, json.dumps(value, indent=indent) + '\n', durable=durable)

@@ -143,7 +143,7 @@ def test_segments_of_prepared_data(models, tmp_path):
       for source, offset, samples in parts:
         audio = np.round(2 ** 15 * music(samples, channels=2, seed=offset)).astype(np.int16)
         shard.write(storage.serialise(segments.features(), dict(
-            audio=audio_io.flac_bytes(audio, 48000), source=source, offset=offset, starts=samples - 1, samples=samples,
+            audio=audio_io.file_bytes(audio, 48000), source=source, offset=offset, starts=samples - 1, samples=samples,
             rate=48000, channels=2, loudness=-20., source_rate=96000, source_samples=1, source_channels=2)))
   storage.write_metadata(folder, name='music', features=segments.features(), description='made here',
                          splits={split: [len(parts)] for split, parts in spans.items()},

@@ -24,7 +24,7 @@ def music(samples, channels, seed):
 
 def write_prepared(folder, *, channels=(2, 1, 2, 3, 2, 2), length=LENGTH, own=OWN):
   examples = [{
-      'audio': audio_io.flac_bytes(music(length - 1000 * number, count, number), 44100),
+      'audio': audio_io.file_bytes(music(length - 1000 * number, count, number), 44100),
       'source': f'a/{number // 2}.ogg', 'offset': own * number, 'starts': own, 'rate': 44100, 'channels': count,
       'samples': length - 1000 * number, 'loudness': -10., 'source_rate': 44100, 'source_samples': own,
       'source_channels': count}
@@ -129,7 +129,7 @@ def test_a_crop_is_one_read_of_little_more_than_its_bytes_and_many_are_under_way
 
 
 def test_frames_that_are_none_are_not_taken_for_one():
-  flac = bytearray(audio_io.flac_bytes(music(60_000, 2, 0), 44100))
+  flac = bytearray(audio_io.file_bytes(music(60_000, 2, 0), 44100))
   block, offsets = containers.flac_frames(bytes(flac), channels=2)
   assert block == 4096 and len(offsets) == 15
   for place in (offsets[3] + 2000, offsets[4] + 2000):  # before the frame whose beginning they look like, and after

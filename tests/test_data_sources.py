@@ -73,7 +73,7 @@ def write_prepared(folder, *, segment=4000, own=3000, count=7, **options):
   for number in range(count):
     audio = integers(segment, seed=number)
     examples.append({
-        'audio': audio_io.flac_bytes(audio, 44100), 'source': f'{number}.ogg', 'offset': own * number, 'starts': own,
+        'audio': audio_io.file_bytes(audio, 44100), 'source': f'{number}.ogg', 'offset': own * number, 'starts': own,
         'samples': segment, 'rate': 44100, 'channels': 2, 'loudness': -10., 'source_rate': 44100,
         'source_samples': own * count, 'source_channels': 2})
   return write_shards(folder, segments.features(), examples, **options)

@@ -90,15 +90,6 @@ def test_clip_norm_bounds_the_gradient_before_the_moments():
     _updates(clipped, [1e6, 1.0, -3.0]), _updates(plain, [1.0, 1.0, -1.0]), rtol=1e-5)
 
 
-def test_weight_decay_is_decoupled():
-  tx, _ = optim.make_optimizer(
-    name='adam', learning_rate=0.5, warmup_steps=0, total_steps=10**9, final_learning_rate=0.5,
-    b1=0.9, b2=0.99, weight_decay=0.1)
-  params = {'w': jnp.float32(2.0)}
-  update, _ = tx.update({'w': jnp.float32(0.0)}, tx.init(params), params)
-  np.testing.assert_allclose(update['w'], -0.5 * 0.1 * 2.0, rtol=1e-6)
-
-
 @pytest.mark.parametrize('fields', [
   {'name': 'sgd'}, {'name': 'radam', 'b2': 0.5}, {'name': 'adam', 'b1': 1.0},
   {'name': 'adam', 'clip_norm': 0.0}, {'name': 'adam', 'warmup_steps': -1},
@@ -113,10 +104,6 @@ def test_bad_values_are_one_clear_line(fields):
   (0, 0.1), (1, 2 / 11), (90, 0.91), (89_990, 0.9999), (10**6, 0.9999)])
 def test_ema_decay_of_the_recipe(step, expected):
   np.testing.assert_allclose(optim.ema_decay(step, decay=0.9999), expected, rtol=1e-6)
-
-
-def test_ema_decay_without_warmup():
-  np.testing.assert_allclose(optim.ema_decay(0, decay=0.99, warmup=False), 0.99)
 
 
 def test_ema_update_vector():

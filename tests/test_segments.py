@@ -16,7 +16,7 @@ def make_record(channels=2, samples=50_000, seed=0):
   noise = np.random.default_rng(seed).normal(0, 3000, (channels, samples)).cumsum(axis=1) / 20
   audio = np.clip(noise, -32768, 32767).astype(np.int16)
   return audio, {
-    'audio': audio_io.flac_bytes(audio, 44100), 'source': 'a/b\\xff.ogg', 'offset': 2**33, 'starts': 40_000,
+    'audio': audio_io.file_bytes(audio, 44100), 'source': 'a/b\\xff.ogg', 'offset': 2**33, 'starts': 40_000,
     'samples': samples, 'rate': 44100, 'channels': channels, 'loudness': -20.5, 'source_rate': 96000,
     'source_samples': 2**34, 'source_channels': channels}
 

@@ -80,9 +80,10 @@ def _are_there(path, codec, args) -> bool:
   """Whether the outputs exist and come from an earlier run over the same files."""
   from m2l2.codec import features
   from m2l2.codec.latents import Latents
-  if args.features:
-    return features.model_of(path) == codec.fingerprint
   try:
+    if args.features:
+      features.load(path, model=codec.fingerprint)
+      return True
     latents = Latents.load(path)
   except UserError:
     return False

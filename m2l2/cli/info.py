@@ -1,9 +1,9 @@
 """`m2l2 info`: what a file or a directory contains, without reading more of it than necessary."""
 
-import contextlib
 import json
 import os
 
+from m2l2 import files
 from m2l2.codec import loading
 from m2l2.codec.latents import Latents, is_safetensors
 from m2l2.codec.snapshot import load_snapshot
@@ -90,11 +90,8 @@ def _checkpoint_facts(path) -> dict:
 def _run_facts(workdir) -> dict:
   """The last line of metrics.jsonl with a loss, and the steps of the checkpoints."""
   last: dict = {}
-  with open(os.path.join(workdir, 'metrics.jsonl'), encoding='utf-8', errors='replace') as file:
-    for line in file:
-      with contextlib.suppress(ValueError):  # a line that a crash cut short
-        row = json.loads(line)
-        last = row if isinstance(row, dict) and 'loss' in row else last
+  for row in files.read_json_lines(os.path.join(workdir, 'metrics.jsonl')):
+    last = row if 'loss' in row else last
   folder = os.path.join(workdir, 'checkpoints')
   steps = sorted(int(name) for name in os.listdir(folder) if name.isdecimal()) if os.path.isdir(
       folder) else []

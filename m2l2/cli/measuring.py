@@ -202,7 +202,7 @@ def _reconstruct_all(codec, folder, args):
         info = audio_io.info(references.path(number))
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with audio_io.AudioWriter(target, info.sample_rate, info.channels) as writer:
-          coding.decode_files(codec, [coding.encode_file(codec, info, quiet=True)], [writer], quiet)
+          coding.decode_files(codec, [codec.encode(info.path)], [writer], quiet)
         items.append(Pair(name, references.path(number), target))
       except UserError as error:
         warnings.append(f'{name}: unreadable: {error}; left out')

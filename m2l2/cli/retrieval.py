@@ -3,7 +3,7 @@
 import json
 import os
 
-from m2l2.cli import coding, options, terminal
+from m2l2.cli import options, terminal
 from m2l2.errors import UserError, in_one_line
 
 
@@ -60,9 +60,8 @@ def _features_of(path, codec):
   """[time, dim] of a file of audio, latents or features. Raises UserError: it cannot be read, or is another model's."""
   from m2l2.codec import features
   from m2l2.codec.latents import Latents
-  from m2l2.data import audio_io
   if path.endswith(features.EXTENSION):
     return features.load(path, model=codec.fingerprint)
   if path.endswith('.safetensors'):
     return codec.features(Latents.load(path))
-  return codec.features(coding.encode_file(codec, audio_io.info(path), quiet=True))
+  return codec.features(codec.encode(path))

@@ -275,8 +275,8 @@ class Readers:
       windows = encoding.Windows(
           signal.blocks, representation=codec.representation, from_rate=signal.rate,
           to_rate=codec.model_rate(signal.rate), channels=signal.channels, width=1)
-      for window in windows:
-        yield encoding.to_streams(window.audio, channels=codec.representation.channels), window.frames
+      for audio, frames in windows:
+        yield encoding.to_streams(audio, channels=codec.representation.channels), frames
       yield dict(source=signal.source, rate=signal.rate, channels=signal.channels, num_samples=windows.num_samples,
                  offset=signal.offset, starts=windows.num_samples if signal.starts is None else signal.starts)
 

@@ -193,8 +193,9 @@ class Codec:
 
   def _encode_window(self, window):
     """-> z float32 [streams, chunks, K, d] on the device."""
-    streams = encoding.to_streams(window.audio, channels=self.representation.channels)
-    return self._programs.encode_block(self.params, streams, np.int32(window.frames))
+    audio, frames = window
+    streams = encoding.to_streams(audio, channels=self.representation.channels)
+    return self._programs.encode_block(self.params, streams, np.int32(frames))
 
   # Decoding.
 

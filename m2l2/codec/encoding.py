@@ -5,7 +5,6 @@ chunk-local, so a window's latents do not depend on which other windows are enco
 """
 
 from collections.abc import Iterable, Iterator
-import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,21 +16,11 @@ from m2l2.representation import Representation, SignalLayout
 MOST_CHANNELS = 64  # an array of more is probably transposed
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """`chunks` consecutive chunks of a signal, whose first `frames` frames are signal and the others padding.
-
-  Attributes:
-    audio: float32 [channels, crop_samples(chunks)] at the model's rate.
-    chunks, frames: counts. The last window may have more chunks than the signal.
-  """
-  audio: np.ndarray
-  chunks: int
-  frames: int
-
-
 class Windows:
   """The windows of a signal in blocks [channels, any number of samples]; to be iterated once.
+
+  Each is (audio float32 [channels, crop_samples(chunks)] at the model's rate, frames): its first `frames` frames are
+  signal, the others padding.
 
   Memory grows with the blocks and the windows, not with the signal. All windows have `width` chunks, except that the
   last has two if that is enough: two shapes, two compilations.
@@ -61,7 +50,7 @@ class Windows:
       self.num_samples += block.shape[1]
       yield block
 
-  def __iter__(self) -> Iterator[Window]:
+  def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
     rep, width = self._representation, self._width
     step = width * rep.chunk_samples
     pending = np.zeros((self._channels, rep.layout(1).lead), np.float32)
@@ -72,7 +61,7 @@ class Windows:
       received += piece.shape[1]
       pending = np.concatenate([pending, piece], axis=1)
       while pending.shape[1] >= step + rep.overlap:  # then all frames of the window hold signal
-        yield Window(pending[:, :step + rep.overlap], width, width * rep.frames)
+        yield pending[:, :step + rep.overlap], width * rep.frames
         pending, taken = pending[:, step:], taken + width
     if not received:
       raise UserError('the audio holds no samples')
@@ -82,7 +71,7 @@ class Windows:
       missing = chunks * rep.chunk_samples + rep.overlap - pending.shape[1]
       pending = np.pad(pending, ((0, 0), (0, max(missing, 0))))
       frames = min(layout.frames - taken * rep.frames, chunks * rep.frames)
-      yield Window(pending[:, :chunks * rep.chunk_samples + rep.overlap], chunks, frames)
+      yield pending[:, :chunks * rep.chunk_samples + rep.overlap], frames
       pending, taken = pending[:, chunks * rep.chunk_samples:], taken + chunks
 
 

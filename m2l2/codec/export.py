@@ -66,7 +66,7 @@ def portable(config) -> dict:
           'variants': {**config.get('variants', {}), 'packing': {'tile': '0'}}}
 
 
-def programs(codec, *, platforms=PLATFORMS) -> dict:
+def programs(codec) -> dict:
   """{name: jax.export.Exported} of a codec made from a `portable` config, for any batch b.
 
   weights is a flat dict of float32 arrays, state a list of arrays [b, ...], zeros at first (`first_state`);
@@ -108,7 +108,7 @@ def programs(codec, *, platforms=PLATFORMS) -> dict:
   exported = {}
 
   def export(function, *args):
-    exported[function.__name__] = jax.export.export(jax.jit(function), platforms=platforms)(*args)
+    exported[function.__name__] = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*args)
 
   with compiling_for('cpu'):
     export(encode, weights, audio, index)
@@ -123,7 +123,7 @@ def first_state(codec) -> dict:
   return codec.sampler.state(codec.params, (1, 1, arch.num_latents, arch.latent_dim))
 
 
-def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLATFORMS):
+def export_stablehlo(codec, target):
   """Writes the folder `target`. Raises UserError: it exists, or cannot be written."""
   check_target(target)
   rep, consistency = codec.representation, codec.consistency
@@ -135,8 +135,8 @@ def export_stablehlo(codec, target, *, extra: dict | None = None, platforms=PLAT
       'lead': rep.layout(1).lead, 'sigma_cond': consistency.sigma_cond, 'steps': consistency.steps,
       'refine': consistency.refine,
       'state': [[list(leaf.shape[1:]), str(leaf.dtype)] for leaf in state.values()],
-      'tail': list(state).index('tail'), 'platforms': list(platforms), **(extra or {})}
-  exported = programs(codec, platforms=platforms)
+      'tail': list(state).index('tail'), 'platforms': list(PLATFORMS)}
+  exported = programs(codec)
   with files.whole(target) as aside:
     os.makedirs(aside)
     for name, program in exported.items():

@@ -1,7 +1,6 @@
 """Latents as vectors for music information retrieval: their files, and which pieces are alike."""
 
 from collections.abc import Sequence
-import os
 import zipfile
 
 import numpy as np
@@ -38,17 +37,6 @@ def load(path, *, model: str) -> np.ndarray:
   if fingerprint != model:
     raise UserError(f'{shown(path)}: its features are of model {fingerprint}, not of {model}: encode again')
   return features
-
-
-def model_of(path) -> str | None:
-  """The fingerprint of the model that a file of features is of; None where there is no such file."""
-  if not os.path.isfile(path):
-    return None
-  try:
-    with np.load(path, allow_pickle=False) as stored:
-      return str(stored['model'])
-  except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-    return None
 
 
 def similarity(query: np.ndarray, pieces: Sequence[np.ndarray]) -> np.ndarray:

@@ -15,11 +15,11 @@ from m2l2.data.paths import shown
 from m2l2.data.reader import RATES, READABLE, TAGS, AudioInfo, AudioReader, info, read, read_blocks
 from m2l2.data.resampling import StreamResampler, resample, resampled_length
 from m2l2.data.streams import decode_bytes, read_bytes
-from m2l2.data.writer import WRITE_FORMATS, AudioWriter, check_writable, flac_bytes, write
+from m2l2.data.writer import WRITE_FORMATS, AudioWriter, check_writable, file_bytes, write
 
 __all__ = [
     'AudioInfo', 'AudioReader', 'AudioWriter', 'RATES', 'READABLE', 'StreamResampler', 'TAGS', 'WRITE_FORMATS',
-    'check_writable', 'decode_bytes', 'flac_bytes', 'info', 'read', 'read_blocks', 'read_bytes', 'resample',
+    'check_writable', 'decode_bytes', 'file_bytes', 'info', 'read', 'read_blocks', 'read_bytes', 'resample',
     'resampled_length', 'shown', 'write']
 
-probe = info  # its name before
+probe, flac_bytes = info, file_bytes  # their names before

@@ -84,24 +84,9 @@ def read_manifest(directory) -> dict | None:
   return manifest
 
 
-def latent_source(directory, *, window: int | None = None, hop: int | None = None, split: str = 'train',
-                  memory: int = MEMORY):
-  """A `LatentSource` over what `m2l2 encode-dataset` wrote.
-
-  Args:
-    directory: that of --output.
-    window: chunks per row; None returns whole records.
-    hop: chunks between the starts of windows, `window` by default; with 1, a window starts at every chunk.
-    split: 'train', or 'validation' of a prepared source.
-    memory: bytes of records that each process keeps once read: parsing one takes milliseconds.
-
-  Raises UserError: no such data, not finished, no such split, or no record as long as the window.
-  """
-  return LatentSource(directory, window=window, hop=hop, split=split, memory=memory)
-
-
 class LatentSource:
-  """Random access to windows of latents: `len(source)`, `source[i]`; what Grain calls a data source.
+  """Random access to windows of the latents that `m2l2 encode-dataset` wrote: `len(source)`, `source[i]`; what Grain
+  calls a data source.
 
   A window is part of one stream of one record; the last window of a record ends with it, so no chunk is left out.
   Records shorter than the window are skipped; no window crosses from file to file. Reading a window reads its record.
@@ -114,11 +99,21 @@ class LatentSource:
     source    str, the file's name in the corpus; further fields as of `features`: rate, channels, streams, chunks,
               num_samples, offset, starts
 
+  Args:
+    directory: that of --output.
+    window: chunks per row; None returns whole records.
+    hop: chunks between the starts of windows, `window` by default; with 1, a window starts at every chunk.
+    split: 'train', or 'validation' of a prepared source.
+    memory: bytes of records that each process keeps once read: parsing one takes milliseconds.
+
   Attributes:
     manifest: facts about the corpus; model: the fingerprint of the model.
+
+  Raises UserError: no such data, not finished, no such split, or no record as long as the window.
   """
 
-  def __init__(self, directory, *, window=None, hop=None, split='train', memory=MEMORY):
+  def __init__(self, directory, *, window: int | None = None, hop: int | None = None, split: str = 'train',
+               memory: int = MEMORY):
     hop = window if hop is None else hop
     if window is not None and min(window, hop) < 1 or window is None and hop is not None:
       raise UserError(f'window={window}, hop={hop}: chunks, 1 or more; a hop needs a window')
@@ -193,3 +188,6 @@ class LatentSource:
   def _forget(self):
     self._kept: dict[int, dict] = {}
     self._room, self._lock = self._memory, threading.Lock()
+
+
+latent_source = LatentSource

@@ -219,6 +219,7 @@ class AudioReader:
   def close(self):
     for stream in self._streams:
       stream.file.close()
+    self._streams, self._buffer = [], None  # which hold files open, and in a circle, until Python looks for those
 
   def __enter__(self):
     return self

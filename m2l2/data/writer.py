@@ -191,12 +191,18 @@ def write(path, audio: np.ndarray, sample_rate: int) -> int:
   return writer.clipped
 
 
-def flac_bytes(audio: np.ndarray, sample_rate: int) -> bytes:
-  """int16 [channels, samples] as a FLAC file in memory. Raises UserError: more than 8 channels, or a
-  rate that FLAC cannot state."""
+_IN_MEMORY: dict[str, dict] = {
+    'FLAC': {'subtype': 'PCM_16'}, 'MP3': {'bitrate_mode': 'VARIABLE', 'compression_level': 0.0}}
+
+
+def file_bytes(audio: np.ndarray, sample_rate: int, *, kind: str = 'FLAC') -> bytes:
+  """int16 or float32 [channels, samples] as a file in memory: 'FLAC' of 16 bits, or 'MP3' in its best quality.
+
+  Raises UserError: more channels than that has (8 and 2), or a rate that it cannot state.
+  """
   file = io.BytesIO()
   try:
-    soundfile.write(file, np.ascontiguousarray(audio.T), sample_rate, format='FLAC', subtype='PCM_16')
+    soundfile.write(file, np.ascontiguousarray(audio.T), sample_rate, format=kind, **_IN_MEMORY[kind])
   except (*FILE_ERRORS, OverflowError) as e:
-    raise UserError(f'{audio.shape[0]} channels at {sample_rate} Hz cannot be stored as FLAC ({reason(e)})') from e
+    raise UserError(f'{audio.shape[0]} channels at {sample_rate} Hz cannot be stored as {kind} ({reason(e)})') from e
   return file.getvalue()

@@ -6,7 +6,9 @@ for a pair (silent, too short, mono) is left out of the mean and named in the re
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -134,7 +136,9 @@ def evaluate(items: Sequence[Pair], *, metrics: Sequence[str] | None = None,
   """
   metrics = registry.by_default() if metrics is None else metrics
   embedders = embedders or {}
-  job = _Job(tuple(registry.named(metrics, beside=EMBEDDINGS)), chunks, seed)
+  # The registry's entries go with the job, since another process may have registered fewer.
+  entries = tuple(registry.named(metrics, beside=EMBEDDINGS))
+  job = functools.partial(_measured, metrics=entries, chunks=chunks, seed=seed)
   with _mapped(job, items, workers) as results:
     embedded, embedding_warnings = _embed_all(items, embedders, progress)
     per_file, warnings = {}, []
@@ -156,57 +160,42 @@ def steps_of(items, embedders) -> int:
   return len(items) * (1 + len(embedders or {}))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-  """Measures a pair. Pickles the registry's entries with it, since another process may have registered fewer."""
-  metrics: tuple[registry.Metric, ...]
-  chunks: seams.Chunks
-  seed: int
-
-  def __call__(self, pair: Pair) -> tuple[dict[str, float] | None, list[str]]:
-    """(values, warnings); values is None for a pair that cannot be read."""
-    try:
-      loaded = load_pair(pair)
-    except UserError as error:
-      return None, [f'unreadable: {error}; left out']
-    values, warnings = measure(loaded, self.metrics, chunks=self.chunks, seed=self.seed)
-    return values, [*loaded.warnings, *warnings]
+def _measured(pair: Pair, *, metrics, chunks, seed) -> tuple[dict[str, float] | None, list[str]]:
+  """(values, warnings); values is None for a pair that cannot be read."""
+  try:
+    loaded = load_pair(pair)
+  except UserError as error:
+    return None, [f'unreadable: {error}; left out']
+  values, warnings = measure(loaded, metrics, chunks=chunks, seed=seed)
+  return values, [*loaded.warnings, *warnings]
 
 
 _THREADS = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
 
 
-class _mapped:
+@contextlib.contextmanager
+def _mapped(job, items, workers):
   """Context of an iterator over job(item), in order, computed by `workers` processes from the start."""
-
-  def __init__(self, job, items, workers):
-    self.job, self.items, self.workers, self.pool = job, items, min(workers, len(items)), None
-
-  def __enter__(self) -> Iterable:
-    if self.workers <= 1:
-      return map(self.job, self.items)
-    # Not forked: this process may hold JAX's threads.
-    self.pool = concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context('spawn'))
+  workers = min(workers, len(items))
+  if workers <= 1:
+    yield map(job, items)
+    return
+  # Not forked: this process may hold JAX's threads.
+  pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn'))
+  try:
     before = {name: os.environ.get(name) for name in _THREADS}
     # one thread per worker: their matrix products would compete for the cores
     os.environ.update(dict.fromkeys(_THREADS, '1'))
     try:
-      futures = [self.pool.submit(self.job, item) for item in self.items]  # which starts the processes
+      futures = [pool.submit(job, item) for item in items]  # which starts the processes
     finally:
       for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return self._results(futures)
-
-  def _results(self, futures):
-    try:
-      for future in futures:
-        yield future.result()
-    except concurrent.futures.process.BrokenProcessPool as error:
-      raise UserError('a worker died, most likely for lack of memory: try --workers=1') from error
-
-  def __exit__(self, *unused):
-    if self.pool:
-      self.pool.shutdown(cancel_futures=True)
+    yield (future.result() for future in futures)
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise UserError('a worker died, most likely for lack of memory: try --workers=1') from error
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def _embed_all(items, embedders, progress):

@@ -22,7 +22,6 @@ class Chip:
     link_bytes_per_second: over all links to other chips (ICI, NVLink), one direction; None without links.
     platform: 'tpu' or 'gpu'.
     clock: Hz of a TPU's core, the unit of the compiler's cycles; None for GPUs.
-    options: (name, value) of each option that XLA is to compile a train step with, see `compiler_options`.
   """
   name: str
   device_kinds: tuple[str, ...]
@@ -34,22 +33,21 @@ class Chip:
   link_bytes_per_second: float | None
   platform: str
   clock: float | None = None
-  options: tuple[tuple[str, str], ...] = ()
 
   def flops(self, dtype: str) -> float | None:
     """Peak FLOP/s of products of 'bfloat16' or 'float32'."""
     return {'bfloat16': self.bf16_flops, 'float32': self.f32_flops}[dtype]
 
 
-def _tpu(name, kinds, flops, gib, bandwidth, unit, link, clock, **options):
-  return Chip(name, kinds, flops, flops, int(gib * GIB), bandwidth, unit, link, 'tpu', clock, tuple(options.items()))
+def _tpu(name, kinds, flops, gib, bandwidth, unit, link, clock):
+  return Chip(name, kinds, flops, flops, int(gib * GIB), bandwidth, unit, link, 'tpu', clock)
 
 
 def _gpu(name, kinds, bf16, f32, gb, bandwidth, link=None):
   return Chip(name, kinds, bf16, f32, int(gb * 1e9), bandwidth, 16, link, 'gpu')
 
 
-# No chip has options of its own yet. A larger scoped VMEM on v5p (xla_tpu_scoped_vmem_limit_kib=65472) makes a packed
+# No chip is given options of XLA. A larger scoped VMEM on v5p (xla_tpu_scoped_vmem_limit_kib=65472) makes a packed
 # block of 64 channels cheaper and all else dearer, by the compiler's estimate of 8 chunks, forward and backward, on
 # 30 Nov 2026 with the code of then: 3.39 -> 3.19 M cycles; a block of 128 channels 1.46 -> 1.55, a transformer of 12
 # layers 22.6 -> 24.6. To try others: m2l2 plan ... --config.train.compiler_options=NAME=VALUE.
@@ -90,20 +88,12 @@ def find_chip(device_kind: str) -> Chip | None:
   return next((chip for chip in CHIPS if device_kind in chip.device_kinds), None)
 
 
-def compiler_options(chip: Chip | None, asked: str) -> dict[str, str]:
-  """What XLA is told on a chip: the chip's own options, and over these those that are asked for.
-
-  Args:
-    chip: None for a device that is not in the table.
-    asked: 'NAME=VALUE,NAME=VALUE' (config.train.compiler_options); 'NAME=' takes an option of the chip's away.
-
-  Raises:
-    UserError: other text than that.
-  """
-  options = dict(chip.options) if chip else {}
+def compiler_options(asked: str) -> dict[str, str]:
+  """What XLA is told: 'NAME=VALUE,NAME=VALUE' of config.train.compiler_options. Raises UserError: other text."""
+  options = {}
   for part in filter(None, asked.split(',')):
-    name, equals, value = (text.strip() for text in part.partition('='))
-    if not equals or not name:
+    name, _, value = (text.strip() for text in part.partition('='))
+    if not name or not value:
       raise UserError(f'train.compiler_options={asked!r}: it takes NAME=VALUE, with commas between them')
     options[name] = value
-  return {name: value for name, value in options.items() if value}
+  return options

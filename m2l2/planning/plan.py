@@ -73,7 +73,8 @@ def plan(config, topology: str, *, preset: str | None = None, batch: int | None 
   if config.train.batch_size % unit:
     raise UserError(f'--batch={batch} must be a multiple of {unit}: microbatches times the chips that share a batch')
 
-  compiled, error = _largest_batch(config, mesh, unit, say) if max_batch else _compile(config, mesh, say)
+  compiled, error = (_largest_batch(config, mesh, unit, chip.hbm_bytes, say) if max_batch
+                     else _compile(config, mesh, say))
   report = {'topology': topology, 'devices': len(devices), 'hosts': len({d.process_index for d in devices}),
             'mesh': dict(mesh.shape), 'preset': config.mesh.preset, 'batch': config.train.batch_size,
             'fits': compiled is not None}
@@ -168,16 +169,15 @@ def _compile(config, mesh, say, *, probe=False):
     batch = programs.abstract_batch(functions, mesh, batch_size=config.train.batch_size)
     lowered = (programs.lower_probe(functions, state.params, batch, mesh, seed=config.seed) if probe
                else programs.lower_step(functions, state, batch, mesh))
-    chip = chips.find_chip(mesh.devices.flat[0].device_kind)
     try:
-      return programs.compiled(lowered, chips.compiler_options(chip, config.train.compiler_options)), ''
+      return programs.compiled(lowered, chips.compiler_options(config.train.compiler_options)), ''
     except Exception as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
       return None, first_line(error)
 
 
-def _largest_batch(config, mesh, unit, say):
+def _largest_batch(config, mesh, unit, hbm, say):
   """-> `_compile` of the largest batch found to fit, which config.train.batch_size then is.
 
   Memory grows nearly linearly with the batch: two sizes give an estimate, which the compiler then checks.
@@ -196,7 +196,7 @@ def _largest_batch(config, mesh, unit, say):
       known[guess] = memory.temp_size_in_bytes
       available = memory.argument_size_in_bytes
       best = max(best, (guess, compiled), key=lambda candidate: candidate[0])
-    guess = next_guess(known, hbm=_hbm(mesh) - available if known else 0, limit=limit)
+    guess = next_guess(known, hbm=hbm - available if known else 0, limit=limit)
     if guess is None:
       break
   if best[1] is None:
@@ -226,12 +226,6 @@ def next_guess(known: dict, *, hbm: float, limit: int | None) -> int | None:
   if limit is not None:
     return min(predicted, limit - 1) if predicted > low else (low + limit) // 2
   return predicted if predicted - low > low // 8 else None
-
-
-def _hbm(mesh) -> int:
-  chip = chips.find_chip(mesh.devices.flat[0].device_kind)
-  assert chip
-  return chip.hbm_bytes
 
 
 def _topology(name):

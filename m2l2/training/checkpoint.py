@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import threading
 from typing import Any
 
 from absl import logging
+from flax.traverse_util import flatten_dict
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -39,7 +41,7 @@ class Restored:
 
 def config_differences(old: dict, new: dict) -> list[str]:
   """The fields in which two nested configs differ, as 'train.steps: 100 -> 200', sorted by name."""
-  old, new = _flat_config(old), _flat_config(new)
+  old, new = (flatten_dict(json.loads(json.dumps(config)), sep='.') for config in (old, new))  # tuples become lists
 
   def show(fields, name):
     return json.dumps(fields[name]) if name in fields else '(absent)'
@@ -48,29 +50,12 @@ def config_differences(old: dict, new: dict) -> list[str]:
           for name in sorted(old.keys() | new.keys()) if show(old, name) != show(new, name)]
 
 
-def latest(directory) -> int | None:
-  """The step of the newest complete checkpoint in a directory, or None; by the names alone."""
+def latest(directory, *, before: float = math.inf) -> int | None:
+  """The step of the newest complete checkpoint in a directory, of those before a step; None without one. By the names
+  alone."""
   if not os.path.isdir(directory):
     return None
-  return max((int(name) for name in os.listdir(directory) if name.isdecimal()), default=None)
-
-
-def before(directory, step: int) -> int | None:
-  """The newest complete checkpoint of a state that update `step` comes after; None where that is the first state."""
-  if not os.path.isdir(directory):
-    return None
-  return max((int(name) for name in os.listdir(directory) if name.isdecimal() and int(name) < step), default=None)
-
-
-def _flat_config(config, prefix=''):
-  config = json.loads(json.dumps(config)) if not prefix else config  # tuples become lists
-  flat = {}
-  for name, value in config.items():
-    if isinstance(value, dict):
-      flat.update(_flat_config(value, f'{prefix}{name}.'))
-    else:
-      flat[prefix + name] = value
-  return flat
+  return max((int(name) for name in os.listdir(directory) if name.isdecimal() and int(name) < before), default=None)
 
 
 def _describe(flat):

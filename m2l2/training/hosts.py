@@ -35,7 +35,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from m2l2 import compiling
-from m2l2.errors import UserError, first_line
+from m2l2.errors import UserError, first_line, told
 from m2l2.training.watchdog import STANDSTILL, Pace, Watchdog
 
 AGAIN = 'run the same command on all hosts to go on from the last checkpoint'
@@ -140,12 +140,12 @@ def joined(args):
   several = join(**place, start_timeout=args.start_timeout, peer_timeout=args.peer_timeout) if args.multihost else None
   try:
     yield
+    if several:
+      several.leave()
   except (Exception, KeyboardInterrupt, SystemExit) as error:
-    if several:  # `fail` does not return
-      several.fail(error)
+    if several:
+      several.fail(told(error) or error)  # does not return
     raise
-  if several:
-    several.leave()
 
 
 def _await_coordinator(address, seconds):

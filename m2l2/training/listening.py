@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from concurrent import futures
-import contextlib
-import json
 import os
 
 from absl import logging
 
+from m2l2 import files
 from m2l2.codec.codec import Codec
 from m2l2.codec.snapshot import load_snapshot, save_snapshot
 from m2l2.errors import UserError, in_one_line
@@ -131,13 +130,5 @@ class Listener:
 
 def _last_measured(workdir, *, most: int) -> int:
   """The last step up to `most` with measurements in the run's log; 0 without any."""
-  path = os.path.join(workdir, METRICS)
-  if not os.path.exists(path):
-    return 0
-  steps = [0]
-  with open(path, encoding='utf-8', errors='replace') as lines:
-    for line in lines:
-      with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
-        if '"evaluate_ema/' in line and (step := json.loads(line)['step']) <= most:
-          steps.append(step)
-  return max(steps)
+  lines = files.read_json_lines(os.path.join(workdir, METRICS), having='"evaluate_ema/')
+  return max((line['step'] for line in lines if line['step'] <= most), default=0)

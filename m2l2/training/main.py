@@ -121,11 +121,8 @@ def main(argv=None) -> int:
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   handler.addFilter(_is_for_users)
   logging.use_absl_handler()
-  several = None
   try:
     values = parse(argv)
-    hosts.check(multihost=values.multihost, coordinator=values.coordinator,
-                num_processes=values.num_processes, process_id=values.process_id)
     if values.check and values.multihost:
       raise UserError('--check is for one process: leave --multihost out')
     if values.check and values.replay is not None:
@@ -135,32 +132,21 @@ def main(argv=None) -> int:
       lines = preflight.report(values.config, values.workdir, places=values.check == 'all')
       print('\n'.join([f'config      {_places(argv)[0]}', *lines]))
       return 0
-    if values.multihost:  # before JAX uses a device
-      several = hosts.join(
-        coordinator=values.coordinator, num_processes=values.num_processes, process_id=values.process_id,
-        start_timeout=values.start_timeout, peer_timeout=values.peer_timeout)
-    if values.replay is not None:
-      from m2l2.training.replay import replay
-      finite, lines = replay(values.config, values.workdir, values.replay)
-      print('\n'.join(lines), flush=True)
-      status = 0 if finite else NOT_FINITE
-    else:
+    with hosts.joined(values):
+      if values.replay is not None:
+        from m2l2.training.replay import replay
+        finite, lines = replay(values.config, values.workdir, values.replay)
+        print('\n'.join(lines), flush=True)
+        return 0 if finite else NOT_FINITE
       from m2l2.training.loop import train
       done = train(values.config, values.workdir)
-      status = values.stopped_exit_code if done < values.config.train.steps else 0
-    if several:
-      several.leave()
-  except (Exception, KeyboardInterrupt, SystemExit) as error:
-    if several:
-      several.fail(told(error) or error)  # does not return
-    if isinstance(error, SystemExit):  # a signal: see cli
-      raise
-    if isinstance(error, KeyboardInterrupt):
-      print('m2l2: stopped', file=sys.stderr)
-      return 130
+      return values.stopped_exit_code if done < values.config.train.steps else 0
+  except KeyboardInterrupt:
+    print('m2l2: stopped', file=sys.stderr)
+    return 130
+  except Exception as error:
     line = told(error)
     if line is None:
       raise
     print('m2l2:', printable(in_one_line(line)), file=sys.stderr)
     return 1
-  return status

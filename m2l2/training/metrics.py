@@ -6,7 +6,6 @@ Scalars are flat: {'loss': .., 'loss/sigma_0.05_0.5': .., 'time/steps_per_second
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import contextlib
 import json
 import math
 import os
@@ -67,12 +66,9 @@ def latent_scale(workdir, *, step: int) -> dict:
   """The statistics of latents for a snapshot at `step`, from the run's last probe until then: {'latents': {'mean',
   'std'}} over all numbers of all its chunks; {} before the first. They are read from the log, so that a resumed run
   has the same."""
-  path, latest = os.path.join(workdir, METRICS), dict[str, dict]()
-  with open(path, encoding='utf-8') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
-    for line in lines:
-      if f'"{_MEAN}"' in line and line.endswith('\n'):  # the last line may be incomplete
-        told = json.loads(line)
-        latest = told if told['step'] <= step else latest
+  latest: dict = {}
+  for told in files.read_json_lines(os.path.join(workdir, METRICS), having=f'"{_MEAN}"'):
+    latest = told if told['step'] <= step else latest
   moments = {'mean': latest.get(_MEAN), 'std': latest.get(_STD)}
   return {'latents': moments} if None not in moments.values() else {}
 

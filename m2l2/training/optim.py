@@ -57,7 +57,7 @@ def _is_positive(value) -> bool:
 
 
 def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_learning_rate,
-                   b1, b2, weight_decay=0.0, clip_norm=None):
+                   b1, b2, clip_norm=None):
   """Builds the optimizer of the recipe.
 
   RAdam's first updates are special. Until its rectifier exists (5 updates for b2 = 0.999) optax
@@ -71,7 +71,6 @@ def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_lear
     name: 'radam' (the paper's) or 'adam'.
     learning_rate, warmup_steps, total_steps, final_learning_rate: see `warmup_cosine`.
     b1, b2: decay rates of the two moments.
-    weight_decay: decoupled, on every parameter, times the learning rate; 0 in the paper's recipe.
     clip_norm: largest global norm of the gradients; None for no clipping, as in the paper.
 
   Returns:
@@ -102,21 +101,18 @@ def make_optimizer(*, name, learning_rate, warmup_steps, total_steps, final_lear
     parts.append(optax.scale_by_schedule(lambda n: jnp.where(n < dropped, 0.0, 1.0)))
   else:
     parts.append(optax.scale_by_adam(b1=b1, b2=b2))
-  if weight_decay:
-    parts.append(optax.add_decayed_weights(weight_decay))
   parts.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*parts), schedule
 
 
-def ema_decay(step, *, decay, warmup=True) -> jax.Array:
+def ema_decay(step, *, decay) -> jax.Array:
   """The decay of the moving average after `step` updates: min(decay, (1 + n) / (10 + n)), f32[].
 
   Without the warm-up the first average would be the initial weights for 1 / (1 - decay) steps.
   Source: music2latent's training code.
   """
   n = jnp.asarray(step, jnp.float32)
-  decay = jnp.float32(decay)
-  return jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else decay
+  return jnp.minimum(jnp.float32(decay), (1 + n) / (10 + n))
 
 
 def ema_update(ema, params, decay):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import contextlib
-import json
 import os
 
 from absl import logging
 import jax
 import numpy as np
 
-from m2l2 import build, compiling, sharding
+from m2l2 import build, compiling, files, sharding
 from m2l2.data.pipeline import Loader, make_loader
 from m2l2.errors import UserError
 from m2l2.model.parameters import by_path
@@ -87,7 +86,7 @@ def _state_before(step, config, functions, mesh, workdir, plain):
   init = lambda: functions.init(jax.random.key(config.seed))
   abstract, _ = programs.abstract_state(functions, init, mesh, preset=config.mesh.preset)
   folder = os.path.join(workdir, 'checkpoints')
-  nearest = checkpoint.before(folder, step)
+  nearest = checkpoint.latest(folder, before=step)
   if nearest is None:
     logging.info('no checkpoint of a step before %d: from the first state on', step)
     weights = preflight.load_weights(config.train.init_from, abstract.params) if config.train.init_from else None
@@ -143,13 +142,9 @@ def _name_of(loader: Loader, index: int) -> str:
 
 def _logged(workdir, step) -> dict:
   """The line of metrics.jsonl of that step; {} without one."""
-  path = os.path.join(workdir, metrics.METRICS)
   logged: dict = {}
-  with open(path, encoding='utf-8', errors='replace') if os.path.exists(path) else contextlib.nullcontext(()) as lines:
-    for line in lines:
-      with contextlib.suppress(ValueError, KeyError, TypeError):  # the line during which the run was killed
-        told = json.loads(line)
-        logged = told if told['step'] == step and 'loss' in told else logged
+  for told in files.read_json_lines(os.path.join(workdir, metrics.METRICS)):
+    logged = told if told.get('step') == step and 'loss' in told else logged
   return logged
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import contextlib
 import re
 import socket
+import statistics
 import time
 
 from absl import logging
@@ -79,12 +80,15 @@ class Throughput:
     told = {index: word.split(maxsplit=1) for index, word in self._exchange(f'{own!r} {self._host}').items()}
     worst = max(told, key=lambda index: float(told[index][0]))
     wait, host = float(told[worst][0]), told[worst][1]
-    if len(told) > 1 and wait > _STARVED and self._warm:  # every process waits for the very first batch
+    if len(told) == 1:
+      return {'time/input_wait': wait}
+    others = statistics.median(float(word[0]) for index, word in told.items() if index != worst)
+    if wait - others > _STARVED and self._warm:  # every process waits for the very first batch
       logging.log_every_n_seconds(
           logging.WARNING, 'all wait for the data of process %d on %s: %.0f %% of its time', _SILENCE, worst, host,
           100 * wait)
     self._warm = True
-    return {'time/input_wait': wait, **({'time/input_wait_process': worst} if len(told) > 1 else {})}
+    return {'time/input_wait': wait, 'time/input_wait_process': worst}
 
 
 def plain_model(config) -> dict:

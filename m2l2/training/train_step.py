@@ -227,6 +227,7 @@ def update(loss_fn: Callable, state: TrainState, rows, *, optimizer: optax.Gradi
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   decay = ema_decay(state.step, decay=ema_max)
+  rate = schedule(state.step - state.skipped)  # the optimizer counts no update that was skipped
   ema = ema_update(state.ema, params, decay)
 
   finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
@@ -239,7 +240,7 @@ def update(loss_fn: Callable, state: TrainState, rows, *, optimizer: optax.Gradi
       skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1))
   metrics |= {
       'norm/gradients': grad_norm, 'norm/parameters': optax.tree.norm(params),
-      'norm/updates': optax.tree.norm(updates), 'learning_rate': schedule(state.step - 1), 'ema_decay': decay,
+      'norm/updates': optax.tree.norm(updates), 'learning_rate': rate, 'ema_decay': decay,
       'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
   return state, jax.tree.map(jnp.float32, metrics)
 

@@ -86,7 +86,7 @@ def segment(path, *, spool, rates: tuple[int, ...], seconds: float, overlap: flo
     length = even_length(stated, longest=round(seconds * rate), overlap=round(overlap * rate))
     for offset, starts, audio in split(resampled(), length=length, overlap=round(overlap * rate)):
       audio = to_int16(audio)
-      data = audio_io.flac_bytes(audio, rate)
+      data = audio_io.file_bytes(audio, rate)
       _write_all(spool, data)
       segments.append([offset, starts, audio.shape[1], loudness(audio), len(data)])
   return {'rate': rate, 'channels': info.channels, 'source_rate': info.sample_rate, 'source_samples': taken,

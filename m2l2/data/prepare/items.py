@@ -16,7 +16,7 @@ from m2l2.data.prepare.place import WORK, Place
 from m2l2.errors import UserError, in_one_line
 
 _HEAD_BYTES = 2**22  # of a remote file, for its headers
-_SIZED = ('WAV', 'AIFF', 'OGG')  # formats whose length libsndfile takes from the size of the file
+_SIZED = ('WAV', 'AIFF', 'OGG', 'MP3')  # formats whose length is that of what is there of the file
 
 
 def do(job: Preparation, stage: str, item: dict, decoder: DecodingProcess, advance: Callable):

@@ -64,11 +64,6 @@ class Metric(NamedTuple):  # dataclasses import inspect, which `m2l2 --help` wou
     """Grows as the value gets worse; for REFERENCE, the value itself."""
     return {HIGHER: -value, ZERO: abs(value)}.get(self.better, value)
 
-  @property
-  def good(self) -> str:
-    """Which values are good, in words: 'higher is better', 'good near 0'."""
-    return good_values(self.better)
-
 
 def good_values(better: str) -> str:
   """'higher is better' for HIGHER, 'good near 0' for ZERO, and so on."""

@@ -3,7 +3,6 @@
 Figures are made without pyplot, so that nothing is global and no backend is chosen here.
 """
 
-import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -93,8 +92,7 @@ def read_metrics(workdir) -> list[dict]:
   path = Path(workdir) / 'metrics.jsonl'
   if not path.is_file():
     raise UserError(f'{workdir}: no metrics.jsonl there: it is not the workdir of a run, or its run has not begun')
-  with open(path, encoding='utf-8') as file:
-    return [json.loads(line) for line in file if line.endswith('\n')]
+  return list(files.read_json_lines(path))
 
 
 def change_map(change, *, seconds: float) -> Figure:
@@ -125,8 +123,7 @@ def sweep_curves(report) -> Figure:
   """
   settings, best = report['settings'], report['best']
   names = list(dict.fromkeys(name for setting in settings for name in setting['values']))
-  columns = min(3, len(names))
-  figure, axes = _panels(rows=-(-len(names) // columns), columns=columns, height=3)
+  figure, axes = grid(len(names), columns=3, height=3)
   for axis, name in zip(axes, names):
     for steps in dict.fromkeys(setting['steps'] for setting in settings):
       points = [(setting['sigma_cond'], setting['values'][name]) for setting in settings
@@ -138,8 +135,6 @@ def sweep_curves(report) -> Figure:
     axis.set_xscale('log')
     axis.set_title(name if name not in EMBEDDINGS else f'Frechet distance, {name}', fontsize=10)
     axis.set_xlabel('sigma_cond')
-  for axis in axes[len(names):]:
-    axis.set_visible(False)
   axes[0].legend(fontsize=8)
   return figure
 
@@ -187,8 +182,7 @@ def bars(table) -> Figure:
     table: {row: {metric: {'mean': x, 'error': x or None}}}; a row may lack metrics.
   """
   names = list(dict.fromkeys(name for row in table.values() for name in row))
-  columns = min(4, len(names))
-  figure, axes = _panels(rows=-(-len(names) // columns), columns=columns, height=.8 + .3 * len(table))
+  figure, axes = grid(len(names), columns=4, height=.8 + .3 * len(table))
   for axis, name in zip(axes, names):
     rows = {label: row[name] for label, row in table.items() if name in row}
     axis.barh(list(rows), [value['mean'] for value in rows.values()],
@@ -196,8 +190,6 @@ def bars(table) -> Figure:
     axis.invert_yaxis()
     axis.set_title(name.replace('/', '/\n', 1), fontsize=9)
     axis.tick_params(labelsize=8)
-  for axis in axes[len(names):]:
-    axis.set_visible(False)
   return figure
 
 
@@ -205,6 +197,15 @@ def save(figure: Figure, path):
   """Writes a PNG atomically. Raises UserError: it cannot be written."""
   with files.whole(path) as aside:
     figure.savefig(aside, dpi=90, format='png')
+
+
+def grid(count, *, columns, height):
+  """A figure and `count` axes in rows of at most `columns`; `height` of a row in inches."""
+  columns = min(columns, count)
+  figure, axes = _panels(rows=-(-count // columns), columns=columns, height=height)
+  for axis in axes[count:]:
+    axis.set_visible(False)
+  return figure, axes[:count]
 
 
 def _panels(*, rows=1, columns=1, height):

@@ -7,10 +7,11 @@ import html
 import io
 import json
 
+from matplotlib.figure import Figure
 import numpy as np
-import soundfile
 
 from m2l2 import files
+from m2l2.data import audio_io
 from m2l2.errors import UserError
 from m2l2.evaluation.evaluate import load_pair
 from m2l2.evaluation.metrics import registry
@@ -158,7 +159,7 @@ def _ranking(report) -> str:
 def _unit_and_good(name) -> tuple[str, str]:
   """The unit of a metric or a distance ('' without one), and which of its values are good, in words."""
   if name in registry.METRICS:
-    return registry.METRICS[name].unit, registry.METRICS[name].good
+    return registry.METRICS[name].unit, registry.good_values(registry.METRICS[name].better)
   return '', registry.good_values(registry.LOWER)  # a Frechet distance
 
 
@@ -183,11 +184,8 @@ def _listen(item, others, small) -> str:
 
 
 def _sound(audio, sample_rate, small) -> str:
-  file = io.BytesIO()
-  kind, options = ('mpeg', {'format': 'MP3', 'bitrate_mode': 'VARIABLE', 'compression_level': 0.}) if small else (
-      'flac', {'format': 'FLAC', 'subtype': 'PCM_16'})
-  soundfile.write(file, np.clip(audio.T, -1, 1), sample_rate, **options)
-  return f'data:audio/{kind};base64,{base64.b64encode(file.getvalue()).decode()}'
+  data = audio_io.file_bytes(np.clip(audio, -1, 1), sample_rate, kind='MP3' if small else 'FLAC')
+  return f'data:audio/{"mpeg" if small else "flac"};base64,{base64.b64encode(data).decode()}'
 
 
 def _image(figure, description, small=False) -> str:
@@ -197,13 +195,8 @@ def _image(figure, description, small=False) -> str:
   return f'<img alt="{html.escape(description)}" src="data:image/{kind};base64,{data}">'
 
 
-def _figure(size):
-  from matplotlib.figure import Figure  # not pyplot: no window system, no state
-  return Figure(figsize=size, layout='constrained')
-
-
 def _plot_spectrogram(audio, sample_rate):
-  figure = _figure((5.2, 2.6))
+  figure = Figure(figsize=(5.2, 2.6), layout='constrained')
   axes = figure.subplots()
   pictures.draw_spectrogram(axes, audio, sample_rate, top=sample_rate / 2)
   axes.set_xlabel('seconds')
@@ -213,18 +206,13 @@ def _plot_spectrogram(audio, sample_rate):
 def _plot_metrics(report):
   """A panel per metric: the files' values, sorted, and their mean."""
   metrics = report['metrics']
-  columns = min(3, len(metrics))
-  rows = -(-len(metrics) // columns)
-  figure = _figure((3.6 * columns, 2.2 * rows))
-  panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-  for panel, (name, metric) in zip(panels, metrics.items()):
+  figure, panels = pictures.grid(len(metrics), columns=3, height=2.2)
+  for panel, (name, metric) in zip(panels, metrics.items(), strict=True):
     values = sorted(metric['per_file'].values(), key=lambda value: registry.badness(name, value))
     panel.plot(np.arange(1, len(values) + 1), values, 'o-', markersize=3, linewidth=1)
     panel.axhline(metric['mean'], color='0.6', linewidth=1)
     panel.set_title(f'{name}, mean {metric["mean"]:.3g}', fontsize=9)
     panel.set_ylabel(registry.METRICS[name].unit if name in registry.METRICS else '', fontsize=7)
     panel.tick_params(labelsize=7)
-  for panel in panels[len(metrics):]:
-    panel.set_visible(False)
   figure.supxlabel('files, best to worst', fontsize=8)
   return figure

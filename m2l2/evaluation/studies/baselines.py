@@ -64,7 +64,7 @@ def _mel_edges(bands, nyquist):
   return edges
 
 
-def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 8):
+def fit_pca(blocks, components: int):
   """sklearn.decomposition.PCA fitted to blocks [m, n], m > components, by subspace iteration (Halko et al., 2011).
 
   Raises UserError: too few blocks.
@@ -72,7 +72,7 @@ def fit_pca(blocks, components: int, *, seed: int = 0, iterations: int = 8):
   from sklearn.decomposition import PCA  # here: it takes a second to import
   if len(blocks) <= components:
     raise UserError(f'{components} principal components need more than {len(blocks)} blocks to be fitted')
-  return PCA(components, svd_solver='randomized', iterated_power=iterations, random_state=seed).fit(blocks)
+  return PCA(components, svd_solver='randomized', iterated_power=8, random_state=0).fit(blocks)
 
 
 def paired_bootstrap(differences, *, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
