@@ -1,5 +1,6 @@
 """Audio files in and out: exact seeks, exact lengths, one clear line for every bad file."""
 
+import gc
 import os
 import re
 import struct
@@ -44,6 +45,23 @@ def one_line(path, error):
   line = str(error.value)
   assert '\n' not in line and line.startswith(str(path)), line
   return line
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='Linux tells which files are open')
+def test_what_is_closed_is_not_held_open(tmp_path):
+  path = encode(tmp_path / 'a.ogg', tone(rate=44100, samples=4000), **dict(zip(('rate', 'format', 'subtype'),
+                                                                              KINDS['a.ogg'], strict=True)))
+  opened = lambda: len(os.listdir('/proc/self/fd'))
+  gc.collect()
+  gc.disable()  # which would close what stands in a circle, some time
+  try:
+    before = opened()
+    for _ in range(5):
+      with audio_io.AudioReader(path) as reader:
+        reader.read(start=0, frames=100)
+    assert opened() == before
+  finally:
+    gc.enable()
 
 
 @pytest.mark.parametrize('name', KINDS)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from m2l2 import cli
 from m2l2.data import audio_io, prepare, segments
-from m2l2.data.prepare import child
+from m2l2.data.prepare import child, items
 from m2l2.errors import UserError
 
 ALL = prepare.Options(validation_fraction=0.)
@@ -451,6 +452,23 @@ def test_remote_files_give_the_same_bytes(music, prepared, tmp_path):
       run('memory://bucket/nothing', tmp_path / 'other')
   finally:
     memory.rm('/bucket', recursive=True)
+
+
+@pytest.mark.parametrize('name', ['a.wav', 'a.ogg', 'a.mp3', 'a.flac'])
+def test_the_length_of_a_remote_file_is_told_by_its_beginning(name, tmp_path, monkeypatch):
+  import fsspec
+  audio = 0.3 * np.random.default_rng(0).standard_normal((60 * 22050, 1))
+  soundfile.write(tmp_path / name, audio, 22050)
+  monkeypatch.setattr(items, '_HEAD_BYTES', os.path.getsize(tmp_path / name) // 3)
+  memory = fsspec.filesystem('memory')
+  memory.put(str(tmp_path / name), f'/lengths/{name}')
+  decoder = child.DecodingProcess(timeout=60, memory=2**32)
+  try:
+    facts = items._headers(types.SimpleNamespace(base='memory://lengths'), name, decoder)
+  finally:
+    decoder.close()
+    memory.rm('/lengths', recursive=True)
+  assert facts['seconds'] == pytest.approx(60, rel=0.1)
 
 
 def test_by_a_named_runner_and_through_the_command(music, prepared, tmp_path, capsys):

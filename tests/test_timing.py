@@ -28,6 +28,19 @@ def test_throughput_counts_from_one_logged_step_to_the_next():
   assert got['time/steps_per_second'] == 1.0 and got['time/input_wait'] == 0.0
 
 
+def test_no_process_is_named_where_all_wait_alike(caplog):  # before the next: it is told once in a while
+  now = [0.0]
+  speed = timing.Throughput(samples_per_step=8, seconds_per_sample=1.5, clock=lambda: now[0],
+                            exchange=lambda word: {0: '0.45 slow storage', 1: word, 2: '0.5 slow storage'})
+  speed.start(0)
+  for step in (1, 2):
+    with speed.waiting():
+      now[0] += 0.45
+    now[0] += 0.55
+    assert speed.rates(step)['time/input_wait'] == 0.5
+  assert not caplog.records
+
+
 def test_the_process_whose_data_come_last_is_named(caplog):
   now, words = [0.0], []
   told = {0: '0.01 first', 2: '0.5 the third host'}

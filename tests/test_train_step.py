@@ -398,6 +398,8 @@ def test_a_few_steps_of_the_real_network(real):
   assert int(skipped.skipped_in_a_row) == 1
   again, metrics = real.step(skipped, batch)
   assert int(again.skipped_in_a_row) == 0 and np.isfinite(metrics['loss'])
+  # The optimizer has not counted what was skipped.
+  assert metrics['learning_rate'] == real.step(state, batch)[1]['learning_rate']
 
 
 @pytest.mark.parametrize('devices', [1, pytest.param(8, marks=pytest.mark.soak)])
