@@ -21,7 +21,7 @@ from m2l2.training import main as training
 
 CONFIG = 'configs/nano.py:debug'
 ONE_LEVEL_FLAGS = [f'--config.model.{name}={value}' for name, value in ONE_LEVEL.items()]
-SMALL = [*ONE_LEVEL_FLAGS, '--config.train.probe_every=0']
+SMALL = [*ONE_LEVEL_FLAGS, '--config.variants.shortcut.width=2', '--config.train.probe_every=0']
 
 
 @pytest.mark.soak

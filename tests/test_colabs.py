@@ -176,6 +176,7 @@ def small_config():
   """What test_codec.py compiles, too."""
   config = nano.get_config('debug')
   config.model.update(ONE_LEVEL)
+  config.variants.shortcut.width = 2
   config.variants.nested.chance = .5
   return config
 

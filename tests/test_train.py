@@ -168,13 +168,9 @@ def test_the_log_says_what_a_person_wants(small, again, music, monkeypatch):
   assert told[2].endswith(f' items at {music}') and 'steps/s' in told[7] and ' left' in told[7]
 
 
-def test_the_first_and_last_step_are_logged_whatever_the_period(small, tmp_path):
+def test_logged_are_the_first_and_last_step_and_probes_of_raw_and_averaged_weights(small, tmp_path):
   small(tmp_path, **{'train.steps': 8, 'train.log_every': 5, 'train.probe_every': 3})
   assert steps_of(tmp_path) == [1, 3, 5, 6, 8]
-
-
-def test_probes_look_at_raw_and_averaged_weights(small, tmp_path):
-  small(tmp_path, **{'train.probe_every': 3, 'train.log_every': 6})
   probed = {line['step']: line for line in soak_resume.trace(tmp_path) if 'probe/norm' in line}
   assert list(probed) == [3, 6]
   assert probed[3]['probe/norm'] != probed[3]['probe_ema/norm']
@@ -248,6 +244,8 @@ def test_sigterm_finishes_the_step_saves_and_the_rest_is_as_if_never_stopped(
 
 def test_the_loop_goes_on_while_a_snapshot_is_written(small, straight, tmp_path, monkeypatch):
   order, go_on, save = [], threading.Event(), loop.save_snapshot
+  asked, fingerprint = [], Mixture.fingerprint.fget
+  monkeypatch.setattr(Mixture, 'fingerprint', property(lambda self: asked.append(1) or fingerprint(self)))
 
   def slow(*args, **options):
     order.append(options['step'])
@@ -264,6 +262,7 @@ def test_the_loop_goes_on_while_a_snapshot_is_written(small, straight, tmp_path,
   assert order[-1] == 6 and order.count(4) <= 1  # the end waits for the last one; who takes longer leaves some out
   assert order.index(2) < order.index('line 5') and 4 not in order[:order.index('line 5')]
   assert soak_resume.differences(straight, tmp_path) == []
+  assert len(asked) == 1  # the data, for their fingerprint
 
 
 def test_a_snapshot_that_cannot_be_written_ends_the_run_with_its_line(small, tmp_path, monkeypatch):
@@ -273,13 +272,6 @@ def test_a_snapshot_that_cannot_be_written_ends_the_run_with_its_line(small, tmp
   monkeypatch.setattr(loop, 'save_snapshot', full)
   with pytest.raises(UserError, match='No space left'):
     small(tmp_path)
-
-
-def test_the_data_are_asked_for_their_fingerprint_once(small, tmp_path, monkeypatch):
-  asked, fingerprint = [], Mixture.fingerprint.fget
-  monkeypatch.setattr(Mixture, 'fingerprint', property(lambda self: asked.append(1) or fingerprint(self)))
-  small(tmp_path)
-  assert len(asked) == 1
 
 
 def test_a_lost_checkpoint_costs_its_steps_only(small, straight, again, tmp_path, warnings):
@@ -813,6 +805,7 @@ def test_the_loop_with_a_real_network(tmp_path, music, monkeypatch):
   config = small_config(music)
   config.model.alpha = nano.get_config('debug').model.alpha
   config.model.update(ONE_LEVEL)
+  config.variants.shortcut.width = 2  # as in test_codec.py
   config.variants.head_start.share = 0.
   config.train.update(steps=2, checkpoint_every=10)
   assert loop.train(config, str(tmp_path), ()) == 2

@@ -79,10 +79,30 @@ def _batch(size=16, functions=None, seed=0):
 @pytest.fixture(scope='module')
 def toy():
   functions = _functions()
-  step, fourfold = _jit(functions.train_step), _jit(_functions(accumulate=4).train_step)
+  step = _jit(functions.train_step)
   state = _jit(functions.init)(jax.random.key(0))
-  return types.SimpleNamespace(step=step, fourfold=fourfold, loss=_loss(functions), state=state, batch=_batch(),
-                               after=step(state, _batch()))
+  return types.SimpleNamespace(step=step, spread=_spread(_functions(accumulate=2)), loss=_loss(functions), state=state,
+                               batch=_batch(), after=step(state, _batch()))
+
+
+def _spread(functions):
+  """The update on eight devices."""
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  step = _jit(functions.train_step, in_shardings=(whole, rows), out_shardings=whole)
+  return lambda state, batch: step(jax.device_put(state, whole), jax.device_put(batch, rows))
+
+
+_analyse = _jit(REPRESENTATION.analyse)
+
+
+@_jit
+def _drawn(item):
+  """What an item's first step draws: (noise of a pair, levels)."""
+  step_key = jax.random.fold_in(jax.random.key(0), 0)
+  level_key, noise_key, _ = jax.random.split(jax.random.fold_in(step_key, item), 3)
+  noise = jax.random.normal(noise_key, (2, *REPRESENTATION.chunk_shape))
+  return noise, Consistency().sample_levels(level_key, chunks=2, progress=0.)
 
 
 def _loss(functions):
@@ -108,20 +128,11 @@ def _gradients(before, after):
 
 
 def test_the_loss_is_the_papers(toy):
-  # Written out item by item: one noise for both levels, a level for each chunk, features once.
-  consistency, params = Consistency(), toy.state.params
-  params = jax.tree.map(np.asarray, params)
-  spec = np.asarray(_jit(REPRESENTATION.analyse)(toy.batch['audio']))
-
-  @_jit
-  def draw(item):  # what is drawn by JAX; all the rest is numpy, of which nothing is compiled
-    step_key = jax.random.fold_in(jax.random.key(0), 0)
-    level_key, noise_key, _ = jax.random.split(jax.random.fold_in(step_key, item), 3)
-    return jax.random.normal(noise_key, spec.shape[1:]), consistency.sample_levels(level_key, chunks=2, progress=0.)
-
+  # Written out item by item, in numpy: one noise for both levels, a level for each chunk, features once.
+  params = jax.tree.map(np.asarray, toy.state.params)
   losses = []
-  for item, x in enumerate(spec):
-    noise, levels = jax.tree.map(np.asarray, draw(item))
+  for item, x in enumerate(np.asarray(_analyse(toy.batch['audio']))):
+    noise, levels = jax.tree.map(np.asarray, _drawn(item))
     z = np.tanh(np.einsum('sftc,cz->sz', np.abs(x), params['encoder']['w']) / 32)
     feature = z @ params['decoder']['w']
     for s in range(2):
@@ -155,13 +166,6 @@ def test_the_step_and_the_seed_change_the_noise(toy):
   _close(losses[0], toy.after[1]['loss/consistency'])
 
 
-def test_microbatches_make_the_same_update(toy):
-  state, metrics = toy.fourfold(toy.state, toy.batch)
-  _close(_gradients(toy.state, state), _gradients(toy.state, toy.after[0]))
-  for name in ('loss', 'loss/consistency', 'loss/envelope', 'norm/gradients'):
-    _close(metrics[name], toy.after[1][name])
-
-
 def test_microbatches_cost_no_further_copy_of_the_parameters():
   width = 512
 
@@ -185,14 +189,11 @@ def test_microbatches_cost_no_further_copy_of_the_parameters():
 
 
 def test_eight_devices_and_microbatches_make_the_same_update(toy):
-  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-  step = _jit(_functions(accumulate=2).train_step, in_shardings=(whole, rows),
-              out_shardings=whole)
-  state, metrics = step(jax.device_put(toy.state, whole), jax.device_put(toy.batch, rows))
+  state, metrics = toy.spread(toy.state, toy.batch)
   assert len(metrics['loss'].devices()) == 8
   _close(_gradients(toy.state, state), _gradients(toy.state, toy.after[0]))
-  _close(metrics['loss'], toy.after[1]['loss'])
+  for name in ('loss', 'loss/consistency', 'loss/envelope', 'norm/gradients'):
+    _close(metrics[name], toy.after[1][name])
 
 
 def test_an_items_noise_does_not_depend_on_the_rest_of_the_batch(toy):
@@ -265,7 +266,7 @@ def test_bad_audio_skips_the_update_and_the_next_good_one_goes_on(toy):
 def test_one_bad_microbatch_shows_in_the_loss(toy):
   bad = {'audio': np.array(toy.batch['audio'])}
   bad['audio'][3, 0, 5] = np.nan
-  state, metrics = toy.fourfold(toy.state, bad)
+  state, metrics = toy.spread(toy.state, bad)
   assert np.isnan(metrics['loss']) and int(state.skipped) == 1
   _same(state.params, toy.state.params)
 
@@ -300,10 +301,9 @@ def test_head_start_trains_the_envelope_alone(toy):
   assert functions.phases == (('head_start', 2), ('consistency', 10))
   assert [functions.phase(step) for step in (0, 1, 2, 99)] == ['head_start'] * 2 + ['consistency'] * 2
   first = _jit(functools.partial(functions.train_step, phase='head_start'))
-  step = _jit(functions.train_step)
   state, losses = toy.state, []
   for n in range(3):
-    before, (state, metrics) = state, (first if n < 2 else step)(state, toy.batch)
+    before, (state, metrics) = state, (first if n < 2 else toy.step)(state, toy.batch)
     losses.append(metrics.get('loss/consistency'))
     moved = np.any(before.params['denoiser']['w'] != state.params['denoiser']['w'])
     assert moved == (n == 2)
@@ -315,34 +315,33 @@ def test_head_start_trains_the_envelope_alone(toy):
 def test_head_start_regresses_one_step_from_sigma_max(toy, kind):
   functions = _functions(head_start_share=.2, head_start_task=kind, envelope_weight=0.)
   state, metrics = _jit(functools.partial(functions.train_step, phase='head_start'))(toy.state, toy.batch)
-  consistency, params = Consistency(), toy.state.params
-  spec = REPRESENTATION.analyse(toy.batch['audio'])
-  keys = jax.vmap(lambda item: jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), item))(jnp.arange(16))
-  noise = jnp.stack([jax.random.normal(jax.random.split(key, 3)[1], x.shape) for key, x in zip(keys, spec)])
-  features = TOY.decode(params, Tanh()(TOY.encode(params, spec)))
-  estimate = consistency.denoise(lambda x, s: TOY.denoise(params, x, s, features), spec + 80 * noise,
-                                 jnp.full(spec.shape[:2], 80.))
-  if kind == 'data':
-    distance = np.sqrt(np.sum(np.square(np.asarray(estimate - spec)), axis=(2, 3, 4)))  # c is small beside it
-  else:
-    distance = np.abs(np.asarray(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec)))
-  np.testing.assert_allclose(metrics['loss/head_start'], np.mean(distance), rtol=2e-3)
+  consistency, spec = Consistency(), _analyse(toy.batch['audio'])
+  noise = np.stack([_drawn(item)[0] for item in range(len(spec))])
+
+  @_jit
+  def distance(params):
+    features = TOY.decode(params, Tanh()(TOY.encode(params, spec)))
+    estimate = consistency.denoise(lambda x, s: TOY.denoise(params, x, s, features), spec + 80 * noise,
+                                   jnp.full(spec.shape[:2], 80.))
+    if kind == 'data':
+      return jnp.sqrt(jnp.sum(jnp.square(estimate - spec), axis=(2, 3, 4)))  # c is small beside it
+    return jnp.abs(envelope.log_magnitude(estimate) - envelope.log_magnitude(spec))
+
+  np.testing.assert_allclose(metrics['loss/head_start'], np.mean(distance(toy.state.params)), rtol=2e-3)
   assert metrics['loss'] == metrics['loss/head_start'] and 'loss/consistency' not in metrics
   for name in ('encoder', 'decoder', 'denoiser'):
     assert np.any(toy.state.params[name]['w'] != state.params[name]['w'])
 
 
 def test_probe_tells_used_latents_from_ignored_ones(toy):
-  deaf = dataclasses.replace(
-    TOY, decode=lambda params, z: _toy_decode(params, jnp.zeros_like(z)))
-  key = jax.random.key(3)
-  heard = _jit(_functions().probe_step)(toy.state.params, toy.batch, key)
-  ignored = _jit(_functions(network=deaf).probe_step)(toy.state.params, toy.batch, key)
+  key, probe_step, params = jax.random.key(3), _jit(_functions().probe_step), toy.state.params
+  heard = probe_step(params, toy.batch, key)
+  ignored = probe_step({**params, 'decoder': {**params['decoder'], 'w': 0 * params['decoder']['w']}}, toy.batch, key)
   assert heard['swap'] > .01 and ignored['swap'] == 0
   for sigma in (.2, 1.):
     assert ignored[f'snr_{sigma}'] == ignored[f'snr_{sigma}_swapped']
     assert heard[f'snr_{sigma}'] != heard[f'snr_{sigma}_swapped']
-  single = _jit(_functions().probe_step)(toy.state.params, {'audio': toy.batch['audio'][:1]}, key)
+  single = probe_step(params, {'audio': toy.batch['audio'][:1]}, key)
   assert single['swap'] > 0  # a single item: the chunks are swapped
 
 
