@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import tensorflow_datasets as tfds
 
 from m2l2 import cli
 from m2l2.data import audio_io, prepare, segments
-from m2l2.data.prepare import child, items
+from m2l2.data.prepare import child, inputs, items
 from m2l2.errors import UserError
 
 ALL = prepare.Options(validation_fraction=0.)
@@ -98,16 +99,7 @@ def test_every_sample_comes_back_through_tfds(music, prepared):
     assert place == audio.shape[1]
     if name == 'a/stereo.wav':  # 16 bits at a native rate: nothing was changed
       np.testing.assert_array_equal(expected, soundfile.read(music / name, dtype='int16')[0].T)
-
-
-def test_no_tensorflow(prepared):
-  code = ('import sys, tensorflow_datasets as tfds; from m2l2.data import segments\n'
-          'from m2l2.data.prepare import prepare\n'
-          f's = tfds.builder_from_directory({str(prepared)!r}).as_data_source()["train"]\n'
-          'print(len(s), sum(segments.read_audio(r).shape[1] for r in s), "tensorflow" in sys.modules)')
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  read = records(prepared)
-  assert done.stdout.split() == [str(len(read)), str(sum(r['samples'] for r in read)), 'False']
+  assert 'tensorflow' not in sys.modules
 
 
 def test_the_children_that_decode_load_neither_beam_nor_what_reads_shards():
@@ -220,7 +212,7 @@ def test_equal_audio_is_taken_once_and_silence_not_at_all(tmp_path):
 # ---- hostile input -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('files', [40, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize('files', [20, pytest.param(100, marks=pytest.mark.soak)])
 def test_fuzzed_files_cost_no_others(tmp_path, files):
   good = write_fuzzed(tmp_path / 'in', files=files, seed=1)
   run(tmp_path / 'in', tmp_path / 'out', processes=2, limits=prepare.Limits(timeout=20.))
@@ -271,7 +263,11 @@ def test_hostile_files_are_named_and_others_used(tmp_path):
                   'long.wav'}
 
 
-def test_a_file_that_lacks_its_last_moment_is_used(tmp_path):
+def test_what_lacks_a_part_is_used_or_named(tmp_path, caplog):
+  wav = write(tmp_path / 'in' / 'cut.wav', noise(4), subtype='PCM_16')
+  wav.write_bytes(wav.read_bytes()[:2 * 44100 * 4 + 44])
+  ogg = write(tmp_path / 'in' / 'chain.ogg', noise(2, seed=1))
+  ogg.write_bytes(2 * ogg.read_bytes())
   for name, lost in (('most.ogg', 0.5), ('half.ogg', 2.5)):
     data = write(tmp_path / 'in' / name, noise(5)).read_bytes()
     pages = [place for place in range(len(data)) if data[place:place + 4] == b'OggS']
@@ -280,8 +276,10 @@ def test_a_file_that_lacks_its_last_moment_is_used(tmp_path):
     (tmp_path / 'in' / name).write_bytes(data[:kept] + data[pages[-1]:])
   run(tmp_path / 'in', tmp_path / 'out')
   assert list(skipped(tmp_path / 'out')) == ['half.ogg']
-  (record,) = records(tmp_path / 'out')
-  assert 4 * 44100 < record['samples'] == record['source_samples'] < 5 * 44100
+  samples = {record['source'].decode(): int(record['source_samples']) for record in records(tmp_path / 'out')}
+  assert 4 * 44100 < samples.pop('most.ogg') < 5 * 44100
+  assert samples == {'cut.wav': 2 * 44100, 'chain.ogg': 4 * 44100}
+  assert 'cut.wav: is cut short: holds 2.0 of the 4.0 s' in caplog.text and 'chain.ogg' not in caplog.text
 
 
 CODEC = '''
@@ -296,17 +294,6 @@ class SoundFile(soundfile.SoundFile):
     super().__init__(name, *a, **k)
 soundfile.SoundFile = SoundFile
 '''
-
-
-def test_a_file_cut_short_is_named_with_seconds_and_a_chain_is_used_whole(tmp_path, caplog):
-  wav = write(tmp_path / 'music' / 'cut.wav', noise(4), subtype='PCM_16')
-  wav.write_bytes(wav.read_bytes()[:2 * 44100 * 4 + 44])
-  ogg = write(tmp_path / 'music' / 'chain.ogg', noise(2, seed=1))
-  ogg.write_bytes(2 * ogg.read_bytes())
-  run(tmp_path / 'music', tmp_path / 'out')
-  assert {record['source'].decode(): int(record['source_samples']) for record in records(tmp_path / 'out')} == {
-      'cut.wav': 2 * 44100, 'chain.ogg': 4 * 44100}
-  assert 'cut.wav: is cut short: holds 2.0 of the 4.0 s' in caplog.text and 'chain.ogg' not in caplog.text
 
 
 def test_a_codec_that_hangs_or_crashes_costs_one_file(tmp_path, monkeypatch):
@@ -407,15 +394,18 @@ def test_two_at_once_are_refused(music, tmp_path):
     run(music, tmp_path)
 
 
-def test_a_full_disk_is_one_line_and_can_be_gone_on_from(music, tmp_path):
-  limited = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
-             'resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY)); '
-             'from m2l2 import cli; sys.exit(cli.main(sys.argv[1:]))')
+def test_a_full_disk_is_one_line_and_can_be_gone_on_from(music, tmp_path, capfd):
   flags = ['prepare', f'--input={music}', f'--output={tmp_path / "out"}', '--validation-fraction=0', '--processes=1',
            '--segment-seconds=1.5', '--overlap-seconds=0.5']
-  done = subprocess.run([sys.executable, '-c', limited, *flags], capture_output=True, text=True)
-  assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and not done.stdout
-  assert 'm2l2: ' in done.stderr and 'File too large' in done.stderr
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
+  try:
+    assert cli.main(flags) == 1
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  said = capfd.readouterr()
+  assert len(said.err.splitlines()) == 1 and not said.out
+  assert 'm2l2: ' in said.err and 'File too large' in said.err
   assert [path.name for path in (tmp_path / 'out').iterdir()] == ['.prepare']
   assert not list((tmp_path / 'out').glob('.prepare/*.part'))
   run(music, tmp_path / 'out', options=SHORT)
@@ -442,12 +432,11 @@ def test_remote_files_give_the_same_bytes(music, prepared, tmp_path):
   memory = fsspec.filesystem('memory')
   memory.put(str(music), '/bucket/music', recursive=True)
   try:
-    run('memory://bucket/music', tmp_path / 'out', options=SHORT)
-    assert contents(tmp_path / 'out') == contents(prepared)
-    run('memory://bucket/music/**/*.wav', 'memory://bucket/out', options=SHORT)
+    run('memory://bucket/music', 'memory://bucket/out', options=SHORT)
     assert memory.exists('/bucket/out/manifest.json') and not memory.exists('/bucket/out/.prepare')
-    memory.get('/bucket/out', str(tmp_path / 'got'), recursive=True)
-    assert {r['source'] for r in records(tmp_path / 'got')} == {b'a/stereo.wav', b'high.wav', b'old.wav'}
+    memory.get('/bucket/out', str(tmp_path / 'out'), recursive=True)
+    assert contents(tmp_path / 'out') == contents(prepared)
+    assert inputs.find('memory://bucket/music/**/*.wav')[1] == ['a/stereo.wav', 'high.wav', 'old.wav']
     with pytest.raises(UserError, match='no audio files there'):
       run('memory://bucket/nothing', tmp_path / 'other')
   finally:

@@ -689,10 +689,11 @@ def test_kill_9_and_then_on_to_the_end_equals_a_straight_run(small, tmp_path, mu
   """Of the one matrix; the shipped config, killed more often, is soak below."""
   run, steps = tmp_path / 'killed', 2000
   stopped(run, music, steps=steps, processes=1, number=signal.SIGKILL,
+          hook="more = {'mesh.preset': 'dp', 'mesh.fsdp': 1, 'train.probe_every': 0}",
           ready=lambda said: len(soak_resume.trace(run)) >= 7)
   reached = steps_of(run)[-1]
   assert 7 <= reached < steps
-  more = {'mesh.preset': 'fsdp', 'mesh.fsdp': 2, 'train.steps': reached + 5, 'train.probe_every': 2}
+  more = {'train.steps': reached + 5, 'train.checkpoint_every': 1000}
   for workdir in (run, tmp_path / 'straight'):
     assert small(workdir, **more) == reached + 5
   assert steps_of(run) == list(range(1, reached + 6))
