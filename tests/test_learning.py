@@ -1,6 +1,7 @@
 """What learning is judged by: excerpts, baselines, the bench and the held-out table."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,31 @@ def test_a_trial_then_the_held_out_table_then_the_box(music, tmp_path, monkeypat
   stored = json.loads((output / 'report.json').read_text())
   assert stored['systems'] == report['systems'] and list(stored['rates']) == [str(n) for n in (1, 2)]
   assert (output / 'table.md').read_text() == held_out.markdown(report) and (output / 'swapped.png').is_file()
+
+
+def test_snapshots_of_a_run_over_its_cost(tmp_path, monkeypatch):
+  config = nano.get_config('debug')
+  monkeypatch.setattr(timing, 'model_flops', lambda config: lambda steps: 1e15 * steps)
+  monkeypatch.setattr(judging, 'load', lambda *_, **__: {'a': np.zeros((1, 100), np.float32)})
+  monkeypatch.setattr(learn, 'make_embedder', lambda name: None)
+  monkeypatch.setattr(learn, 'heard', lambda codec, *_: ({'coherence': .2, 'fd': float(codec.params['step']), 'fd2': 1.,
+                                                          'mel_l1_db': 5., 'swap': .3}, {}))
+  monkeypatch.setattr(learn, 'Codec', lambda *, config, params, fingerprint: types.SimpleNamespace(
+      params=params, native_rates=(8000,), representation=None))
+  monkeypatch.setattr(learn, 'noise_phases', lambda audio, representation: audio)
+  monkeypatch.setattr(judging, 'judge', lambda *_, **__: {
+      'frechet': {learn.EMBEDDING: {'value': 9.}},
+      'metrics': {name: {'mean': .5} for name in ('coherence', 'coherence_reference', 'mel_l1_db')}})
+  for step in (400, 40):
+    save_snapshot(tmp_path / str(step), params={'step': np.float32(step)}, config=json.loads(json.dumps(
+        config.to_dict())), step=step)
+  learn.run([f'--snapshots={tmp_path}'])
+  told = json.loads((tmp_path / 'curve.json').read_text())
+  assert [(point['step'], point['pflop'], point['fd']) for point in told['points']] == [(40, 40, 40), (400, 400, 400)]
+  assert told['random phases']['fd'] == 9 and (tmp_path / 'curve.png').stat().st_size > 5_000
+  with pytest.raises(UserError, match='holds no snapshots'):
+    (tmp_path / 'none').mkdir()
+    learn.run([f'--snapshots={tmp_path / "none"}'])
 
 
 def test_trials_are_compared_at_their_cost(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@
   --excerpts=FILE    list of excerpts (default launch/research/excerpts/validation.txt), --seconds=6 each
   --compare=A,B,...  no training: draws TABLE/compare.png, the metrics of trials with config.evaluate.root against hours
                      of audio and PFLOP
+  --snapshots=DIR    no training: judges the snapshots DIR/*, kept of one run: DIR/curve.json, and DIR/curve.png of
+                     their metrics against PFLOP
   --config...        as for m2l2 train: the fields that differ from the file are the trial's delta
 
 Train on the output of `m2l2 prepare --validation-fraction=0.08`: the excerpts of the default list are of files that it
@@ -38,10 +40,12 @@ import numpy as np
 from m2l2 import build, files
 from m2l2.codec import renamed
 from m2l2.codec.codec import Codec, load
+from m2l2.codec.snapshot import load_snapshot
 from m2l2.errors import UserError
-from m2l2.evaluation.embedders.embeddings import make_embedder
+from m2l2.evaluation.embedders.embeddings import make_embedder, remembering
 from m2l2.evaluation.reports import pictures
 from m2l2.evaluation.studies import judging
+from m2l2.evaluation.studies.baselines import noise_phases
 from m2l2.training import main as command
 from m2l2.training import timing
 from m2l2.training.probe import probe
@@ -59,6 +63,7 @@ def parser():
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--name')
   flags.add_argument('--compare')
+  flags.add_argument('--snapshots', type=Path)
   flags.add_argument('--table', default='runs/learn')
   flags.add_argument('--cpu-seconds', type=float)
   flags.add_argument('--music', default='data/music/train')
@@ -76,6 +81,8 @@ def run(argv) -> dict:
     target = Path(args.table) / 'compare.png'
     pictures.save(pictures.learning_curves(curves(Path(args.table), args.compare.split(','))), target)
     return {'picture': str(target)}
+  if args.snapshots:
+    return {'picture': str(judge_snapshots(args))}
   if not args.name:
     raise UserError('--name=NAME is missing: the trial\'s')
   config = command.parse(['learn', *rest], required=('config',)).config
@@ -111,6 +118,30 @@ def curves(table: Path, names) -> dict[str, list[dict]]:
   return runs
 
 
+def judge_snapshots(args) -> Path:
+  """One and two steps of each snapshot of a folder, beside exact magnitudes with random phases."""
+  kept = sorted((load_snapshot(place) for place in args.snapshots.iterdir() if place.is_dir()), key=lambda s: s.step)
+  if not kept:
+    raise UserError(f'{args.snapshots} holds no snapshots')
+  flops = timing.model_flops(config_dict.ConfigDict(renamed.current(kept[-1].config)))
+  embedders, points, sounds = {EMBEDDING: remembering(make_embedder(EMBEDDING))}, [], {}
+  for snapshot in kept:
+    codec = Codec(config=snapshot.config, params=snapshot.params, fingerprint=snapshot.fingerprint)
+    rate = codec.native_rates[0]
+    sounds = sounds or judging.load(args.excerpts, args.music, seconds=args.seconds, sample_rate=rate)
+    line, _ = heard(codec, sounds, rate, embedders)
+    points.append({'step': snapshot.step, 'pflop': flops(snapshot.step) / 1e15, **line})
+    print(json.dumps(points[-1]), flush=True)
+  bound = judging.judge(sounds, {name: noise_phases(audio, codec.representation) for name, audio in sounds.items()},
+                        rate, metrics=METRICS, embedders=embedders)
+  bounds = {'fd': bound['frechet'][EMBEDDING]['value'], 'coherence': bound['metrics']['coherence']['mean'],
+            'coherence_reference': bound['metrics']['coherence_reference']['mean'],
+            'mel_l1_db': bound['metrics']['mel_l1_db']['mean']}
+  files.write_json(args.snapshots / 'curve.json', {'points': points, 'random phases': bounds})
+  pictures.save(pictures.snapshots(points, bounds), args.snapshots / 'curve.png')
+  return args.snapshots / 'curve.png'
+
+
 def steps_within(config, cpu_seconds: float) -> int:
   """Steps of this config that fit in so many seconds of the processors, from timing three of either kind."""
   functions = build.step_functions(config)
@@ -144,11 +175,17 @@ def cost(config) -> dict[str, float]:
 
 def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   """What a model makes of the excerpts, as numbers; pictures go to the workdir."""
+  line, estimates = heard(codec, sounds, rate, {EMBEDDING: make_embedder(EMBEDDING)})
+  draw(sounds, estimates, rate, workdir)
+  return {**line, **denoising(codec, sounds)}
+
+
+def heard(codec: Codec, sounds, rate: int, embedders) -> tuple[dict[str, float], dict[str, dict]]:
+  """(figures, the sounds of one step, of two, and of one step with the latents of another piece)."""
   latents = judging.encode(codec, sounds, rate)
   one_step = judging.decode(codec, latents, refine=False)
   two = judging.decode(codec, latents, refine=True)
   other = judging.decode(codec, judging.exchanged(latents), refine=False)
-  embedders = {EMBEDDING: make_embedder(EMBEDDING)}
   judged, judged2 = (judging.judge(sounds, estimates, rate, metrics=METRICS, embedders=embedders)
                      for estimates in (one_step, two))
   exchanged = judging.judge(sounds, other, rate, metrics=('ratio',))
@@ -159,10 +196,8 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),
            'coherence2': mean(judged2, 'coherence'),
            'level_db2': judged2['level_db'], 'swap': judging.change(one_step, other),
-           'exchanged_ratio': mean(exchanged, 'ratio'),
-           **judging.latent_health(latents), **denoising(codec, sounds)}
-  draw(sounds, {'one step': one_step, 'two steps': two, 'latents of another piece': other}, rate, workdir)
-  return line
+           'exchanged_ratio': mean(exchanged, 'ratio'), **judging.latent_health(latents)}
+  return line, {'one step': one_step, 'two steps': two, 'latents of another piece': other}
 
 
 def denoising(codec: Codec, sounds) -> dict[str, float]:

@@ -157,6 +157,30 @@ def learning_curves(runs) -> Figure:
   return figure
 
 
+def snapshots(points, bounds) -> Figure:
+  """Quality of the snapshots of a run against its cost in PFLOP, of one step and of two.
+
+  Args:
+    points: a mapping per snapshot: 'pflop', 'coherence', 'fd', 'mel_l1_db', of two steps with a 2 behind, and 'swap'.
+    bounds: the same of exact magnitudes with random phases, dashed, and 'coherence_reference' of the originals, dotted.
+  """
+  cost = [point['pflop'] for point in points]
+  figure, axes = grid(4, columns=4, height=3)
+  for axis, name in zip(axes, ('coherence', 'fd', 'mel_l1_db', 'swap'), strict=True):
+    for key, label in ((name, 'one step'), (f'{name}2', 'two steps')):
+      if key in points[0]:
+        axis.plot(cost, [point[key] for point in points], marker='.', label=label)
+    if name in bounds:
+      axis.axhline(bounds[name], color='0.5', linestyle='dashed', label='random phases')
+    if name == 'coherence':
+      axis.axhline(bounds['coherence_reference'], color='0.5', linestyle='dotted', label='originals')
+      axis.set_ylim(0, 1)
+    axis.set_title(name, fontsize=10)
+    axis.set_xlabel('PFLOP')
+  axes[0].legend(fontsize=8)
+  return figure
+
+
 def rate_distortion(points, embedding: str) -> Figure:
   """Distortion against numbers per second: ratio, log-mel L1 and, if known, the Frechet distance.
 
