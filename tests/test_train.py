@@ -298,13 +298,13 @@ def test_a_resumed_run_may_differ_and_says_in_what(small, again, tmp_path, warni
 
 def test_another_batch_size_goes_on_at_the_next_unseen_sample(small, again, monkeypatch):
   starts = []
-  make_loader = loop.make_loader
+  make_loader = preflight.make_loader
 
   def spy(**fields):
     starts.append((fields['start_index'], fields['batch_size']))
     return make_loader(**fields)
 
-  monkeypatch.setattr(loop, 'make_loader', spy)
+  monkeypatch.setattr(preflight, 'make_loader', spy)
   small(again, **{'train.steps': 8, 'train.batch_size': 16})
   small(again, **{'train.steps': 9, 'train.batch_size': 16})
   assert starts == [(6 * 8, 16), (6 * 8 + 2 * 16, 16)]

@@ -169,7 +169,7 @@ def _evaluate(args):
 
 def _named_folders(texts) -> dict[str, str]:
   """{name: folder} of the values of --beside. Raises UserError: not NAME=DIR, or a name twice."""
-  folders = {}
+  folders: dict[str, str] = {}
   for text in texts:
     name, _, folder = text.partition('=')
     if not name or not folder or name in (*folders, 'reference', 'estimate'):

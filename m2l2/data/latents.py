@@ -112,8 +112,7 @@ class LatentSource:
   Raises UserError: no such data, not finished, no such split, or no record as long as the window.
   """
 
-  def __init__(self, directory, *, window: int | None = None, hop: int | None = None, split: str = 'train',
-               memory: int = MEMORY):
+  def __init__(self, directory, *, window=None, hop=None, split='train', memory=MEMORY):
     hop = window if hop is None else hop
     if window is not None and min(window, hop) < 1 or window is None and hop is not None:
       raise UserError(f'window={window}, hop={hop}: chunks, 1 or more; a hop needs a window')

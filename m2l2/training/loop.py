@@ -12,7 +12,7 @@ import jax
 
 from m2l2 import build, compiling, files, sharding
 from m2l2.codec.snapshot import Background, save_snapshot
-from m2l2.data.pipeline import Ahead, make_loader
+from m2l2.data.pipeline import Ahead
 from m2l2.training import checkpoint, goodput, hosts, metrics, preflight, programs, scaling, timing
 from m2l2.training.listening import Listener
 from m2l2.training.watchdog import COMPUTING, MEASURING, SAVING, WAITING
@@ -86,13 +86,10 @@ def train(config, workdir, writers=()) -> int:
     counting = stack.enter_context(futures.ThreadPoolExecutor(1)).submit(timing.model_flops, config)
     own, blocks = sharding.batch_blocks(mesh)
     data = config.data
-    loader = make_loader(
-      root=mixture, sample_rate=functions.sample_rate,
-      native_rates=functions.native_rates, channels=functions.channels, crop_samples=functions.crop_samples,
-      batch_size=fields.batch_size, seed=config.seed, start_index=position['next_index'],
-      blocks=own, of_blocks=blocks, num_workers=data.num_workers, num_threads=data.num_threads,
-      prefetch=data.prefetch, worker_buffer=data.worker_buffer,
-      rms_floor=data.rms_floor, gain_db=data.gain_db, mix=data.mix,
+    loader = preflight.open_data(
+      config, functions, mixture, start_index=position['next_index'], blocks=own, of_blocks=blocks,
+      num_workers=data.num_workers, num_threads=data.num_threads, prefetch=data.prefetch,
+      worker_buffer=data.worker_buffer,
       demand=timing.peak_flops(config) and timing.demand(config, counting.result()))
     stack.callback(loader.close)
     loader.check()

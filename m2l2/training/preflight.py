@@ -10,7 +10,7 @@ import jax
 from m2l2 import build, files, sharding
 from m2l2.codec.loading import locate
 from m2l2.codec.snapshot import Snapshot, load_snapshot
-from m2l2.data.pipeline import make_loader
+from m2l2.data.pipeline import Loader, make_loader
 from m2l2.data.sources import KINDS, Mixture, find_mixture
 from m2l2.errors import UserError
 from m2l2.training import checkpoint, reduction, scaling, timing
@@ -85,6 +85,15 @@ def locked(workdir: str):
   return files.locked(os.path.join(workdir, LOCK), command='m2l2 train', place=f'--workdir={workdir}')
 
 
+def open_data(config, functions, mixture, **how) -> Loader:
+  """The samples of a run. how: where they start, this process's share of them, and how they are read: `make_loader`."""
+  data = config.data
+  return make_loader(
+    root=mixture, sample_rate=functions.sample_rate, native_rates=functions.native_rates, channels=functions.channels,
+    crop_samples=functions.crop_samples, batch_size=config.train.batch_size, seed=config.seed,
+    rms_floor=data.rms_floor, gain_db=data.gain_db, mix=data.mix, **how)
+
+
 def load_weights(path: str, params) -> Snapshot:
   """The snapshot that a new run starts from. params: shapes of this config's parameters.
 
@@ -120,10 +129,7 @@ def report(config, workdir, *, places: bool = True) -> list[str]:
   about = describe(config, functions, params, mixture, mesh)
   if not places:
     return [*about, f'run         {fields.steps} steps, saved every {fields.checkpoint_every}']
-  with make_loader(
-      root=mixture, sample_rate=functions.sample_rate, native_rates=functions.native_rates,
-      channels=functions.channels, crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
-      num_threads=0, rms_floor=config.data.rms_floor, gain_db=config.data.gain_db, mix=config.data.mix) as loader:
+  with open_data(config, functions, mixture, num_threads=0) as loader:
     loader.check()
   done = checkpoint.latest(os.path.join(workdir, 'checkpoints'))
   if done is not None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from m2l2 import build, compiling, files, sharding
-from m2l2.data.pipeline import Loader, make_loader
+from m2l2.data.pipeline import Loader
 from m2l2.errors import UserError
 from m2l2.model.parameters import by_path
 from m2l2.training import checkpoint, examine, hosts, metrics, preflight, programs, scaling
@@ -56,11 +56,8 @@ def replay(config, workdir, step: int) -> tuple[bool, list[str]]:
       stack.enter_context(preflight.locked(workdir))
     state, first, position = _state_before(step, config, functions, mesh, workdir, plain)
     own, blocks = sharding.batch_blocks(mesh)
-    loader = stack.enter_context(make_loader(
-      root=mixture, sample_rate=functions.sample_rate, native_rates=functions.native_rates,
-      channels=functions.channels, crop_samples=functions.crop_samples, batch_size=fields.batch_size, seed=config.seed,
-      start_index=position['next_index'], blocks=own, of_blocks=blocks, rms_floor=config.data.rms_floor,
-      gain_db=config.data.gain_db, mix=config.data.mix))
+    loader = stack.enter_context(preflight.open_data(
+      config, functions, mixture, start_index=position['next_index'], blocks=own, of_blocks=blocks))
     if main and position['files'] not in (None, mixture.fingerprint):
       logging.warning('the files at data.root are not those of the run: these are other samples')
     state, batch, updates = _lead_up(state, first, step, functions, mesh, loader, config)
