@@ -2,16 +2,18 @@
 
 import json
 import math
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from launch.research import ladder, piano
+from launch.research import composers, ladder, piano
 from m2l2 import build
 from m2l2.errors import UserError
 from m2l2.evaluation.metrics.phases import coherence
-from m2l2.evaluation.studies import baselines
+from m2l2.evaluation.studies import baselines, judging
 from m2l2.representation import Representation
 
 
@@ -73,6 +75,21 @@ def test_noise_phases_keep_magnitudes_alone():
   assert noise.shape == sound.shape
   of = jax.jit(lambda audio: coherence(small.analyse(audio[:, :small.crop_samples(2)])).mean())
   assert of(sound) > 0.95 and of(noise) < 0.5
+
+
+def test_notes_of_a_score_with_its_highest_voice_loudest(monkeypatch):
+  pitch = lambda midi: types.SimpleNamespace(midi=midi)
+  note = lambda start, length, *pitches: types.SimpleNamespace(offset=start, quarterLength=length,
+                                                               pitches=[pitch(p) for p in pitches])
+  notes = [note(0, 2, 48), note(0, 1, 60, 64), note(1, 1, 62), note(1, 0, 70)]  # the last is a grace note
+  score = types.SimpleNamespace(stripTies=lambda: score, flatten=lambda: types.SimpleNamespace(notes=notes))
+  music21 = types.SimpleNamespace(corpus=types.SimpleNamespace(parse={'bach/bwv846': score}.__getitem__))
+  monkeypatch.setitem(sys.modules, 'music21', music21)
+  assert composers.notes_of('bach/bwv846') == [
+      (0, 1.94, 48, composers.QUIET), (0, .97, 60, composers.QUIET), (0, .97, 64, composers.LOUD),
+      (1, 1.97, 62, composers.LOUD)]
+  listed = {name for _, name in judging.read_list(ladder.Path(composers.__file__).parent / 'excerpts/composers.txt')}
+  assert listed == {f'{name}.flac' for name in composers.names().values()}
 
 
 def test_scores_differ_by_seed_and_last_as_long_as_asked():

@@ -34,6 +34,11 @@ PIECES = {
     'schubert/Lindenbaum': 80, 'schumann_clara/polonaise_op1n1': 90, 'schumann_robert/dichterliebe_no2': 56}
 
 
+def names() -> dict[str, str]:
+  """{piece: the name of its file}."""
+  return {piece: piece.removesuffix('.mxl').removesuffix('.xml').replace('/', '_') for piece in PIECES}
+
+
 def notes_of(piece: str) -> list[tuple[float, float, int, int]]:
   """(start, end, pitch, velocity) in beats, of all voices."""
   from music21 import corpus  # here: it takes seconds to import
@@ -41,11 +46,12 @@ def notes_of(piece: str) -> list[tuple[float, float, int, int]]:
   score = score.scores[0] if hasattr(score, 'scores') and score.scores else score
   sounds = [(float(note.offset), float(note.quarterLength), pitch.midi)
             for note in score.stripTies().flatten().notes for pitch in note.pitches]
+  sounds = [(start, length, pitch) for start, length, pitch in sounds if length > 0]  # without grace notes
   highest = {}
   for start, _, pitch in sounds:
     highest[start] = max(pitch, highest.get(start, 0))
   return [(start, start + 0.97 * length, pitch, LOUD if pitch == highest[start] else QUIET)
-          for start, length, pitch in sounds if length > 0]
+          for start, length, pitch in sounds]
 
 
 def render(piece: str, path: Path):
@@ -61,8 +67,7 @@ def main(argv=None):
   args = flags.parse_args(argv)
   piano.require_fluidsynth()
   args.output.mkdir(parents=True, exist_ok=True)
-  names = {piece: piece.removesuffix('.mxl').removesuffix('.xml').replace('/', '_') for piece in PIECES}
-  work = {piece: args.output / f'{name}.flac' for piece, name in names.items()}
+  work = {piece: args.output / f'{name}.flac' for piece, name in names().items()}
   with futures.ProcessPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(render, *zip(*[item for item in work.items() if not item[1].exists()], strict=True)))
   print(f'{args.output}: {len(work)} pieces')
