@@ -175,7 +175,7 @@ def step_functions(config, *, ravel=False, data=None):
   return train_step.make_step_functions(
       objective, optimizer=optimizer, schedule=schedule, ema_max=train['ema_decay'], seed=config['seed'],
       accumulate=train['accumulate'], native_rates=native_rates(config['model']), ravel=ravel,
-      reduction=train['reduction'])
+      reduction=train.get('reduction', 'activations'))  # newer than saved configs
 
 
 def _names(cls) -> set:

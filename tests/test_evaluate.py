@@ -1,6 +1,8 @@
 """`m2l2 evaluate` end to end, and each mix-up found and named."""
 
+import base64
 import csv
+import io
 import json
 import os
 import re
@@ -268,6 +270,8 @@ def test_other_reconstructions_stand_beside(folders, tmp_path, capsys, music):
   (row,) = (line for line in shown if line[0] == 'si_sdr')
   means = [each['metrics']['si_sdr']['mean'] for each in (results, worse)]
   assert [row[1], row[4]] == [f'{mean:.4g}' for mean in means]
+  (row,) = (line for line in shown if line[:2] == ['frechet', 'musicnn_msd'])
+  assert row[-2:] == ['(n=2)', 'n=3']
   page = (tmp_path / 'report.html').read_text()
   assert page.count('data:audio/flac;base64,') == 3 == page.count('data:image/png;base64,')
   assert '<div>worse<br><audio' in page and '<th>worse</th>' in page
@@ -279,10 +283,23 @@ def test_other_reconstructions_stand_beside(folders, tmp_path, capsys, music):
   assert small.count('data:audio/mpeg;base64,') == 2 + 3 == small.count('data:image/jpeg;base64,')
   assert len(small) < len(page) / 2
   assert 'warning: worse: a.flac: unreadable' in capsys.readouterr().out
+  # A folder in which nothing can be measured is told of; the rest is written.
+  (tmp_path / 'worse' / 'deep' / 'b.wav').write_bytes(b'RIFF')
+  assert run(*args[:2], '--metrics=si_sdr', '--workers=1', f'--beside=worse={tmp_path}/worse',
+             f'--output={tmp_path}/report.json') == 0
+  assert 'beside' not in json.loads((tmp_path / 'report.json').read_text())
+  assert 'warning: worse: left out: ' in capsys.readouterr().out
   for wrong in ('worse', '=x', 'reference=x', 'estimate=x'):
     assert run(*args, f'--beside={wrong}', f'--output={tmp_path}/r.json') == 1
     assert 'give NAME=DIR' in capsys.readouterr().err
   assert not (tmp_path / 'r.json').exists()
+
+
+@pytest.mark.parametrize('rate, channels', [(96000, 2), (44100, 5)])
+def test_a_small_page_holds_what_mp3_cannot_state(rate, channels):
+  sound = report._sound(np.zeros((channels, rate // 10), np.float32), rate, small=True)
+  data, heard = soundfile.read(io.BytesIO(base64.b64decode(sound.partition(',')[2])))
+  assert (data.shape[1], heard) == (2, 48000)
 
 
 def test_identical_folders(folders, tmp_path):
@@ -320,7 +337,11 @@ def test_a_checkpoint_reconstructs_first(tmp_path, music, monkeypatch, capsys):
   write(reference / 'z.wav', music[0][:, :RATE // 2])
   before = {path: path.read_bytes() for path in (reference / 'z.wav', keep / 'a.wav')}
   command = (f'--reference={reference}', f'--checkpoint={tmp_path}/model', f'--output={tmp_path}/report.json')
-  for folder, options, told in ((reference, ('--overwrite',), 'z.wav: is a reference'), (keep, (), 'is there already')):
+  alias = tmp_path / 'alias'  # the same folder by another name, as a bind mount gives it
+  alias.mkdir()
+  os.link(reference / 'z.wav', alias / 'z.wav')
+  for folder, options, told in ((reference, ('--overwrite',), 'z.wav: is a reference'), (keep, (), 'is there already'),
+                                (alias, ('--overwrite',), 'z.wav: is a reference')):
     assert run(*command, f'--estimate={folder}', *options) == 1
     assert told in capsys.readouterr().err
   assert not (reference / 'a.wav').exists() and before == {path: path.read_bytes() for path in before}

@@ -264,6 +264,13 @@ def test_a_signal_that_ends_one_is_told_to_the_others(number, name):
   this._end.assert_called_once_with(f'stopped by {name}: {hosts.AGAIN}', reason=f'stopped by {name}')
 
 
+def test_last_words_after_their_end_are_no_error():
+  words = hosts.LastWords()
+  words.close()
+  words.set('too late')
+  words.close()
+
+
 def test_a_coordinator_that_does_not_answer_is_one_line():
   with pytest.raises(UserError, match='no answer after --start_timeout=1 s') as error:
     hosts.join(coordinator=f'localhost:{free_port()}', num_processes=2, process_id=1, start_timeout=1)

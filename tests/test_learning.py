@@ -248,6 +248,7 @@ def test_snapshots_of_a_run_over_its_cost(tmp_path, monkeypatch):
   for step in (400, 40):
     save_snapshot(tmp_path / str(step), params={'step': np.float32(step)}, config=json.loads(json.dumps(
         config.to_dict())), step=step)
+  (tmp_path / '.200.new').mkdir()  # is being written
   learn.run([f'--snapshots={tmp_path}'])
   told = json.loads((tmp_path / 'curve.json').read_text())
   assert [(point['step'], point['pflop'], point['fd']) for point in told['points']] == [(40, 40, 40), (400, 400, 400)]

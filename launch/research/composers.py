@@ -3,11 +3,12 @@
 
   pip install music21                                      # which has the scores
   python launch/research/composers.py --output=data/composers
+  python launch/research/composers.py --prelude=m2l2/assets/models/piano/prelude.ogg     # the clip in the box alone
 
-Needs what piano.py needs, and music21, whose corpus holds the scores. The works are out of copyright; the encodings
-have licences of their own, so the renderings are for measuring. Every voice is played on the piano. Writes
-OUTPUT/NAME.flac: mono, 11.025 kHz, a peak of .9, at most 100 s of each. excerpts/composers.txt lists three excerpts of
-each.
+Needs what piano.py needs, and music21, whose corpus holds the scores (the clip's four bars stand below). The works are
+out of copyright; the encodings have licences of their own, so the renderings are for measuring. Every voice is played
+on the piano. Writes OUTPUT/NAME.flac: mono, 11.025 kHz, a peak of .9, at most 100 s of each. excerpts/composers.txt
+lists three excerpts of each.
 """
 
 import argparse
@@ -32,6 +33,9 @@ PIECES = {
     'handel/rinaldo/lascia_chio_pianga': 80, 'haydn/opus74no1/movement2': 90, 'joplin/maple_leaf_rag': 90,
     'monteverdi/madrigal.3.1.mxl': 110, 'mozart/k545': 120, 'mozart/k458/movement3': 50, 'palestrina/Agnus_0': 110,
     'schubert/Lindenbaum': 80, 'schumann_clara/polonaise_op1n1': 90, 'schumann_robert/dichterliebe_no2': 56}
+
+# The first bars of the prelude in C of Bach's Well-Tempered Clavier: two notes that are held, three that return.
+PRELUDE = ((60, 64, 67, 72, 76), (60, 62, 69, 74, 77), (59, 62, 67, 74, 77), (60, 64, 67, 72, 76))
 
 
 def names() -> dict[str, str]:
@@ -61,11 +65,24 @@ def render(piece: str, path: Path):
   piano.render(piano.midi(notes, (), tempo), path, rate=RATE)
 
 
+def prelude() -> list[tuple[float, float, int, int]]:
+  """(start, end, pitch, velocity) in beats: sixteen sixteenths a bar."""
+  notes = []
+  for half, bar in enumerate(bar for bar in PRELUDE for _ in range(2)):
+    for at, pitch in enumerate((*bar, *bar[2:])):
+      notes.append((2 * half + at / 4, 2 * half + (2 if at < 2 else (at + 0.97) / 4), pitch, LOUD))
+  return notes
+
+
 def main(argv=None):
   flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   flags.add_argument('--output', type=Path, default=Path('data/composers'))
+  flags.add_argument('--prelude', type=Path)
   args = flags.parse_args(argv)
   piano.require_fluidsynth()
+  if args.prelude:
+    piano.render(piano.midi(prelude(), (), PIECES['bach/bwv846']), args.prelude, rate=RATE)
+    return
   args.output.mkdir(parents=True, exist_ok=True)
   work = {piece: args.output / f'{name}.flac' for piece, name in names().items()}
   with futures.ProcessPoolExecutor(os.cpu_count()) as pool:

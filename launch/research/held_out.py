@@ -28,6 +28,7 @@ import io
 import os
 from pathlib import Path
 import re
+import shutil
 import sys
 
 import jax
@@ -259,7 +260,8 @@ def write(report, systems, sounds, rate, output, kept):
     pictures.save(pictures.rate_distortion(report['rates'].values(), EMBEDDING), output / 'rates.png')
   for system in systems:
     folder = output / 'sounds' / re.sub(r'[^a-z0-9]+', '_', system.lower()).strip('_')
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of another model, or of more excerpts
+    folder.mkdir(parents=True)
     for name in excerpts.evenly(names, kept):
       audio_io.write(folder / f'{name.replace("/", "_")}.flac', systems[system][name], rate)
   files.write_json(output / 'report.json', report, indent=1)

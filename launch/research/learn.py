@@ -120,7 +120,8 @@ def curves(table: Path, names) -> dict[str, list[dict]]:
 
 def judge_snapshots(args) -> Path:
   """One and two steps of each snapshot of a folder, beside exact magnitudes with random phases."""
-  kept = sorted((load_snapshot(place) for place in args.snapshots.iterdir() if place.is_dir()), key=lambda s: s.step)
+  kept = sorted((load_snapshot(place) for place in args.snapshots.glob('[!.]*') if place.is_dir()),
+                key=lambda snapshot: snapshot.step)
   if not kept:
     raise UserError(f'{args.snapshots} holds no snapshots')
   flops = timing.model_flops(config_dict.ConfigDict(renamed.current(kept[-1].config)))
@@ -134,7 +135,7 @@ def judge_snapshots(args) -> Path:
     print(json.dumps(points[-1]), flush=True)
   bound = judging.judge(sounds, {name: noise_phases(audio, codec.representation) for name, audio in sounds.items()},
                         rate, metrics=METRICS, embedders=embedders)
-  bounds = {'fd': bound['frechet'][EMBEDDING]['value'], 'coherence': bound['metrics']['coherence']['mean'],
+  bounds = {'fd': distance(bound), 'coherence': bound['metrics']['coherence']['mean'],
             'coherence_reference': bound['metrics']['coherence_reference']['mean'],
             'mel_l1_db': bound['metrics']['mel_l1_db']['mean']}
   files.write_json(args.snapshots / 'curve.json', {'points': points, 'random phases': bounds})
@@ -180,6 +181,10 @@ def report(codec: Codec, sounds, rate: int, workdir: Path) -> dict[str, float]:
   return {**line, **denoising(codec, sounds)}
 
 
+def distance(judgement) -> float:
+  return judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
+
+
 def heard(codec: Codec, sounds, rate: int, embedders) -> tuple[dict[str, float], dict[str, dict]]:
   """(figures, the sounds of one step, of two, and of one step with the latents of another piece)."""
   latents = judging.encode(codec, sounds, rate)
@@ -190,7 +195,6 @@ def heard(codec: Codec, sounds, rate: int, embedders) -> tuple[dict[str, float],
                      for estimates in (one_step, two))
   exchanged = judging.judge(sounds, other, rate, metrics=('ratio',))
   mean = lambda judgement, name: judgement['metrics'][name]['mean']
-  distance = lambda judgement: judgement['frechet'][EMBEDDING]['value'] if judgement['frechet'] else float('nan')
   line = {name: mean(judged, name) for name in METRICS}
   line |= {'fd': distance(judged), 'level_db': judged['level_db'], 'level_error_db': judged['level_error_db'],
            'ratio2': mean(judged2, 'ratio'), 'mel_l1_db2': mean(judged2, 'mel_l1_db'), 'fd2': distance(judged2),

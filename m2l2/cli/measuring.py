@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import functools
 import os
 from pathlib import Path
 import tempfile
@@ -23,12 +24,12 @@ def add(command):
   parser.add_argument('--reference', required=True, metavar='DIR', help='the originals (a folder, or one file)')
   parser.add_argument('--estimate', metavar='DIR',
                       help='their reconstructions; with --checkpoint, the folder to write them to')
-  options.overwrite(parser)
+  options.overwrite(parser, 'with --checkpoint: replace files that --estimate holds (default: refuse)')
   options.checkpoint(parser, required=False,
                      help='reconstruct first, with this snapshot, workdir or model in the box')
   parser.add_argument('--beside', metavar='NAME=DIR', action='append', default=[],
-                      help='other reconstructions of the same files: a column of the tables and a player of the page; '
-                      'repeat for several')
+                      help='other reconstructions of the same files: a column of the table of means and a player of '
+                      'the page; repeat for several')
   options.report(parser)
   parser.add_argument('--csv', metavar='*.csv', help='a table with one row per file')
   parser.add_argument('--html', metavar='*.html', help='one page with tables, plots, spectrograms and players')
@@ -128,6 +129,7 @@ def _evaluate(args):
   compiling.use_cache()  # for the embedding networks; there may be no --checkpoint
   metrics, names = evaluate.split_names(args.metrics, with_files=files)
   embedders = {name: embeddings.make_embedder(name, files.get(name)) for name in names}
+  beside = {name: evaluate.find_pairs(args.reference, folder) for name, folder in folders.items()}
   with contextlib.ExitStack() as stack:
     chunks = seams.Chunks()
     if args.checkpoint:
@@ -140,27 +142,30 @@ def _evaluate(args):
       items, warnings = evaluate.find_pairs(args.reference, args.estimate)
     if args.chunk_seconds:
       chunks = seams.Chunks(period=args.chunk_seconds, rates=(1,))
-    beside = {}
-    for name, folder in folders.items():
-      beside[name], without = evaluate.find_pairs(args.reference, folder)
-      warnings += [f'{name}: {line}' for line in without]
-    steps = sum(evaluate.steps_of(pairs, embedders) for pairs in (items, *beside.values()))
+    steps = sum(evaluate.steps_of(pairs, embedders) for pairs in (items, *(pairs for pairs, _ in beside.values())))
     with terminal.bar('evaluate', steps, quiet=args.quiet) as progress:
-      results, *others = (evaluate.evaluate(
-          pairs, metrics=metrics, embedders=embedders, workers=args.workers, chunks=chunks, seed=args.seed,
-          progress=progress) for pairs in (items, *beside.values()))
-    results['warnings'] = warnings + results['warnings']
-    for name, other in zip(beside, others, strict=True):
-      results.setdefault('beside', {})[name] = other
-      results['warnings'] += [f'{name}: {line}' for line in other['warnings']]
+      measure = functools.partial(evaluate.evaluate, metrics=metrics, embedders=embedders, workers=args.workers,
+                                  chunks=chunks, seed=args.seed, progress=progress)
+      results = measure(items)
+      results['warnings'] = warnings + results['warnings']
+      for name, (pairs, without) in beside.items():
+        try:
+          other = measure(pairs)
+        except UserError as error:  # what is measured already shall not be lost
+          without = [*without, f'left out: {error}']
+        else:
+          results.setdefault('beside', {})[name] = other
+          without = without + other['warnings']
+        results['warnings'] += [f'{name}: {line}' for line in without]
+    shown = {name: beside[name][0] for name in results.get('beside', ())}
     report.write_json(args.output, results)
     if args.csv:
       report.write_csv(args.csv, results)
     if args.html:
-      report.write_html(args.html, results, items, beside=beside, about=about, credits=credits, players=args.players,
+      report.write_html(args.html, results, items, beside=shown, about=about, credits=credits, players=args.players,
                         small=args.small)
-  if beside:
-    terminal.say(args, ' ' * 21 + ' '.join(f'{name:22}' for name in ('estimate', *beside)))
+  if shown:
+    terminal.say(args, ' ' * 21 + ' '.join(f'{name:22}' for name in ('estimate', *shown)))
   for name, *values, count in report.table(results):
     terminal.say(args, f'{name:20} {" ".join(f"{value:22}" for value in values)} n={count}')
   for line in results['warnings']:
@@ -185,12 +190,13 @@ def _reconstruct_all(codec, folder, args):
   codec.check_decoding(args.seed, mode=args.mode, steps=args.steps, sigma_cond=args.sigma_cond)
   references, items, warnings = sources.find_audio_files(args.reference), list[Pair](), []
   targets = [os.path.join(folder, f'{os.path.splitext(name)[0]}.wav') for name in references.names]
-  originals = {os.path.realpath(references.path(number)) for number in range(len(references))}
+  inode = lambda path: (os.stat(path).st_dev, os.stat(path).st_ino)  # a folder may have several names
+  originals = {inode(references.path(number)) for number in range(len(references))}
   for number, target in enumerate(targets):
     if target in targets[:number]:
       raise UserError(f'{references.names[number]}: another reference has that name with another extension; give it a '
                       'name of its own')
-    if os.path.realpath(target) in originals:
+    if os.path.exists(target) and inode(target) in originals:
       raise UserError(f'{audio_io.shown(target)}: is a reference; name another folder with --estimate')
     if os.path.exists(target) and not args.overwrite:
       raise UserError(f'{audio_io.shown(target)}: is there already; name another folder with --estimate, or add '

@@ -16,8 +16,8 @@ def quiet(parser, *, without='no progress bar, no last line'):
   parser.add_argument('--quiet', action='store_true', help=without)
 
 
-def overwrite(parser):
-  parser.add_argument('--overwrite', action='store_true', help='replace existing files (default: refuse)')
+def overwrite(parser, told='replace existing files (default: refuse)'):
+  parser.add_argument('--overwrite', action='store_true', help=told)
 
 
 def files(parser, source, target):

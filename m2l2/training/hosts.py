@@ -62,7 +62,7 @@ class LastWords:
     try:
       self._shell.stdin.write(f'{line}\n')
       self._shell.stdin.flush()
-    except OSError:  # the shell was killed: the run continues without it
+    except (OSError, ValueError):  # the shell was killed, or the line closed: the run continues without it
       pass
 
   def close(self):

@@ -19,6 +19,7 @@ from m2l2.evaluation.reports import pictures
 
 PAGE_FILES = 6  # with spectrograms and players, by default
 EXCERPT_SECONDS = 10.
+MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 PLOTTED_FILES = 10  # for fewer, the table of files is enough
 _STYLE = '''
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
@@ -48,17 +49,27 @@ for (const pair of document.querySelectorAll('.pair')) {
 
 
 def table(report) -> list[tuple[str, ...]]:
-  """Rows (name, value, values of report['beside'], pairs or clips) of all means and distances."""
+  """Rows (name, value, values of report['beside'], pairs or clips) of all means and distances.
+
+  A value over other numbers of pairs or clips than the first has that number behind it.
+  """
   reports = [report, *report.get('beside', {}).values()]
-  told = lambda number, spread: f'{number:.4g}' + ('' if spread is None else f' +- {spread:.3g}')
+
+  def told(each, first, value, spread, count):
+    if not each:
+      return '-'
+    over = '' if count(each) == count(first) else f' (n={count(each)})'
+    return f'{each[value]:.4g}' + ('' if each[spread] is None else f' +- {each[spread]:.3g}') + over
+
   rows = []
   for name, metric in report['metrics'].items():
-    of = [each['metrics'].get(name) for each in reports]
-    rows.append((name, *(told(x['mean'], x['sem']) if x else '-' for x in of), str(len(metric['per_file']))))
+    count = lambda metric: len(metric['per_file'])
+    rows.append((name, *(told(each['metrics'].get(name), metric, 'mean', 'sem', count) for each in reports),
+                 str(count(metric))))
   for name, distance in report['frechet'].items():
-    of = [each['frechet'].get(name) for each in reports]
-    rows.append((f'frechet {name}', *(told(x['value'], x['bootstrap_sd']) if x else '-' for x in of),
-                 str(distance['clips'])))
+    clips = lambda distance: distance['clips']
+    rows.append((f'frechet {name}', *(told(each['frechet'].get(name), distance, 'value', 'bootstrap_sd', clips)
+                                      for each in reports), str(clips(distance))))
   return rows
 
 
@@ -184,6 +195,9 @@ def _listen(item, others, small) -> str:
 
 
 def _sound(audio, sample_rate, small) -> str:
+  if small and (sample_rate not in MP3_RATES or len(audio) > 2):
+    audio = audio_io.resample(audio[:2], from_rate=sample_rate, to_rate=48000)
+    sample_rate = 48000
   data = audio_io.file_bytes(np.clip(audio, -1, 1), sample_rate, kind='MP3' if small else 'FLAC')
   return f'data:audio/{"mpeg" if small else "flac"};base64,{base64.b64encode(data).decode()}'
 

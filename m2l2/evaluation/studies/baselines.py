@@ -42,17 +42,17 @@ def noise_phases(audio, representation, *, seed: int = 0):
   parts = spec.reshape(*spec.shape[:-1], representation.channels, 2)
   angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, parts.shape[:-1])
   turned = np.linalg.norm(parts, axis=-1, keepdims=True) * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-  sound, _ = representation.synthesise(np.float32(turned.reshape(spec.shape)))
-  return np.asarray(sound)[:1, signal]
+  sound = np.concatenate(representation.synthesise(np.float32(turned.reshape(spec.shape))), axis=-1)
+  return sound[:1, signal]
 
 
 def in_chunks(audio, representation) -> tuple[np.ndarray, slice]:
   """audio [1, samples] on all of the representation's channels, in silence up to whole chunks: (float32 [channels,
-  crop_samples], where the audio is in it)."""
+  crop_samples], where the audio is in it, less what is over of a frame where edges are 'none')."""
   layout = representation.layout(audio.shape[1])
-  signal = slice(layout.lead, layout.lead + audio.shape[1])
   padded = np.zeros((representation.channels, representation.crop_samples(layout.chunks)), np.float32)
-  padded[:, signal] = audio
+  signal = slice(layout.lead, min(layout.lead + audio.shape[1], padded.shape[1]))
+  padded[:, signal] = audio[:, :signal.stop - signal.start]
   return padded, signal
 
 
