@@ -1,6 +1,7 @@
-"""The model in the box does what its card says: it loads, and clips come through it."""
+"""The models in the box do what their cards say: they load, and clips come through them."""
 
 from importlib import resources
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import m2l2
 from m2l2 import assets
 from m2l2.codec.latents import Latents
-from m2l2.configs import tiny
+from m2l2.configs import piano, tiny
 from m2l2.data import audio_io
 from m2l2.evaluation.metrics import pairs
 
-PLACE = Path(str(resources.files('m2l2'))) / 'assets' / 'models' / 'tiny'
+MODELS = Path(str(resources.files('m2l2'))) / 'assets' / 'models'
 MIB = 2 ** 20
 
 
@@ -36,10 +37,11 @@ def distance(codec, clip, latents):
 
 
 def test_it_fits_the_box():
-  files = [path for path in PLACE.parent.rglob('*') if path.is_file()]
+  files = [path for path in MODELS.rglob('*') if path.is_file()]
   assert max(path.stat().st_size for path in files) < 16 * MIB
   assert sum(path.stat().st_size for path in files) < 40 * MIB
-  assert (PLACE / 'MODEL.md').read_text(encoding='utf-8').startswith('# tiny')
+  for name in ('tiny', 'piano'):
+    assert (MODELS / name / 'MODEL.md').read_text(encoding='utf-8').startswith(f'# {name}')
 
 
 def test_its_recipe_is_the_shipped_config(codec):
@@ -74,3 +76,35 @@ def test_its_first_embeddings_carry_most(codec, clip, whole):
       codec.first(clip[1], 2), Latents(**{**vars(clip[1]), 'z': np.zeros_like(clip[1].z)})))
   assert whole < some < none
   assert some - whole < .5 * (none - some)
+
+
+@pytest.fixture(scope='module')
+def pianist():
+  return m2l2.load('piano')
+
+
+@pytest.fixture(scope='module')
+def prelude(pianist):
+  """(6 s of a piece that the model never heard, its latents, decoded), at the model's rate."""
+  audio, rate = audio_io.read(assets.PIANO, frames=6 * 11025)
+  assert rate == pianist.native_rates[0]
+  latents = pianist.encode(audio, rate)
+  return audio, latents, pianist.decode(latents, seed=0)
+
+
+def test_pianos_recipe_is_the_shipped_config(pianist):
+  config, expected = pianist.config, piano.get_config().to_dict()
+  for part in ('model', 'consistency', 'variants', 'train'):
+    expected[part].pop('log_every', None)
+    config[part] = {name: value for name, value in config[part].items() if name != 'log_every'}
+    assert json.loads(json.dumps(expected[part])) == config[part], part
+
+
+def test_a_prelude_comes_through_piano(pianist, prelude):
+  audio, latents, decoded = prelude
+  rate = pianist.native_rates[0]
+  assert latents.z.shape == (1, 9, 8, 32)
+  wrong = Latents(**{**vars(latents), 'z': latents.z[:, ::-1]})
+  mel = [pairs.mel_l1_db(audio, sound, sample_rate=rate) for sound in (decoded, pianist.decode(wrong, seed=0))]
+  assert pairs.ratio(audio, decoded, sample_rate=rate) < .9
+  assert mel[0] + 1.5 < mel[1]
