@@ -252,7 +252,7 @@ def test_snapshots_of_a_run_over_its_cost(tmp_path, monkeypatch):
   learn.run([f'--snapshots={tmp_path}'])
   told = json.loads((tmp_path / 'curve.json').read_text())
   assert [(point['step'], point['pflop'], point['fd']) for point in told['points']] == [(40, 40, 40), (400, 400, 400)]
-  assert told['random phases']['fd'] == 9 and (tmp_path / 'curve.png').stat().st_size > 5_000
+  assert told['phases of noise']['fd'] == 9 and (tmp_path / 'curve.png').stat().st_size > 5_000
   with pytest.raises(UserError, match='holds no snapshots'):
     (tmp_path / 'none').mkdir()
     learn.run([f'--snapshots={tmp_path / "none"}'])

@@ -19,7 +19,7 @@ All at the model's own sample rate. Writes to OUTPUT table.md, report.json, spec
 The rows: the model in one and in two steps and by parallel decoding; untrained weights of it; a noise vocoder of 16
 bands with as many numbers a second; Opus at the nearest bit rate to the latents in float16; PCA of the model's own
 spectrogram with as many numbers a second (of its frames eight at a time, fitted on the training music); exact
-magnitudes of every bin with random phases; the excerpts themselves as a check. +- is a standard error, of Frechet
+magnitudes of every bin with phases of noise; the excerpts themselves as a check. +- is a standard error, of Frechet
 distances a bootstrap standard deviation.
 """
 
@@ -133,8 +133,8 @@ def made_by_all(codec, sounds, latents, rate, args):
           audio, sample_rate=rate, parameters_per_second=per_second)),
       '(c) Opus': {name: audio for name, (audio, _) in coded.items()},
       '(d) PCA': pca_reconstructions(codec, sounds, args.train),
-      '(e) exact magnitudes, random phases': {name: baselines.noise_phases(audio, codec.representation, seed=number)
-                                              for number, (name, audio) in enumerate(sounds.items())},
+      '(e) exact magnitudes, phases of noise': {name: baselines.noise_phases(audio, codec.representation, seed=number)
+                                                for number, (name, audio) in enumerate(sounds.items())},
       'noise with the mean spectrum': each(lambda audio: shaped_noise(audio, rate)),
       'the excerpt itself': sounds}
   return systems, {'m2l2 in float16': 16 * per_second / 1000,

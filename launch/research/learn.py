@@ -119,7 +119,7 @@ def curves(table: Path, names) -> dict[str, list[dict]]:
 
 
 def judge_snapshots(args) -> Path:
-  """One and two steps of each snapshot of a folder, beside exact magnitudes with random phases."""
+  """One and two steps of each snapshot of a folder, beside exact magnitudes with phases of noise."""
   kept = sorted((load_snapshot(place) for place in args.snapshots.glob('[!.]*') if place.is_dir()),
                 key=lambda snapshot: snapshot.step)
   if not kept:
@@ -138,7 +138,7 @@ def judge_snapshots(args) -> Path:
   bounds = {'fd': distance(bound), 'coherence': bound['metrics']['coherence']['mean'],
             'coherence_reference': bound['metrics']['coherence_reference']['mean'],
             'mel_l1_db': bound['metrics']['mel_l1_db']['mean']}
-  files.write_json(args.snapshots / 'curve.json', {'points': points, 'random phases': bounds})
+  files.write_json(args.snapshots / 'curve.json', {'points': points, 'phases of noise': bounds})
   pictures.save(pictures.snapshots(points, bounds), args.snapshots / 'curve.png')
   return args.snapshots / 'curve.png'
 

@@ -162,7 +162,7 @@ def snapshots(points, bounds) -> Figure:
 
   Args:
     points: a mapping per snapshot: 'pflop', 'coherence', 'fd', 'mel_l1_db', of two steps with a 2 behind, and 'swap'.
-    bounds: the same of exact magnitudes with random phases, dashed, and 'coherence_reference' of the originals, dotted.
+    bounds: the same of exact magnitudes with phases of noise, dashed, and 'coherence_reference' of the originals, dotted.
   """
   cost = [point['pflop'] for point in points]
   figure, axes = grid(4, columns=4, height=3)
@@ -171,7 +171,7 @@ def snapshots(points, bounds) -> Figure:
       if key in points[0]:
         axis.plot(cost, [point[key] for point in points], marker='.', label=label)
     if name in bounds:
-      axis.axhline(bounds[name], color='0.5', linestyle='dashed', label='random phases')
+      axis.axhline(bounds[name], color='0.5', linestyle='dashed', label='phases of noise')
     if name == 'coherence':
       axis.axhline(bounds['coherence_reference'], color='0.5', linestyle='dotted', label='originals')
       axis.set_ylim(0, 1)

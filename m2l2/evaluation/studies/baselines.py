@@ -35,14 +35,15 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
 
 
 def noise_phases(audio, representation, *, seed: int = 0):
-  """`audio`, at the representation's rate, with its magnitudes and random phases: what a model comes to that knows all
-  but phases."""
+  """`audio`, at the representation's rate, with its magnitudes and the phases of white noise: what a model comes to that
+  knows all but phases. Independent random phases cancel where frames overlap, and are 6 dB softer."""
   padded, signal = in_chunks(audio, representation)
-  spec = np.asarray(representation.analyse(padded))
-  parts = spec.reshape(*spec.shape[:-1], representation.channels, 2)
-  angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, parts.shape[:-1])
-  turned = np.linalg.norm(parts, axis=-1, keepdims=True) * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
-  sound = np.concatenate(representation.synthesise(np.float32(turned.reshape(spec.shape))), axis=-1)
+  noise = np.random.default_rng(seed).standard_normal(padded.shape).astype(np.float32)
+  spec, carrier = (np.asarray(representation.analyse(sound)) for sound in (padded, noise))
+  magnitude, own = (np.linalg.norm(x.reshape(*x.shape[:-1], representation.channels, 2), axis=-1, keepdims=True)
+                    for x in (spec, carrier))
+  turned = carrier * np.repeat(magnitude / np.maximum(own, 1e-12), 2, axis=-1).reshape(spec.shape)
+  sound = np.concatenate(representation.synthesise(turned), axis=-1)
   return sound[:1, signal]
 
 
