@@ -162,7 +162,8 @@ def snapshots(points, bounds) -> Figure:
 
   Args:
     points: a mapping per snapshot: 'pflop', 'coherence', 'fd', 'mel_l1_db', of two steps with a 2 behind, and 'swap'.
-    bounds: the same of exact magnitudes with phases of noise, dashed, and 'coherence_reference' of the originals, dotted.
+    bounds: the same of exact magnitudes with phases of noise, dashed, and 'coherence_reference' of the originals,
+      dotted.
   """
   cost = [point['pflop'] for point in points]
   figure, axes = grid(4, columns=4, height=3)

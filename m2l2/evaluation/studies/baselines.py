@@ -35,8 +35,8 @@ def noise_vocoder(audio, *, sample_rate: int, parameters_per_second: float, band
 
 
 def noise_phases(audio, representation, *, seed: int = 0):
-  """`audio`, at the representation's rate, with its magnitudes and the phases of white noise: what a model comes to that
-  knows all but phases. Independent random phases cancel where frames overlap, and are 6 dB softer."""
+  """`audio`, at the representation's rate, with its magnitudes and the phases of white noise: what a model comes to
+  that knows all but phases. Independent random phases cancel where frames overlap, and are 6 dB softer."""
   padded, signal = in_chunks(audio, representation)
   noise = np.random.default_rng(seed).standard_normal(padded.shape).astype(np.float32)
   spec, carrier = (np.asarray(representation.analyse(sound)) for sound in (padded, noise))
