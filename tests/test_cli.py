@@ -472,9 +472,12 @@ def test_presets_and_models_are_listed(m2l2):
   assert status == 0 and not errors and sorted(line.split()[0] for line in said.splitlines()) == sorted(names)
   assert all(len(line.split()) > 5 for line in said.splitlines())
   status, said, errors = m2l2('models')
-  first, quality, card = said.splitlines()
-  assert status == 0 and first.startswith('tiny ') and '22.05 kHz' in first and '28 MiB' in first
-  assert 'Fréchet distance 283' in quality and 'Licence: ' in quality and card.strip().startswith('Card: ')
+  lines = said.splitlines()
+  assert status == 0 and len(lines) == 6
+  for line, (name, size, distance) in zip((0, 3), (('piano', '8 MiB', 1671), ('tiny', '28 MiB', 283)), strict=True):
+    first, quality, card = lines[line:line + 3]
+    assert first.startswith(f'{name} ') and ' kHz' in first and size in first
+    assert f'Fréchet distance {distance}' in quality and 'Licence: ' in quality and card.strip().startswith('Card: ')
 
 
 def test_training_is_handed_over(m2l2, tmp_path):
